@@ -1,0 +1,1 @@
+"""Multibuffered key/value cells: the table every shard keeps, and the ledger of whoever hands cells out."""

@@ -1,0 +1,164 @@
+"""The executor: carries out what the machines of one rank command, one layer at a time.
+
+Both doors use it. A driver over real processes gives it a transport and the wall clock; the simulator gives it a network
+and a clock of its own. It decides nothing: it hands events to machines, keeps one computation running, and stops between
+layers so that whoever drives it can let messages in.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pipeinfer.errors import LocalProtocolError
+from pipeinfer.ports import (
+    Abandon,
+    Command,
+    Compute,
+    Computed,
+    Emit,
+    Event,
+    Finish,
+    Halt,
+    Idle,
+    Machine,
+    Payload,
+    Received,
+    Send,
+    ShardModel,
+)
+
+
+class Outlet(Protocol):
+    """Where commands that leave the rank go."""
+
+    def send(self, command: Send, now: float) -> None:
+        """A message for a role on another rank."""
+        ...
+
+    def tell(self, command: Emit | Finish | Idle, now: float) -> None:
+        """News for whoever submitted the request."""
+        ...
+
+
+Observer = Callable[[int, Event, float, list[Command]], None]
+"""Called after every event: which role, what happened, when, what it commanded."""
+
+
+@dataclass(slots=True)
+class _Job:
+    address: int
+    compute: Compute
+    passes: Generator[float, None, Payload] | None = None
+    abandoned: bool = False
+
+
+class Executor:
+    """The machines of one rank and their shards, by address."""
+
+    def __init__(
+        self,
+        machines: Sequence[Machine],
+        shards: Mapping[int, ShardModel],
+        outlet: Outlet,
+        observer: Observer | None = None,
+    ) -> None:
+        self._machines = {machine.address: machine for machine in machines}
+        self._shards = shards
+        self._outlet = outlet
+        self._observer = observer
+        self._local: deque[tuple[int, Event]] = deque()
+        self._jobs: dict[int, _Job] = {}  # at most one per role
+        self._current: _Job | None = None
+
+    @property
+    def addresses(self) -> list[int]:
+        """The roles that play here."""
+        return list(self._machines)
+
+    @property
+    def is_halted(self) -> bool:
+        """Whether every role here has ended."""
+        return not self._machines
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a computation is running or waiting."""
+        return bool(self._jobs)
+
+    def status(self) -> list[str]:
+        """One line for each role."""
+        return [machine.status() for machine in self._machines.values()]
+
+    def deliver(self, address: int, event: Event, now: float) -> None:
+        """Hand ``event`` to the role at ``address`` and carry out all that follows from it on this rank."""
+        self._local.append((address, event))
+        while self._local:
+            address, event = self._local.popleft()
+            machine = self._machines.get(address)
+            if machine is None:
+                continue  # it has halted: what comes late no longer matters
+            commands = machine.handle(event, now)
+            if self._observer:
+                self._observer(address, event, now, commands)
+            for command in commands:
+                self._carry_out(address, command, now)
+
+    def _carry_out(self, address: int, command: Command, now: float) -> None:
+        if isinstance(command, Send):
+            if command.message.dest in self._machines:
+                self._local.append((command.message.dest, Received(command.message, command.payload)))
+            else:
+                self._outlet.send(command, now)
+        elif isinstance(command, Compute):
+            if address in self._jobs:
+                raise LocalProtocolError(f"role {address} started job {command.job} during another one")
+            self._jobs[address] = _Job(address, command)
+        elif isinstance(command, Abandon):
+            job = self._jobs.get(address)
+            if job and job.compute.job == command.job:
+                job.abandoned = True
+        elif isinstance(command, Halt):
+            del self._machines[address]
+            self._jobs.pop(address, None)
+        else:
+            self._outlet.tell(command, now)
+
+    def step(self, now: float) -> float | None:
+        """Run the current computation up to its next layer boundary. Returns the seconds to rest before the next step,
+        or None if there is nothing to compute."""
+        if self._current is None or self._current.address not in self._jobs:
+            if not self._jobs:
+                self._current = None
+                return None
+            self._current = self._jobs[min(self._jobs)]  # target stages before drafters
+        job = self._current
+        shard = self._shards[job.address]
+        if not job.abandoned:
+            if job.passes is None:
+                hidden, keep = job.compute.hidden, job.compute.keep
+                if hidden is not None and keep is not None:
+                    hidden = hidden[list(keep)]
+                job.passes = shard.forward(job.compute.batch, hidden)
+            try:
+                return next(job.passes)
+            except StopIteration as done:
+                outcome = self._outcome(job, shard, done.value)
+        else:
+            if job.passes is not None:
+                job.passes.close()
+            outcome = Computed(job.compute.job)
+        del self._jobs[job.address]
+        self._current = None
+        self.deliver(job.address, outcome, now)
+        return 0.0
+
+    def _outcome(self, job: _Job, shard: ShardModel, hidden: Payload) -> Computed:
+        compute = job.compute
+        if compute.choices:
+            return Computed(compute.job, choices=shard.choose(hidden, compute.rows, compute.choices))
+        if compute.rows:
+            raise LocalProtocolError("a computation wants choices after its rows, but no number of them")
+        return Computed(compute.job, hidden=hidden)

@@ -1,0 +1,219 @@
+"""What joins the machines to the world: events in, commands out, and the few things a driver must provide."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeinfer.protocol import Message
+
+Payload = Any
+"""Activations on their way between shards: [rows, hidden]. Machines pass them on and never look inside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows of one pass through a shard, ready for attention.
+
+    ``tokens``, ``positions``, ``slots``: int64 [rows]. ``visible``: bool [rows, span]; row r attends to cell c of its own
+    shard if ``visible[r, c]``, itself included. ``span`` is one past the highest cell that any row needs.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    slots: npt.NDArray[np.int64]
+    visible: npt.NDArray[np.bool_]
+
+
+Choice = tuple[int, float]
+"""A token and its log-probability (natural log)."""
+
+
+class ShardModel(Protocol):
+    """Some layers of a model with the key/value cells of those layers."""
+
+    def forward(self, batch: Batch, hidden: Payload | None) -> Generator[float, None, Payload]:
+        """Run the layers; ``hidden`` is None for the shard that embeds. Yields between layers the seconds it would rest
+        before the next one (0 for a real model, the pace for an emulated one); returns the activations."""
+        ...
+
+    def choose(self, hidden: Payload, rows: Sequence[int], count: int) -> list[list[Choice]]:
+        """The ``count`` most probable next tokens after each of ``rows``, best first. Only for the last shard."""
+        ...
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes of weights that this shard holds resident."""
+        ...
+
+
+# Events: what a machine is told.
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message arrived, whole with its payload."""
+
+    message: Message
+    payload: Payload | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A Compute command ended: with activations, with choices, or abandoned (both None)."""
+
+    job: int
+    hidden: Payload | None = None
+    choices: list[list[Choice]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation. ``stop_tokens`` end it; they are emitted as its last token."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    stop_tokens: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The role's model is loaded and its transport is up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A user's request reached the orchestrator."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """No further request will come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stalled:
+    """Nothing has moved for long: find out who waits for whom."""
+
+
+Event = Started | Received | Computed | Submitted | Closed | Stalled
+
+
+# Commands: what a machine asks for.
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message; ``payload`` travels beside it."""
+
+    message: Message
+    payload: Payload | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Run this role's shard. With ``choices`` > 0 the shard's choices after ``rows`` are wanted, else its activations.
+
+    ``keep``: the rows of ``hidden`` that ``batch`` is about, where some have died on the way."""
+
+    job: int
+    batch: Batch
+    hidden: Payload | None = None
+    keep: tuple[int, ...] | None = None
+    rows: tuple[int, ...] = ()
+    choices: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Stop this computation at the next layer boundary; a Computed without content will say when."""
+
+    job: int
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """These tokens are final: show them."""
+
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The request's last token has been emitted (``stop`` or ``length``)."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Every run of the finished request has come back; the next request may be submitted."""
+
+    tally: Tally
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """This role has ended."""
+
+
+Command = Send | Compute | Abandon | Emit | Finish | Idle | Halt
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one request cost, counted by the orchestrator."""
+
+    runs: int = 0  # runs launched after prefill
+    cancelled_runs: int = 0  # of them, found dead before their result
+    tombstones: int = 0  # of them, skipped by a stage before they were computed to the end
+    rows: int = 0  # rows launched after prefill
+    drafted: int = 0  # of them, speculative ones
+    accepted: int = 0  # drafted rows whose token was emitted
+    corrections: int = 0  # emitted tokens that no row in flight held
+    prefill_runs: int = 0
+
+
+class Machine(Protocol):
+    """A role's brain: no clock, no socket, no tensor, no log; the same events give the same commands."""
+
+    address: int
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Take one event at time ``now`` (seconds, monotonic) and say what to do."""
+        ...
+
+    def status(self) -> str:
+        """One line for a person who asks why nothing moves."""
+        ...
+
+
+class Transport(Protocol):
+    """Moves messages between ranks. Never blocks."""
+
+    def send(self, rank: int, message: Message, payload: Payload | None) -> None:
+        """Hand over a message and its payload; both may be reused by the caller afterwards."""
+        ...
+
+    def poll(self) -> list[Received]:
+        """Move everything forward; return what has arrived whole, in order per sender."""
+        ...
+
+    def pending(self) -> int:
+        """Messages handed over that have not left yet."""
+        ...
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a sink learns while a request runs; times are seconds on the driver's clock."""
+
+    submitted_at: float = 0.0
+    emitted_at: list[tuple[float, int]] = field(default_factory=list)  # (time, tokens in this emission)
+    finished_at: float = 0.0

@@ -1,0 +1,252 @@
+"""A world: hosts with their executors, joined by a simulated network, under one virtual clock.
+
+A host does one thing at a time, as a real rank does: messages that arrive during a layer wait for its end. Everything is
+decided by the seed, so a failing world is its own reproduction.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pipeinfer.errors import StallError
+from pipeinfer.executor import Executor
+from pipeinfer.orchestrator import Orchestrator, cell_budget
+from pipeinfer.ports import (
+    Closed,
+    Command,
+    Emit,
+    Event,
+    Finish,
+    Idle,
+    Machine,
+    Received,
+    Request,
+    Send,
+    ShardModel,
+    Started,
+    Submitted,
+    Tally,
+)
+from pipeinfer.protocol import ORCHESTRATOR, Message, decode, drafter_address, encode, stage_address
+from pipeinfer.sim.network import Link, Network
+from speculation.drafter import Drafter
+from speculation.policy import Policy
+from stages.emulated import EmulatedShard, EmulatedSpec
+from stages.machine import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class WorldSpec:
+    """Everything about a world. ``stage_s`` and ``draft_s``: seconds of one pass of a stage and of the draft model."""
+
+    seed: int
+    policy: Policy
+    stages: int
+    requests: tuple[Request, ...]
+    model: EmulatedSpec = field(default_factory=EmulatedSpec)
+    stage_s: tuple[float, ...] = (1.0,)  # cycled over the stages
+    draft_s: float = 0.1
+    row_cost: float = 0.0  # what each further row adds to a pass, as a fraction of the pass
+    link: Link = field(default_factory=Link)
+    context: int = 256
+    drafter_beside_orchestrator: bool = True
+    guess_cells: int | None = None  # cells for guesses in flight, if not what the policy wants
+
+
+@dataclass(slots=True)
+class Answer:
+    """What the world's user saw of one request; times in virtual seconds."""
+
+    tokens: list[int] = field(default_factory=list)
+    emitted_at: list[tuple[float, int]] = field(default_factory=list)
+    submitted_at: float = 0.0
+    reason: str = ""
+    tally: Tally | None = None
+
+
+class Witness:
+    """Sees everything that happens in a world; the laws' checkers derive from it."""
+
+    def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
+        """A role has handled an event."""
+
+    def on_message(self, world: World, message: Message, now: float) -> None:
+        """A message has been put on the network."""
+
+    def on_idle(self, world: World, answer: Answer, request: Request) -> None:
+        """A request has come to its end and nothing of it is in flight."""
+
+
+class Host:
+    """One simulated rank: its executor, and the messages that wait for the end of a layer."""
+
+    def __init__(self, world: World, index: int, machines: list[Machine], shards: dict[int, ShardModel]) -> None:
+        self.index = index
+        self.inbox: deque[Received] = deque()
+        self.stepping = False
+        self._world = world
+        self.executor = Executor(machines, shards, self, self._observe)
+
+    def _observe(self, address: int, event: Event, now: float, commands: list[Command]) -> None:
+        self._world.events += 1
+        for witness in self._world.witnesses:
+            witness.on_event(self._world, address, event, now, commands)
+
+    def send(self, command: Send, now: float) -> None:
+        """Outlet: put a message on the network, through the wire format."""
+        world = self._world
+        message = decode(encode(command.message))
+        for witness in world.witnesses:
+            witness.on_message(world, message, now)
+        dest = world.hosts[world.home[message.dest]]
+        for arrival in world.network.arrivals(self.index, dest.index, message, command.payload, now):
+            world.at(arrival, lambda when: dest.arrive(Received(message, command.payload), when))
+
+    def tell(self, command: Emit | Finish | Idle, now: float) -> None:
+        """Outlet: the user's side."""
+        self._world.hear(command, now)
+
+    def arrive(self, event: Received, now: float) -> None:
+        """A message is here; it is handled now, or at the end of the layer that is being computed."""
+        if self.stepping:
+            self.inbox.append(event)
+        else:
+            self.executor.deliver(event.message.dest, event, now)
+            self.run(now)
+
+    def run(self, now: float) -> None:
+        """Handle what waits, then compute the next layer."""
+        self.stepping = False
+        while self.inbox:
+            event = self.inbox.popleft()
+            self.executor.deliver(event.message.dest, event, now)
+        while True:
+            rest = self.executor.step(now)
+            if rest is None:
+                return
+            if rest > 0:
+                self.stepping = True
+                self._world.at(now + rest, self.run)
+                return
+
+
+class World:
+    """Runs the requests of ``spec`` one after the other; ``witnesses`` watch."""
+
+    def __init__(self, spec: WorldSpec, witnesses: tuple[Witness, ...] = ()) -> None:
+        self.spec = spec
+        self.witnesses = witnesses
+        self.now = 0.0
+        self.events = 0
+        self.answers: list[Answer] = []
+        self.network = Network(spec.link, random.Random(spec.seed))
+        self._agenda: list[tuple[float, int, Callable[[float], None]]] = []
+        self._serial = 0
+        self._todo = deque(spec.requests)
+        self.machines = make_machines(spec)
+        self.hosts: list[Host] = []
+        self.home: dict[int, int] = {}
+        self._settle_hosts()
+
+    def _settle_hosts(self) -> None:
+        spec = self.spec
+        groups: list[list[Machine]] = []
+        for machine in self.machines:
+            beside = isinstance(machine, Drafter) and spec.drafter_beside_orchestrator
+            if beside:
+                groups[0].append(machine)
+            else:
+                groups.append([machine])
+        shards = make_shards(spec)
+        for index, group in enumerate(groups):
+            mine = {machine.address: shards[machine.address] for machine in group if machine.address in shards}
+            self.hosts.append(Host(self, index, group, mine))
+            self.home.update((machine.address, index) for machine in group)
+
+    @property
+    def orchestrator(self) -> Orchestrator:
+        """The machine that leads."""
+        machine = self.machines[0]
+        assert isinstance(machine, Orchestrator)
+        return machine
+
+    def at(self, when: float, action: Callable[[float], None]) -> None:
+        """Have ``action`` called at virtual time ``when``."""
+        self._serial += 1
+        heapq.heappush(self._agenda, (when, self._serial, action))
+
+    def run(self, most_events: int = 1_000_000) -> list[Answer]:
+        """Run to the end of the last request; raises StallError where nothing is left to happen before it (law L5)."""
+        for host in self.hosts:
+            for address in host.executor.addresses:
+                host.executor.deliver(address, Started(), 0.0)
+        self._submit(0.0)
+        while self._agenda:
+            self.now, _, action = heapq.heappop(self._agenda)
+            action(self.now)
+            if self.events > most_events:
+                raise StallError(f"more than {most_events} events")
+        if not all(host.executor.is_halted for host in self.hosts):
+            raise StallError("; ".join(self.orchestrator.report()))
+        return self.answers
+
+    def _submit(self, now: float) -> None:
+        if self._todo:
+            self.answers.append(Answer(submitted_at=now))
+            self.hosts[0].executor.deliver(ORCHESTRATOR, Submitted(self._todo.popleft()), now)
+        else:
+            self.hosts[0].executor.deliver(ORCHESTRATOR, Closed(), now)
+
+    def hear(self, command: Emit | Finish | Idle, now: float) -> None:
+        """What the user hears from the orchestrator."""
+        answer = self.answers[-1]
+        if isinstance(command, Emit):
+            answer.tokens += command.tokens
+            answer.emitted_at.append((now, len(command.tokens)))
+        elif isinstance(command, Finish):
+            answer.reason = command.reason
+        else:
+            answer.tally = command.tally
+            request = self.spec.requests[len(self.answers) - 1]
+            for witness in self.witnesses:
+                witness.on_idle(self, answer, request)
+            self.at(now, self._submit)
+
+
+def make_machines(spec: WorldSpec) -> list[Machine]:
+    """The orchestrator, the stages in order, the drafter if the policy wants one."""
+    drafters = 1 if spec.policy.speculate else 0
+    accepted, guesses = cell_budget(spec.policy, spec.stages, spec.context)
+    if spec.guess_cells is not None:
+        guesses = min(guesses, spec.guess_cells)
+    window = spec.policy.most_runs(spec.stages)
+    machines: list[Machine] = [Orchestrator(spec.stages, drafters, spec.policy, spec.context, guess_cells=guesses)]
+    for index in range(spec.stages):
+        machines.append(Stage(stage_address(index), spec.stages, accepted + guesses, window))
+    for index in range(drafters):
+        machines.append(Drafter(drafter_address(index), spec.policy, spec.context))
+    return machines
+
+
+def make_shards(spec: WorldSpec) -> dict[int, ShardModel]:
+    """Emulated shards for all stages and drafters; the layers are dealt out evenly."""
+    accepted, guesses = cell_budget(spec.policy, spec.stages, spec.context)
+    shards: dict[int, ShardModel] = {}
+    layers = spec.model.layers
+    for index in range(spec.stages):
+        mine = range(layers * index // spec.stages, layers * (index + 1) // spec.stages)
+        stage_s = spec.stage_s[index % len(spec.stage_s)]
+        pace = _pace(stage_s / len(mine), spec.row_cost)
+        shards[stage_address(index)] = EmulatedShard(spec.model, mine, accepted + guesses, pace)
+    capacity = spec.context + spec.policy.lead + spec.policy.leaves
+    pace = _pace(spec.draft_s / layers, spec.row_cost)
+    shards[drafter_address(0)] = EmulatedShard(spec.model, range(layers), capacity, pace, is_draft=True)
+    return shards
+
+
+def _pace(layer_s: float, row_cost: float) -> Callable[[int], float]:
+    return lambda rows: layer_s * (1.0 + row_cost * (rows - 1))

@@ -1,0 +1,32 @@
+"""Acceptance: how far the target's choices carry the tree.
+
+The rule is the exact one: the emitted token is always the target's own choice after the last accepted token. A guess is
+accepted when it is that very token; then its own choice, already computed, is the next token. So the text is that of
+plain decoding whatever was guessed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from speculation.tree import Node, Tree
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """The outcome of one walk: nodes that became accepted, in order, nodes that died, and whether a stop token came."""
+
+    accepted: list[Node] = field(default_factory=list)
+    died: list[Node] = field(default_factory=list)
+    stopped: bool = False
+
+
+def accept(tree: Tree, most: int, stop_tokens: frozenset[int]) -> Acceptance:
+    """Advance ``tree`` while its root has been judged, by ``most`` tokens at most, up to and including a stop token."""
+    outcome = Acceptance()
+    while tree.root.choice is not None and len(outcome.accepted) < most and not outcome.stopped:
+        heir, died = tree.advance(tree.root.choice)
+        outcome.accepted.append(heir)
+        outcome.died.extend(died)
+        outcome.stopped = heir.token in stop_tokens
+    return outcome

@@ -1,0 +1,121 @@
+"""The token tree: every continuation somebody has guessed of the tokens accepted so far.
+
+The root is the last accepted token. A node is *pending* until somebody takes it (the orchestrator sends it to the
+target, a drafter evaluates it); nodes are taken best first by path probability, parents before children. When the target
+has judged the root, the tree advances: the child that holds the target's token becomes the root, with all that was
+guessed below it, and every other branch dies.
+
+Probabilities are kept as sums of logarithms from the first root on, never rescaled: advancing shifts all living nodes by
+the same constant, so their order stands.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+
+
+class Node:
+    """A token after its parent's tokens. ``slot`` and ``run`` say where it was sent, ``choice`` what follows it."""
+
+    __slots__ = ("alive", "children", "choice", "logp", "name", "parent", "pending", "position", "run", "slot", "token")
+
+    def __init__(self, token: int, parent: Node | None, logp: float, position: int) -> None:
+        self.token = token
+        self.parent = parent
+        self.logp = logp
+        self.position = position
+        self.children: dict[int, Node] = {}
+        self.pending = True
+        self.alive = True
+        self.slot: int | None = None
+        self.run: int | None = None
+        self.choice: int | None = None
+        self.name: int | None = None
+
+
+class Tree:
+    """A tree of at most ``max_nodes`` living nodes rooted at ``token``."""
+
+    def __init__(self, token: int, position: int, max_nodes: int) -> None:
+        self.root = Node(token, None, 0.0, position)
+        self.max_nodes = max_nodes
+        self.size = 1
+        self._serial = 0
+        self._frontier: list[tuple[float, int, Node]] = []
+        self._push(self.root)
+
+    def _push(self, node: Node) -> None:
+        self._serial += 1
+        heapq.heappush(self._frontier, (-node.logp, self._serial, node))
+
+    def add(self, parent: Node, token: int, logp: float) -> Node | None:
+        """The child of ``parent`` that holds ``token``, made if need be; None if ``parent`` is dead or the tree full.
+
+        ``logp`` is log P(token | parent)."""
+        if not parent.alive:
+            return None
+        if token in parent.children:
+            return parent.children[token]
+        if parent.position < self.root.position:
+            return None  # the tree has passed it: only the branch that was accepted is left there
+        if self.size >= self.max_nodes:
+            return None
+        node = Node(token, parent, parent.logp + min(logp, 0.0), parent.position + 1)
+        parent.children[token] = node
+        self.size += 1
+        if not parent.pending:
+            self._push(node)
+        return node
+
+    def best(self) -> Node | None:
+        """The pending node of the highest path probability whose parent has been taken; it stays pending."""
+        while self._frontier:
+            node = self._frontier[0][2]
+            if node.alive and node.pending:
+                return node
+            heapq.heappop(self._frontier)
+        return None
+
+    def take(self, node: Node) -> None:
+        """Mark ``node``, which ``best`` gave, as taken: its children may follow."""
+        node.pending = False
+        for child in node.children.values():
+            if child.pending:
+                self._push(child)
+
+    def probability(self, node: Node) -> float:
+        """The path probability of ``node``: that the target will accept every token from the root down to it."""
+        return math.exp(node.logp - self.root.logp)
+
+    def advance(self, token: int) -> tuple[Node, list[Node]]:
+        """Accept ``token`` after the root: the new root (made if nobody had guessed it) and the nodes that died."""
+        old = self.root
+        heir = old.children.get(token)
+        if heir is None:
+            heir = Node(token, old, old.logp, old.position + 1)
+            old.children[token] = heir
+            self.size += 1
+            if not old.pending:
+                self._push(heir)
+        dead = [node for child in old.children.values() if child is not heir for node in walk(child)]
+        for node in dead:
+            node.alive = False
+        old.children = {token: heir}  # late words about the old root still find its heir
+        old.parent = None
+        self.size -= 1 + len(dead)
+        self.root = heir
+        if len(self._frontier) > 64 + 2 * self.max_nodes:
+            self._frontier = [entry for entry in self._frontier if entry[2].alive and entry[2].pending]
+            heapq.heapify(self._frontier)
+        return heir, dead
+
+
+def walk(node: Node) -> Iterator[Node]:
+    """``node`` and all below it, parents first."""
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        yield node
+        stack.extend(node.children.values())

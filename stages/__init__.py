@@ -1,0 +1,1 @@
+"""Target stages: the machine that passes runs on, and the shards that compute them."""

@@ -1,0 +1,134 @@
+"""The emulated model: a chain of hashes kept in the cells, instead of a neural network.
+
+Each layer writes a hash of its input and position into the row's cell and adds up the hashes of all visible cells. So one
+wrong commit, release, parent or mask anywhere changes the tokens, and plain decoding is the oracle for every protocol
+bug, without weights. A layer may also be given a pace, so that schedules can be measured on machines that lack the
+hardware; whoever reports such a time must say so.
+
+The draft of an emulated pair knows the target's next token and hides it at a rank drawn from a given distribution: its
+k-th choice is right with probability ``ranks[k]``, decided by the context alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeinfer.ports import Batch, Choice
+
+Words = npt.NDArray[np.uint64]
+
+
+def mix(words: Words) -> Words:
+    """A good 64-bit mixer, element by element (the finaliser of MurmurHash3; Appleby, public domain)."""
+    with np.errstate(over="ignore"):
+        words = (words ^ (words >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+        words = (words ^ (words >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+        return words ^ (words >> np.uint64(33))
+
+
+def spread(top1: float, choices: int = 8, decay: float = 0.6, cover: float = 0.97) -> tuple[float, ...]:
+    """A rank distribution: ``top1``, then a geometric tail that brings the total up to ``cover``."""
+    weights = [decay**index for index in range(choices - 1)]
+    rest = max(0.0, cover - top1)
+    return (top1, *(rest * weight / sum(weights) for weight in weights))
+
+
+@dataclass(frozen=True, slots=True)
+class EmulatedSpec:
+    """An emulated target of ``layers`` layers and its draft; ``claims`` is what the draft believes of its own ranks."""
+
+    layers: int = 8
+    vocab: int = 1000
+    seed: int = 0
+    ranks: tuple[float, ...] = (0.8,)
+    claims: tuple[float, ...] | None = None
+
+
+class EmulatedShard:
+    """Layers ``layers`` of ``spec`` with ``capacity`` cells; ``layer_s`` gives the pace of one layer for so many rows."""
+
+    def __init__(
+        self,
+        spec: EmulatedSpec,
+        layers: range,
+        capacity: int,
+        layer_s: Callable[[int], float] = lambda rows: 0.0,
+        is_draft: bool = False,
+    ) -> None:
+        self._spec = spec
+        self._layers = layers
+        self._layer_s = layer_s
+        self._is_draft = is_draft
+        self._cells = np.zeros((len(layers), capacity), dtype=np.uint64)
+        self._salts = mix(np.arange(layers.start, layers.stop, dtype=np.uint64) + np.uint64(spec.seed * 0x10001 + 1))
+
+    @property
+    def weight_nbytes(self) -> int:
+        """An emulated model has no weights."""
+        return 0
+
+    def forward(self, batch: Batch, hidden: Words | None) -> Generator[float, None, Words]:
+        """See ShardModel; ``hidden``: uint64 [rows]."""
+        pace = self._layer_s(len(batch.tokens))
+        words = mix(batch.tokens.astype(np.uint64) + np.uint64(self._spec.seed)) if hidden is None else hidden
+        places = mix(batch.positions.astype(np.uint64) + np.uint64(0x9E3779B9))
+        span = batch.visible.shape[1]
+        for index in range(len(self._layers)):
+            yield pace
+            keys = self._cells[index]
+            keys[batch.slots] = mix(words ^ self._salts[index] ^ places)
+            words = mix(words + (batch.visible * keys[:span]).sum(axis=1, dtype=np.uint64))
+        return words
+
+    def choose(self, hidden: Words, rows: Sequence[int], count: int) -> list[list[Choice]]:
+        """See ShardModel."""
+        wanted = hidden[list(rows)]
+        truths = (mix(wanted + np.uint64(1)) % np.uint64(self._spec.vocab)).tolist()
+        if not self._is_draft:
+            return [[(truth, 0.0)] for truth in truths]
+        draws = (mix(wanted + np.uint64(2)) / np.float64(2**64)).tolist()
+        return [self._guess(truth, draw, count) for truth, draw in zip(truths, draws, strict=True)]
+
+    def _guess(self, truth: int, draw: float, count: int) -> list[Choice]:
+        """``count`` tokens, the true one at the rank that ``draw`` in [0, 1) falls on, or nowhere."""
+        vocab = self._spec.vocab
+        tokens = [(truth + 1 + index) % vocab for index in range(count)]
+        total = 0.0
+        for rank, share in enumerate(self._spec.ranks):
+            total += share
+            if draw < total:
+                if rank < count:
+                    tokens[rank] = truth
+                break
+        claims = self._spec.claims or self._spec.ranks
+        believed = [claims[rank] if rank < len(claims) else 0.0 for rank in range(count)]
+        return [(token, math.log(max(share, 1e-9))) for token, share in zip(tokens, believed, strict=True)]
+
+
+def plain_tokens(spec: EmulatedSpec, prompt: Sequence[int], count: int, stop_tokens: frozenset[int]) -> list[int]:
+    """What the emulated target says after ``prompt``, computed token by token with no tree, table or message."""
+    shard = EmulatedShard(spec, range(spec.layers), len(prompt) + count)
+    tokens, emitted = list(prompt), list[int]()
+    for position in range(len(prompt) + count - 1):
+        here = np.array([position])
+        hidden = finish(shard.forward(Batch(np.array([tokens[position]]), here, here, np.ones((1, position + 1), bool)), None))
+        if position >= len(prompt) - 1:
+            emitted.append(shard.choose(hidden, (0,), 1)[0][0][0])
+            tokens.append(emitted[-1])
+            if emitted[-1] in stop_tokens:
+                break
+    return emitted
+
+
+def finish(passes: Generator[float, None, Words]) -> Words:
+    """Run a forward pass to its end without resting."""
+    while True:
+        try:
+            next(passes)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
