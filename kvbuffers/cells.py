@@ -35,11 +35,11 @@ class CellTable:
     def apply(self, ops: Sequence[CellOp]) -> None:
         """Carry out ``ops`` in order; raises RemoteProtocolError where a correct leader would not have asked."""
         for op in ops:
-            last = op.slot + op.count
+            last = op.slot + op.cells
             if last > self.capacity:
                 raise RemoteProtocolError(f"{op.kind.name} of cells {op.slot}..{last - 1}, there are {self.capacity}")
             if op.kind is CellOpKind.COMMIT:
-                for index in range(op.count):
+                for index in range(op.cells):
                     self._commit(op.slot + index, op.position + index)
             elif op.kind is CellOpKind.RELEASE:
                 for slot in range(op.slot, last):

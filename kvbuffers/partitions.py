@@ -73,8 +73,8 @@ class Partitions:
         self._leased.remove(slot)
         self._canonical.add(slot)
         last = self._ops[-1] if self._ops else None
-        if last and last.kind is CellOpKind.COMMIT and last.slot + last.count == slot:
-            self._ops[-1] = last._replace(count=last.count + 1)
+        if last and last.kind is CellOpKind.COMMIT and last.slot + last.cells == slot:
+            self._ops[-1] = last._replace(cells=last.cells + 1)
         else:
             self._ops.append(CellOp(CellOpKind.COMMIT, slot, 1, self.length))
         self.length += 1
@@ -90,8 +90,8 @@ class Partitions:
         self._released.sort()
         for slot in self._released:
             last = ops[-1] if ops else None
-            if last and last.kind is CellOpKind.RELEASE and last.slot + last.count == slot:
-                ops[-1] = last._replace(count=last.count + 1)
+            if last and last.kind is CellOpKind.RELEASE and last.slot + last.cells == slot:
+                ops[-1] = last._replace(cells=last.cells + 1)
             else:
                 ops.append(CellOp(CellOpKind.RELEASE, slot, 1))
             heapq.heappush(self._free, slot)

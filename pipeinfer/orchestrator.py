@@ -305,7 +305,7 @@ class Orchestrator:
             session.tally.tombstones += 1
         if session.is_over:
             return self._settle()
-        choices = {row.slot: row.token for row in message.rows if isinstance(row, ChoiceRow)}
+        choices = {row.slot: row.token for row in message.rows_as(ChoiceRow)}
         for node in run.nodes:
             node.choice = choices.get(_slot(node))
             if node.alive and node.choice is None:
@@ -380,8 +380,7 @@ class Orchestrator:
         if session is None or session.is_over or message.request != session.number:
             return
         names = self._names[message.source]
-        for row in message.rows:
-            assert isinstance(row, DraftRow)
+        for row in message.rows_as(DraftRow):
             parent = names.get(row.parent)
             if parent is None or parent.position >= session.last_position or row.token in session.request.stop_tokens:
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -210,10 +210,27 @@ class Transport(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Progress:
-    """What a sink learns while a request runs; times are seconds on the driver's clock."""
+class Pair(Protocol):
+    """A target model that can be cut into stages, and its draft model."""
 
-    submitted_at: float = 0.0
-    emitted_at: list[tuple[float, int]] = field(default_factory=list)  # (time, tokens in this emission)
-    finished_at: float = 0.0
+    @property
+    def layers(self) -> int:
+        """The target's layers."""
+        ...
+
+    def stage(self, layers: range, capacity: int) -> ShardModel:
+        """The target's ``layers`` with ``capacity`` cells; with the first layer comes the embedding, with the last the
+        output head."""
+        ...
+
+    def draft(self, capacity: int) -> ShardModel:
+        """The whole draft model with ``capacity`` cells."""
+        ...
+
+    def pack(self, hidden: Payload) -> npt.NDArray[np.uint8]:
+        """The bytes of activations, without a copy where possible."""
+        ...
+
+    def unpack(self, data: npt.NDArray[np.uint8], rows: int) -> Payload:
+        """The activations in ``data``, of ``rows`` rows; a window on ``data``."""
+        ...

@@ -5,7 +5,7 @@ goes with it, out of band, announced by ``payload_nbytes``. Nothing is ever pick
 
     header  magic:u16 version:u8 kind:u8 source:u16 dest:u16 flags:u16 request:u16 rows:u16 ops:u16
             epoch:u32 txn:u32 run:u32 payload_nbytes:u32
-    op      kind:u8 pad:u8 count:u16 slot:u32 position:u32 spare:u32
+    op      kind:u8 pad:u8 cells:u16 slot:u32 position:u32 spare:u32
     row     token:i32 then two u32 and one u32 or f32, whose meaning depends on the kind (see Row, DraftRow, ChoiceRow)
 
 Three channels carry them. STREAM is ordered per pair of roles; on it ``txn`` grows strictly. TENSOR is ordered too: the
@@ -18,7 +18,7 @@ from __future__ import annotations
 import enum
 import struct
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from pipeinfer.errors import LocalProtocolError, RemoteProtocolError
 
@@ -88,17 +88,17 @@ class Flag(enum.IntFlag):
 class CellOpKind(enum.IntEnum):
     """What happens to a range of cells; applied in stream order, before the rows of the run that carries it."""
 
-    COMMIT = 1  # slots [slot, slot+count) become canonical at positions [position, position+count)
-    RELEASE = 2  # slots [slot, slot+count) become free
+    COMMIT = 1  # slots [slot, slot+cells) become canonical at positions [position, position+cells)
+    RELEASE = 2  # slots [slot, slot+cells) become free
     CLEAR = 3  # every slot becomes free: a new request
 
 
 class CellOp(NamedTuple):
-    """One operation on ``count`` neighbouring cells."""
+    """One operation on so many neighbouring ``cells``."""
 
     kind: CellOpKind
     slot: int = 0
-    count: int = 0
+    cells: int = 0
     position: int = 0
 
 
@@ -130,6 +130,7 @@ class DraftRow(NamedTuple):
 
 
 AnyRow = Row | ChoiceRow | DraftRow
+AnyRowT = TypeVar("AnyRowT", Row, ChoiceRow, DraftRow)
 _ROW_TYPES: dict[Kind, tuple[struct.Struct, type[Row] | type[ChoiceRow] | type[DraftRow]]] = {
     Kind.RUN: (ROW, Row),
     Kind.CANCEL: (ROW, Row),  # only ``slot`` is used: the run's number
@@ -162,6 +163,10 @@ class Message:
         """Whether it travels on CONTROL, where order and delivery are not promised."""
         return self.kind in CONTROL_KINDS
 
+    def rows_as(self, row_type: type[AnyRowT]) -> tuple[AnyRowT, ...]:
+        """The rows, which a message of this kind has of one type only."""
+        return tuple(row for row in self.rows if isinstance(row, row_type))
+
 
 def encode(message: Message) -> bytes:
     """The message's bytes; raises LocalProtocolError where a field does not fit."""
@@ -174,7 +179,7 @@ def encode(message: Message) -> bytes:
                 len(message.rows), len(message.ops), message.epoch, message.txn, message.run, message.payload_nbytes,
             )
         ]  # fmt: skip
-        parts += [OP.pack(op.kind, op.count, op.slot, op.position, 0) for op in message.ops]
+        parts += [OP.pack(op.kind, op.cells, op.slot, op.position, 0) for op in message.ops]
         if message.rows:
             layout, _ = _ROW_TYPES[message.kind]
             parts += [layout.pack(*row) for row in message.rows]
@@ -202,8 +207,8 @@ def decode(data: bytes | memoryview) -> Message:
         flag_bits = Flag(flags)
         rows_at = HEADER.size + OP.size * op_count
         ops = tuple(
-            CellOp(CellOpKind(code), slot, count, position)
-            for code, count, slot, position, _ in OP.iter_unpack(data[HEADER.size : rows_at])
+            CellOp(CellOpKind(code), slot, cells, position)
+            for code, cells, slot, position, _ in OP.iter_unpack(data[HEADER.size : rows_at])
         )
         rows: tuple[AnyRow, ...] = ()
         if row_count:

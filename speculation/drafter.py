@@ -65,14 +65,12 @@ class Drafter:
         return f"{work}, {len(self._ahead)} of {self._policy.lead} nodes ahead, {self._edges.taken} messages taken"
 
     def _send(self, kind: Kind, run: int = 0, rows: tuple[DraftRow, ...] = ()) -> Send:
-        message = Message(
-            kind, self.address, ORCHESTRATOR, request=self._request, txn=self._edges.stamp(ORCHESTRATOR), run=run, rows=rows
-        )
-        return Send(message)
+        txn = self._edges.stamp(ORCHESTRATOR)
+        return Send(Message(kind, self.address, ORCHESTRATOR, request=self._request, txn=txn, run=run, rows=rows))
 
     def _receive(self, message: Message) -> list[Command]:
         self._edges.check(message)
-        rows = [row for row in message.rows if isinstance(row, DraftRow)]
+        rows = message.rows_as(DraftRow)
         if message.kind is Kind.PROMPT:
             self._open(message, rows)
         elif message.kind is Kind.ADVANCE:
@@ -87,7 +85,7 @@ class Drafter:
             raise RemoteProtocolError(f"{address_name(self.address)} got {message.kind.name}")
         return self._next()
 
-    def _open(self, message: Message, rows: list[DraftRow]) -> None:
+    def _open(self, message: Message, rows: tuple[DraftRow, ...]) -> None:
         if message.request != self._request:
             self._close()
             self._request = message.request
@@ -107,7 +105,7 @@ class Drafter:
         self._batch = []
         self._ahead.clear()
 
-    def _advance(self, rows: list[DraftRow]) -> None:
+    def _advance(self, rows: tuple[DraftRow, ...]) -> None:
         tree = self._tree
         if tree is None:
             raise RemoteProtocolError(f"{address_name(self.address)} got ADVANCE before the prompt ended")
@@ -205,6 +203,11 @@ class Drafter:
                 child.name = self._names
                 found.append(DraftRow(token, child.name, node.name or 0, logp))
         return found
+
+
+def draft_cells(policy: Policy, context: int) -> int:
+    """Cells of a draft model's shard."""
+    return context + policy.lead + policy.leaves
 
 
 def _slot(node: Node | None) -> int:

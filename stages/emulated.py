@@ -110,6 +110,33 @@ class EmulatedShard:
         return [(token, math.log(max(share, 1e-9))) for token, share in zip(tokens, believed, strict=True)]
 
 
+class EmulatedPair:
+    """An emulated target and its draft, paced: seconds of one layer of the target and of one pass of the draft."""
+
+    def __init__(self, spec: EmulatedSpec, layer_s: Callable[[int], float], draft_s: Callable[[int], float]) -> None:
+        self._spec = spec
+        self._layer_s = layer_s
+        self._draft_s = draft_s
+        self.layers = spec.layers
+
+    def stage(self, layers: range, capacity: int) -> EmulatedShard:
+        """See Pair."""
+        return EmulatedShard(self._spec, layers, capacity, self._layer_s)
+
+    def draft(self, capacity: int) -> EmulatedShard:
+        """See Pair."""
+        layers = self._spec.layers
+        return EmulatedShard(self._spec, range(layers), capacity, lambda rows: self._draft_s(rows) / layers, is_draft=True)
+
+    def pack(self, hidden: Words) -> npt.NDArray[np.uint8]:
+        """See Pair."""
+        return hidden.view(np.uint8)
+
+    def unpack(self, data: npt.NDArray[np.uint8], rows: int) -> Words:
+        """See Pair."""
+        return data.view(np.uint64)
+
+
 def plain_tokens(spec: EmulatedSpec, prompt: Sequence[int], count: int, stop_tokens: frozenset[int]) -> list[int]:
     """What the emulated target says after ``prompt``, computed token by token with no tree, table or message."""
     shard = EmulatedShard(spec, range(spec.layers), len(prompt) + count)

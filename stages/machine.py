@@ -74,18 +74,17 @@ class Stage:
             return [Halt()]
         if message.kind is Kind.PROBE:
             run = self._current.run if self._current else self._newest_done
-            answer = Message(Kind.STATUS, self.address, ORCHESTRATOR, txn=self._edges.taken, run=run, epoch=len(self._queue))
-            return [Send(answer)]
+            return [
+                Send(Message(Kind.STATUS, self.address, ORCHESTRATOR, txn=self._edges.taken, run=run, epoch=len(self._queue)))
+            ]
         raise RemoteProtocolError(f"{address_name(self.address)} got {message.kind.name}")
 
     def _cancel(self, message: Message) -> list[Command]:
-        runs = {row.slot for row in message.rows if isinstance(row, Row)}
+        runs = {row.slot for row in message.rows_as(Row)}
         self._cancelled |= {run for run in runs if run > self._newest_done}
         commands: list[Command] = []
         if message.flags & Flag.RELAY and not self._is_first:
-            commands.append(Send(Message(
-                Kind.CANCEL, self.address, self.address - 1, message.flags, message.request, message.epoch, rows=message.rows
-            )))  # fmt: skip
+            commands.append(Send(replace(message, source=self.address, dest=self.address - 1)))
         if self._current and self._current.run in self._cancelled and not self._abandoned:
             self._abandoned = True
             commands.append(Abandon(self._current.run))
@@ -101,7 +100,7 @@ class Stage:
             if self._is_first:
                 commands.append(self._send(Kind.CREDIT, message))
             dead = message.flags & Flag.TOMBSTONE or message.run in self._cancelled
-            alive = () if dead else self._cells.living(message.rows)
+            alive = () if dead else self._cells.living(message.rows_as(Row))
             if alive:
                 commands.append(self._compute(message, alive, event.payload))
             else:
@@ -113,7 +112,7 @@ class Stage:
         if len(alive) < len(message.rows):
             message, keep = replace(message, rows=tuple(message.rows[index] for index in alive)), alive
         self._current = message
-        batch = self._cells.admit(message.rows, canonical=bool(message.flags & Flag.CANONICAL))
+        batch = self._cells.admit(message.rows_as(Row), canonical=bool(message.flags & Flag.CANONICAL))
         if not self._is_last:
             return Compute(message.run, batch, payload, keep)
         return Compute(message.run, batch, payload, keep, _wanted(message), choices=1)
@@ -181,9 +180,8 @@ def _wanted(message: Message) -> tuple[int, ...]:
 
 
 def _choice_rows(message: Message, event: Computed) -> tuple[ChoiceRow, ...]:
-    rows = [message.rows[index] for index in _wanted(message)]
+    rows = message.rows_as(Row)
     return tuple(
-        ChoiceRow(choices[0][0], row.slot, row.position, choices[0][1])
-        for row, choices in zip(rows, event.choices or (), strict=True)
-        if isinstance(row, Row)
+        ChoiceRow(choices[0][0], rows[index].slot, rows[index].position, choices[0][1])
+        for index, choices in zip(_wanted(message), event.choices or (), strict=True)
     )

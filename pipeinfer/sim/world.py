@@ -33,7 +33,7 @@ from pipeinfer.ports import (
 )
 from pipeinfer.protocol import ORCHESTRATOR, Message, decode, drafter_address, encode, stage_address
 from pipeinfer.sim.network import Link, Network
-from speculation.drafter import Drafter
+from speculation.drafter import Drafter, draft_cells
 from speculation.policy import Policy
 from stages.emulated import EmulatedShard, EmulatedSpec
 from stages.machine import Stage
@@ -242,7 +242,7 @@ def make_shards(spec: WorldSpec) -> dict[int, ShardModel]:
         stage_s = spec.stage_s[index % len(spec.stage_s)]
         pace = _pace(stage_s / len(mine), spec.row_cost)
         shards[stage_address(index)] = EmulatedShard(spec.model, mine, accepted + guesses, pace)
-    capacity = spec.context + spec.policy.lead + spec.policy.leaves
+    capacity = draft_cells(spec.policy, spec.context)
     pace = _pace(spec.draft_s / layers, spec.row_cost)
     shards[drafter_address(0)] = EmulatedShard(spec.model, range(layers), capacity, pace, is_draft=True)
     return shards

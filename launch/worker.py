@@ -1,0 +1,53 @@
+"""One rank of a job that spawn.py started: serves, and on rank 0 carries words between the job and whoever started it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from dataclasses import asdict
+
+from launch.job import Job
+from launch.mpi import World
+from pipeinfer.config import Config
+from pipeinfer.ports import Request
+from pipeinfer.preflight import clear
+
+
+def main(path: str, words: str) -> None:
+    """``path``: the socket of whoever started us. ``words``: the job's Config as JSON."""
+    world = World()
+    try:
+        play(world, path, Config(**json.loads(words)))
+    except BaseException as error:
+        world.fail(error)
+    world.close()
+
+
+def play(world: World, path: str, config: Config) -> None:
+    """Load this rank's share and work until the job is over."""
+    import torch
+
+    from stages.pair import CheckpointPair
+
+    torch.set_num_threads(world.threads)
+    cleared = clear(config, world.size)
+    pair = CheckpointPair(cleared.target, cleared.draft, config.dtype)
+    job = Job(config, cleared.plan, cleared.context, pair, world)
+    if not world.is_head:
+        job.serve()
+        return
+    with socket.socket(socket.AF_UNIX) as wire:
+        wire.connect(path)
+        stream = wire.makefile("rw", encoding="utf-8", newline="\n")
+        print(json.dumps({"ranks": job.ranks}), file=stream, flush=True)
+        for line in stream:
+            asked = json.loads(line)
+            request = Request(tuple(asked["prompt"]), asked["max_new_tokens"], frozenset(asked["stop"]))
+            for news in job.submit(request):
+                print(json.dumps(asdict(news)), file=stream, flush=True)
+    job.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

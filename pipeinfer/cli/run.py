@@ -1,0 +1,151 @@
+"""``pipeinfer run``: decode one prompt and show what it took."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeinfer.errors import PipeinferError, refuse
+
+if TYPE_CHECKING:
+    from pipeinfer.engine import Completion, Engine
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the parser's ``commands``."""
+    parser = commands.add_parser(
+        "run",
+        help="decode one prompt",
+        description="Decode one prompt; the text goes to standard output, everything else to standard error. Under mpirun "
+        "or srun the ranks are those of the job; otherwise --ranks N starts them on this machine.",
+    )
+    parser.set_defaults(command=run)
+    models = parser.add_argument_group("models")
+    models.add_argument("--target", metavar="DIR", help="target model in Hugging Face format (default: the built-in pair)")
+    models.add_argument("--draft", metavar="DIR", help="draft model with the target's tokenizer")
+    models.add_argument("--dtype", default="fp32", metavar="fp32|bf16", help="precision of weights and cells (default fp32)")
+    models.add_argument("--context", type=int, default=0, metavar="N", help="most tokens, prompt included")
+    what = parser.add_argument_group("what to decode")
+    prompt = what.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt (default: read standard input)")
+    prompt.add_argument("--prompt-file", metavar="F", help="read the prompt from a file")
+    what.add_argument("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
+    what.add_argument("--max-new-tokens", type=int, default=128, metavar="K", help="stop after K tokens (default 128)")
+    what.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
+    how = parser.add_argument_group("how")
+    how.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (1 needs no MPI)")
+    how.add_argument("--policy", metavar="plain|continuous", help="default: continuous where there are several ranks")
+    how.add_argument("--verify", action="store_true", help="decode again plainly in one process and compare the tokens")
+    how.add_argument("--timeout", type=float, default=120.0, metavar="S", help="give up when nothing moves for S seconds")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text and table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Decode as ``args`` say."""
+    if args.draft and not args.target:
+        refuse("--draft without --target", "name both models, or neither for the built-in pair")
+    if args.timeout < 0:
+        refuse(f"--timeout {args.timeout:g}", "use seconds, or 0 to wait for ever")
+    from pipeinfer.config import BUILTIN
+    from pipeinfer.engine import Engine
+
+    prompts: list[str] = []
+
+    def check(engine: Engine) -> None:
+        prompts.append(read_prompt(args))
+        engine.tokenize(prompts[0], args.max_new_tokens, args.chat)
+
+    with Progress("loading the models"):
+        opened = Engine(
+            target=args.target or BUILTIN,
+            draft=args.draft,
+            ranks=args.ranks,
+            policy=args.policy,
+            dtype=args.dtype,
+            context=args.context,
+            timeout_s=args.timeout,
+            check=check,
+        )
+    with opened as engine:
+        if engine is None:
+            return 0  # this rank has served
+        completion = show(engine, prompts[0], args)
+        if args.verify:
+            verify(engine, completion, args)
+    return 0
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt, from where ``args`` say. Raises UserError where it is not text."""
+    if args.prompt is not None:
+        where, data = "--prompt", args.prompt.encode("utf-8", "surrogateescape")
+    elif args.prompt_file is not None:
+        where = args.prompt_file
+        try:
+            data = Path(args.prompt_file).read_bytes()
+        except OSError as error:
+            refuse(f"{where} cannot be read ({error.strerror})", "name a readable file")
+    else:
+        where, data = "standard input", sys.stdin.buffer.read()
+    try:
+        return str(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        refuse(f"{where} is not UTF-8 text (byte {error.start})", "convert it, for instance with iconv")
+
+
+def show(engine: Engine, prompt: str, args: argparse.Namespace) -> Completion:
+    """Stream the answer, then the table; or print it as JSON."""
+    from pipeinfer.engine import Completion
+    from pipeinfer.metrics import table
+
+    for piece in engine.stream(prompt, args.max_new_tokens, args.ignore_eos, args.chat):
+        if isinstance(piece, Completion):
+            completion = piece
+        elif not args.json:
+            print(piece, end="", flush=True)
+    if args.json:
+        print(json.dumps(asdict(completion)), flush=True)
+    else:
+        print(flush=True)
+        print(f"\n{describe(completion)}\n{table(completion.metrics)}", file=sys.stderr, flush=True)
+    return completion
+
+
+def describe(completion: Completion) -> str:
+    """Who computed it, in one line."""
+    config, ranks = completion.config, completion.ranks
+    stages = sum(rank["layers"] is not None for rank in ranks)
+    hosts = len({rank["host"] for rank in ranks})
+    return (
+        f"policy {config['policy']}, {config['dtype']}, {len(ranks)} ranks on {hosts} hosts, {stages} stages; "
+        f"{len(completion.prompt_tokens)} prompt tokens, {len(completion.tokens)} new, ended by {completion.finish_reason}"
+    )
+
+
+def verify(engine: Engine, completion: Completion, args: argparse.Namespace) -> None:
+    """Decode the same prompt plainly in this process alone; raises PipeinferError where the tokens differ."""
+    plain = engine.decode_alone(completion.prompt_tokens, args.max_new_tokens, args.ignore_eos)
+    if plain != completion.tokens:
+        pairs = zip(plain, completion.tokens, strict=False)
+        first = next((index for index, (mine, theirs) in enumerate(pairs) if mine != theirs), len(plain))
+        raise PipeinferError(f"the tokens differ from plain decoding, first at token {first}; please report this")
+    print(f"verified: all {len(plain)} tokens equal plain decoding", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """One line on a terminal's standard error while something takes long; gone when it is over."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what if sys.stderr.isatty() else ""
+
+    def __enter__(self) -> None:
+        if self._what:
+            print(f"{self._what} ...", end="\r", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self._what:
+            print(" " * (len(self._what) + 4), end="\r", file=sys.stderr, flush=True)

@@ -1,0 +1,66 @@
+"""Everything that can be refused before a model is loaded or a rank is started: fast, and without torch or MPI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launch.roles import Plan, assign
+from pipeinfer.config import DEFAULT_CONTEXT, DTYPES, Config
+from pipeinfer.errors import refuse
+from pipeinfer.text import vocabulary
+from speculation.policy import POLICIES
+from stages.checkpoint import Checkpoint
+from stages.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """A job that may start: the models' specs and checked checkpoints, the plan, and the context it serves."""
+
+    target: tuple[ModelSpec, Checkpoint]
+    draft: tuple[ModelSpec, Checkpoint] | None
+    plan: Plan
+    context: int
+
+
+def clear(config: Config, ranks: int) -> Cleared:
+    """Check ``config`` for ``ranks`` ranks. Raises UserError, whose message names the thing and the fix."""
+    if config.policy not in POLICIES:
+        refuse(f"unknown policy {config.policy!r}", f"use one of {', '.join(POLICIES)}")
+    if config.dtype not in DTYPES:
+        refuse(f"unknown dtype {config.dtype!r}", f"use one of {', '.join(DTYPES)}")
+    if ranks < 1:
+        refuse(f"{ranks} ranks", "use at least one")
+    speculates = POLICIES[config.policy].speculate
+    target = _model(config, "target")
+    draft = _model(config, "draft") if speculates else None
+    spec, checkpoint = target
+    if draft is not None:
+        _same_vocabulary(config)
+    if config.context > spec.context:
+        refuse(f"--context {config.context}, but the target was made for {spec.context} tokens", "ask for fewer")
+    context = config.context or min(spec.context, DEFAULT_CONTEXT)
+    layer_size = 2 * spec.head_dim * (spec.head_count + spec.kv_head_count) + 3 * spec.intermediate_size
+    plan = assign(ranks, spec.layer_count, speculates, spec.vocab_size / layer_size)
+    return Cleared(target, draft, plan, context)
+
+
+def _model(config: Config, part: str) -> tuple[ModelSpec, Checkpoint]:
+    directory = config.target_directory if part == "target" else config.draft_directory
+    if directory is None:
+        refuse(f"policy {config.policy} needs a draft model", "give one with --draft DIR, or use --policy plain")
+    spec = ModelSpec.read(directory)
+    checkpoint = Checkpoint(directory)
+    checkpoint.validate(spec)
+    return spec, checkpoint
+
+
+def _same_vocabulary(config: Config) -> None:
+    assert config.draft_directory is not None
+    target, draft = vocabulary(config.target_directory), vocabulary(config.draft_directory)
+    if target != draft:
+        odd = sorted(token for token in target.keys() | draft.keys() if target.get(token) != draft.get(token))
+        refuse(
+            f"target and draft have different vocabularies ({len(odd)} tokens differ, {odd[0]!r} for one)",
+            "use a draft made with the target's tokenizer",
+        )

@@ -1,0 +1,48 @@
+"""A real pair: the target's shards and the draft model, loaded from checkpoints."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeinfer.ports import Payload
+from stages.checkpoint import Checkpoint
+from stages.llama import LlamaShard
+from stages.spec import ModelSpec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class CheckpointPair:
+    """The models in ``target`` and ``draft``, each a checkpoint with its spec; see Pair."""
+
+    def __init__(
+        self,
+        target: tuple[ModelSpec, Checkpoint],
+        draft: tuple[ModelSpec, Checkpoint] | None,
+        dtype: str,
+    ) -> None:
+        self._target = target
+        self._draft = draft
+        self._dtype = DTYPES[dtype]
+        self.layers = target[0].layer_count
+
+    def stage(self, layers: range, capacity: int) -> LlamaShard:
+        """See Pair."""
+        return LlamaShard.load(*self._target, layers, self._dtype, capacity)
+
+    def draft(self, capacity: int) -> LlamaShard:
+        """See Pair."""
+        assert self._draft is not None, "this job has no draft model"
+        spec, checkpoint = self._draft
+        return LlamaShard.load(spec, checkpoint, range(spec.layer_count), self._dtype, capacity)
+
+    def pack(self, hidden: Payload) -> npt.NDArray[np.uint8]:
+        """See Pair; ``hidden``: a tensor [rows, hidden_size]."""
+        data: npt.NDArray[np.uint8] = hidden.contiguous().view(torch.uint8).numpy()
+        return data
+
+    def unpack(self, data: npt.NDArray[np.uint8], rows: int) -> Payload:
+        """See Pair."""
+        return torch.from_numpy(data).view(self._dtype).view(rows, -1)
