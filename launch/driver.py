@@ -18,6 +18,7 @@ class Driver:
         self._homes = homes
         self._transport = transport
         self._due = 0.0  # when the current layer's rest is over
+        self._resting = False
         self._backoff = Backoff()
         self.moved_at = 0.0
         self.executor: Executor  # set by whoever casts the roles
@@ -49,7 +50,9 @@ class Driver:
             rest = self.executor.step(now)
             if rest is not None:
                 moved = True
-                self._due = now + rest
+                # A paced layer begins when the last one should have ended: oversleeping must not add up.
+                self._due = (self._due if self._resting else now) + rest
+            self._resting = bool(rest)
         if moved:
             self.moved_at = now
             self._backoff.reset()

@@ -1,0 +1,242 @@
+"""Some consecutive layers of a Llama-family decoder in plain torch, with the key/value cells of those layers.
+
+Three liberties are taken with the checkpoint; none changes the tokens. Linears that read the same input are one matrix
+(q, k and v; gate and up). The rows of q and k are reordered within each head so that the two numbers which rotary
+embedding turns together lie side by side: the rotation is then one complex product in place, and scores do not change
+because q and k are reordered alike. And keys and values of a layer share one tensor, so that one call writes both.
+
+A row never reads a cell that ``Batch.visible`` hides: its weight in the softmax is exactly 0. But 0 times NaN is NaN,
+so no cell may ever hold anything but finite numbers: cells start at zero, and even a row that sees nothing at all
+leaves a finite mean behind, because hidden scores are the lowest finite number and not minus infinity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeinfer.ports import Batch, Choice, Payload
+from stages.checkpoint import EMBEDDING, HEAD, NORM, Checkpoint, layer_tensors
+from stages.rope import cosines_sines, inverse_frequencies
+from stages.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer's weights, fused; a linear's weight is [out, in]."""
+
+    attention_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    head_norm: Tensor | None  # [heads + kv heads, head_dim]: q's norm for the queries' heads, k's for the keys'
+    output: Tensor
+    output_bias: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        found = [getattr(self, name) for name in self.__slots__]
+        return [tensor for tensor in found if tensor is not None]
+
+
+class _Pass(NamedTuple):
+    """What all layers of one forward share."""
+
+    turns: Tensor  # complex64 [rows, 1, head_dim / 2]: multiplying rotates to the row's position
+    slots: Tensor  # int64 [rows]
+    mask: Tensor  # [rows, span]: 0 where visible, else the lowest finite number
+    span: int
+
+
+class LlamaShard:
+    """Layers ``layers`` of a model: a ShardModel. The first shard embeds, the last one chooses tokens."""
+
+    def __init__(self, spec: ModelSpec, weights: list[_Layer], ends: dict[str, Tensor], cells: Tensor) -> None:
+        """``ends`` holds what the shard has of EMBEDDING, NORM, HEAD; ``cells``: zeros
+        [layers, 2 * kv heads, capacity, head_dim], keys before values. Use ``load``."""
+        self._spec = spec
+        self._layers = weights
+        self._embedding, self._norm, self._head = ends.get(EMBEDDING), ends.get(NORM), ends.get(HEAD)
+        self._cells = list(cells.unbind(0))
+        self._dtype, self._device = cells.dtype, cells.device
+        frequencies, self._rope_factor = inverse_frequencies(spec.rope, spec.head_dim, spec.context)
+        self._frequencies = frequencies.to(cells.device)
+        self._hidden_shape, self._head_shape = (spec.hidden_size,), (spec.head_dim,)
+        self._eps = spec.norm_eps
+        self._rotated = spec.head_count + spec.kv_head_count  # heads that carry a position: q's, then k's
+        self._heads = self._rotated + spec.kv_head_count
+
+    @classmethod
+    def load(
+        cls,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        layers: range,
+        dtype: torch.dtype,
+        capacity: int,
+        device: str = "cpu",
+    ) -> LlamaShard:
+        """Read the shard's weights, layer by layer, and set up ``capacity`` zeroed cells. Raises CheckpointError."""
+        with torch.inference_mode():
+            weights = []
+            for layer in layers:
+                read = checkpoint.read(layer_tensors(spec, layer), dtype)
+                weights.append(_fuse(spec, {name.split(".", 3)[3]: tensor for name, tensor in read.items()}, device))
+            ends = _read_ends(spec, checkpoint, layers, dtype, device)
+            shape = (len(layers), 2 * spec.kv_head_count, capacity, spec.head_dim)
+            return cls(spec, weights, ends, torch.zeros(shape, dtype=dtype, device=device))
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes of weights that this shard holds resident; a tied embedding held once counts once."""
+        tensors = [tensor for layer in self._layers for tensor in layer.tensors()]
+        tensors += [tensor for tensor in (self._embedding, self._norm, self._head) if tensor is not None]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, hidden: Payload | None) -> Generator[float, None, Payload]:
+        """Run the layers on ``batch``; ``hidden`` [rows, hidden_size] is None for the shard that embeds and is left as
+        it is. Yields 0.0 in the middle and at the end of each layer; returns [rows, hidden_size]."""
+        step = self._prepare(batch)
+        if hidden is not None:
+            x = torch.as_tensor(hidden, dtype=self._dtype, device=self._device)
+        else:
+            assert self._embedding is not None, "only the first shard can embed"
+            x = F.embedding(torch.from_numpy(batch.tokens).to(self._device), self._embedding)
+        for layer, cells in zip(self._layers, self._cells, strict=True):
+            x = x + self._attend(layer, cells, x, step)
+            yield 0.0
+            x = x + self._feed(layer, x)
+            yield 0.0
+        return x
+
+    def _prepare(self, batch: Batch) -> _Pass:
+        positions = torch.from_numpy(batch.positions).to(self._device)
+        cosines, sines = cosines_sines(positions, self._frequencies, self._rope_factor)
+        hidden_cells = torch.from_numpy(~batch.visible).to(self._device)
+        mask = torch.zeros(hidden_cells.shape, dtype=self._dtype, device=self._device)
+        mask.masked_fill_(hidden_cells, torch.finfo(self._dtype).min)
+        slots = torch.from_numpy(batch.slots).to(self._device)
+        return _Pass(torch.complex(cosines, sines)[:, None], slots, mask, hidden_cells.shape[1])
+
+    def _attend(self, layer: _Layer, cells: Tensor, x: Tensor, step: _Pass) -> Tensor:
+        """The attention block's addition to ``x`` [rows, hidden_size]; writes the rows' keys and values."""
+        rows, queries, kv_heads, span = x.shape[0], self._spec.head_count, self._spec.kv_head_count, step.span
+        normed = F.rms_norm(x, self._hidden_shape, layer.attention_norm, self._eps)
+        heads = F.linear(normed, layer.qkv, layer.qkv_bias).view(rows, self._heads, self._spec.head_dim)
+        rotated = heads[:, : self._rotated]
+        if layer.head_norm is not None:
+            torch.mul(F.rms_norm(rotated, self._head_shape, None, self._eps), layer.head_norm, out=rotated)
+        _rotate(rotated, step.turns)
+        cells.index_copy_(1, step.slots, heads[:, queries:].transpose(0, 1))
+        mixed = F.scaled_dot_product_attention(
+            heads[:, :queries].transpose(0, 1)[None],
+            cells[None, :kv_heads, :span],
+            cells[None, kv_heads:, :span],
+            attn_mask=step.mask,
+            enable_gqa=True,
+        )
+        return F.linear(mixed.transpose(1, 2).reshape(rows, -1), layer.output, layer.output_bias)
+
+    def _feed(self, layer: _Layer, x: Tensor) -> Tensor:
+        """The feed-forward block's addition to ``x`` [rows, hidden_size]."""
+        normed = F.rms_norm(x, self._hidden_shape, layer.mlp_norm, self._eps)
+        gate, up = F.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+
+    @torch.inference_mode()
+    def choose(self, hidden: Payload, rows: Sequence[int], count: int) -> list[list[Choice]]:
+        """The ``count`` most probable next tokens after each of ``rows`` of ``hidden`` [*, hidden_size], best first;
+        of equal ones the lowest token, as argmax has it. Only for the last shard."""
+        assert self._norm is not None and self._head is not None, "only the last shard can choose"
+        wanted = torch.as_tensor(hidden, dtype=self._dtype, device=self._device)[list(rows)]
+        logits = F.linear(F.rms_norm(wanted, self._hidden_shape, self._norm, self._eps), self._head).float()
+        totals = torch.logsumexp(logits, -1, keepdim=True)
+        if count == 1:
+            best = logits.argmax(-1, keepdim=True)
+            logps = logits.gather(-1, best) - totals
+            return [[choice] for choice in zip(best[:, 0].tolist(), logps[:, 0].tolist(), strict=True)]
+        # topk leaves open which of equal logits it takes and in what order; only its lowest value is used.
+        count = min(count, logits.shape[-1])
+        floors = logits.topk(count, -1).values[:, -1:]
+        choices = []
+        for row, floor, total in zip(logits, floors, totals, strict=True):
+            tokens = (row >= floor).nonzero()[:, 0]
+            order = row[tokens].argsort(descending=True, stable=True)[:count]
+            tokens = tokens[order]
+            choices.append(list(zip(tokens.tolist(), (row[tokens] - total).tolist(), strict=True)))
+        return choices
+
+
+def _rotate(heads: Tensor, turns: Tensor) -> None:
+    """Rotate ``heads`` [rows, n, head_dim] in place, each pair of neighbours being one complex number."""
+    pairs = heads.view(*heads.shape[:-1], -1, 2)
+    if heads.dtype == torch.float32:
+        torch.view_as_complex(pairs).mul_(turns)
+    else:  # there is no complex bfloat16
+        pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * turns))
+
+
+def _pair(tensor: Tensor, head_dim: int) -> Tensor:
+    """Reorder the rows within each head: i and i + head_dim / 2, which turn together, become neighbours."""
+    halves = tensor.view(-1, 2, head_dim // 2, *tensor.shape[1:])
+    return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+def _fuse(spec: ModelSpec, read: dict[str, Tensor], device: str) -> _Layer:
+    """One layer's tensors, by their names within the layer, as they are used."""
+
+    def joined(names: Sequence[str], kind: str) -> Tensor | None:
+        if f"{names[0]}.{kind}" not in read:
+            return None
+        return torch.cat([read[f"{name}.{kind}"] for name in names]).to(device)
+
+    for name in ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias", "q_norm.weight", "k_norm.weight"):
+        if f"self_attn.{name}" in read:
+            read[f"self_attn.{name}"] = _pair(read[f"self_attn.{name}"], spec.head_dim)
+    head_norm = None
+    if spec.qk_norm:
+        counted = (("q", spec.head_count), ("k", spec.kv_head_count))
+        norms = [read[f"self_attn.{letter}_norm.weight"].expand(count, -1) for letter, count in counted]
+        head_norm = torch.cat(norms).to(device)
+    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    qkv_weight, gate_up_weight = joined(qkv, "weight"), joined(("mlp.gate_proj", "mlp.up_proj"), "weight")
+    assert qkv_weight is not None and gate_up_weight is not None
+    return _Layer(
+        attention_norm=read["input_layernorm.weight"].to(device),
+        qkv=qkv_weight,
+        qkv_bias=joined(qkv, "bias"),
+        head_norm=head_norm,
+        output=read["self_attn.o_proj.weight"].to(device),
+        output_bias=joined(["self_attn.o_proj"], "bias"),
+        mlp_norm=read["post_attention_layernorm.weight"].to(device),
+        gate_up=gate_up_weight,
+        gate_up_bias=joined(("mlp.gate_proj", "mlp.up_proj"), "bias"),
+        down=read["mlp.down_proj.weight"].to(device),
+        down_bias=joined(["mlp.down_proj"], "bias"),
+    )
+
+
+def _read_ends(
+    spec: ModelSpec, checkpoint: Checkpoint, layers: range, dtype: torch.dtype, device: str
+) -> dict[str, Tensor]:
+    """The embedding for the first shard; norm and head for the last, the head being the embedding of a tied model."""
+    sources = {EMBEDDING: EMBEDDING} if layers.start == 0 else {}
+    if layers.stop == spec.layer_count:
+        sources |= {NORM: NORM, HEAD: HEAD}
+    if spec.tied:
+        sources = {name: checkpoint.stored_name(source) for name, source in sources.items()}
+    read = checkpoint.read(set(sources.values()), dtype)
+    read = {name: tensor.to(device) for name, tensor in read.items()}
+    ends = {name: read[source] for name, source in sources.items()}
+    if spec.tied and EMBEDDING in ends and HEAD in ends and torch.equal(ends[EMBEDDING], ends[HEAD]):
+        ends[HEAD] = ends[EMBEDDING]  # stored twice, held once
+    return ends

@@ -1,0 +1,99 @@
+"""Driving shards by hand: batches built from explicit cells, as a stage would build them from its cell table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from pipeinfer.ports import Batch, Choice
+from stages.checkpoint import Checkpoint
+from stages.llama import LlamaShard
+from stages.spec import ModelSpec
+
+CAPACITY = 160
+
+
+def load_shards(
+    directory: Path, shards: int = 1, dtype: torch.dtype = torch.float32, capacity: int = CAPACITY
+) -> list[LlamaShard]:
+    """The whole model in ``shards`` consecutive pieces, as even as they go."""
+    spec, checkpoint = ModelSpec.read(directory), Checkpoint(directory)
+    checkpoint.validate(spec)
+    cuts = [spec.layer_count * index // shards for index in range(shards + 1)]
+    pieces = [range(start, stop) for start, stop in pairwise(cuts)]
+    return [LlamaShard.load(spec, checkpoint, layers, dtype, capacity) for layers in pieces]
+
+
+def make_batch(
+    tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], seen: Sequence[set[int]]
+) -> Batch:
+    """Row r writes cell ``slots[r]`` and sees the cells ``seen[r]`` and its own."""
+    every = [cells | {slot} for cells, slot in zip(seen, slots, strict=True)]
+    visible = np.zeros((len(tokens), 1 + max(max(cells) for cells in every)), dtype=np.bool_)
+    for row, cells in enumerate(every):
+        visible[row, sorted(cells)] = True
+    return Batch(np.array(tokens), np.array(positions), np.array(slots), visible)
+
+
+def compute(shards: Sequence[LlamaShard], batch: Batch) -> Any:
+    """Push a batch through all shards; returns the last one's activations."""
+    hidden = None
+    for shard in shards:
+        steps = shard.forward(batch, hidden)
+        while True:
+            try:
+                assert next(steps) == 0.0
+            except StopIteration as end:
+                hidden = end.value
+                break
+    return hidden
+
+
+def prefill(
+    shards: Sequence[LlamaShard], tokens: Sequence[int], slots: Sequence[int], chunk: int
+) -> list[list[Choice]]:
+    """Run ``tokens`` in chunks of ``chunk`` rows, token i in cell ``slots[i]``; returns 8 choices after each."""
+    choices = []
+    for start in range(0, len(tokens), chunk):
+        rows = range(start, min(start + chunk, len(tokens)))
+        seen = [set(slots[:row]) for row in rows]
+        batch = make_batch([tokens[row] for row in rows], list(rows), [slots[row] for row in rows], seen)
+        choices += shards[-1].choose(compute(shards, batch), range(len(rows)), 8)
+    return choices
+
+
+def greedy(shards: Sequence[LlamaShard], prompt: Sequence[int], count: int, chunk: int = 5) -> list[int]:
+    """Plain greedy decoding: chunked prefill, then one row at a time, cells in order."""
+    slots = list(range(len(prompt) + count))
+    tokens = list(prompt)
+    tokens.append(prefill(shards, prompt, slots, chunk)[-1][0][0])
+    while len(tokens) < len(prompt) + count:
+        last = len(tokens) - 1
+        batch = make_batch([tokens[last]], [last], [slots[last]], [set(slots[:last])])
+        tokens.append(shards[-1].choose(compute(shards, batch), [0], 1)[0][0][0])
+    return tokens[len(prompt) :]
+
+
+class Reference:
+    """transformers' own model of a directory."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        self.model.generation_config.eos_token_id = None  # texts of full length
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        out = self.model.generate(torch.tensor([list(prompt)]), do_sample=False, max_new_tokens=count)
+        tokens: list[int] = out[0, len(prompt) :].tolist()
+        return tokens
+
+    @torch.no_grad()
+    def logps(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities of the next token after each token: float32 [tokens, vocabulary]."""
+        logits: torch.Tensor = self.model(torch.tensor([list(tokens)])).logits[0]
+        return logits.float().log_softmax(-1)

@@ -1,0 +1,73 @@
+"""A job in which one thing goes wrong; the argument says what. Started by test_programs.py under mpiexec."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from typing import Any
+
+from launch.job import Job
+from launch.mpi import World
+from launch.roles import assign
+from pipeinfer.config import Config
+from pipeinfer.ports import Batch, Received, Request
+from speculation.policy import CONTINUOUS
+from stages.emulated import EmulatedPair, EmulatedShard, EmulatedSpec
+from stages.machine import Stage
+
+SPEC = EmulatedSpec(layers=8)
+
+
+class RaisingShard(EmulatedShard):
+    """Fails in its tenth pass."""
+
+    passes = 0
+
+    def forward(self, batch: Batch, hidden: Any) -> Generator[float, None, Any]:
+        RaisingShard.passes += 1
+        if RaisingShard.passes == 10:
+            raise RuntimeError("the tenth pass fails")
+        return super().forward(batch, hidden)
+
+
+class RaisingPair(EmulatedPair):
+    """Its second stage fails."""
+
+    def stage(self, layers: range, capacity: int) -> EmulatedShard:
+        shard = RaisingShard if layers.start else EmulatedShard
+        return shard(SPEC, layers, capacity)
+
+
+def lose_runs(stage: type[Stage]) -> None:
+    """Make the last stage swallow its tenth run and all later ones."""
+    take = Stage._receive
+
+    def receive(self: Stage, event: Received) -> list[Any]:
+        if self._is_last and event.message.run >= 10:
+            return []
+        return take(self, event)
+
+    stage._receive = receive  # type: ignore[method-assign]
+
+
+def main(fault: str) -> None:
+    world = World()
+    try:
+        pair_type = RaisingPair if fault == "raise" else EmulatedPair
+        if fault == "swallow":
+            lose_runs(Stage)
+        pair = pair_type(SPEC, lambda rows: 0.0, lambda rows: 0.0)
+        plan = assign(world.size, SPEC.layers, True)
+        job = Job(Config(timeout_s=2.0), plan, 200, pair, world, CONTINUOUS)
+        if world.is_head:
+            for _ in job.submit(Request((1, 2, 3), 100)):
+                pass
+            job.close()
+        else:
+            job.serve()
+    except BaseException as error:
+        world.fail(error)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,54 @@
+"""Whole jobs with the emulated pair on the ranks that mpiexec gave us: real messages, and tokens that have an oracle."""
+
+from __future__ import annotations
+
+import pytest
+
+from launch.job import Job
+from launch.mpi import World
+from launch.roles import assign
+from pipeinfer.config import Config
+from pipeinfer.ports import Request
+from speculation.policy import CONTINUOUS, PLAIN, Policy
+from stages.emulated import EmulatedPair, EmulatedSpec, plain_tokens, spread
+
+pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.timeout(60)]
+
+RELAY = Policy("continuous", rows=6, width=3, leaves=3, lead=24, cancel="relay", prefill_chunk=5)
+
+
+def decode(policy: Policy, spec: EmulatedSpec, requests: list[Request], layer_s: float = 0.0) -> list[list[int]]:
+    """Every request's tokens, on the head; on the other ranks nothing."""
+    world = World()
+    pair = EmulatedPair(spec, lambda rows: layer_s, lambda rows: layer_s)
+    plan = assign(world.size, spec.layers, policy.speculate)
+    job = Job(Config(policy="continuous"), plan, 256, pair, world, policy)
+    answers: list[list[int]] = []
+    if world.is_head:
+        for request in requests:
+            answers.append([token for news in job.submit(request) for token in news.tokens])
+        job.close()
+    else:
+        job.serve()
+    world.close()
+    return answers
+
+
+@pytest.mark.parametrize("policy", [PLAIN, CONTINUOUS, RELAY], ids=["plain", "continuous", "relay"])
+@pytest.mark.parametrize("acceptance", [0.0, 0.7, 1.0])
+def test_tokens_are_those_of_plain_decoding(policy: Policy, acceptance: float) -> None:
+    spec = EmulatedSpec(layers=8, vocab=50, seed=3, ranks=spread(acceptance) if acceptance else (0.0,))
+    requests = [
+        Request((1, 2, 3), 40),
+        Request(tuple(range(40)), 30, frozenset({7})),
+        Request((5,), 1),
+    ]
+    for request, answer in zip(requests, decode(policy, spec, requests), strict=False):
+        assert answer == plain_tokens(spec, request.prompt, request.max_new_tokens, request.stop_tokens)
+
+
+def test_paced_stages_are_cancelled_early_and_stay_exact() -> None:
+    spec = EmulatedSpec(layers=8, vocab=50, seed=4, ranks=(0.5,), claims=(0.9,))
+    request = Request((1, 2, 3), 24)
+    for answer in decode(CONTINUOUS, spec, [request], layer_s=1e-3):
+        assert answer == plain_tokens(spec, request.prompt, request.max_new_tokens, request.stop_tokens)

@@ -1,0 +1,123 @@
+"""The MPI transport by itself: order per sender, payloads that belong to their messages, control that overtakes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from launch.backoff import Backoff
+from launch.mpi import MpiTransport, World
+from pipeinfer.ports import Received
+from pipeinfer.protocol import MAX_OPS, MAX_ROWS, CellOp, CellOpKind, Kind, Message, Row
+
+pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.timeout(60)]
+
+WINDOW = 100
+"""More tensors than any test here has on the way: the transport's promise holds within its window."""
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    yield world
+    world.close()
+
+
+@pytest.fixture
+def transport(world: World) -> Iterator[MpiTransport]:
+    transport = MpiTransport(world.comm, lambda array: array.view(np.uint8), lambda data, rows: data.view(np.int64), WINDOW)
+    yield transport
+    transport.close()
+
+
+def collect(transport: MpiTransport, done: Callable[[list[Received]], bool], deadline_s: float = 30.0) -> list[Received]:
+    events: list[Received] = []
+    until, backoff = time.monotonic() + deadline_s, Backoff()
+    while not done(events):
+        assert time.monotonic() < until, f"only {len(events)} messages came"
+        events += transport.poll()
+        backoff.wait()
+    return events
+
+
+def run(number: int, source: int) -> Message:
+    return Message(Kind.RUN, source, 1, txn=number, run=number, rows=(Row(number, 0, 0, 0),))
+
+
+def test_every_sender_s_messages_arrive_in_order_with_their_own_payloads(world: World, transport: MpiTransport) -> None:
+    count, big = 60, 40_000
+    if not world.is_head:
+        for number in range(count):
+            # Every other message has a tensor, now small, now far beyond any eager limit.
+            size = (0, 3, 0, big)[number % 4]
+            payload = np.full(size, number * 10 + world.rank, np.int64) if size else None
+            transport.send(0, run(number, world.rank), payload)
+        return
+    seen: dict[int, int] = {rank: 0 for rank in range(1, world.size)}
+    until, backoff = time.monotonic() + 30, Backoff()
+    while any(number < count for number in seen.values()):
+        assert time.monotonic() < until, f"stuck at {seen}"
+        backoff.wait()
+        for event in transport.poll():
+            rank, number = event.message.source, event.message.run
+            assert number == seen[rank]
+            size = (0, 3, 0, big)[number % 4]
+            if size:
+                assert event.payload is not None
+                assert event.payload.shape == (size,)
+                assert (event.payload == number * 10 + rank).all()
+            else:
+                assert event.payload is None
+            seen[rank] += 1
+
+
+def test_the_largest_message_passes(world: World, transport: MpiTransport) -> None:
+    ops = tuple(CellOp(CellOpKind.RELEASE, slot, 1, 0) for slot in range(MAX_OPS))
+    rows = tuple(Row(-slot, slot, slot, slot) for slot in range(MAX_ROWS))
+    message = Message(Kind.RUN, world.rank, 1, txn=1, run=1, ops=ops, rows=rows)
+    if world.rank == world.size - 1:
+        transport.send(0, message, None)
+    elif world.is_head:
+        (event,) = collect(transport, lambda events: len(events) == 1)
+        assert (event.message.ops, event.message.rows) == (ops, rows)
+
+
+def test_control_is_not_held_back_by_a_tensor_that_has_not_come(world: World, transport: MpiTransport) -> None:
+    if world.rank == 1:
+        # Announce a tensor without sending it, then a control message; the tensor follows only once that has arrived.
+        transport._stream.Isend([_announcing(), 32], 0).Wait()  # type: ignore[attr-defined]
+        transport.send(0, Message(Kind.CANCEL, 1, 0, rows=(Row(0, 7, 0, 0),)), None)
+        collect(transport, lambda events: any(event.message.kind is Kind.PROBE for event in events))
+        transport._tensor.Isend([np.arange(4).view(np.uint8), 32], 0).Wait()  # type: ignore[attr-defined]
+    elif world.is_head:
+        first = collect(transport, lambda events: bool(events))
+        assert [event.message.kind for event in first] == [Kind.CANCEL]
+        transport.send(1, Message(Kind.PROBE, 0, 1), None)
+        (late,) = collect(transport, lambda events: bool(events))
+        assert late.payload is not None
+        assert late.payload.tolist() == [0, 1, 2, 3]
+
+
+def _announcing() -> bytes:
+    from dataclasses import replace
+
+    from pipeinfer.protocol import encode
+
+    return encode(replace(run(1, 1), rows=(), payload_nbytes=32))
+
+
+def test_agreement_and_facts(world: World) -> None:
+    assert world.agree(5 if world.is_head else 0) == 5
+    facts = world.gather({"rank": world.rank, "name": "x" * world.rank})
+    assert facts == ([{"rank": rank, "name": "x" * rank} for rank in range(world.size)] if world.is_head else [])
+
+
+def test_a_quiet_transport_costs_little(world: World, transport: MpiTransport) -> None:
+    used, until, backoff = time.process_time(), time.monotonic() + 0.5, Backoff()
+    while time.monotonic() < until:
+        transport.poll()
+        backoff.wait()
+    assert time.process_time() - used < 0.25, "waiting burns a core"
