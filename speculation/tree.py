@@ -103,7 +103,8 @@ class Tree:
         for node in dead:
             node.alive = False
         old.children = {token: heir}  # late words about the old root still find its heir
-        old.parent = None
+        if not old.pending:
+            old.parent = None  # nobody asks any more; a passed node still to be evaluated needs its parent's cell
         self.size -= 1 + len(dead)
         self.root = heir
         if len(self._frontier) > 64 + 2 * self.max_nodes:

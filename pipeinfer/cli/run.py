@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.environment import OPEN_MPI, launched
 from pipeinfer.errors import PipeinferError, refuse
 
 if TYPE_CHECKING:
@@ -90,6 +91,9 @@ def read_prompt(args: argparse.Namespace) -> str:
         except OSError as error:
             refuse(f"{where} cannot be read ({error.strerror})", "name a readable file")
     else:
+        launch = launched()
+        if launch is not None and launch.launcher == OPEN_MPI:
+            refuse("under Open MPI's mpirun the end of standard input never comes", "use --prompt or --prompt-file")
         where, data = "standard input", sys.stdin.buffer.read()
     try:
         return str(data.decode("utf-8"))

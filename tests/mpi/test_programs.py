@@ -59,6 +59,7 @@ def test_a_hang_explains_itself() -> None:
     assert "Traceback" not in result.stderr
     said = result.stderr
     assert "nothing has moved for 2 s" in said
+    assert "--timeout" in said
     assert "in flight" in said
     for role in ("orchestrator:", "stage 0: run", "stage 1: run", "stage 2: run", "drafter 0: run"):
         assert role in said

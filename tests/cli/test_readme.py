@@ -1,0 +1,74 @@
+"""Every command and every program in the README does what it says, as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from launch.mpiexec import command
+from pipeinfer import Engine
+from tests.cli.run import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    line.split("   #")[0].strip()
+    for _, block in BLOCKS
+    for line in block.splitlines()
+    if re.match(r"(pipeinfer|mpirun|srun|python -m) ", line) and "venv" not in line
+]
+INLINE = re.findall(r"`(python -m [^`]+)`", README)
+ELSEWHERE = {
+    "srun": "needs Slurm",
+    "--target Qwen": "needs weights that are not here",
+}
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(COMMANDS) >= 4
+    assert [info for info, _ in BLOCKS].count("python") == 1
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands(line: str) -> None:
+    for words, reason in ELSEWHERE.items():
+        if words in line:
+            pytest.skip(f"{reason}: {line}")
+    program = shlex.split(line)
+    if program[0] == "mpirun":
+        assert program[1] == "-n"
+        program, environ = command(int(program[2]), [sys.executable, "-m", *program[3:]])
+    else:
+        program, environ = [sys.executable, "-m", *program], None
+    result = subprocess.run(program, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout) > 20
+    assert "tokens/s" in result.stderr
+
+
+def test_the_python_program() -> None:
+    (program,) = [block for info, block in BLOCKS if info == "python"]
+    scope: dict[str, object] = {}
+    exec(program, scope)
+    assert isinstance(scope["Engine"], type)
+    assert scope["Engine"] is Engine
+    assert scope["answer"].text  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("line", INLINE)
+def test_benchmark_commands(line: str) -> None:
+    """The paced pipeline on nine ranks, only shorter."""
+    ranks, program = re.fullmatch(r"python -m launch.mpiexec -n (\d+) -- python (.*)", line).groups()  # type: ignore[union-attr]
+    words = [sys.executable, *shlex.split(program), "--tokens", "24", "--repeats", "1"]
+    started, environ = command(int(ranks), words)
+    result = subprocess.run(started, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    assert result.returncode == 0, result.stderr
+    rows = [row.split() for row in result.stdout.splitlines() if row and not row.startswith("#")]
+    assert [row[0] for row in rows] == ["plain", "continuous"]
+    assert float(rows[1][4]) > 2.5

@@ -1,0 +1,111 @@
+"""What `pipeinfer run` prints: text on stdout and the table on stderr, or one JSON object."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.cli.run import ROOT, pipeinfer
+from tests.models.tiny import make_tiny, make_tiny_pair
+
+PROMPT = "def read_lines(path):\n"
+
+TABLE = re.compile(
+    r"policy plain, fp32, 1 ranks on 1 hosts, 1 stages; \d+ prompt tokens, 12 new, ended by length\n"
+    r" +TTFT +TPOT +ITL p50/p90/p99 +tokens/s +acceptance_rate +accept_length +runs +cancelled +waste\n"
+    r" *[\d.]+ ms +[\d.]+ ms +[\d.]+/[\d.]+/[\d.]+ ms +[\d.]+ +0\.00 +1\.00 +11 +0 +0\.00\n"
+)
+
+
+def test_text_goes_to_stdout_and_the_table_to_stderr() -> None:
+    plain = pipeinfer("run", "--prompt", PROMPT, "--max-new-tokens", "12", "--ignore-eos")
+    assert plain.returncode == 0, plain.stderr
+    assert TABLE.fullmatch(plain.stderr.lstrip("\n")), plain.stderr
+    found = json.loads(pipeinfer("run", "--prompt", PROMPT, "--max-new-tokens", "12", "--ignore-eos", "--json").stdout)
+    assert plain.stdout == found["text"] + "\n"
+
+
+def test_json_is_one_object_with_everything() -> None:
+    result = pipeinfer("run", "--ranks", "3", "--json", "--max-new-tokens", "20", "--ignore-eos", stdin=PROMPT.encode())
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    found = json.loads(result.stdout)
+    assert found.keys() == {"text", "prompt_tokens", "tokens", "finish_reason", "metrics", "config", "ranks"}
+    assert found["metrics"].keys() == {
+        "ttft_ms", "tpot_ms", "e2el_ms", "itl_ms", "output_throughput", "acceptance_rate", "accept_length", "runs",
+        "cancelled_runs", "waste",
+    }  # fmt: skip
+    assert found["metrics"]["itl_ms"].keys() == {"p50", "p90", "p99"}
+    assert (len(found["tokens"]), found["finish_reason"]) == (20, "length")
+    assert found["config"]["policy"] == "continuous"
+    assert [rank["roles"] for rank in found["ranks"]] == [["orchestrator", "drafter 0"], ["stage 0"], ["stage 1"]]
+    assert [rank["layers"] for rank in found["ranks"]] == [None, [0, 3], [4, 7]]
+    assert all(rank["weight_nbytes"] > 0 and rank["host"] for rank in found["ranks"])
+
+
+def test_verify_says_so() -> None:
+    result = pipeinfer("run", "--ranks", "2", "--verify", "--max-new-tokens", "16", "--ignore-eos", "--prompt", PROMPT)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.endswith("verified: all 16 tokens equal plain decoding\n")
+
+
+def test_a_stop_token_ends_the_text_and_is_not_shown(tmp_path: Path) -> None:
+    """A model whose every token is a stop token says exactly one."""
+    target = tmp_path / "target"
+    make_tiny(target, "LlamaForCausalLM")
+    (target / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(512))}))
+    result = pipeinfer("run", "--target", str(target), "--prompt", "x", "--json")
+    found = json.loads(result.stdout)
+    assert (len(found["tokens"]), found["finish_reason"], found["text"]) == (1, "stop", "")
+    ignored = pipeinfer("run", "--target", str(target), "--prompt", "x", "--json", "--ignore-eos", "--max-new-tokens", "5")
+    assert len(json.loads(ignored.stdout)["tokens"]) == 5
+
+
+@pytest.mark.slow
+def test_bf16_decodes_on_several_ranks(tmp_path: Path) -> None:
+    target, draft = make_tiny_pair(tmp_path, "MistralForCausalLM", seed=2)
+    models = ["--target", str(target), "--draft", str(draft), "--dtype", "bf16"]
+    result = pipeinfer("run", *models, "--ranks", "3", "--prompt", "The ferry", "--max-new-tokens", "24", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["tokens"]
+    one = json.loads(pipeinfer("run", *models, "--prompt", "The ferry", "--max-new-tokens", "1", "--json").stdout)
+    assert one["ranks"][0]["weight_nbytes"] == 2 * _parameters(target)
+
+
+def _parameters(directory: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(directory / "model.safetensors", framework="np") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    total = 0
+    for shape in shapes:
+        size = 1
+        for side in shape:
+            size *= side
+        total += size
+    return total
+
+
+def test_a_chat_template_is_applied(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    make_tiny(target, "LlamaForCausalLM")
+    path = target / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["chat_template"] = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    path.write_text(json.dumps(config))
+    (target / "chat_template.jinja").unlink(missing_ok=True)
+    arguments = ["run", "--target", str(target), "--max-new-tokens", "3", "--ignore-eos", "--json", "--prompt"]
+    chat = json.loads(pipeinfer(*arguments, "hi", "--chat").stdout)
+    same = json.loads(pipeinfer(*arguments, "<user>hi<assistant>").stdout)
+    assert chat["prompt_tokens"] == same["prompt_tokens"]
+
+
+def test_help_tells_every_flag() -> None:
+    told = pipeinfer("run", "--help").stdout
+    source = (ROOT / "pipeinfer/cli/run.py").read_text()
+    for flag in re.findall(r'add_argument\("(--[\w-]+)"', source):
+        assert flag in told
