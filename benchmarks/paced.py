@@ -1,11 +1,11 @@
 """Paced pipeline over real MPI: what asynchronous speculation gains when stages take a given time. EMULATED: the target
-is a hash chain and every stage sleeps to its pace, so that many ranks fit on few cores; messages, machines, transport and
-tokens are real, and every run's tokens are checked against the chain computed alone.
+is a hash chain and every stage sleeps to its pace, so that many ranks fit on few cores; messages, machines, transport
+and tokens are real, and every run's tokens are checked against the chain computed alone.
 
     python -m launch.mpiexec -n 9 -- python -m benchmarks.paced --stage-ms 20 --acceptance 0.8
 
-Plain decoding gets the drafter's rank as a further stage of equal work per layer when --equal-ranks is given; by default
-both policies run on the same number of stages.
+Plain decoding gets the drafter's rank as a further stage of equal work per layer when --equal-ranks is given; by
+default both policies run on the same number of stages.
 """
 
 from __future__ import annotations
@@ -78,9 +78,15 @@ def main() -> None:
     """Measure both policies in turn and print one row for each, and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage-ms", type=float, default=20.0, help="time of one pass of a stage")
-    parser.add_argument("--acceptance", type=float, default=0.8, help="forced: how often the draft's first choice is right")
-    parser.add_argument("--claims", type=float, nargs="*", help="what the draft believes of its ranks (default: the truth)")
-    parser.add_argument("--tree", action="store_true", help="the draft's later choices may be right too (ranks spread out)")
+    parser.add_argument(
+        "--acceptance", type=float, default=0.8, help="forced: how often the draft's first choice is right"
+    )
+    parser.add_argument(
+        "--claims", type=float, nargs="*", help="what the draft believes of its ranks (default: the truth)"
+    )
+    parser.add_argument(
+        "--tree", action="store_true", help="the draft's later choices may be right too (ranks spread out)"
+    )
     parser.add_argument("--draft-time", type=float, default=0.5, help="one draft pass, in stage times")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
@@ -101,9 +107,13 @@ def main() -> None:
 
 def report(points: list[Point], args: argparse.Namespace, ranks: int, seconds: float) -> None:
     """Print medians and spread."""
-    print(f"# paced pipeline, EMULATED: {ranks} MPI ranks, {ranks - 1} stages of {args.stage_ms:g} ms, drafter "
-          f"{args.draft_time:g} stage times per pass, forced acceptance {args.acceptance:g}; tokens checked; {seconds:.0f} s")
-    print(f"# {'policy':<12} {'tokens/s':>9} {'min':>8} {'max':>8} {'ratio':>7} {'ttft_ms':>9} {'acc_len':>8} {'waste':>6}")
+    print(
+        f"# paced pipeline, EMULATED: {ranks} MPI ranks, {ranks - 1} stages of {args.stage_ms:g} ms, drafter "
+        f"{args.draft_time:g} stage times per pass, forced acceptance {args.acceptance:g}; tokens checked; "
+        f"{seconds:.0f} s"
+    )
+    columns = ("tokens/s", "min", "max", "ratio", "ttft_ms", "acc_len", "waste")
+    print(f"# {'policy':<12}" + "".join(f" {column:>9}" for column in columns))
     base = percentile([p.tokens_per_s for p in points if p.policy == "plain"], 0.5)
     for name in ("plain", "continuous"):
         mine = [point for point in points if point.policy == name]
@@ -112,8 +122,8 @@ def report(points: list[Point], args: argparse.Namespace, ranks: int, seconds: f
         ttft, length, waste = (
             percentile([p.metrics[key] for p in mine], 0.5) for key in ("ttft_ms", "accept_length", "waste")
         )
-        print(f"{name:<14} {middle:>9.3f} {min(speeds):>8.3f} {max(speeds):>8.3f} {middle / base:>7.3f} "
-              f"{ttft:>9.1f} {length:>8.2f} {waste:>6.2f}")  # fmt: skip
+        values = (middle, min(speeds), max(speeds), middle / base, ttft, length, waste)
+        print(f"{name:<14}" + "".join(f" {value:>9.3f}" for value in values))
 
 
 if __name__ == "__main__":

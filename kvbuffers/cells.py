@@ -67,13 +67,18 @@ class CellTable:
         here: set[int] = set()
         alive = []
         for index, row in enumerate(rows):
-            if row.parent == NO_SLOT or row.parent in self._leased or row.parent in here or self._is_canonical(row.parent):
+            if (
+                row.parent == NO_SLOT
+                or row.parent in self._leased
+                or row.parent in here
+                or self._is_canonical(row.parent)
+            ):
                 here.add(row.slot)
                 alive.append(index)
         return tuple(alive)
 
     def admit(self, rows: Sequence[Row], canonical: bool = False) -> Batch:
-        """Lease the rows' cells and say what each row sees; ``canonical`` rows extend the canonical sequence at once."""
+        """Lease the rows' cells and say what each row sees; ``canonical`` rows become canonical at once."""
         count = len(rows)
         tokens = np.fromiter((row.token for row in rows), np.int64, count)
         positions = np.fromiter((row.position for row in rows), np.int64, count)

@@ -9,8 +9,8 @@ decisions.
     release  a cell whose token died becomes free
     clear    everything becomes free: a new request
 
-Commits and releases are operations that ride in the next run of the stream. Every shard handles runs in stream order, so
-a cell may be leased again in the very run that carries its release: whatever an older run still writes there at some
+Commits and releases are operations that ride in the next run of the stream. Every shard handles runs in stream order,
+so a cell may be leased again in the very run that carries its release: whatever an older run still writes there at some
 stage, it writes before the newer one does, and nobody alive looks at it in between. No acknowledgement is needed, no
 cell rests, and no tensor is copied.
 

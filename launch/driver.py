@@ -60,7 +60,7 @@ class Driver:
             self._backoff.wait(self._due - now if self._due > now else 1.0)
 
     def run(self, until: Callable[[], bool], deadline_s: float = 0.0, explain: Callable[[], str] = str) -> None:
-        """Turn until ``until()``; raise StallError with ``explain()`` if nothing moves for ``deadline_s`` (0: never)."""
+        """Turn until ``until()``; StallError, saying ``explain()``, if nothing moves for ``deadline_s`` (0: never)."""
         self.moved_at = time.monotonic()
         while not until():
             self.turn()

@@ -56,4 +56,7 @@ def refuse_singletons(launch: Launch | None, world_size: int) -> None:
         "MPICH mpiexec": "this Python's MPI is another one: start with the mpiexec beside it, "
         "or install the extra pipeinfer[mpich]",
     }
-    refuse(f"{launch.launcher} started {launch.size} processes, but MPI sees {launch.size} jobs of one", fixes[launch.launcher])
+    refuse(
+        f"{launch.launcher} started {launch.size} processes, but MPI sees {launch.size} jobs of one",
+        fixes[launch.launcher],
+    )

@@ -65,7 +65,13 @@ class Job:
     """This rank's part of the job that ``config`` and ``plan`` describe; ``world`` is None for a rank that is alone."""
 
     def __init__(
-        self, config: Config, plan: Plan, context: int, pair: Pair, world: World | None = None, policy: Policy | None = None
+        self,
+        config: Config,
+        plan: Plan,
+        context: int,
+        pair: Pair,
+        world: World | None = None,
+        policy: Policy | None = None,
     ) -> None:
         self._config = config
         self._world = world

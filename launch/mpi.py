@@ -3,15 +3,15 @@
 Theory of operation. The job's communicator is duplicated three times, so that nothing of ours can match anything of
 anybody else's, and each duplicate is one channel of the protocol.
 
-    STREAM    a ring of pre-posted receives from any source. MPI matches them in posting order and keeps the order of each
-              sender, so taking them in ring order keeps it too.
+    STREAM    a ring of pre-posted receives from any source. MPI matches them in posting order and keeps the order of
+              each sender, so taking them in ring order keeps it too.
     TENSOR    no receive is posted until a STREAM message announces a payload; then one is, from that sender. Both sides
               count alike, so the n-th tensor meets the n-th announcement.
     CONTROL   like STREAM, on a ring of its own: never stuck behind a tensor.
 
-Everything is non-blocking. A message whose tensor has not arrived holds back the later ones of its sender only. Sends are
-kept, buffers and all, until MPI is done with them. Received tensors land in a fixed rotation of buffers: as a run is
-one of at most ``window`` in flight, its buffer is free again before its turn comes round.
+Everything is non-blocking. A message whose tensor has not arrived holds back the later ones of its sender only. Sends
+are kept, buffers and all, until MPI is done with them. Received tensors land in a fixed rotation of buffers: as a run
+is one of at most ``window`` in flight, its buffer is free again before its turn comes round.
 
 Nobody spins: who has nothing to do sleeps between polls, 20 microseconds at first, then longer (see Backoff). So many
 ranks can share few cores, and a blocking MPI call that would burn one never appears.
@@ -210,7 +210,9 @@ class World:
 
     def fail(self, error: BaseException) -> NoReturn:
         """Say what went wrong here and take every rank of the job down, now."""
-        code = error.exit_code if isinstance(error, PipeinferError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        code = (
+            error.exit_code if isinstance(error, PipeinferError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        )
         where = f"rank {self.rank} on {socket.gethostname()}"
         if isinstance(error, UserError | StallError):
             print(f"pipeinfer: {error}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Starting ranks on this machine with the installed mpiexec and the flags it needs.
 
-    python -m launch.mpiexec -n 4 -- PROGRAM ARG ...
+python -m launch.mpiexec -n 4 -- PROGRAM ARG ...
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def find_mpiexec(python: str = sys.executable) -> str:
 
 
 def command(ranks: int, program: list[str], python: str = sys.executable) -> tuple[list[str], dict[str, str]]:
-    """The command line that starts ``program`` on ``ranks`` local ranks with the MPI of ``python``, and its environment."""
+    """What starts ``program`` on ``ranks`` local ranks with the MPI of ``python``: command line and environment."""
     mpiexec = find_mpiexec(python)
     told = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
     environ = dict(os.environ)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from pipeinfer.errors import refuse
 from pipeinfer.protocol import ORCHESTRATOR, address_name, drafter_address, stage_address
@@ -31,7 +32,7 @@ def split_layers(layers: int, stages: int, head_cost: float = 0.0) -> list[range
     last = max(1, min(layers - stages + 1, round((layers + head_cost) / stages - head_cost)))
     others = layers - last if stages > 1 else 0
     cuts = [others * index // max(1, stages - 1) for index in range(stages)] + [layers]
-    return [range(start, end) for start, end in zip(cuts, cuts[1:], strict=False)]
+    return [range(start, end) for start, end in pairwise(cuts)]
 
 
 def assign(ranks: int, layers: int, has_drafter: bool, head_cost: float = 0.0) -> Plan:

@@ -1,7 +1,7 @@
 """A job on ranks that we start ourselves: mpiexec runs worker.py on this machine, and its rank 0 talks to us.
 
-The two talk in lines of JSON over a socket in a private directory: a request one way, its news the other. Standard output
-stays free for whoever uses the engine; what ranks say on standard error passes through.
+The two talk in lines of JSON over a socket in a private directory: a request one way, its news the other. Standard
+output stays free for whoever uses the engine; what ranks say on standard error passes through.
 """
 
 from __future__ import annotations
@@ -87,7 +87,11 @@ class SpawnedJob:
 
     def submit(self, request: Request) -> Iterator[News]:
         """See Job."""
-        words = {"prompt": request.prompt, "max_new_tokens": request.max_new_tokens, "stop": sorted(request.stop_tokens)}
+        words = {
+            "prompt": request.prompt,
+            "max_new_tokens": request.max_new_tokens,
+            "stop": sorted(request.stop_tokens),
+        }
         print(json.dumps(words), file=self._stream, flush=True)
         tally = None
         try:

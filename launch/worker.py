@@ -1,4 +1,4 @@
-"""One rank of a job that spawn.py started: serves, and on rank 0 carries words between the job and whoever started it."""
+"""One rank of a job that spawn.py started. Rank 0 also carries words between the job and whoever started it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def play(world: World, path: str, config: Config) -> None:
                 print(json.dumps(asdict(news)), file=stream, flush=True)
                 if not news.tally and select.select([wire], [], [], 0)[0]:
                     answer.close()  # a word in between: the request is withdrawn
-                    print(json.dumps(asdict(News(news.at_s, reason="withdrawn", tally=Tally()))), file=stream, flush=True)
+                    print(
+                        json.dumps(asdict(News(news.at_s, reason="withdrawn", tally=Tally()))), file=stream, flush=True
+                    )
     job.close()
 
 

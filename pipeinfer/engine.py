@@ -27,7 +27,7 @@ from pipeinfer.text import Text
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from launch.job import Job, News
+    from launch.job import Job
     from launch.mpi import World
     from launch.spawn import SpawnedJob
 
@@ -54,9 +54,10 @@ class Engine:
 
     ranks: how many to start on this machine (default 1, which needs no MPI); inside mpirun or srun the job's own are
     used. policy: ``plain`` or ``continuous`` (the default where there are ranks to speculate with). dtype: ``fp32`` or
-    ``bf16``. context: most tokens of a request. comm: an mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s:
-    how long nothing may move before the job gives up and says who waits for whom. check: called on the head before any
-    model is loaded; a UserError it raises refuses the job on all ranks. Raises UserError for what cannot be done as asked.
+    ``bf16``. context: most tokens of a request. comm: an mpi4py communicator to use instead of MPI_COMM_WORLD.
+    timeout_s: how long nothing may move before the job gives up and says who waits for whom. check: called on the head
+    before any model is loaded; a UserError it raises refuses the job on all ranks. Raises UserError for what cannot be
+    done as asked.
     """
 
     def __init__(
@@ -100,7 +101,9 @@ class Engine:
         if self.is_head:
             try:
                 if ranks not in (None, size):
-                    refuse(f"--ranks {ranks}, but the launcher started {size}", "leave out --ranks under mpirun or srun")
+                    refuse(
+                        f"--ranks {ranks}, but the launcher started {size}", "leave out --ranks under mpirun or srun"
+                    )
                 cleared = clear(self.config, size)
                 self.context = cleared.context
                 self._stop_tokens = frozenset(cleared.target[0].eos_tokens)
@@ -168,7 +171,9 @@ class Engine:
         config = replace(self.config, policy="plain", draft=None, context=self.context)
         stop_tokens = frozenset() if ignore_eos else self._stop_tokens
         job = _load(config, clear(config, 1), None)
-        return [token for news in job.submit(Request(tuple(prompt), max_new_tokens, stop_tokens)) for token in news.tokens]
+        return [
+            token for news in job.submit(Request(tuple(prompt), max_new_tokens, stop_tokens)) for token in news.tokens
+        ]
 
     def tokenize(self, prompt: str | list[int], max_new_tokens: int, chat: bool = False) -> list[int]:
         """The prompt's tokens. Raises UserError for a prompt that cannot be served."""
@@ -213,7 +218,9 @@ class Engine:
         self.serve()
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             self.close()
         elif self._world is not None:

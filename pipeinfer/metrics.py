@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from pipeinfer.ports import Tally
@@ -20,16 +21,16 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def measure(submitted_at: float, emitted_at: Sequence[tuple[float, int]], tally: Tally) -> dict[str, Any]:
-    """TTFT: request to first token. TPOT: (E2EL - TTFT) / (tokens - 1). ITL: gaps between *emissions*, each of which may
-    carry several tokens. E2EL: request to last token. ``emitted_at``: (time in seconds, tokens) of each emission.
+    """TTFT: request to first token. TPOT: (E2EL - TTFT) / (tokens - 1). ITL: gaps between *emissions*, each of which
+    may carry several tokens. E2EL: request to last token. ``emitted_at``: (time in seconds, tokens) of each emission.
 
-    acceptance_rate: accepted drafted tokens / drafted tokens sent to the target, each counted once. accept_length: tokens
-    per correction, a correction being an emitted token that no row in flight held; 1.0 without speculation. waste: rows
-    sent after prefill that no emitted token needed / rows sent after prefill.
+    acceptance_rate: accepted drafted tokens / drafted tokens sent to the target, each counted once. accept_length:
+    tokens per correction, a correction being an emitted token that no row in flight held; 1.0 without speculation.
+    waste: rows sent after prefill that no emitted token needed / rows sent after prefill.
     """
     tokens = sum(count for _, count in emitted_at)
     first, last = emitted_at[0][0], emitted_at[-1][0]
-    gaps = [1e3 * (later[0] - earlier[0]) for earlier, later in zip(emitted_at, emitted_at[1:], strict=False)]
+    gaps = [1e3 * (later[0] - earlier[0]) for earlier, later in pairwise(emitted_at)]
     ttft_ms, e2el_ms = 1e3 * (first - submitted_at), 1e3 * (last - submitted_at)
     needed = min(tokens - 1, tally.rows)  # every emitted token but the prompt's own successor needs one row
     return {

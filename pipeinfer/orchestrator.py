@@ -1,21 +1,21 @@
 """The orchestrator: the one place that decides what the target verifies, what is accepted and what is cancelled.
 
-Theory of operation. One request is served at a time. Its prompt is cut into chunks that flow through the stages like any
-run. The token tree starts at the prompt's last token; drafters stream nodes into it whenever they like. A credit from the
-first stage says that it can take one more run: then the most probable unsent nodes leave as one run (policy.py), each in
-a cell of its own (partitions.py). Nothing is verified twice.
+Theory of operation. One request is served at a time. Its prompt is cut into chunks that flow through the stages like
+any run. The token tree starts at the prompt's last token; drafters stream nodes into it whenever they like. A credit
+from the first stage says that it can take one more run: then the most probable unsent nodes leave as one run
+(policy.py), each in a cell of its own (partitions.py). Nothing is verified twice.
 
     tree          run 7          run 8          run 9        results come back in launch order
     root --+-- a ---- b ---- c          ...                 RESULT 7: the target's token after each row of run 7
            +-- a'                                           accept: walk from the root along the target's own tokens
 
 A result may move the root several tokens (accept.py). The nodes that die with it free their cells; a run whose rows are
-all dead is cancelled, which is advice: the stages may skip it, and it comes back as a tombstone, or computed and ignored.
-Accepted cells become canonical by an operation that rides in the next run. If nobody had guessed the target's token, the
-new root is unsent, and being certain it leads the next run, which never waits behind dead work.
+all dead is cancelled, which is advice: the stages may skip it, and it comes back as a tombstone, or computed and
+ignored. Accepted cells become canonical by an operation that rides in the next run. If nobody had guessed the target's
+token, the new root is unsent, and being certain it leads the next run, which never waits behind dead work.
 
-The epoch counts those corrections. When the last token is out, everything in flight is dead; the request is over for its
-user at once, and the machine is ready for the next one when the last run has come back.
+The epoch counts those corrections. When the last token is out, everything in flight is dead; the request is over for
+its user at once, and the machine is ready for the next one when the last run has come back.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ class Orchestrator:
         self._digest = digest
         self._window = policy.most_runs(stages)
         self._edges = Edges(ORCHESTRATOR)
-        self._ledger = Partitions(context, cell_budget(policy, stages, context)[1] if guess_cells is None else guess_cells)
+        self._ledger = Partitions(
+            context, cell_budget(policy, stages, context)[1] if guess_cells is None else guess_cells
+        )
         self._awaited = set(self._stages + self._drafters)
         self._flight: deque[Run] = deque()
         self._credits = RUNS_AHEAD
@@ -179,7 +181,9 @@ class Orchestrator:
         if message.kind is Kind.HELLO:
             if message.run != self._digest:
                 who = address_name(message.source)
-                raise RemoteProtocolError(f"{who} runs another configuration ({message.run:#x}, here {self._digest:#x})")
+                raise RemoteProtocolError(
+                    f"{who} runs another configuration ({message.run:#x}, here {self._digest:#x})"
+                )
             self._awaited.discard(message.source)
             return self._begin()
         if message.kind is Kind.STATUS:
@@ -316,7 +320,9 @@ class Orchestrator:
         for node in run.nodes:
             node.choice = choices.get(_slot(node))
             if node.alive and node.choice is None:
-                raise RemoteProtocolError(f"run {run.number} came back without its living row at position {node.position}")
+                raise RemoteProtocolError(
+                    f"run {run.number} came back without its living row at position {node.position}"
+                )
         return self._accept(session) + self._dispatch()
 
     def _accept(self, session: Session) -> list[Command]:

@@ -19,8 +19,8 @@ Payload = Any
 class Batch:
     """The rows of one pass through a shard, ready for attention.
 
-    ``tokens``, ``positions``, ``slots``: int64 [rows]. ``visible``: bool [rows, span]; row r attends to cell c of its own
-    shard if ``visible[r, c]``, itself included. ``span`` is one past the highest cell that any row needs.
+    ``tokens``, ``positions``, ``slots``: int64 [rows]. ``visible``: bool [rows, span]; row r attends to cell c of its
+    own shard if ``visible[r, c]``, itself included. ``span`` is one past the highest cell that any row needs.
     """
 
     tokens: npt.NDArray[np.int64]

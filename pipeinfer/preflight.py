@@ -34,7 +34,7 @@ def clear(config: Config, ranks: int) -> Cleared:
     speculates = POLICIES[config.policy].speculate
     target = _model(config, "target")
     draft = _model(config, "draft") if speculates else None
-    spec, checkpoint = target
+    spec, _ = target
     if draft is not None:
         _same_vocabulary(config)
     if config.context > spec.context:

@@ -34,7 +34,9 @@ class Text:
         tokenizer = AutoTokenizer.from_pretrained(self._directory, local_files_only=True)
         if not tokenizer.chat_template:
             refuse(f"the tokenizer in {self._directory} has no chat template", "leave out --chat")
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+        )
         return list(self._tokenizer.encode(prompt, add_special_tokens=False).ids)
 
     def decode(self, tokens: list[int]) -> str:

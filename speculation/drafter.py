@@ -1,9 +1,9 @@
 """The drafter: keeps guessing, never waits for the target.
 
-It follows one request at a time. The prompt comes in chunks and is prefilled; from then on every pass of the draft model
-evaluates the most probable leaves of its tree, and the children it finds are sent to the orchestrator at once. Words from
-the orchestrator only re-root the tree: what survives a correction is kept, and what the drafter computed below its own
-second choices is ready when one of them turns out right. It pauses only when it is ``lead`` nodes ahead.
+It follows one request at a time. The prompt comes in chunks and is prefilled; from then on every pass of the draft
+model evaluates the most probable leaves of its tree, and the children it finds are sent to the orchestrator at once.
+Words from the orchestrator only re-root the tree: what survives a correction is kept, and what the drafter computed
+below its own second choices is ready when one of them turns out right. It pauses only when it is ``lead`` nodes ahead.
 """
 
 from __future__ import annotations

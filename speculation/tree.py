@@ -1,12 +1,12 @@
 """The token tree: every continuation somebody has guessed of the tokens accepted so far.
 
 The root is the last accepted token. A node is *pending* until somebody takes it (the orchestrator sends it to the
-target, a drafter evaluates it); nodes are taken best first by path probability, parents before children. When the target
-has judged the root, the tree advances: the child that holds the target's token becomes the root, with all that was
-guessed below it, and every other branch dies.
+target, a drafter evaluates it); nodes are taken best first by path probability, parents before children. When the
+target has judged the root, the tree advances: the child that holds the target's token becomes the root, with all that
+was guessed below it, and every other branch dies.
 
-Probabilities are kept as sums of logarithms from the first root on, never rescaled: advancing shifts all living nodes by
-the same constant, so their order stands.
+Probabilities are kept as sums of logarithms from the first root on, never rescaled: advancing shifts all living nodes
+by the same constant, so their order stands.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The emulated model: a chain of hashes kept in the cells, instead of a neural network.
 
-Each layer writes a hash of its input and position into the row's cell and adds up the hashes of all visible cells. So one
-wrong commit, release, parent or mask anywhere changes the tokens, and plain decoding is the oracle for every protocol
-bug, without weights. A layer may also be given a pace, so that schedules can be measured on machines that lack the
-hardware; whoever reports such a time must say so.
+Each layer writes a hash of its input and position into the row's cell and adds up the hashes of all visible cells. So
+one wrong commit, release, parent or mask anywhere changes the tokens, and plain decoding is the oracle for every
+protocol bug, without weights. A layer may also be given a pace, so that schedules can be measured on machines that lack
+the hardware; whoever reports such a time must say so.
 
 The draft of an emulated pair knows the target's next token and hides it at a rank drawn from a given distribution: its
 k-th choice is right with probability ``ranks[k]``, decided by the context alone.
@@ -50,7 +50,8 @@ class EmulatedSpec:
 
 
 class EmulatedShard:
-    """Layers ``layers`` of ``spec`` with ``capacity`` cells; ``layer_s`` gives the pace of one layer for so many rows."""
+    """Layers ``layers`` of ``spec`` with ``capacity`` cells; ``layer_s`` gives the pace of one layer for so many
+    rows."""
 
     def __init__(
         self,
@@ -126,7 +127,9 @@ class EmulatedPair:
     def draft(self, capacity: int) -> EmulatedShard:
         """See Pair."""
         layers = self._spec.layers
-        return EmulatedShard(self._spec, range(layers), capacity, lambda rows: self._draft_s(rows) / layers, is_draft=True)
+        return EmulatedShard(
+            self._spec, range(layers), capacity, lambda rows: self._draft_s(rows) / layers, is_draft=True
+        )
 
     def pack(self, hidden: Words) -> npt.NDArray[np.uint8]:
         """See Pair."""
@@ -143,7 +146,9 @@ def plain_tokens(spec: EmulatedSpec, prompt: Sequence[int], count: int, stop_tok
     tokens, emitted = list(prompt), list[int]()
     for position in range(len(prompt) + count - 1):
         here = np.array([position])
-        hidden = finish(shard.forward(Batch(np.array([tokens[position]]), here, here, np.ones((1, position + 1), bool)), None))
+        hidden = finish(
+            shard.forward(Batch(np.array([tokens[position]]), here, here, np.ones((1, position + 1), bool)), None)
+        )
         if position >= len(prompt) - 1:
             emitted.append(shard.choose(hidden, (0,), 1)[0][0][0])
             tokens.append(emitted[-1])

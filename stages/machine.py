@@ -1,9 +1,9 @@
 """The stage: takes runs in stream order, computes its layers for the living, passes all of them on.
 
 Cell operations are applied for every run, dead or alive, so that all stages keep the same table. A run known to be dead
-is not computed: it goes on as a tombstone, a header with its operations. News of death (CANCEL) may come before the run,
-while it waits, between two of its layers, or never. A row whose parent was skipped is dead too and leaves its run here;
-a run that loses all its rows becomes a tombstone.
+is not computed: it goes on as a tombstone, a header with its operations. News of death (CANCEL) may come before the
+run, while it waits, between two of its layers, or never. A row whose parent was skipped is dead too and leaves its run
+here; a run that loses all its rows becomes a tombstone.
 """
 
 from __future__ import annotations
@@ -75,7 +75,11 @@ class Stage:
         if message.kind is Kind.PROBE:
             run = self._current.run if self._current else self._newest_done
             return [
-                Send(Message(Kind.STATUS, self.address, ORCHESTRATOR, txn=self._edges.taken, run=run, epoch=len(self._queue)))
+                Send(
+                    Message(
+                        Kind.STATUS, self.address, ORCHESTRATOR, txn=self._edges.taken, run=run, epoch=len(self._queue)
+                    )
+                )
             ]
         raise RemoteProtocolError(f"{address_name(self.address)} got {message.kind.name}")
 

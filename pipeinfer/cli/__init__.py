@@ -31,7 +31,9 @@ def build_parser() -> Parser:
     """The parser of the whole command line."""
     from pipeinfer.cli import run
 
-    parser = Parser(prog="pipeinfer", description="Decode large language models over MPI with asynchronous speculation.")
+    parser = Parser(
+        prog="pipeinfer", description="Decode large language models over MPI with asynchronous speculation."
+    )
     parser.add_argument("--version", action="version", version=f"pipeinfer {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     run.add_parser(commands)

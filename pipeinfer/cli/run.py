@@ -21,14 +21,14 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "run",
         help="decode one prompt",
-        description="Decode one prompt; the text goes to standard output, everything else to standard error. Under mpirun "
-        "or srun the ranks are those of the job; otherwise --ranks N starts them on this machine.",
+        description="Decode one prompt; the text goes to standard output, everything else to standard error. Under "
+        "mpirun or srun the ranks are those of the job; otherwise --ranks N starts them on this machine.",
     )
     parser.set_defaults(command=run)
     models = parser.add_argument_group("models")
-    models.add_argument("--target", metavar="DIR", help="target model in Hugging Face format (default: the built-in pair)")
+    models.add_argument("--target", metavar="DIR", help="target in Hugging Face format (default: the built-in pair)")
     models.add_argument("--draft", metavar="DIR", help="draft model with the target's tokenizer")
-    models.add_argument("--dtype", default="fp32", metavar="fp32|bf16", help="precision of weights and cells (default fp32)")
+    models.add_argument("--dtype", default="fp32", metavar="fp32|bf16", help="of weights and cells (default fp32)")
     models.add_argument("--context", type=int, default=0, metavar="N", help="most tokens, prompt included")
     what = parser.add_argument_group("what to decode")
     prompt = what.add_mutually_exclusive_group()
@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
     how.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (1 needs no MPI)")
     how.add_argument("--policy", metavar="plain|continuous", help="default: continuous where there are several ranks")
     how.add_argument("--verify", action="store_true", help="decode again plainly in one process and compare the tokens")
-    how.add_argument("--timeout", type=float, default=120.0, metavar="S", help="give up when nothing moves for S seconds")
+    how.add_argument("--timeout", type=float, default=120.0, metavar="S", help="give up when nothing moves so long")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text and table")
 
 
@@ -126,7 +126,8 @@ def describe(completion: Completion) -> str:
     hosts = len({rank["host"] for rank in ranks})
     return (
         f"policy {config['policy']}, {config['dtype']}, {len(ranks)} ranks on {hosts} hosts, {stages} stages; "
-        f"{len(completion.prompt_tokens)} prompt tokens, {len(completion.tokens)} new, ended by {completion.finish_reason}"
+        f"{len(completion.prompt_tokens)} prompt tokens, {len(completion.tokens)} new, "
+        f"ended by {completion.finish_reason}"
     )
 
 

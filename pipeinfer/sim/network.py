@@ -1,4 +1,5 @@
-"""A seeded network: delay, bandwidth and jitter on ordered channels; on CONTROL also loss, repetition and overtaking."""
+"""A seeded network: delay, bandwidth and jitter on ordered channels; on CONTROL also loss, repetition and
+overtaking."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from pipeinfer.protocol import HEADER, OP, ROW, Message
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Every pair of hosts has one. Times in seconds, bandwidth in bytes per second; probabilities per control message."""
+    """Every pair of hosts has one. Times in seconds, bandwidth in bytes per second; probabilities per control
+    message."""
 
     delay_s: float = 1e-5
     jitter_s: float = 0.0

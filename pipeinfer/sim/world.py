@@ -1,7 +1,7 @@
 """A world: hosts with their executors, joined by a simulated network, under one virtual clock.
 
-A host does one thing at a time, as a real rank does: messages that arrive during a layer wait for its end. Everything is
-decided by the seed, so a failing world is its own reproduction.
+A host does one thing at a time, as a real rank does: messages that arrive during a layer wait for its end. Everything
+is decided by the seed, so a failing world is its own reproduction.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Bad input gets exit code 2 and one line that names the thing and the fix; nothing on stdout, no traceback, at once."""
+"""Bad input gets exit code 2 and one line that names the thing and the fix; nothing on stdout, no traceback, at
+once."""
 
 from __future__ import annotations
 
@@ -159,7 +160,12 @@ def test_ranks_without_an_mpi_installed(tmp_path: Path) -> None:
     (packages / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
     line = [str(tmp_path / "bin/python"), "-m", "pipeinfer", "run", "--ranks", "2", "--prompt", "x"]
     result = subprocess.run(
-        line, env={"PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60, check=False
+        line,
+        env={"PATH": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (

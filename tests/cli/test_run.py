@@ -60,7 +60,9 @@ def test_a_stop_token_ends_the_text_and_is_not_shown(tmp_path: Path) -> None:
     result = pipeinfer("run", "--target", str(target), "--prompt", "x", "--json")
     found = json.loads(result.stdout)
     assert (len(found["tokens"]), found["finish_reason"], found["text"]) == (1, "stop", "")
-    ignored = pipeinfer("run", "--target", str(target), "--prompt", "x", "--json", "--ignore-eos", "--max-new-tokens", "5")
+    ignored = pipeinfer(
+        "run", "--target", str(target), "--prompt", "x", "--json", "--ignore-eos", "--max-new-tokens", "5"
+    )
     assert len(json.loads(ignored.stdout)["tokens"]) == 5
 
 

@@ -1,4 +1,5 @@
-"""The Python interface on ranks it started itself: several requests, abandoned streams, errors that leave nothing behind."""
+"""The Python interface on ranks it started itself: several requests, abandoned streams, errors that leave nothing
+behind."""
 
 from __future__ import annotations
 
@@ -31,7 +32,11 @@ def test_a_stream_is_its_completion_and_may_be_left_early(ranks: int) -> None:
 
 
 def test_an_error_in_the_caller_s_program_ends_the_ranks() -> None:
-    with pytest.raises(ZeroDivisionError), Engine(ranks=2) as engine:
-        assert engine is not None
-        for _ in engine.stream(PROMPT, 50):
-            _ = 1 // 0
+    def program() -> None:
+        with Engine(ranks=2) as engine:
+            assert engine is not None
+            for _ in engine.stream(PROMPT, 50):
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        program()

@@ -111,7 +111,9 @@ def test_interrupting_leaves_no_rank_behind(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "pipeinfer", "run", "--ranks", "3", "--prompt", PROMPT, "--max-new-tokens", "900",
             "--ignore-eos"]  # fmt: skip
     mark = f"mark-{os.getpid()}"
-    with subprocess.Popen(line, env=environment(PIPEINFER_TEST=mark), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        line, env=environment(PIPEINFER_TEST=mark), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         process.stdout.read(20)  # the ranks are up and decoding
         process.send_signal(signal.SIGINT)

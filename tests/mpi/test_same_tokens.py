@@ -95,7 +95,11 @@ def mpich_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     (packages / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--ignore-installed", "--prefix", str(place)]
     got = subprocess.run(
-        [*install, "-c", str(ROOT / "constraints.txt"), "mpich"], capture_output=True, text=True, timeout=300, check=False
+        [*install, "-c", str(ROOT / "constraints.txt"), "mpich"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     if got.returncode:
         pytest.skip(f"the mpich wheel cannot be had here: {got.stderr.strip().splitlines()[-1]}")

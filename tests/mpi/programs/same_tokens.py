@@ -1,4 +1,5 @@
-"""Decode the same prompts on parts of one MPI job; its rank 0 writes all tokens as JSON. Started by test_same_tokens.py.
+"""Decode the same prompts on parts of one MPI job; its rank 0 writes all tokens as JSON. Started by
+test_same_tokens.py.
 
 Argument: a JSON file with ``models`` {name: [target, draft]}, ``prompts`` {name: [[token, ...], ...]}, ``sizes``,
 ``new_tokens``, ``answers`` (the file to write).

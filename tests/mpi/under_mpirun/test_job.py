@@ -1,4 +1,5 @@
-"""Whole jobs with the emulated pair on the ranks that mpiexec gave us: real messages, and tokens that have an oracle."""
+"""Whole jobs with the emulated pair on the ranks that mpiexec gave us: real messages, and tokens that have an
+oracle."""
 
 from __future__ import annotations
 

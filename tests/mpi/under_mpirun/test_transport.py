@@ -28,12 +28,16 @@ def world() -> Iterator[World]:
 
 @pytest.fixture
 def transport(world: World) -> Iterator[MpiTransport]:
-    transport = MpiTransport(world.comm, lambda array: array.view(np.uint8), lambda data, rows: data.view(np.int64), WINDOW)
+    transport = MpiTransport(
+        world.comm, lambda array: array.view(np.uint8), lambda data, rows: data.view(np.int64), WINDOW
+    )
     yield transport
     transport.close()
 
 
-def collect(transport: MpiTransport, done: Callable[[list[Received]], bool], deadline_s: float = 30.0) -> list[Received]:
+def collect(
+    transport: MpiTransport, done: Callable[[list[Received]], bool], deadline_s: float = 30.0
+) -> list[Received]:
     events: list[Received] = []
     until, backoff = time.monotonic() + deadline_s, Backoff()
     while not done(events):
@@ -56,7 +60,7 @@ def test_every_sender_s_messages_arrive_in_order_with_their_own_payloads(world: 
             payload = np.full(size, number * 10 + world.rank, np.int64) if size else None
             transport.send(0, run(number, world.rank), payload)
         return
-    seen: dict[int, int] = {rank: 0 for rank in range(1, world.size)}
+    seen: dict[int, int] = dict.fromkeys(range(1, world.size), 0)
     until, backoff = time.monotonic() + 30, Backoff()
     while any(number < count for number in seen.values()):
         assert time.monotonic() < until, f"stuck at {seen}"

@@ -1,0 +1,52 @@
+"""Who plays what: every layer once, in order, shares as even as they can be."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.roles import assign, count, homes, split_layers
+from pipeinfer.errors import UserError
+from pipeinfer.protocol import ORCHESTRATOR, drafter_address, stage_address
+
+
+@given(st.integers(1, 200), st.data(), st.floats(0, 5))
+def test_layers_are_split_once_in_order_and_evenly(layers: int, data: st.DataObject, head_cost: float) -> None:
+    stages = data.draw(st.integers(1, layers))
+    shares = split_layers(layers, stages, head_cost)
+    assert [layer for share in shares for layer in share] == list(range(layers))
+    assert len(shares) == stages
+    sizes = [len(share) for share in shares]
+    assert min(sizes) >= 1
+    assert max(sizes[:-1], default=0) - min(sizes[:-1], default=0) <= 1
+    if head_cost == 0:
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_last_stage_is_spared_for_its_output_head() -> None:
+    assert [len(share) for share in split_layers(32, 4, 4.0)] == [9, 9, 9, 5]
+
+
+@pytest.mark.parametrize("ranks", range(1, 10))
+def test_with_a_drafter_rank_0_leads_and_drafts(ranks: int) -> None:
+    plan = assign(ranks, 8, has_drafter=True)
+    assert len(plan) == ranks
+    head = [role.address for role in plan[0]]
+    assert head[:2] == [ORCHESTRATOR, drafter_address(0)]
+    assert count(plan) == (max(1, ranks - 1), 1)
+    assert homes(plan)[stage_address(0)] == (0 if ranks == 1 else 1)
+
+
+@pytest.mark.parametrize("ranks", range(1, 9))
+def test_without_a_drafter_every_rank_is_a_stage(ranks: int) -> None:
+    plan = assign(ranks, 8, has_drafter=False)
+    assert count(plan) == (ranks, 0)
+    assert [homes(plan)[stage_address(index)] for index in range(ranks)] == list(range(ranks))
+
+
+@pytest.mark.parametrize(("has_drafter", "most"), [(True, 9), (False, 8)])
+def test_more_stages_than_layers_are_refused_with_the_number_that_works(has_drafter: bool, most: int) -> None:
+    assign(most, 8, has_drafter)
+    with pytest.raises(UserError, match=f"at most {most} ranks"):
+        assign(most + 1, 8, has_drafter)
