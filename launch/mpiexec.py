@@ -15,6 +15,9 @@ from pathlib import Path
 from pipeinfer.errors import PipeinferError, refuse
 
 
+OUTER_JOB = ("OMPI_COMM_WORLD_", "PMIX_", "PMI_")
+
+
 def find_mpiexec(python: str = sys.executable) -> str:
     """The mpiexec that belongs to ``python``: the one beside it, else the first on the PATH."""
     beside = Path(python).parent / "mpiexec"
@@ -28,10 +31,11 @@ def command(ranks: int, program: list[str], python: str = sys.executable) -> tup
     """What starts ``program`` on ``ranks`` local ranks with the MPI of ``python``: command line and environment."""
     mpiexec = find_mpiexec(python)
     told = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
-    environ = dict(os.environ)
+    # What an outer launcher told this process is not for the ranks: they are a job of their own.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(OUTER_JOB)}
     flags = ["-n", str(ranks)]
     if "HYDRA" not in told and "Intel" not in told:  # Open MPI
-        flags += ["--oversubscribe"]
+        flags += ["--host", f"localhost:{ranks}", "--oversubscribe"]  # here, even inside an allocation of many nodes
         if ranks > len(os.sched_getaffinity(0)):
             flags += ["--bind-to", "none"]
         if os.geteuid() == 0:

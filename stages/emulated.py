@@ -23,12 +23,17 @@ from pipeinfer.ports import Batch, Choice
 Words = npt.NDArray[np.uint64]
 
 
+_SHIFT, _FIRST, _SECOND = np.uint64(33), np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
+
+
 def mix(words: Words) -> Words:
     """A good 64-bit mixer, element by element (the finaliser of MurmurHash3; Appleby, public domain)."""
-    with np.errstate(over="ignore"):
-        words = (words ^ (words >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
-        words = (words ^ (words >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-        return words ^ (words >> np.uint64(33))
+    words = words ^ (words >> _SHIFT)
+    words *= _FIRST
+    words ^= words >> _SHIFT
+    words *= _SECOND
+    words ^= words >> _SHIFT
+    return words
 
 
 def spread(top1: float, choices: int = 8, decay: float = 0.6, cover: float = 0.97) -> tuple[float, ...]:

@@ -1,0 +1,145 @@
+"""What a row may see. Rows are written as (token, slot, parent, position)."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvbuffers.cells import CellTable
+from pipeinfer.errors import RemoteProtocolError
+from pipeinfer.ports import Batch
+from pipeinfer.protocol import NO_SLOT, CellOp, CellOpKind, Row
+
+
+def commit(slot: int, position: int, cells: int = 1) -> CellOp:
+    return CellOp(CellOpKind.COMMIT, slot, cells, position)
+
+
+def release(slot: int, cells: int = 1) -> CellOp:
+    return CellOp(CellOpKind.RELEASE, slot, cells)
+
+
+def seen(batch: Batch) -> list[list[int]]:
+    return [[int(cell) for cell in row.nonzero()[0]] for row in batch.visible]
+
+
+def prompted(tokens: int = 3, capacity: int = 12) -> CellTable:
+    """A table whose canonical sequence is slots 0, 1, 2."""
+    table = CellTable(capacity)
+    table.admit([Row(9, index, NO_SLOT, index) for index in range(tokens)], canonical=True)
+    return table
+
+
+def test_a_prompt_is_causal() -> None:
+    table = CellTable(8)
+    assert seen(table.admit([Row(1, i, NO_SLOT, i) for i in range(3)], canonical=True)) == [[0], [0, 1], [0, 1, 2]]
+    assert seen(table.admit([Row(1, 4, NO_SLOT, 3)], canonical=True)) == [[0, 1, 2, 4]]
+    assert table.counts() == (4, 0, 4)
+    table.check()
+
+
+def test_a_chain_sees_the_canonical_cells_and_its_ancestors() -> None:
+    batch = prompted().admit([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4), Row(3, 5, 4, 5)])
+    assert seen(batch) == [[0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
+    assert batch.tokens.tolist() == [1, 2, 3]
+    assert batch.positions.tolist() == [3, 4, 5]
+    assert batch.slots.tolist() == [3, 4, 5]
+
+
+def test_siblings_do_not_see_each_other() -> None:
+    batch = prompted().admit([Row(1, 3, NO_SLOT, 3), Row(2, 5, 3, 4), Row(3, 4, 3, 4), Row(4, 7, 4, 5)])
+    assert seen(batch) == [[0, 1, 2, 3], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 7]]
+
+
+def test_a_tree_grows_over_several_runs() -> None:
+    table = prompted()
+    table.admit([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4)])
+    assert seen(table.admit([Row(3, 6, 4, 5), Row(4, 5, 3, 4)])) == [[0, 1, 2, 3, 4, 6], [0, 1, 2, 3, 5]]
+
+
+def test_a_commit_shows_a_cell_to_everybody_later() -> None:
+    table = prompted()
+    table.admit([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4)])
+    table.apply([commit(3, 3)])
+    assert table.length == 4
+    assert seen(table.admit([Row(5, 6, 3, 4)])) == [[0, 1, 2, 3, 6]]
+    table.check()
+
+
+def test_a_released_cell_is_seen_by_nobody_and_used_again() -> None:
+    table = prompted()
+    table.admit([Row(1, 3, NO_SLOT, 3), Row(2, 4, NO_SLOT, 3)])
+    table.apply([commit(3, 3), release(4)])
+    assert seen(table.admit([Row(3, 4, 3, 4)])) == [[0, 1, 2, 3, 4]]
+    assert table.counts() == (7, 1, 4)
+
+
+def test_clear_empties_everything() -> None:
+    table = prompted()
+    table.admit([Row(1, 3, NO_SLOT, 3)])
+    table.apply([CellOp(CellOpKind.CLEAR)])
+    assert table.counts() == (12, 0, 0)
+    assert seen(table.admit([Row(1, 5, NO_SLOT, 0)], canonical=True)) == [[5]]
+
+
+def test_a_range_of_operations_is_applied_cell_by_cell() -> None:
+    table = prompted()
+    table.admit([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4), Row(3, 5, 3, 4), Row(4, 6, 5, 5)])
+    table.apply([commit(3, 3, cells=2), release(5, cells=2)])
+    assert (table.length, table.counts()) == (5, (7, 0, 5))
+
+
+def test_rows_of_a_missing_ancestor_are_not_living() -> None:
+    table = prompted()
+    table.admit([Row(1, 3, NO_SLOT, 3)])
+    rows = [Row(2, 4, 3, 4), Row(3, 5, 9, 5), Row(4, 6, 5, 6), Row(5, 7, 4, 5), Row(6, 8, 2, 3), Row(7, 10, NO_SLOT, 3)]
+    assert table.living(rows) == (0, 3, 4, 5)
+
+
+def test_a_tombstones_cells_may_be_released_unleased() -> None:
+    table = prompted()
+    table.apply([release(7, cells=3)])
+    assert table.counts() == (9, 0, 3)
+
+
+@pytest.mark.parametrize(
+    "ops",
+    [
+        [commit(4, 4)],  # not the next position
+        [commit(8, 3)],  # never leased
+        [commit(4, 3)],  # put at another position
+        [release(0)],  # canonical
+        [release(11, cells=2)],  # beyond the table
+        [commit(3, 3), commit(3, 4)],  # twice
+    ],
+    ids=str,
+)
+def test_operations_no_correct_leader_asks_for(ops: list[CellOp]) -> None:
+    table = prompted()
+    table.admit([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4)])
+    with pytest.raises(RemoteProtocolError):
+        table.apply(ops)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [Row(1, 0, NO_SLOT, 3)],  # a canonical cell
+        [Row(1, 12, NO_SLOT, 3)],  # beyond the table
+        [Row(1, 4, NO_SLOT, 3), Row(1, 4, NO_SLOT, 3)],  # twice
+        [Row(1, 4, NO_SLOT, 5)],  # leaves a gap
+        [Row(1, 4, 1, 2)],  # joins before the end
+        [Row(1, 4, 8, 4)],  # its parent is free
+        [Row(1, 4, NO_SLOT, 3), Row(1, 5, 4, 5)],  # not its parent's next position
+    ],
+    ids=str,
+)
+def test_rows_no_correct_leader_sends(rows: list[Row]) -> None:
+    with pytest.raises(RemoteProtocolError):
+        prompted().admit(rows)
+
+
+def test_a_contradiction_is_found() -> None:
+    table = prompted()
+    table._leased[1] = 0
+    with pytest.raises(AssertionError, match="leased and canonical"):
+        table.check()

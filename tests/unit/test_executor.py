@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeinfer.errors import LocalProtocolError
+from pipeinfer.executor import Executor
+from pipeinfer.ports import (
+    Abandon,
+    Batch,
+    Choice,
+    Command,
+    Compute,
+    Computed,
+    Emit,
+    Event,
+    Finish,
+    Halt,
+    Idle,
+    Received,
+    Send,
+    Started,
+)
+from pipeinfer.protocol import Kind, Message
+
+
+class Script:
+    """A machine that answers its n-th event with the n-th list of commands, and keeps what it was told."""
+
+    def __init__(self, address: int, *answers: Sequence[Command]) -> None:
+        self.address = address
+        self.heard: list[Event] = []
+        self._answers = list(answers)
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        self.heard.append(event)
+        return list(self._answers.pop(0)) if self._answers else []
+
+    def status(self) -> str:
+        return f"heard {len(self.heard)}"
+
+
+class Layers:
+    """A shard that counts its layers."""
+
+    weight_nbytes = 0
+
+    def __init__(self, layers: int, rest: float = 1.0) -> None:
+        self.done = 0
+        self.closed = False
+        self.given: list[Any] = []
+        self._layers, self._rest = layers, rest
+
+    def forward(self, batch: Batch, hidden: Any) -> Generator[float, None, Any]:
+        self.given.append(hidden)
+        try:
+            for _ in range(self._layers):
+                yield self._rest
+                self.done += 1
+        except GeneratorExit:
+            self.closed = True
+            raise
+        return np.arange(len(batch.tokens)) * 10
+
+    def choose(self, hidden: Any, rows: Sequence[int], count: int) -> list[list[Choice]]:
+        return [[(int(hidden[row]), 0.0)] * count for row in rows]
+
+
+class Outside:
+    def __init__(self) -> None:
+        self.sent: list[Send] = []
+        self.told: list[Emit | Finish | Idle] = []
+
+    def send(self, command: Send, now: float) -> None:
+        self.sent.append(command)
+
+    def tell(self, command: Emit | Finish | Idle, now: float) -> None:
+        self.told.append(command)
+
+
+def batch(rows: int = 2) -> Batch:
+    ones = np.ones(rows, np.int64)
+    return Batch(ones, ones, ones, np.ones((rows, 1), np.bool_))
+
+
+def word(source: int, dest: int) -> Send:
+    return Send(Message(Kind.CREDIT, source, dest))
+
+
+def test_a_computation_rests_between_layers_and_reports_its_end() -> None:
+    role, shard = Script(1, [Compute(5, batch())]), Layers(3)
+    executor = Executor([role], {1: shard}, Outside())
+    assert executor.step(0.0) is None
+    executor.deliver(1, Started(), 0.0)
+    assert executor.is_busy
+    assert [executor.step(0.0) for _ in range(5)] == [1.0, 1.0, 1.0, 0.0, None]
+    done = role.heard[-1]
+    assert isinstance(done, Computed)
+    assert (done.job, done.choices) == (5, None)
+    assert not executor.is_busy
+
+
+def test_choices_are_asked_of_the_shard() -> None:
+    role = Script(1, [Compute(5, batch(3), rows=(0, 2), choices=2)])
+    executor = Executor([role], {1: Layers(1)}, Outside())
+    executor.deliver(1, Started(), 0.0)
+    while executor.step(0.0) is not None:
+        pass
+    assert role.heard[-1] == Computed(5, choices=[[(0, 0.0)] * 2, [(20, 0.0)] * 2])
+
+
+def test_dead_rows_are_left_out_of_the_activations() -> None:
+    shard = Layers(1)
+    executor = Executor([Script(1, [Compute(5, batch(2), np.array([7, 8, 9]), keep=(0, 2))])], {1: shard}, Outside())
+    executor.deliver(1, Started(), 0.0)
+    executor.step(0.0)
+    assert shard.given[0].tolist() == [7, 9]
+
+
+def test_an_abandoned_computation_ends_at_the_next_layer() -> None:
+    role, shard = Script(1, [Compute(5, batch())], [Abandon(5)]), Layers(9)
+    executor = Executor([role], {1: shard}, Outside())
+    executor.deliver(1, Started(), 0.0)
+    executor.step(0.0)
+    executor.step(0.0)
+    executor.deliver(1, Started(), 0.0)
+    assert len(role.heard) == 2, "not before the layer ends"
+    assert executor.step(0.0) == 0.0
+    assert role.heard[-1] == Computed(5)
+    assert (shard.done, shard.closed) == (1, True)
+
+
+def test_one_abandoned_before_it_began_computes_nothing() -> None:
+    role, shard = Script(1, [Compute(5, batch()), Abandon(5)]), Layers(9)
+    executor = Executor([role], {1: shard}, Outside())
+    executor.deliver(1, Started(), 0.0)
+    assert executor.step(0.0) == 0.0
+    assert role.heard[-1] == Computed(5)
+    assert shard.given == []
+
+
+def test_an_abandon_that_comes_too_late_is_ignored() -> None:
+    role, shard = Script(1, [Compute(5, batch())], [Compute(6, batch()), Abandon(5)]), Layers(0)
+    executor = Executor([role], {1: shard}, Outside())
+    executor.deliver(1, Started(), 0.0)
+    executor.step(0.0)
+    executor.step(0.0)
+    done = role.heard[-1]
+    assert isinstance(done, Computed)
+    assert done.job == 6
+    assert done.hidden is not None
+
+
+def test_a_role_has_one_job_at_a_time() -> None:
+    executor = Executor([Script(1, [Compute(5, batch()), Compute(6, batch())])], {1: Layers(1)}, Outside())
+    with pytest.raises(LocalProtocolError, match="job 6"):
+        executor.deliver(1, Started(), 0.0)
+
+
+def test_choices_without_a_number_are_our_own_fault() -> None:
+    executor = Executor([Script(1, [Compute(5, batch(), rows=(0,))])], {1: Layers(0)}, Outside())
+    executor.deliver(1, Started(), 0.0)
+    with pytest.raises(LocalProtocolError, match="choices"):
+        executor.step(0.0)
+
+
+def test_the_target_goes_before_the_draft_but_never_between_its_layers() -> None:
+    stage, drafter = Script(1, [Compute(1, batch())]), Script(0x8000, [Compute(2, batch())])
+    shards = {1: Layers(2), 0x8000: Layers(2)}
+    executor = Executor([drafter, stage], shards, Outside())
+    executor.deliver(0x8000, Started(), 0.0)
+    executor.step(0.0)
+    executor.deliver(1, Started(), 0.0)
+    for _ in range(2):
+        executor.step(0.0)
+    assert (len(drafter.heard), shards[1].done) == (2, 0)
+    executor.deliver(0x8000, Started(), 0.0)
+    executor.step(0.0)
+    assert shards[1].given == [None]
+
+
+def test_words_for_a_role_on_this_rank_stay_here_in_order() -> None:
+    outside = Outside()
+    first, second = Script(1, [word(1, 2), word(1, 9), word(1, 2)]), Script(2, [word(2, 1)])
+    seen: list[tuple[int, int]] = []
+    watch = lambda at, event, now, commands: seen.append((at, len(commands)))  # noqa: E731
+    executor = Executor([first, second], {}, outside, watch)
+    executor.deliver(1, Started(), 0.0)
+    assert [send.message.dest for send in outside.sent] == [9]
+    assert seen == [(1, 3), (2, 1), (2, 0), (1, 0)]
+    assert all(isinstance(event, Received) for event in second.heard)
+
+
+def test_news_goes_to_the_user() -> None:
+    outside = Outside()
+    Executor([Script(0, [Emit((1, 2)), Finish("stop")])], {}, outside).deliver(0, Started(), 0.0)
+    assert outside.told == [Emit((1, 2)), Finish("stop")]
+
+
+def test_a_halted_role_hears_nothing_and_its_job_is_dropped() -> None:
+    role, shard = Script(1, [Compute(5, batch())], [Halt()]), Layers(3)
+    executor = Executor([role], {1: shard}, Outside())
+    executor.deliver(1, Started(), 0.0)
+    executor.step(0.0)
+    executor.deliver(1, Started(), 0.0)
+    assert executor.is_halted
+    executor.deliver(1, Started(), 0.0)
+    assert executor.step(0.0) is None
+    assert len(role.heard) == 2

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import pytest
+
+from speculation.tree import Node, Tree, walk
+
+
+def grow(tree: Tree, parent: Node, token: int, logp: float) -> Node:
+    node = tree.add(parent, token, logp)
+    assert node is not None
+    return node
+
+
+def taken_root(max_nodes: int = 100) -> Tree:
+    tree = Tree(7, 4, max_nodes)
+    tree.take(tree.root)
+    return tree
+
+
+def drain(tree: Tree) -> list[int]:
+    tokens = []
+    while node := tree.best():
+        tree.take(node)
+        tokens.append(node.token)
+    return tokens
+
+
+def test_nodes_leave_best_path_first_and_parents_before_children() -> None:
+    tree = Tree(0, 0, 100)
+    a, b = grow(tree, tree.root, 1, -0.5), grow(tree, tree.root, 2, -0.6)
+    grow(tree, b, 20, -0.01)  # path -0.61
+    grow(tree, a, 10, -2.0)  # path -2.5
+    grow(tree, tree.root, 3, -1.0)
+    assert drain(tree) == [0, 1, 2, 20, 3, 10]
+
+
+def test_equals_leave_in_the_order_they_came() -> None:
+    tree = taken_root()
+    for token in (5, 3, 9):
+        grow(tree, tree.root, token, -1.0)
+    assert drain(tree) == [5, 3, 9]
+
+
+def test_a_child_is_never_more_probable_than_its_parent() -> None:
+    tree = taken_root()
+    node = grow(tree, tree.root, 1, 0.5)
+    assert tree.probability(node) == 1.0
+
+
+def test_a_token_is_added_once_per_parent() -> None:
+    tree = taken_root()
+    node = grow(tree, tree.root, 1, -1.0)
+    assert tree.add(tree.root, 1, -0.1) is node
+    assert tree.size == 2
+    assert node.logp == -1.0
+
+
+def test_advance_keeps_what_was_guessed_below_and_kills_the_rest() -> None:
+    tree = taken_root()
+    a, b = grow(tree, tree.root, 1, -0.5), grow(tree, tree.root, 2, -0.6)
+    below_a, below_b = grow(tree, a, 10, -0.5), grow(tree, b, 20, -0.5)
+    heir, dead = tree.advance(1)
+    assert heir is a is tree.root
+    assert set(dead) == {b, below_b}
+    assert [node.alive for node in (a, below_a, b, below_b)] == [True, True, False, False]
+    assert tree.size == 2 == sum(1 for _ in walk(tree.root))
+    assert tree.probability(a) == 1.0
+    assert drain(tree) == [1, 10]
+
+
+def test_advance_makes_the_heir_that_nobody_guessed() -> None:
+    tree = taken_root()
+    a = grow(tree, tree.root, 1, -0.5)
+    heir, dead = tree.advance(3)
+    assert dead == [a]
+    assert (heir.token, heir.position, tree.size) == (3, 5, 1)
+    assert tree.best() is heir
+    assert tree.probability(heir) == 1.0
+
+
+def test_late_words_about_the_old_root_find_its_heir_only() -> None:
+    tree = taken_root()
+    old = tree.root
+    heir, _ = tree.advance(3)
+    assert tree.add(old, 3, -0.1) is heir
+    assert tree.add(old, 4, -0.1) is None
+    assert tree.size == 1
+
+
+def test_nothing_grows_on_a_dead_branch() -> None:
+    tree = taken_root()
+    dead = grow(tree, tree.root, 1, -0.5)
+    tree.advance(2)
+    assert tree.add(dead, 5, -0.1) is None
+
+
+def test_a_full_tree_refuses_guesses_but_never_the_heir() -> None:
+    tree = taken_root(max_nodes=2)
+    grow(tree, tree.root, 1, -0.5)
+    assert tree.add(tree.root, 2, -0.5) is None
+    heir, _ = tree.advance(9)
+    assert tree.size == 1
+    assert tree.add(heir, 4, -0.5) is not None
+
+
+def test_unevaluated_heirs_queue_in_order() -> None:
+    """A drafter may hear of several tokens before it has evaluated the first of them."""
+    tree = taken_root()
+    heirs = [tree.advance(token)[0] for token in (1, 2, 3)]
+    assert drain(tree) == [1, 2, 3]
+    assert heirs[1].parent is heirs[0], "its row has yet to name its parent"
+
+
+def test_the_frontier_does_not_collect_the_dead() -> None:
+    tree = taken_root(max_nodes=8)
+    for token in range(1000):
+        for child in range(6):
+            tree.add(tree.root, child, -1.0)
+        tree.take(tree.root)
+        tree.advance(token % 7)
+        assert len(tree._frontier) <= 64 + 3 * tree.max_nodes
+        assert tree.size == sum(1 for _ in walk(tree.root)) <= tree.max_nodes
+
+
+@pytest.mark.parametrize("depth", [1, 5])
+def test_walk_gives_parents_first(depth: int) -> None:
+    tree = taken_root()
+    node = tree.root
+    for token in range(depth):
+        node = grow(tree, node, token, -0.1)
+    assert [seen.position for seen in walk(tree.root)] == list(range(4, 5 + depth))
