@@ -22,9 +22,10 @@ that carries the tree's root always finds a cell.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 from pipeinfer.errors import LocalProtocolError
-from pipeinfer.protocol import MAX_OPS, CellOp, CellOpKind
+from pipeinfer.protocol import MAX_OPS, NO_SLOT, CellOp, CellOpKind, Row
 
 
 class Partitions:
@@ -62,11 +63,16 @@ class Partitions:
         self._leased.update(slots)
         return slots
 
-    def extend(self, slots: list[int]) -> None:
-        """Note that leased ``slots`` became canonical by their own run (prefill), in order."""
+    def prompt_rows(self, tokens: Sequence[int]) -> tuple[tuple[CellOp, ...], list[Row]]:
+        """The next tokens of a prompt, as rows that extend the canonical sequence by themselves (Flag.CANONICAL), and
+        the operations that go before them."""
+        ops = self.operations()
+        slots = self.lease(len(tokens))
         self._leased.difference_update(slots)
         self._canonical.update(slots)
-        self.length += len(slots)
+        start, self.length = self.length, self.length + len(slots)
+        places = enumerate(zip(tokens, slots, strict=True), start)
+        return ops, [Row(token, slot, NO_SLOT, position) for position, (token, slot) in places]
 
     def commit(self, slot: int) -> None:
         """The cell of the next accepted token: it joins the canonical sequence."""

@@ -45,7 +45,6 @@ from pipeinfer.ports import (
 from pipeinfer.protocol import (
     FIRST_STAGE,
     MAX_ROWS,
-    NO_SLOT,
     ORCHESTRATOR,
     AnyRow,
     CellOp,
@@ -265,18 +264,14 @@ class Orchestrator:
         return commands
 
     def _launch_prefill(self, session: Session) -> Send:
-        start, prompt = session.prefilled, session.request.prompt
-        tokens = prompt[start : start + self._policy.prefill_chunk]
-        session.prefilled += len(tokens)
-        ops = self._ledger.operations()
-        slots = self._ledger.lease(len(tokens))
-        self._ledger.extend(slots)
-        rows = [Row(token, slot, NO_SLOT, start + i) for i, (token, slot) in enumerate(zip(tokens, slots, strict=True))]
+        prompt = session.request.prompt
+        ops, rows = self._ledger.prompt_rows(prompt[session.prefilled :][: self._policy.prefill_chunk])
+        session.prefilled += len(rows)
         run = self._new_run(is_prefill=True)
         flags = Flag.CANONICAL | Flag.SILENT
         if session.prefilled == len(prompt):
             flags = Flag.CANONICAL | Flag.LAST
-            session.tree.root.run, session.tree.root.slot = run.number, slots[-1]
+            session.tree.root.run, session.tree.root.slot = run.number, rows[-1].slot
             run.nodes, run.living = [session.tree.root], 1
         session.tally.prefill_runs += 1
         return self._send_run(run, ops, rows, flags)
@@ -287,12 +282,12 @@ class Orchestrator:
         ops = self._ledger.operations()
         for node, slot in zip(nodes, self._ledger.lease(len(nodes)), strict=True):
             node.slot, node.run = slot, run.number
-        rows = [Row(node.token, _slot(node), _slot(node.parent), node.position) for node in nodes]
+            if node is session.tree.root:
+                self._ledger.commit(slot)  # it is accepted already
+        rows = [node.row() for node in nodes]
         session.tally.runs += 1
         session.tally.rows += len(nodes)
         session.tally.drafted += sum(node is not session.tree.root for node in nodes)
-        if nodes[0] is session.tree.root:
-            self._ledger.commit(_slot(nodes[0]))  # it is accepted already
         return self._send_run(run, ops, rows, Flag.NONE)
 
     def _new_run(self, is_prefill: bool = False) -> Run:
@@ -318,7 +313,7 @@ class Orchestrator:
             return self._settle()
         choices = {row.slot: row.token for row in message.rows_as(ChoiceRow)}
         for node in run.nodes:
-            node.choice = choices.get(_slot(node))
+            node.choice = choices.get(node.row().slot)
             if node.alive and node.choice is None:
                 raise RemoteProtocolError(
                     f"run {run.number} came back without its living row at position {node.position}"
@@ -423,8 +418,3 @@ def cell_budget(policy: Policy, stages: int, context: int) -> tuple[int, int]:
     """Cells of every target shard: for accepted tokens, and for guesses in flight."""
     guesses = policy.rows * policy.most_runs(stages) if policy.speculate else 0
     return context, guesses
-
-
-def _slot(node: Node | None) -> int:
-    """The cell of a node; NO_SLOT for one that was accepted with the prompt."""
-    return NO_SLOT if node is None or node.slot is None else node.slot

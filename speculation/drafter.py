@@ -13,7 +13,6 @@ from kvbuffers.partitions import Partitions
 from pipeinfer.errors import RemoteProtocolError
 from pipeinfer.ports import Abandon, Choice, Command, Compute, Computed, Event, Halt, Received, Send, Started
 from pipeinfer.protocol import (
-    NO_SLOT,
     ORCHESTRATOR,
     DraftRow,
     Edges,
@@ -134,15 +133,10 @@ class Drafter:
         return [self._evaluate(nodes)]
 
     def _prefill(self, tree: Tree) -> Compute:
-        start = self._prefilled
-        tokens = self._prompt[start : start + self._policy.prefill_chunk]
-        self._prefilled += len(tokens)
+        ops, rows = self._ledger.prompt_rows(self._prompt[self._prefilled :][: self._policy.prefill_chunk])
+        self._prefilled += len(rows)
         ends = self._prefilled == len(self._prompt)
-        ops = self._ledger.operations()
-        slots = self._ledger.lease(len(tokens))
-        self._ledger.extend(slots)
         self._cells.apply(ops)
-        rows = [Row(token, slot, NO_SLOT, start + i) for i, (token, slot) in enumerate(zip(tokens, slots, strict=True))]
         # The prompt's last token is the tree's first root, unless the target has already passed it.
         self._batch = [tree.root] if ends and tree.root.position == len(self._prompt) - 1 else []
         return self._compute(rows, canonical=True, wanted=(len(rows) - 1,) if ends else ())
@@ -165,13 +159,12 @@ class Drafter:
     def _evaluate(self, nodes: list[Node]) -> Compute:
         self._batch = nodes
         ops = self._ledger.operations()
+        self._cells.apply(ops)
         for node, slot in zip(nodes, self._ledger.lease(len(nodes)), strict=True):
             node.slot = slot
-        self._cells.apply(ops)
-        rows = [Row(node.token, _slot(node), _slot(node.parent), node.position) for node in nodes]
-        for node in nodes:
             if self._tree is not None and node.position <= self._tree.root.position:
-                self._ledger.commit(_slot(node))
+                self._ledger.commit(slot)  # it is accepted already
+        rows = [node.row() for node in nodes]
         return self._compute(rows, canonical=False, wanted=tuple(range(len(rows))))
 
     def _compute(self, rows: list[Row], canonical: bool, wanted: tuple[int, ...]) -> Compute:
@@ -208,8 +201,3 @@ class Drafter:
 def draft_cells(policy: Policy, context: int) -> int:
     """Cells of a draft model's shard."""
     return context + policy.lead + policy.leaves
-
-
-def _slot(node: Node | None) -> int:
-    """The cell of a node; NO_SLOT for one that was accepted with the prompt."""
-    return NO_SLOT if node is None or node.slot is None else node.slot

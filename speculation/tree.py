@@ -15,6 +15,8 @@ import heapq
 import math
 from collections.abc import Iterator
 
+from pipeinfer.protocol import NO_SLOT, Row
+
 
 class Node:
     """A token after its parent's tokens. ``slot`` and ``run`` say where it was sent, ``choice`` what follows it."""
@@ -33,6 +35,14 @@ class Node:
         self.run: int | None = None
         self.choice: int | None = None
         self.name: int | None = None
+
+    def row(self) -> Row:
+        """The row of a run that carries this node; it has a cell by then, and so has its parent or the prompt's end."""
+        return Row(self.token, _cell(self), _cell(self.parent), self.position)
+
+
+def _cell(node: Node | None) -> int:
+    return NO_SLOT if node is None or node.slot is None else node.slot
 
 
 class Tree:

@@ -86,7 +86,7 @@ def test_a_full_ledger_refuses() -> None:
 
 def test_prefill_extends_the_canonical_sequence() -> None:
     ledger = fresh()
-    ledger.extend(ledger.lease(3))
+    ledger.prompt_rows((7, 8, 9))
     assert (ledger.length, ledger.counts(), ledger.operations()) == (3, (5, 0, 3), ())
     ledger.lease(1)
     ledger.commit(3)
@@ -95,7 +95,7 @@ def test_prefill_extends_the_canonical_sequence() -> None:
 
 def test_clear_forgets_everything_and_says_so_first() -> None:
     ledger = fresh()
-    ledger.extend(ledger.lease(2))
+    ledger.prompt_rows((7, 8))
     ledger.lease(2)
     ledger.release(2)
     ledger.clear()
