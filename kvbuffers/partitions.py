@@ -53,7 +53,8 @@ class Partitions:
 
     def room(self) -> int:
         """How many cells speculation may still lease."""
-        return max(0, min(self.speculative - len(self._leased), len(self._free) + len(self._released)))
+        coming = min(len(self._released), MAX_OPS - len(self._ops))
+        return max(0, min(self.speculative - len(self._leased), len(self._free) + coming))
 
     def lease(self, count: int) -> list[int]:
         """``count`` private cells, lowest first. Call ``operations`` before, so that released cells are free again."""
@@ -91,20 +92,20 @@ class Partitions:
         self._released.append(slot)
 
     def operations(self) -> tuple[CellOp, ...]:
-        """What must ride in the run that is about to leave; the cells released by it may be leased to that run."""
-        ops = self._ops
-        self._released.sort()
-        for slot in self._released:
-            last = ops[-1] if ops else None
+        """What must ride in the run that is about to leave; the cells released by it may be leased to that run.
+
+        Releases that do not fit wait for the next run, and so do their cells."""
+        ops, self._ops = self._ops, []
+        self._released.sort(reverse=True)
+        while self._released:
+            slot, last = self._released[-1], ops[-1] if ops else None
             if last and last.kind is CellOpKind.RELEASE and last.slot + last.cells == slot:
                 ops[-1] = last._replace(cells=last.cells + 1)
-            else:
+            elif len(ops) < MAX_OPS:
                 ops.append(CellOp(CellOpKind.RELEASE, slot, 1))
-            heapq.heappush(self._free, slot)
-        self._released.clear()
-        if len(ops) > MAX_OPS:
-            raise LocalProtocolError(f"{len(ops)} cell operations for one run, at most {MAX_OPS} fit")
-        self._ops = []
+            else:
+                break
+            heapq.heappush(self._free, self._released.pop())
         return tuple(ops)
 
     def counts(self) -> tuple[int, int, int]:

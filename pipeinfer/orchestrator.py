@@ -235,7 +235,9 @@ class Orchestrator:
 
     def _finish(self, session: Session, reason: str) -> list[Command]:
         session.is_over = True
-        doomed = [run for run in self._flight if not run.is_cancelled]
+        # A later run may carry the commit of the root's cell, so the root's own run must be written everywhere.
+        root = session.tree.root.run
+        doomed = [run for run in self._flight if not run.is_cancelled and (run.is_prefill or run.number != root)]
         commands: list[Command] = [Finish(reason)]
         commands += self._cancel(doomed, session)
         commands += [self._send(Kind.CLOSE, drafter) for drafter in self._drafters]
@@ -377,8 +379,7 @@ class Orchestrator:
 
     def _tell(self, drafter: int, accepted: list[Node]) -> Send:
         names = self._names[drafter]
-        for node in accepted:
-            names[accepted_name(node.position)] = node
+        names.update((accepted_name(node.position), node) for node in accepted)
         rows = tuple(DraftRow(node.token, accepted_name(node.position), 0, 0.0) for node in accepted)
         return self._send(Kind.ADVANCE, drafter, rows=rows)
 

@@ -17,6 +17,9 @@ from collections.abc import Iterator
 
 from pipeinfer.protocol import NO_SLOT, Row
 
+LEAST_LOGP = -100.0
+"""What counts as impossible; also what a number that is none counts as."""
+
 
 class Node:
     """A token after its parent's tokens. ``slot`` and ``run`` say where it was sent, ``choice`` what follows it."""
@@ -72,7 +75,7 @@ class Tree:
             return None  # the tree has passed it: only the branch that was accepted is left there
         if self.size >= self.max_nodes:
             return None
-        node = Node(token, parent, parent.logp + min(logp, 0.0), parent.position + 1)
+        node = Node(token, parent, parent.logp + min(0.0, max(LEAST_LOGP, logp)), parent.position + 1)
         parent.children[token] = node
         self.size += 1
         if not parent.pending:

@@ -84,10 +84,10 @@ class Stage:
         raise RemoteProtocolError(f"{address_name(self.address)} got {message.kind.name}")
 
     def _cancel(self, message: Message) -> list[Command]:
-        runs = {row.slot for row in message.rows_as(Row)}
-        self._cancelled |= {run for run in runs if run > self._newest_done}
+        news = {row.slot for row in message.rows_as(Row) if row.slot > self._newest_done} - self._cancelled
+        self._cancelled |= news
         commands: list[Command] = []
-        if message.flags & Flag.RELAY and not self._is_first:
+        if news and message.flags & Flag.RELAY and not self._is_first:  # a word that repeats must not multiply
             commands.append(Send(replace(message, source=self.address, dest=self.address - 1)))
         if self._current and self._current.run in self._cancelled and not self._abandoned:
             self._abandoned = True

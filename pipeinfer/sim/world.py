@@ -30,6 +30,7 @@ from pipeinfer.ports import (
     Started,
     Submitted,
     Tally,
+    Withdrawn,
 )
 from pipeinfer.protocol import ORCHESTRATOR, Message, decode, drafter_address, encode, stage_address
 from pipeinfer.sim.network import Link, Network
@@ -55,6 +56,7 @@ class WorldSpec:
     context: int = 256
     drafter_beside_orchestrator: bool = True
     guess_cells: int | None = None  # cells for guesses in flight, if not what the policy wants
+    withdraw_s: float | None = None  # when the user withdraws the request of that moment
 
 
 @dataclass(slots=True)
@@ -185,6 +187,8 @@ class World:
             for address in host.executor.addresses:
                 host.executor.deliver(address, Started(), 0.0)
         self._submit(0.0)
+        if self.spec.withdraw_s is not None:
+            self.at(self.spec.withdraw_s, self._withdraw)
         while self._agenda:
             self.now, _, action = heapq.heappop(self._agenda)
             action(self.now)
@@ -200,6 +204,15 @@ class World:
             self.hosts[0].executor.deliver(ORCHESTRATOR, Submitted(self._todo.popleft()), now)
         else:
             self.hosts[0].executor.deliver(ORCHESTRATOR, Closed(), now)
+
+    def _withdraw(self, now: float) -> None:
+        if not self.hosts[0].executor.is_halted:
+            self.hosts[0].executor.deliver(ORCHESTRATOR, Withdrawn(), now)
+            self.hosts[0].run(now)
+
+    def machine(self, address: int) -> Machine:
+        """The role at ``address``."""
+        return next(machine for machine in self.machines if machine.address == address)
 
     def hear(self, command: Emit | Finish | Idle, now: float) -> None:
         """What the user hears from the orchestrator."""

@@ -1,0 +1,114 @@
+"""L8: every queue, window, tree and buffer with its bound. Peeks into private attributes, as it must."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvbuffers.partitions import Partitions
+from pipeinfer.orchestrator import RUNS_AHEAD, Orchestrator
+from pipeinfer.ports import Command, Event, Machine
+from pipeinfer.protocol import (
+    MAX_OPS,
+    Kind,
+    address_name,
+)
+from pipeinfer.sim.chronicle import LawBroken
+from pipeinfer.sim.world import Witness, World, WorldSpec
+from speculation.drafter import Drafter
+from speculation.tree import Tree, walk
+from stages.machine import Stage
+
+STRIDE = 16
+"""Trees are counted at every so many events of a role, and when a request is idle."""
+
+
+class Bounds(Witness):
+    """L8."""
+
+    def __init__(self, spec: WorldSpec) -> None:
+        self.spec = spec
+        self._count = 0
+
+    def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
+        """See Witness."""
+        self._count += 1
+        if self._count % STRIDE == 0:
+            self._count_nodes(world.machine(address))
+        for what, value, most in _bounds(world.machine(address), self.spec):
+            if not 0 <= value <= most:
+                raise LawBroken(f"L8: {what} of {address_name(address)}: {value}, the bound is {most}")
+        self._check_host(world, address)
+
+    def _count_nodes(self, machine: Machine) -> None:
+        """A bound on a size is worth what the size is worth."""
+        session = machine._session if isinstance(machine, Orchestrator) else None
+        tree = session.tree if session else machine._tree if isinstance(machine, Drafter) else None
+        if tree is not None and tree.size != sum(1 for _ in walk(tree.root)):
+            raise LawBroken(f"L8: the tree of {address_name(machine.address)} is not of the size {tree.size}")
+
+    def _check_host(self, world: World, address: int) -> None:
+        """What waits on a rank: a few local words, and messages that came during a layer. A stage has at most a window
+        of runs there; what a drafter's host collects in one layer is bounded by what requests may accept at all."""
+        host = world.hosts[world.home[address]]
+        waiting = len(host.executor._local)
+        if waiting > 4:
+            raise LawBroken(f"L8: {waiting} events wait inside the rank of {address_name(address)}, the bound is 4")
+        if not host.inbox:
+            return
+        runs = sum(event.message.kind is Kind.RUN for event in host.inbox)
+        others = sum(not event.message.is_control for event in host.inbox) - runs
+        window = self.spec.policy.most_runs(self.spec.stages)
+        most = 2 * window + self.spec.stages + len(self.spec.requests) * (self.spec.context + 2)
+        if runs > window or others > most:
+            raise LawBroken(f"L8: {runs} runs and {others} other messages wait at the rank of {address_name(address)}")
+
+
+Limit = tuple[str, int, int]
+
+
+def _bounds(machine: Machine, spec: WorldSpec) -> Iterator[Limit]:
+    if isinstance(machine, Orchestrator):
+        return _orchestrator_bounds(machine, spec)
+    return _stage_bounds(machine) if isinstance(machine, Stage) else _drafter_bounds(machine, spec)
+
+
+def _tree_bounds(tree: Tree) -> Iterator[Limit]:
+    yield "tree", tree.size, tree.max_nodes
+    # A living node is pushed once; entries of the dead are swept when an advance finds too many.
+    yield "frontier", len(tree._frontier), 64 + 3 * tree.max_nodes + 1
+
+
+def _ledger_bounds(ledger: Partitions) -> Iterator[Limit]:
+    yield "leased cells", len(ledger._leased), ledger.speculative
+    yield "cell operations", len(ledger._ops) + len(ledger._released), min(MAX_OPS, ledger.capacity + 1)
+
+
+def _orchestrator_bounds(machine: Orchestrator, spec: WorldSpec) -> Iterator[Limit]:
+    yield "runs in flight", len(machine._flight), spec.policy.most_runs(spec.stages)
+    yield "credits", machine._credits, RUNS_AHEAD
+    yield from _ledger_bounds(machine._ledger)
+    session = machine._session
+    if session is None:
+        return
+    yield from _tree_bounds(session.tree)
+    yield "tokens emitted", session.emitted, session.request.max_new_tokens
+    # Swept with the nodes that come; between two such messages an accepted token may get a second name.
+    most = 4 * session.tree.max_nodes + spec.policy.leaves * spec.policy.width + session.request.max_new_tokens
+    for names in machine._names.values():
+        yield "names", len(names), most
+
+
+def _stage_bounds(stage: Stage) -> Iterator[Limit]:
+    # The first stage gives a credit per run that it starts, so that no more than RUNS_AHEAD wait there.
+    yield "queue", len(stage._queue), RUNS_AHEAD if stage._is_first else stage._window
+    yield "cancelled runs", len(stage._cancelled), stage._window
+
+
+def _drafter_bounds(drafter: Machine, spec: WorldSpec) -> Iterator[Limit]:
+    assert isinstance(drafter, Drafter)
+    yield "nodes ahead", len(drafter._ahead), spec.policy.lead
+    yield "batch", len(drafter._batch), spec.policy.leaves
+    yield "prompt", len(drafter._prompt), spec.context
+    yield from _ledger_bounds(drafter._ledger)
+    if drafter._tree is not None:
+        yield from _tree_bounds(drafter._tree)

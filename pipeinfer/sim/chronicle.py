@@ -1,0 +1,115 @@
+"""What happened in a world, told from its messages alone: the ground that the laws stand on."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from pipeinfer.ports import Command, Emit, Event, Finish, Request, Send, Submitted
+from pipeinfer.protocol import (
+    ORCHESTRATOR,
+    Flag,
+    Kind,
+    Message,
+    Row,
+)
+from pipeinfer.sim.world import Witness, World, WorldSpec
+from stages.emulated import EmulatedSpec, plain_tokens
+
+
+class LawBroken(AssertionError):
+    """A law does not hold; the message begins with the law's number."""
+
+
+@functools.lru_cache(maxsize=64)
+def oracle(model: EmulatedSpec, request: Request) -> tuple[int, ...]:
+    """What plain decoding answers; worlds are often run more than once."""
+    return tuple(plain_tokens(model, request.prompt, request.max_new_tokens, request.stop_tokens))
+
+
+@dataclass(slots=True, eq=False)
+class Written:
+    """A token as it was written to a cell by a run; its fate is remembered once it is known."""
+
+    token: int
+    position: int
+    parent: Written | None
+    accepted: bool = False
+    dead: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Launched:
+    """A run as it left the orchestrator, and the canonical and leased cells after it."""
+
+    message: Message
+    written: dict[int, Written]
+    canonical: int = 0
+    leased: frozenset[int] = frozenset()
+
+
+class Chronicle(Witness):
+    """What has happened, from messages and emissions alone; the other witnesses read it."""
+
+    def __init__(self, spec: WorldSpec) -> None:
+        self.spec = spec
+        self.requests = 0
+        self.text: list[int] = []  # the prompt and what has been emitted
+        self.truth: list[int] = []  # the prompt and what ought to be emitted
+        self.over = True
+        self.has_begun = False  # whether a token of this request has been emitted
+        self.runs: dict[int, Launched] = {}
+        self._at: dict[int, Written] = {}
+
+    def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
+        """See Witness."""
+        if address != ORCHESTRATOR:
+            return
+        if isinstance(event, Submitted):
+            self.requests += 1
+            self.text = list(event.request.prompt)
+            self.truth = [*event.request.prompt, *oracle(self.spec.model, event.request)]
+            self.over = self.has_begun = False
+            self.runs, self._at = {}, {}
+        for command in commands:
+            if isinstance(command, Emit):
+                self.text += command.tokens
+                self.has_begun = True
+            elif isinstance(command, Finish):
+                self.over = True
+            elif isinstance(command, Send) and command.message.kind is Kind.RUN:
+                self._launch(command.message)
+
+    def _launch(self, message: Message) -> None:
+        run = Launched(message, {})
+        before = None
+        for row in message.rows_as(Row):
+            parent = before if message.flags & Flag.CANONICAL else self._at.get(row.parent)
+            before = self._at[row.slot] = run.written[row.slot] = Written(row.token, row.position, parent)
+        self.runs[message.run] = run
+
+    def is_dead(self, written: Written | None) -> bool:
+        """Whether it, or a token that it descends from, has lost against the text."""
+        if self.over:
+            return True
+        path = list[Written]()
+        while written is not None and not written.accepted:
+            path.append(written)
+            if written.dead:
+                break
+            written = written.parent
+        dead = False
+        for written in reversed(path):  # ancestors first
+            dead = dead or written.dead
+            if not dead and written.position >= len(self.text):
+                return False
+            dead = dead or self.text[written.position] != written.token
+            written.dead, written.accepted = dead, not dead
+        return dead
+
+
+class Reader(Witness):
+    """A witness that reads the chronicle."""
+
+    def __init__(self, story: Chronicle) -> None:
+        self.story = story

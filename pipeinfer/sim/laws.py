@@ -1,0 +1,221 @@
+"""The laws: witnesses that watch a simulated world and say which law broke, where, and in which run.
+
+    L1  exact: the emitted tokens are those of plain decoding, stop tokens included
+    L2  every run ends once, by the time its request is idle
+    L3  cells: free + leased + canonical = all; no cell in two live partitions; canonical cells hold accepted tokens:
+        cell_laws.py
+    L4  per edge the transaction number grows by one; results return in launch order
+    L5  live: the next token comes within a bounded time (World.run itself sees an agenda that runs dry)
+    L6  advice: only dead runs are cancelled or skipped, only dead rows dropped; so losing advice costs time only
+    L7  decode(encode(m)) == m for every message, and activations arrive as they left: replay.py
+    L8  every queue, window, tree and buffer has a bound: bounds.py
+    L9  a trace replays to identical commands: replay.py
+    L10 a draft that is always or never right is accepted accordingly
+
+What the witnesses believe they derive from the messages on their own (chronicle.py), so that no machine vouches for
+itself. Tables, ledgers and bounds have no other way in than the machines' private attributes: cell_laws.py and
+bounds.py are the two files that peek. L1, L2, L4, L5, L6 and L10 are here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import zip_longest
+
+from pipeinfer.orchestrator import RUNS_AHEAD
+from pipeinfer.ports import Command, Emit, Event, Finish, Idle, Received, Request, Send, Submitted
+from pipeinfer.protocol import (
+    ORCHESTRATOR,
+    ChoiceRow,
+    Flag,
+    Kind,
+    Message,
+    Row,
+    address_name,
+)
+from pipeinfer.sim.chronicle import Chronicle, Launched, LawBroken, Reader, oracle
+from pipeinfer.sim.world import Answer, Witness, World, WorldSpec
+
+
+class Exact(Reader):
+    """L1."""
+
+    def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
+        """See Witness: no emission may stray from the truth, so the first wrong token is caught at once."""
+        story = self.story
+        for command in commands:
+            if isinstance(command, Emit) and story.text != story.truth[: len(story.text)]:
+                pairs = enumerate(zip_longest(story.text, story.truth))
+                at, told, wanted = next((at, told, wanted) for at, (told, wanted) in pairs if told != wanted)
+                where = f"request {story.requests}, position {at}"
+                raise LawBroken(f"L1: {where}: the token is {told}, plain decoding says {wanted}")
+
+    def on_idle(self, world: World, answer: Answer, request: Request) -> None:
+        """See Witness."""
+        wanted = list(oracle(world.spec.model, request))
+        if answer.reason == "withdrawn" and world.spec.withdraw_s is not None:
+            wanted = wanted[: len(answer.tokens)]  # nobody waited for the rest
+        if answer.tokens != wanted:
+            raise LawBroken(f"L1: request {self.story.requests}: the user saw {answer.tokens}, wanted {wanted}")
+        reason = "stop" if wanted[-1:] and wanted[-1] in request.stop_tokens else "length"
+        if answer.reason not in (reason, "withdrawn" if world.spec.withdraw_s is not None else reason):
+            raise LawBroken(f"L1: request {self.story.requests} finished by {answer.reason!r}, not by {reason!r}")
+
+
+class EndsOnce(Reader):
+    """L2."""
+
+    def __init__(self, story: Chronicle) -> None:
+        super().__init__(story)
+        self._open: set[int] = set()
+        self._finished = 0
+
+    def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
+        """See Witness."""
+        if address != ORCHESTRATOR:
+            return
+        if isinstance(event, Received) and event.message.kind is Kind.RESULT:
+            if event.message.run not in self._open:
+                raise LawBroken(f"L2: a result of run {event.message.run}, which is not in flight")
+            self._open.remove(event.message.run)
+        for command in commands:
+            if isinstance(command, Send) and command.message.kind is Kind.RUN:
+                self._open.add(command.message.run)
+            elif isinstance(command, Finish):
+                self._finished += 1
+            elif isinstance(command, Idle) and (self._open or self._finished != self.story.requests):
+                raise LawBroken(f"L2: request {self.story.requests} is idle, with runs {sorted(self._open)} still out")
+            elif isinstance(command, Emit) and self._finished == self.story.requests:
+                raise LawBroken(f"L2: request {self.story.requests} emits {command.tokens} after its end")
+
+
+class InOrder(Reader):
+    """L4."""
+
+    def __init__(self, story: Chronicle) -> None:
+        super().__init__(story)
+        self._sent: dict[tuple[int, int], int] = {}
+        self._taken: dict[tuple[int, int], int] = {}
+        self._flight: deque[int] = deque()
+
+    def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
+        """See Witness."""
+        if isinstance(event, Received):
+            self._grow(self._taken, "took", event.message)
+            if event.message.kind is Kind.RESULT and (not self._flight or self._flight.popleft() != event.message.run):
+                raise LawBroken(f"L4: the result of run {event.message.run} is out of order")
+        for command in commands:
+            if isinstance(command, Send):
+                self._grow(self._sent, "sent", command.message)
+                if address == ORCHESTRATOR and command.message.kind is Kind.RUN:
+                    self._flight.append(command.message.run)
+
+    @staticmethod
+    def _grow(seen: dict[tuple[int, int], int], verb: str, message: Message) -> None:
+        edge = (message.source, message.dest)
+        if message.is_control:
+            return
+        expected = seen.get(edge, 0) + 1
+        if message.txn != expected:
+            who = address_name(message.source if verb == "sent" else message.dest)
+            raise LawBroken(f"L4: {who} {verb} {message.kind.name} as transaction {message.txn}, expected {expected}")
+        seen[edge] = expected
+
+
+class Lively(Witness):
+    """L5: between two emissions, and before the first one, no more than a stated time passes."""
+
+    def __init__(self, spec: WorldSpec) -> None:
+        self.patience = patience(spec)
+        self._since = 0.0
+        self._chunks = 0
+
+    def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
+        """See Witness."""
+        if address != ORCHESTRATOR:
+            return
+        if isinstance(event, Submitted):
+            self._since = now
+            self._chunks = -(-len(event.request.prompt) // world.spec.policy.prefill_chunk)
+        for command in commands:
+            if isinstance(command, Emit | Idle):
+                most = self.patience * (1 + self._chunks)
+                if now - self._since > most:
+                    raise LawBroken(f"L5: {now - self._since:.3f} s without a token, the bound is {most:.3f} s")
+                self._since, self._chunks = now, 0
+
+
+def patience(spec: WorldSpec) -> float:
+    """A bound on the virtual time between two tokens: the next one waits for what is in flight (a window of the slowest
+    passes), then goes once through the pipeline; and the orchestrator may share its host with a draft's layer."""
+    policy, link, model = spec.policy, spec.link, spec.model
+    window = policy.most_runs(spec.stages)
+    most_rows = max(policy.rows, policy.prefill_chunk)
+    passes = [spec.stage_s[index % len(spec.stage_s)] * (1 + spec.row_cost * most_rows) for index in range(spec.stages)]
+    # Activations of a row: 8 bytes. A result or a run may queue on the wire behind a window of others.
+    message_s = (32 + 16 * (policy.rows + 2 * window * policy.rows + 8) + 24 * most_rows) / link.bandwidth
+    hop = link.delay_s + 3 * link.jitter_s + (window + 1) * message_s
+    draft_layer = spec.draft_s / model.layers * (1 + spec.row_cost * max(policy.leaves, policy.prefill_chunk))
+    return sum(passes) + (window + RUNS_AHEAD) * max(passes) + (spec.stages + 3) * hop + 4 * draft_layer
+
+
+class Advice(Reader):
+    """L6: what is skipped on advice is dead, and no stage changes the rows it passes on."""
+
+    def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
+        """See Witness."""
+        for command in commands:
+            if not isinstance(command, Send):
+                continue
+            message = command.message
+            if message.kind is Kind.CANCEL:
+                for row in message.rows_as(Row):
+                    self._must_be_dead(self.story.runs.get(row.slot), set(), f"{address_name(address)} cancels")
+            elif message.kind in (Kind.RUN, Kind.RESULT) and address != ORCHESTRATOR:
+                self._compare(message, self.story.runs.get(message.run))
+
+    def _compare(self, message: Message, run: Launched | None) -> None:
+        if run is None:
+            raise LawBroken(f"L6: {address_name(message.source)} passes on run {message.run}, which was never launched")
+        who = address_name(message.source)
+        if message.kind is Kind.RUN:
+            if message.ops != run.message.ops:
+                raise LawBroken(f"L6: {who} changes the operations of run {message.run}")
+            if not set(message.rows) <= set(run.message.rows):
+                raise LawBroken(f"L6: {who} changes the rows of run {message.run}")
+            self._must_be_dead(run, {row.slot for row in message.rows_as(Row)}, f"{who} skips")
+        elif not run.message.flags & Flag.SILENT:
+            kept = {row.slot for row in message.rows_as(ChoiceRow)}
+            if run.message.flags & Flag.LAST:
+                kept |= {row.slot for row in run.message.rows_as(Row)[:-1]}  # no choice is wanted after those
+            self._must_be_dead(run, kept, f"{who} skips")
+
+    def _must_be_dead(self, run: Launched | None, kept: set[int], deed: str) -> None:
+        for slot, written in run.written.items() if run else ():
+            if slot not in kept and not self.story.is_dead(written):
+                what = f"token {written.token} at position {written.position} of run {run.message.run if run else 0}"
+                raise LawBroken(f"L6: {deed} {what}, which is alive")
+
+
+class Forced(Reader):
+    """L10, and the tally's own arithmetic."""
+
+    def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
+        """See Witness: a draft of width 1 that is always right never sends a row in vain."""
+        spec, story = world.spec, self.story
+        if address != ORCHESTRATOR or spec.model.ranks[0] < 1.0 or spec.policy.width > 1:
+            return
+        for command in commands:
+            if isinstance(command, Send) and command.message.kind is Kind.RUN:
+                for row in command.message.rows_as(Row):
+                    if row.position < len(story.truth) and row.token != story.truth[row.position]:
+                        raise LawBroken(f"L10: a draft that is always right guessed {row.token} at {row.position}")
+
+    def on_idle(self, world: World, answer: Answer, request: Request) -> None:
+        """See Witness: a draft that is never right is never accepted."""
+        spec, tally = world.spec, answer.tally
+        if tally is None or tally.accepted + tally.corrections != len(answer.tokens):
+            raise LawBroken(f"L10: {len(answer.tokens)} tokens, counted as {tally}")
+        never = sum(spec.model.ranks) == 0.0 and spec.policy.width < spec.model.vocab
+        if tally.accepted and (never or not spec.policy.speculate):
+            raise LawBroken(f"L10: a draft that is never right had {tally.accepted} guesses accepted")

@@ -1,0 +1,243 @@
+"""Faults of advice, wire, bounds, determinism and acceptance: laws L6 to L10."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pipeinfer.executor
+import pipeinfer.orchestrator
+import pipeinfer.sim.world
+import stages.machine
+from kvbuffers.cells import CellTable
+from pipeinfer import protocol
+from pipeinfer.executor import Executor
+from pipeinfer.orchestrator import Orchestrator
+from pipeinfer.protocol import ChoiceRow, Flag, Kind, Row
+from pipeinfer.sim.network import Network
+from speculation.drafter import Drafter
+from speculation.policy import choose_rows
+from speculation.tree import Tree
+from stages.machine import Stage
+from tests.laws.hunt import Mutant, roll, wrap
+
+ADVICE_AND_BOUNDS: list[Mutant] = []
+mutant = roll(ADVICE_AND_BOUNDS)
+
+
+# L6: advice.
+
+
+@mutant("L6")
+def a_living_run_is_cancelled(patch: pytest.MonkeyPatch) -> None:
+    def cancel(original: Any, machine: Orchestrator, runs: Any, session: Any) -> Any:
+        return original(machine, runs + [run for run in list(machine._flight)[:1] if runs and run not in runs], session)
+
+    wrap(patch, Orchestrator, "_cancel", cancel)
+
+
+@mutant("L6")
+def a_cancel_kills_what_came_before(patch: pytest.MonkeyPatch) -> None:
+    def cancel(original: Any, stage: Stage, message: Any) -> Any:
+        before = tuple(Row(0, row.slot - 1, 0, 0) for row in message.rows_as(Row))
+        return original(stage, replace(message, rows=message.rows + before))
+
+    wrap(patch, Stage, "_cancel", cancel)
+
+
+@mutant("L6")
+def a_stage_entombs_a_living_run(patch: pytest.MonkeyPatch) -> None:
+    def living(original: Any, table: CellTable, rows: Any) -> Any:
+        return () if rows and rows[0].position % 7 == 6 else original(table, rows)
+
+    wrap(patch, CellTable, "living", living)
+
+
+@mutant("L6")
+def a_stage_drops_a_living_row(patch: pytest.MonkeyPatch) -> None:
+    def living(original: Any, table: CellTable, rows: Any) -> Any:
+        alive = original(table, rows)
+        return alive[:-1] if len(alive) > 2 and rows[0].parent != protocol.NO_SLOT else alive
+
+    wrap(patch, CellTable, "living", living)
+
+
+# L7: the wire.
+
+
+@mutant("L7")
+def the_decoder_drops_a_flag(patch: pytest.MonkeyPatch) -> None:
+    decode = protocol.decode
+    for module in (pipeinfer.sim.world, pipeinfer.sim.replay):
+        patch.setattr(module, "decode", lambda data: replace(m := decode(data), flags=m.flags & ~Flag.TOMBSTONE))
+
+
+@mutant("L7")
+def the_wire_names_a_wrong_parent(patch: pytest.MonkeyPatch) -> None:
+    decode = protocol.decode
+
+    def wrong(data: bytes) -> protocol.Message:
+        message = decode(data)
+        if message.kind is Kind.RUN and len(message.rows) > 1 and not message.flags:
+            first, *others = message.rows_as(Row)
+            return replace(message, rows=(first, *(row._replace(parent=first.parent) for row in others)))
+        return message
+
+    patch.setattr(pipeinfer.sim.world, "decode", wrong)
+
+
+@mutant("L7")
+def activations_are_overwritten_on_their_way(patch: pytest.MonkeyPatch) -> None:
+    def arrivals(original: Any, net: Network, source: int, dest: int, message: Any, payload: Any, now: float) -> Any:
+        if payload is not None and message.run % 3 == 2:
+            payload += np.uint64(1)
+        return original(net, source, dest, message, payload, now)
+
+    wrap(patch, Network, "arrivals", arrivals)
+
+
+@mutant("ValueError")
+def activations_of_dropped_rows_stay(patch: pytest.MonkeyPatch) -> None:
+    def step(original: Any, executor: Executor, now: float) -> Any:
+        for address, job in list(executor._jobs.items()):
+            if job.compute.keep is not None:
+                executor._jobs[address] = pipeinfer.executor._Job(address, replace(job.compute, keep=None), job.passes)
+        return original(executor, now)
+
+    wrap(patch, Executor, "step", step)
+
+
+@mutant("L1")
+def the_first_rows_stay_whichever_died(patch: pytest.MonkeyPatch) -> None:
+    def compute(original: Any, stage: Stage, message: Any, alive: tuple[int, ...], payload: Any) -> Any:
+        command = original(stage, message, alive, payload)
+        return command if command.keep is None else replace(command, keep=tuple(range(len(alive))))
+
+    wrap(patch, Stage, "_compute", compute)
+
+
+@mutant("L6")
+def the_result_names_a_wrong_row(patch: pytest.MonkeyPatch) -> None:
+    def rows(original: Any, message: Any, event: Any) -> tuple[ChoiceRow, ...]:
+        found: tuple[ChoiceRow, ...] = original(message, event)
+        return tuple(row._replace(slot=found[0].slot) for row in found)
+
+    wrap(patch, stages.machine, "_choice_rows", rows)
+
+
+# L8: bounds.
+
+
+@mutant("L8")
+def credits_are_invented(patch: pytest.MonkeyPatch) -> None:
+    def receive(original: Any, machine: Orchestrator, message: Any) -> Any:
+        machine._credits += message.kind is Kind.CREDIT and message.run % 4 == 3
+        return original(machine, message)
+
+    wrap(patch, Orchestrator, "_receive", receive)
+
+
+@mutant("L8")
+def the_drafter_ignores_its_lead(patch: pytest.MonkeyPatch) -> None:
+    def leaves(original: Any, drafter: Drafter) -> Any:
+        policy, drafter._policy = drafter._policy, replace(drafter._policy, lead=drafter._policy.lead + 2)
+        nodes = original(drafter)
+        drafter._policy = policy
+        return nodes
+
+    wrap(patch, Drafter, "_leaves", leaves)
+
+
+@mutant("L8")
+def names_are_never_forgotten(patch: pytest.MonkeyPatch) -> None:
+    class Hoard(dict[int, Any]):
+        def __len__(self) -> int:
+            asked_by_grow = sys._getframe(1).f_code.co_name == "_grow"
+            return 0 if asked_by_grow else super().__len__()
+
+    def begin(original: Any, machine: Orchestrator) -> Any:
+        commands = original(machine)
+        for drafter, names in machine._names.items():
+            machine._names[drafter] = names if isinstance(names, Hoard) else Hoard(names)
+        return commands
+
+    wrap(patch, Orchestrator, "_begin", begin)
+
+
+@mutant("L8")
+def dead_nodes_still_count(patch: pytest.MonkeyPatch) -> None:
+    def advance(original: Any, tree: Tree, token: int) -> Any:
+        heir, dead = original(tree, token)
+        tree.size += len(dead)
+        return heir, dead
+
+    wrap(patch, Tree, "advance", advance)
+
+
+@mutant("L8")
+def old_cancels_are_remembered(patch: pytest.MonkeyPatch) -> None:
+    def done(original: Any, stage: Stage, message: Any) -> None:
+        stage._newest_done = message.run
+
+    wrap(patch, Stage, "_done", done)
+
+
+@mutant("L8")
+def the_window_is_ignored(patch: pytest.MonkeyPatch) -> None:
+    def dispatch(original: Any, machine: Orchestrator) -> Any:
+        machine._window += 1
+        commands = original(machine)
+        machine._window -= 1
+        return commands
+
+    wrap(patch, Orchestrator, "_dispatch", dispatch)
+
+
+# L9: determinism.
+
+
+@mutant("L9")
+def the_orchestrator_looks_at_the_clock(patch: pytest.MonkeyPatch) -> None:
+    def choose(tree: Tree, policy: Any, room: int) -> Any:
+        return choose_rows(tree, policy, room if time.perf_counter_ns() // 100 % 2 else min(room, 1))
+
+    patch.setattr("pipeinfer.orchestrator.choose_rows", choose)
+
+
+@mutant("L9")
+def machines_share_a_counter(patch: pytest.MonkeyPatch) -> None:
+    jobs = iter(range(1, 10**9))
+
+    def compute(original: Any, drafter: Drafter, *rest: Any, **options: Any) -> Any:
+        drafter._job = next(jobs)
+        return original(drafter, *rest, **options)
+
+    wrap(patch, Drafter, "_compute", compute)
+
+
+# L10: acceptance as it was ordered.
+
+
+@mutant("L10")
+def the_draft_is_led_astray(patch: pytest.MonkeyPatch) -> None:
+    def evaluate(original: Any, drafter: Drafter, nodes: Any) -> Any:
+        command = original(drafter, nodes)
+        return replace(command, batch=replace(command.batch, positions=command.batch.positions + 1))
+
+    wrap(patch, Drafter, "_evaluate", evaluate)
+
+
+@mutant("L10")
+def luck_is_counted_as_acceptance(patch: pytest.MonkeyPatch) -> None:
+    def settle(original: Any, machine: Orchestrator) -> Any:
+        commands = original(machine)
+        for command in commands:
+            command.tally.accepted, command.tally.corrections = command.tally.corrections, command.tally.accepted
+        return commands
+
+    wrap(patch, Orchestrator, "_settle", settle)

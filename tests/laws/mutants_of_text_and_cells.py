@@ -1,0 +1,237 @@
+"""Faults that break what is said and where it is kept: laws L1 to L5."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvbuffers.cells import CellTable
+from kvbuffers.partitions import Partitions
+from pipeinfer.orchestrator import Orchestrator
+from pipeinfer.ports import Idle, Send
+from pipeinfer.protocol import CellOpKind, Edges, Flag, Kind
+from pipeinfer.sim.network import Network
+from speculation.accept import accept
+from speculation.tree import Tree
+from stages.emulated import EmulatedShard
+from stages.machine import Stage
+from tests.laws.hunt import Mutant, roll, wrap
+
+TEXT_AND_CELLS: list[Mutant] = []
+mutant = roll(TEXT_AND_CELLS)
+
+
+# L1: the text.
+
+
+@mutant("L1")
+def accept_a_token_the_target_did_not_choose(patch: pytest.MonkeyPatch) -> None:
+    def advance(original: Any, tree: Tree, token: int) -> Any:
+        return original(tree, next(iter(tree.root.children), token) if tree.root.choice is not None else token)
+
+    wrap(patch, Tree, "advance", advance)
+
+
+@mutant("L1")
+def stop_tokens_are_ignored(patch: pytest.MonkeyPatch) -> None:
+    never = lambda tree, most, stops: accept(tree, most, frozenset())  # noqa: E731
+    patch.setattr("pipeinfer.orchestrator.accept", never)
+
+
+@mutant("L1")
+def one_token_too_many(patch: pytest.MonkeyPatch) -> None:
+    def submit(original: Any, machine: Orchestrator, request: Any) -> Any:
+        if len(request.prompt) + request.max_new_tokens < machine._context:
+            request = replace(request, max_new_tokens=request.max_new_tokens + 1)
+        return original(machine, request)
+
+    wrap(patch, Orchestrator, "_submit", submit)
+
+
+@mutant("L1")
+def a_row_sees_a_dead_sibling(patch: pytest.MonkeyPatch) -> None:
+    def admit(original: Any, table: CellTable, rows: Any, canonical: bool = False) -> Any:
+        batch = original(table, rows, canonical)
+        if not canonical:
+            for sibling in [slot for slot, parent in table._leased.items() if parent == rows[-1].parent]:
+                batch.visible[-1, sibling] = True
+        return batch
+
+    wrap(patch, CellTable, "admit", admit)
+
+
+@mutant("L1")
+def positions_are_off_by_one_in_trees(patch: pytest.MonkeyPatch) -> None:
+    def admit(original: Any, table: CellTable, rows: Any, canonical: bool = False) -> Any:
+        batch = original(table, rows, canonical)
+        return batch if canonical else replace(batch, positions=batch.positions + 1)
+
+    wrap(patch, CellTable, "admit", admit)
+
+
+@mutant("L1")
+def the_last_layer_is_skipped_for_wide_runs(patch: pytest.MonkeyPatch) -> None:
+    def forward(original: Any, shard: EmulatedShard, batch: Any, hidden: Any) -> Any:
+        words = yield from original(shard, batch, hidden)
+        return words if len(batch.tokens) < 3 else np.roll(words, 1)
+
+    wrap(patch, EmulatedShard, "forward", forward)
+
+
+# L2: every run ends once.
+
+
+@mutant("L2")
+def idle_before_the_last_run_is_back(patch: pytest.MonkeyPatch) -> None:
+    def settle(original: Any, machine: Orchestrator) -> Any:
+        session = machine._session
+        if session is None or not session.is_over or len(machine._flight) > 1:
+            return []
+        machine._session = None
+        return [Idle(session.tally)]
+
+    wrap(patch, Orchestrator, "_settle", settle)
+
+
+@mutant("StallError")
+def a_result_is_dropped(patch: pytest.MonkeyPatch) -> None:
+    def arrivals(original: Any, net: Network, source: int, dest: int, message: Any, *rest: Any) -> Any:
+        when = original(net, source, dest, message, *rest)
+        return [] if message.kind is Kind.RESULT and message.run % 11 == 10 else when
+
+    wrap(patch, Network, "arrivals", arrivals)
+
+
+@mutant("L4")
+def a_result_is_sent_twice(patch: pytest.MonkeyPatch) -> None:
+    def computed(original: Any, stage: Stage, event: Any) -> Any:
+        commands = original(stage, event)
+        first = commands[0].message
+        if first.kind is Kind.RESULT and first.run % 5 == 4:
+            commands.insert(1, Send(replace(first, txn=stage._edges.stamp(0))))
+        return commands
+
+    wrap(patch, Stage, "_computed", computed)
+    blind_to_order(patch)
+
+
+# L3: cells.
+
+
+@mutant("L3")
+def one_commit_is_skipped(patch: pytest.MonkeyPatch) -> None:
+    def operations(original: Any, ledger: Partitions) -> Any:
+        ops = original(ledger)
+        return ops if ledger.length % 5 != 4 else tuple(op for op in ops if op.kind is not CellOpKind.COMMIT)
+
+    wrap(patch, Partitions, "operations", operations)
+
+
+@mutant("L3")
+def the_wrong_cell_is_committed(patch: pytest.MonkeyPatch) -> None:
+    def operations(original: Any, ledger: Partitions) -> Any:
+        ops = original(ledger)
+        return tuple(
+            op._replace(slot=min(ledger._leased))
+            if op.kind is CellOpKind.COMMIT and op.position % 3 == 2 and ledger._leased
+            else op
+            for op in ops
+        )
+
+    wrap(patch, Partitions, "operations", operations)
+
+
+@mutant("L3")
+def a_living_cell_is_released(patch: pytest.MonkeyPatch) -> None:
+    def bury(original: Any, machine: Orchestrator, died: Any) -> Any:
+        living = [node for run in machine._flight for node in run.nodes if node.alive and node.slot is not None]
+        if died and living and living[-1].slot in machine._ledger._leased:
+            machine._ledger.release(living[-1].slot)
+        return original(machine, died)
+
+    wrap(patch, Orchestrator, "_bury", bury)
+
+
+@mutant("L3")
+def a_cell_is_leased_before_it_is_released(patch: pytest.MonkeyPatch) -> None:
+    def operations(original: Any, ledger: Partitions) -> Any:
+        return tuple(op for op in original(ledger) if op.kind is not CellOpKind.RELEASE)
+
+    wrap(patch, Partitions, "operations", operations)
+
+
+@mutant("L3")
+def a_dead_cell_is_never_given_back(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Partitions, "release", lambda ledger, slot: ledger._leased.remove(slot))
+
+
+@mutant("L3")
+def a_table_forgets_to_clear(patch: pytest.MonkeyPatch) -> None:
+    def release(original: Any, table: CellTable, ops: Any) -> None:
+        original(table, [op for op in ops if op.kind is not CellOpKind.RELEASE])
+
+    wrap(patch, CellTable, "apply", release)
+    wrap(patch, CellTable, "admit", lambda original, table, rows, canonical=False: (
+        [table._leased.pop(row.slot, None) for row in rows], original(table, rows, canonical))[1])  # fmt: skip
+
+
+@mutant("L6")
+def a_tombstone_loses_its_operations(patch: pytest.MonkeyPatch) -> None:
+    def send(original: Any, stage: Stage, kind: Kind, *rest: Any, **options: Any) -> Any:
+        if options.get("flags") == Flag.TOMBSTONE:
+            options["ops"] = False
+        return original(stage, kind, *rest, **options)
+
+    wrap(patch, Stage, "_send", send)
+
+
+# L4: order.
+
+
+def blind_to_order(patch: pytest.MonkeyPatch) -> None:
+    """The machines' own check of transactions is off."""
+    patch.setattr(Edges, "check", lambda edges, message: None)
+
+
+@mutant("L4")
+def a_transaction_number_is_repeated(patch: pytest.MonkeyPatch) -> None:
+    def stamp(original: Any, edges: Edges, dest: int) -> int:
+        txn: int = original(edges, dest)
+        return min(txn, 6)
+
+    wrap(patch, Edges, "stamp", stamp)
+    blind_to_order(patch)
+
+
+@mutant("L4")
+def the_stream_overtakes_itself(patch: pytest.MonkeyPatch) -> None:
+    def arrivals(original: Any, net: Network, source: int, dest: int, message: Any, *rest: Any) -> Any:
+        when = original(net, source, dest, message, *rest)
+        return [at + 1.5 if message.txn % 4 == 3 and not message.is_control else at for at in when]
+
+    wrap(patch, Network, "arrivals", arrivals)
+    blind_to_order(patch)
+
+
+# L5: liveness.
+
+
+@mutant("StallError")
+def a_credit_is_lost(patch: pytest.MonkeyPatch) -> None:
+    def arrivals(original: Any, net: Network, source: int, dest: int, message: Any, *rest: Any) -> Any:
+        when = original(net, source, dest, message, *rest)
+        return [] if message.kind is Kind.CREDIT and message.run == 9 else when
+
+    wrap(patch, Network, "arrivals", arrivals)
+
+
+@mutant("L5")
+def a_result_waits_for_long(patch: pytest.MonkeyPatch) -> None:
+    def arrivals(original: Any, net: Network, source: int, dest: int, message: Any, *rest: Any) -> Any:
+        when = original(net, source, dest, message, *rest)
+        return [at + 1000.0 if message.kind is Kind.RESULT and message.run == 7 else at for at in when]
+
+    wrap(patch, Network, "arrivals", arrivals)
