@@ -14,7 +14,6 @@ from pathlib import Path
 
 from pipeinfer.errors import PipeinferError, refuse
 
-
 OUTER_JOB = ("OMPI_COMM_WORLD_", "PMIX_", "PMI_")
 
 

@@ -255,7 +255,10 @@ class Orchestrator:
     def _dispatch(self) -> list[Command]:
         commands: list[Command] = []
         session = self._session
-        while session and not session.is_over and self._credits and len(self._flight) < self._window:
+        while session and not session.is_over and len(self._flight) < self._window:
+            # A new root is certain and goes at once, past whatever dead work still holds the credits.
+            if self._credits <= 0 and not session.tree.root.pending:
+                break
             if session.prefilled < len(session.request.prompt):
                 commands.append(self._launch_prefill(session))
                 continue

@@ -85,7 +85,8 @@ def _ledger_bounds(ledger: Partitions) -> Iterator[Limit]:
 
 def _orchestrator_bounds(machine: Orchestrator, spec: WorldSpec) -> Iterator[Limit]:
     yield "runs in flight", len(machine._flight), spec.policy.most_runs(spec.stages)
-    yield "credits", machine._credits, RUNS_AHEAD
+    # A new root goes without a credit, so some may be owed: at most one for each run that may be out.
+    yield "credits owed", RUNS_AHEAD - machine._credits, RUNS_AHEAD + spec.policy.most_runs(spec.stages)
     yield from _ledger_bounds(machine._ledger)
     session = machine._session
     if session is None:
@@ -99,8 +100,8 @@ def _orchestrator_bounds(machine: Orchestrator, spec: WorldSpec) -> Iterator[Lim
 
 
 def _stage_bounds(stage: Stage) -> Iterator[Limit]:
-    # The first stage gives a credit per run that it starts, so that no more than RUNS_AHEAD wait there.
-    yield "queue", len(stage._queue), RUNS_AHEAD if stage._is_first else stage._window
+    # At the first one RUNS_AHEAD wait for a credit, and behind them the new roots that came since.
+    yield "queue", len(stage._queue), min(RUNS_AHEAD + 2, stage._window) if stage._is_first else stage._window
     yield "cancelled runs", len(stage._cancelled), stage._window
 
 

@@ -13,7 +13,6 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 # What is larger than that, and why. An entry that is no longer needed fails the test too.
 LARGE = {
     "pipeinfer/orchestrator.py": "opens with an essay; one machine whose parts share one state",
-    "benchmarks/train_pair.py": "a script that is run once: reproducible because it is whole",
 }
 BAD_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "misc", "tools"}
 KNOWS_RANK_ZERO = {"launch/roles.py", "launch/mpi.py", "launch/environment.py"}  # the last: before MPI is loaded

@@ -1,5 +1,5 @@
-"""Eight paced stages of 20 ms over real MPI (EMULATED: stages sleep, the model is a hash chain): what speculation gains,
-and that it costs nothing where no guess is ever right, even if the draft believes that most are."""
+"""Eight paced stages of 20 ms over real MPI (EMULATED: stages sleep, the model is a hash chain): what speculation
+gains, and that it costs nothing where no guess is ever right, even if the draft believes that most are."""
 
 from __future__ import annotations
 
