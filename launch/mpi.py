@@ -144,10 +144,6 @@ class MpiTransport:
         buffer = self._buffers[index][: message.payload_nbytes]
         return _Inbound(message, buffer, self._tensor.Irecv([buffer, MPI.BYTE], source))
 
-    def pending(self) -> int:
-        """See Transport."""
-        return len(self._sends)
-
     def close(self) -> None:
         """Wait until everything sent is gone, then free the channels. Collective."""
         backoff = Backoff()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
 import socket
 import sys
 from dataclasses import asdict
+from typing import Any
 
 from launch.job import Job, News
 from launch.mpi import World
@@ -38,10 +40,21 @@ def play(world: World, path: str, config: Config) -> None:
     if not world.is_head:
         job.serve()
         return
-    with socket.socket(socket.AF_UNIX) as wire:
-        wire.connect(path)
-        stream = wire.makefile("rw", encoding="utf-8", newline="\n")
-        print(json.dumps({"ranks": job.ranks}), file=stream, flush=True)
+    with contextlib.suppress(ConnectionError):  # whoever started us may end before we do
+        talk(job, path)
+    job.close()
+
+
+def talk(job: Job, path: str) -> None:
+    """Serve requests from the socket at ``path`` until its other end is closed."""
+    wire = socket.socket(socket.AF_UNIX)
+    wire.connect(path)
+    with wire, wire.makefile("rw", encoding="utf-8", newline="\n") as stream:
+
+        def say(words: dict[str, Any]) -> None:
+            print(json.dumps(words), file=stream, flush=True)
+
+        say({"ranks": job.ranks})
         for line in stream:
             asked = json.loads(line)
             if not asked:
@@ -49,13 +62,10 @@ def play(world: World, path: str, config: Config) -> None:
             request = Request(tuple(asked["prompt"]), asked["max_new_tokens"], frozenset(asked["stop"]))
             answer = job.submit(request)
             for news in answer:
-                print(json.dumps(asdict(news)), file=stream, flush=True)
+                say(asdict(news))
                 if not news.tally and select.select([wire], [], [], 0)[0]:
                     answer.close()  # a word in between: the request is withdrawn
-                    print(
-                        json.dumps(asdict(News(news.at_s, reason="withdrawn", tally=Tally()))), file=stream, flush=True
-                    )
-    job.close()
+                    say(asdict(News(news.at_s, reason="withdrawn", tally=Tally())))
 
 
 if __name__ == "__main__":

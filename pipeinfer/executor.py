@@ -83,15 +83,6 @@ class Executor:
         """Whether every role here has ended."""
         return not self._machines
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a computation is running or waiting."""
-        return bool(self._jobs)
-
-    def status(self) -> list[str]:
-        """One line for each role."""
-        return [machine.status() for machine in self._machines.values()]
-
     def deliver(self, address: int, event: Event, now: float) -> None:
         """Hand ``event`` to the role at ``address`` and carry out all that follows from it on this rank."""
         self._local.append((address, event))

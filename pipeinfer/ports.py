@@ -194,10 +194,6 @@ class Machine(Protocol):
         """Take one event at time ``now`` (seconds, monotonic) and say what to do."""
         ...
 
-    def status(self) -> str:
-        """One line for a person who asks why nothing moves."""
-        ...
-
 
 class Transport(Protocol):
     """Moves messages between ranks. Never blocks."""
@@ -208,10 +204,6 @@ class Transport(Protocol):
 
     def poll(self) -> list[Received]:
         """Move everything forward; return what has arrived whole, in order per sender."""
-        ...
-
-    def pending(self) -> int:
-        """Messages handed over that have not left yet."""
         ...
 
 

@@ -58,11 +58,6 @@ class Drafter:
             return [self._send(Kind.HELLO, run=self._digest)]
         raise RemoteProtocolError(f"{address_name(self.address)} cannot handle {type(event).__name__}")
 
-    def status(self) -> str:
-        """One line for a person who asks why nothing moves."""
-        work = f"evaluating {len(self._batch)} nodes" if self._busy else "idle"
-        return f"{work}, {len(self._ahead)} of {self._policy.lead} nodes ahead, {self._edges.taken} messages taken"
-
     def _send(self, kind: Kind, run: int = 0, rows: tuple[DraftRow, ...] = ()) -> Send:
         txn = self._edges.stamp(ORCHESTRATOR)
         return Send(Message(kind, self.address, ORCHESTRATOR, request=self._request, txn=txn, run=run, rows=rows))

@@ -55,11 +55,6 @@ class Stage:
             return [self._send(Kind.HELLO, run=self._digest)]
         raise RemoteProtocolError(f"{address_name(self.address)} cannot handle {type(event).__name__}")
 
-    def status(self) -> str:
-        """One line for a person who asks why nothing moves."""
-        work = f"computing run {self._current.run}" if self._current else "waiting for a run"
-        return f"{work}, {len(self._queue)} more waiting, newest done {self._newest_done}"
-
     def _receive(self, event: Received) -> list[Command]:
         message = event.message
         self._edges.check(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -105,21 +106,20 @@ def test_singletons_under_a_launcher_that_meant_one_job_are_refused() -> None:
     assert results[1].stderr == ""
 
 
-def test_interrupting_leaves_no_rank_behind(tmp_path: Path) -> None:
-    import signal
-
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_ending_it_leaves_no_rank_behind(sign: signal.Signals) -> None:
     line = [sys.executable, "-m", "pipeinfer", "run", "--ranks", "3", "--prompt", PROMPT, "--max-new-tokens", "900",
             "--ignore-eos"]  # fmt: skip
-    mark = f"mark-{os.getpid()}"
+    mark = f"mark-{os.getpid()}-{sign}"
     with subprocess.Popen(
         line, env=environment(PIPEINFER_TEST=mark), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         assert process.stdout is not None
         process.stdout.read(20)  # the ranks are up and decoding
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        process.send_signal(sign)
+        assert process.wait(20) == (130 if sign == signal.SIGINT else -sign)
         assert process.stderr is not None
-        assert b"Traceback" not in process.stderr.read()
+        assert b"Traceback" not in process.stderr.read()  # which ends when the last rank is gone
     deadline = time.monotonic() + 10
     while (left := _processes_with(mark)) and time.monotonic() < deadline:
         os.sched_yield()
