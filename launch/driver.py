@@ -46,6 +46,10 @@ class Driver:
             for event in self._transport.poll():
                 self.executor.deliver(event.message.dest, event, time.monotonic())
                 moved = True
+        alarm = self.executor.alarm
+        if alarm is not None and now >= alarm:
+            self.executor.ring(now)
+            moved = True
         if now >= self._due:
             rest = self.executor.step(now)
             if rest is not None:
@@ -57,7 +61,8 @@ class Driver:
             self.moved_at = now
             self._backoff.reset()
         else:
-            self._backoff.wait(self._due - now if self._due > now else 1.0)
+            times = [self._due] if alarm is None else [self._due, alarm]
+            self._backoff.wait(min((at - now for at in times if at > now), default=1.0))
 
     def run(self, until: Callable[[], bool], deadline_s: float = 0.0, explain: Callable[[], str] = str) -> None:
         """Turn until ``until()``; StallError, saying ``explain()``, if nothing moves for ``deadline_s`` (0: never)."""

@@ -28,6 +28,8 @@ from pipeinfer.ports import (
     Received,
     Send,
     ShardModel,
+    Wake,
+    Woke,
 )
 
 
@@ -72,11 +74,17 @@ class Executor:
         self._local: deque[tuple[int, Event]] = deque()
         self._jobs: dict[int, _Job] = {}  # at most one per role
         self._current: _Job | None = None
+        self._alarms: dict[int, float] = {}  # at most one per role
 
     @property
     def addresses(self) -> list[int]:
         """The roles that play here."""
         return list(self._machines)
+
+    @property
+    def alarm(self) -> float | None:
+        """When a role next wants to be woken."""
+        return min(self._alarms.values(), default=None)
 
     @property
     def is_halted(self) -> bool:
@@ -111,11 +119,20 @@ class Executor:
             job = self._jobs.get(address)
             if job and job.compute.job == command.job:
                 job.abandoned = True
+        elif isinstance(command, Wake):
+            self._alarms[address] = command.at
         elif isinstance(command, Halt):
             del self._machines[address]
             self._jobs.pop(address, None)
+            self._alarms.pop(address, None)
         else:
             self._outlet.tell(command, now)
+
+    def ring(self, now: float) -> None:
+        """Wake the roles whose time has come."""
+        for address in [address for address, at in self._alarms.items() if at <= now]:
+            self._alarms.pop(address, None)
+            self.deliver(address, Woke(), now)
 
     def step(self, now: float) -> float | None:
         """Run the current computation up to its next layer boundary. Returns the seconds to rest before the next step,

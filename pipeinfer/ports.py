@@ -107,7 +107,12 @@ class Stalled:
     """Nothing has moved for long: find out who waits for whom."""
 
 
-Event = Started | Received | Computed | Submitted | Withdrawn | Closed | Stalled
+@dataclass(frozen=True, slots=True)
+class Woke:
+    """The time asked for with Wake has come."""
+
+
+Event = Started | Received | Computed | Submitted | Withdrawn | Closed | Stalled | Woke
 
 
 # Commands: what a machine asks for.
@@ -143,6 +148,13 @@ class Abandon:
 
 
 @dataclass(frozen=True, slots=True)
+class Wake:
+    """Send a Woke at time ``at``, or at the next layer boundary after it; replaces the one asked for before."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Emit:
     """These tokens are final: show them."""
 
@@ -168,7 +180,7 @@ class Halt:
     """This role has ended."""
 
 
-Command = Send | Compute | Abandon | Emit | Finish | Idle | Halt
+Command = Send | Compute | Abandon | Wake | Emit | Finish | Idle | Halt
 
 
 @dataclass(slots=True)

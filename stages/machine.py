@@ -4,6 +4,9 @@ Cell operations are applied for every run, dead or alive, so that all stages kee
 is not computed: it goes on as a tombstone, a header with its operations. News of death (CANCEL) may come before the
 run, while it waits, between two of its layers, or never. A row whose parent was skipped is dead too and leaves its run
 here; a run that loses all its rows becomes a tombstone.
+
+The first stage also paces the orchestrator. Its credit for one more run leaves just in time: as long before the end of
+the current run as a credit and the run that answers it were seen to take. The later a run is chosen, the more is known.
 """
 
 from __future__ import annotations
@@ -13,7 +16,20 @@ from dataclasses import replace
 
 from kvbuffers.cells import CellTable
 from pipeinfer.errors import RemoteProtocolError
-from pipeinfer.ports import Abandon, Command, Compute, Computed, Event, Halt, Payload, Received, Send, Started
+from pipeinfer.ports import (
+    Abandon,
+    Command,
+    Compute,
+    Computed,
+    Event,
+    Halt,
+    Payload,
+    Received,
+    Send,
+    Started,
+    Wake,
+    Woke,
+)
 from pipeinfer.protocol import (
     FIRST_STAGE,
     ORCHESTRATOR,
@@ -26,6 +42,7 @@ from pipeinfer.protocol import (
     Row,
     address_name,
 )
+from stages.pacer import Pacer
 
 
 class Stage:
@@ -43,14 +60,21 @@ class Stage:
         self._cancelled: set[int] = set()
         self._current: Message | None = None
         self._abandoned = False
+        self._now = 0.0
         self._newest_done = 0  # runs are numbered in stream order
+        self._pacer = Pacer()
+        self._owes_credit: Message | None = None
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event; see Machine."""
+        self._now = now
         if isinstance(event, Received):
             return self._receive(event)
         if isinstance(event, Computed):
             return self._computed(event)
+        if isinstance(event, Woke):
+            self._pacer.woke(now)
+            return self._credit()
         if isinstance(event, Started):
             return [self._send(Kind.HELLO, run=self._digest)]
         raise RemoteProtocolError(f"{address_name(self.address)} cannot handle {type(event).__name__}")
@@ -60,6 +84,8 @@ class Stage:
         self._edges.check(message)
         if message.kind is Kind.RUN:
             self._queue.append(event)
+            if self._is_first:
+                self._pacer.arrived(self._now)
             if len(self._queue) > self._window:
                 raise RemoteProtocolError(f"{len(self._queue)} runs queue at {address_name(self.address)}")
             return self._next()
@@ -97,14 +123,24 @@ class Stage:
             message = event.message
             self._cells.apply(message.ops)
             if self._is_first:
-                commands.append(self._send(Kind.CREDIT, message))
+                self._owes_credit = message
             dead = message.flags & Flag.TOMBSTONE or message.run in self._cancelled
             alive = () if dead else self._cells.living(message.rows_as(Row))
             if alive:
                 commands.append(self._compute(message, alive, event.payload))
+                due = self._pacer.begin(self._now, len(alive))
+                commands += [Wake(due)] if self._is_first and due is not None else self._credit()
             else:
-                commands.append(self._entomb(message))
+                commands += [*self._credit(), self._entomb(message)]
         return commands
+
+    def _credit(self) -> list[Command]:
+        """The credit for the run being computed, if it has not been given."""
+        message, self._owes_credit = self._owes_credit, None
+        if message is None:
+            return []
+        self._pacer.credited(self._now)
+        return [self._send(Kind.CREDIT, message)]
 
     def _compute(self, message: Message, alive: tuple[int, ...], payload: Payload | None) -> Compute:
         keep = None
@@ -120,7 +156,10 @@ class Stage:
         message, self._current, self._abandoned = self._current, None, False
         if message is None or event.job != message.run:
             raise RemoteProtocolError(f"{address_name(self.address)} computed {event.job} unasked")
-        if event.hidden is None and event.choices is None:
+        credit = self._credit()
+        is_abandoned = event.hidden is None and event.choices is None
+        self._pacer.end(self._now, is_abandoned)
+        if is_abandoned:
             command = self._entomb(message)
         elif self._is_last:
             self._done(message)
@@ -128,7 +167,7 @@ class Stage:
         else:
             self._done(message)
             command = self._pass_on(message, event.hidden)
-        return [command, *self._next()]
+        return [*credit, command, *self._next()]
 
     def _pass_on(self, message: Message, hidden: Payload) -> Send:
         return self._send(Kind.RUN, message, flags=message.flags, ops=True, rows=message.rows, payload=hidden)

@@ -90,6 +90,7 @@ class Host:
         self.index = index
         self.inbox: deque[Received] = deque()
         self.stepping = False
+        self._alarm: float | None = None  # the last one put on the agenda
         self._world = world
         self.executor = Executor(machines, shards, self, self._observe)
 
@@ -126,14 +127,21 @@ class Host:
         while self.inbox:
             event = self.inbox.popleft()
             self.executor.deliver(event.message.dest, event, now)
-        while True:
+        self.executor.ring(now)
+        rest = self.executor.step(now)
+        while rest == 0.0:
             rest = self.executor.step(now)
-            if rest is None:
-                return
-            if rest > 0:
-                self.stepping = True
-                self._world.at(now + rest, self.run)
-                return
+        if rest is not None:
+            self.stepping = True
+            self._world.at(now + rest, self.run)
+        if self.executor.alarm not in (None, self._alarm):
+            self._alarm = self.executor.alarm
+            self._world.at(max(now, self._alarm or 0.0), self.tick)
+
+    def tick(self, now: float) -> None:
+        """A role may want to be woken; in the middle of a layer it waits for its end."""
+        if not self.stepping:
+            self.run(now)
 
 
 class World:

@@ -61,7 +61,18 @@ def test_the_python_program() -> None:
     assert scope["answer"].text  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("line", INLINE)
+@pytest.mark.parametrize("line", [line for line in INLINE if "simulated" in line])
+def test_simulated_commands(line: str) -> None:
+    """The simulated pipeline, only shorter."""
+    words = [sys.executable, *shlex.split(line)[1:], "--tokens", "60", "--seeds", "1"]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    assert result.returncode == 0, result.stderr
+    rows = [row.split() for row in result.stdout.splitlines() if row and not row.startswith("#")]
+    assert len(rows) == 6
+    assert all(float(row[4]) > 2 for row in rows)
+
+
+@pytest.mark.parametrize("line", [line for line in INLINE if "mpiexec" in line])
 def test_benchmark_commands(line: str) -> None:
     """The paced pipeline on nine ranks, only shorter."""
     ranks, program = re.fullmatch(r"python -m launch.mpiexec -n (\d+) -- python (.*)", line).groups()  # type: ignore[union-attr]
