@@ -52,7 +52,7 @@ class _Pass(NamedTuple):
 
     turns: Tensor  # complex64 [rows, 1, head_dim / 2]: multiplying rotates to the row's position
     slots: Tensor  # int64 [rows]
-    mask: Tensor  # [rows, span]: 0 where visible, else the lowest finite number
+    mask: Tensor  # [rows x heads per key head, span]: 0 where visible, else the lowest finite number
     span: int
 
 
@@ -73,6 +73,7 @@ class LlamaShard:
         self._eps = spec.norm_eps
         self._rotated = spec.head_count + spec.kv_head_count  # heads that carry a position: q's, then k's
         self._heads = self._rotated + spec.kv_head_count
+        self._copies = spec.head_count // spec.kv_head_count  # rows of the mask for each row of the batch
 
     @classmethod
     def load(
@@ -124,6 +125,9 @@ class LlamaShard:
         hidden_cells = torch.from_numpy(~batch.visible).to(self._device)
         mask = torch.zeros(hidden_cells.shape, dtype=self._dtype, device=self._device)
         mask.masked_fill_(hidden_cells, torch.finfo(self._dtype).min)
+        mask = mask.repeat_interleave(self._copies, 0)
+        if mask.shape[0] == 1 and self._dtype is torch.bfloat16:
+            mask = mask.expand(2, -1)  # a single row of bf16 queries takes four times as long as two
         slots = torch.from_numpy(batch.slots).to(self._device)
         return _Pass(torch.complex(cosines, sines)[:, None], slots, mask, hidden_cells.shape[1])
 
@@ -137,14 +141,16 @@ class LlamaShard:
             torch.mul(F.rms_norm(rotated, self._head_shape, None, self._eps), layer.head_norm, out=rotated)
         _rotate(rotated, step.turns)
         cells.index_copy_(1, step.slots, heads[:, queries:].transpose(0, 1))
+        # The heads that share a key head stand as rows of one head: on CPUs that is faster than grouped attention, in
+        # bf16 several times.
+        packed = heads[:, :queries].view(rows, kv_heads, -1, self._spec.head_dim).transpose(0, 1).flatten(1, 2)
+        if packed.shape[1] < step.mask.shape[0]:
+            packed = packed.expand(-1, 2, -1)
         mixed = F.scaled_dot_product_attention(
-            heads[:, :queries].transpose(0, 1)[None],
-            cells[None, :kv_heads, :span],
-            cells[None, kv_heads:, :span],
-            attn_mask=step.mask,
-            enable_gqa=True,
+            packed[None], cells[None, :kv_heads, :span], cells[None, kv_heads:, :span], attn_mask=step.mask
         )
-        return F.linear(mixed.transpose(1, 2).reshape(rows, -1), layer.output, layer.output_bias)
+        mixed = mixed[0, :, : rows * queries // kv_heads].view(kv_heads, rows, -1).transpose(0, 1)
+        return F.linear(mixed.reshape(rows, -1), layer.output, layer.output_bias)
 
     def _feed(self, layer: _Layer, x: Tensor) -> Tensor:
         """The feed-forward block's addition to ``x`` [rows, hidden_size]."""

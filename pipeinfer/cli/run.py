@@ -137,7 +137,8 @@ def verify(engine: Engine, completion: Completion, args: argparse.Namespace) -> 
     if plain != completion.tokens:
         pairs = zip(plain, completion.tokens, strict=False)
         first = next((index for index, (mine, theirs) in enumerate(pairs) if mine != theirs), len(plain))
-        raise PipeinferError(f"the tokens differ from plain decoding, first at token {first}; please report this")
+        advice = "please report this" if args.dtype == "fp32" else "in bf16 the best two logits often tie: try fp32"
+        raise PipeinferError(f"the tokens differ from plain decoding, first at token {first}; {advice}")
     print(f"verified: all {len(plain)} tokens equal plain decoding", file=sys.stderr, flush=True)
 
 
