@@ -1,4 +1,5 @@
-"""Everything that can be refused before a model is loaded or a rank is started: fast, and without torch or MPI."""
+"""Everything that can be refused before a model is loaded or a rank is started: without MPI, and for the Llama family
+without torch, in well under a second."""
 
 from __future__ import annotations
 
@@ -10,15 +11,16 @@ from pipeinfer.errors import refuse
 from pipeinfer.text import vocabulary
 from speculation.policy import POLICIES
 from stages.checkpoint import Checkpoint
-from stages.spec import ModelSpec
+from stages.generic_spec import GenericSpec
+from stages.spec import ModelSpec, is_llama_family
 
 
 @dataclass(frozen=True, slots=True)
 class Cleared:
     """A job that may start: the models' specs and checked checkpoints, the plan, and the context it serves."""
 
-    target: tuple[ModelSpec, Checkpoint]
-    draft: tuple[ModelSpec, Checkpoint] | None
+    target: tuple[ModelSpec | GenericSpec, Checkpoint]
+    draft: tuple[ModelSpec | GenericSpec, Checkpoint] | None
     plan: Plan
     context: int
 
@@ -40,15 +42,16 @@ def clear(config: Config, ranks: int) -> Cleared:
     if config.context > spec.context:
         refuse(f"--context {config.context}, but the target was made for {spec.context} tokens", "ask for fewer")
     context = config.context or min(spec.context, DEFAULT_CONTEXT)
-    layer_size = 2 * spec.head_dim * (spec.head_count + spec.kv_head_count) + 3 * spec.intermediate_size
-    plan = assign(ranks, spec.layer_count, speculates, spec.vocab_size / layer_size)
+    plan = assign(ranks, spec.layer_count, speculates, spec.head_in_layers)
     return Cleared(target, draft, plan, context)
 
 
-def _model(config: Config, part: str) -> tuple[ModelSpec, Checkpoint]:
+def _model(config: Config, part: str) -> tuple[ModelSpec | GenericSpec, Checkpoint]:
     directory = config.target_directory if part == "target" else config.draft_directory
     if directory is None:
         refuse(f"policy {config.policy} needs a draft model", "give one with --draft DIR, or use --policy plain")
+    if not is_llama_family(directory):  # the only case that loads torch: such a model has to be looked at
+        return GenericSpec.read(directory), Checkpoint(directory)
     spec = ModelSpec.read(directory)
     checkpoint = Checkpoint(directory)
     checkpoint.validate(spec)

@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeinfer.ports import Payload
+from pipeinfer.ports import Payload, ShardModel
 from stages.checkpoint import Checkpoint
+from stages.generic_spec import GenericSpec
 from stages.llama import LlamaShard
 from stages.spec import ModelSpec
 
@@ -19,8 +20,8 @@ class CheckpointPair:
 
     def __init__(
         self,
-        target: tuple[ModelSpec, Checkpoint],
-        draft: tuple[ModelSpec, Checkpoint] | None,
+        target: tuple[ModelSpec | GenericSpec, Checkpoint],
+        draft: tuple[ModelSpec | GenericSpec, Checkpoint] | None,
         dtype: str,
     ) -> None:
         self._target = target
@@ -28,15 +29,22 @@ class CheckpointPair:
         self._dtype = DTYPES[dtype]
         self.layers = target[0].layer_count
 
-    def stage(self, layers: range, capacity: int) -> LlamaShard:
+    def stage(self, layers: range, capacity: int) -> ShardModel:
         """See Pair."""
-        return LlamaShard.load(*self._target, layers, self._dtype, capacity)
+        return self._load(*self._target, layers, capacity)
 
-    def draft(self, capacity: int) -> LlamaShard:
+    def draft(self, capacity: int) -> ShardModel:
         """See Pair."""
         assert self._draft is not None, "this job has no draft model"
         spec, checkpoint = self._draft
-        return LlamaShard.load(spec, checkpoint, range(spec.layer_count), self._dtype, capacity)
+        return self._load(spec, checkpoint, range(spec.layer_count), capacity)
+
+    def _load(self, spec: ModelSpec | GenericSpec, checkpoint: Checkpoint, layers: range, capacity: int) -> ShardModel:
+        if isinstance(spec, ModelSpec):
+            return LlamaShard.load(spec, checkpoint, layers, self._dtype, capacity)
+        from stages.generic import GenericShard  # transformers takes a second to import
+
+        return GenericShard.load(spec, layers, self._dtype, capacity)
 
     def pack(self, hidden: Payload) -> npt.NDArray[np.uint8]:
         """See Pair; ``hidden``: a tensor [rows, hidden_size]."""

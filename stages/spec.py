@@ -84,6 +84,12 @@ class ModelSpec:
     eos_tokens: tuple[int, ...]
     dtype: str | None  # the checkpoint's own, as "bfloat16"; None if it does not say
 
+    @property
+    def head_in_layers(self) -> float:
+        """What the output head costs, in layers."""
+        layer_size = 2 * self.head_dim * (self.head_count + self.kv_head_count) + 3 * self.intermediate_size
+        return self.vocab_size / layer_size
+
     @classmethod
     def read(cls, directory: str | Path) -> ModelSpec:
         """Parse ``config.json`` and, if there, ``generation_config.json``. Raises CheckpointError for a directory that
@@ -122,6 +128,16 @@ class ModelSpec:
             eos_tokens=_eos_tokens(folder, fields, family),
             dtype=_dtype(fields),
         )
+
+
+def is_llama_family(directory: str | Path) -> bool:
+    """Whether ModelSpec and LlamaShard are for the model in ``directory``; also for one that is missing or damaged,
+    for ModelSpec says so without loading torch."""
+    try:
+        names = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["architectures"]
+        return str(names[0]) in FAMILIES
+    except (OSError, ValueError, TypeError, KeyError, IndexError):
+        return True
 
 
 class _Fields:

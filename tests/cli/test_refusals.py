@@ -109,7 +109,7 @@ def edit_config(**values: object) -> Callable[[Path], None]:
         (drop_config, ["config.json"]),
         (drop_tokenizer, ["tokenizer.json"]),
         (break_tokenizer, ["tokenizer.json"]),
-        (edit_config(architectures=["GPT2LMHeadModel"]), ["GPT2LMHeadModel", "LlamaForCausalLM"]),
+        (edit_config(architectures=["GPT2LMHeadModel"]), ["GPT2LMHeadModel", "decoder-only"]),
         (edit_config(num_hidden_layers=7), ["layers.6", "missing"]),
         (edit_config(intermediate_size=100), ["shape", "100"]),
         (edit_config(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), ["longrope"]),

@@ -92,6 +92,27 @@ def _parameters(directory: Path) -> int:
     return total
 
 
+@pytest.mark.slow
+def test_a_model_of_another_family_decodes_on_several_ranks(tmp_path: Path) -> None:
+    """GPT-2, which has no shard of its own, with its own first layers as draft."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from tests.models.tiny import VOCAB_SIZE, make_tokenizer
+
+    sizes = {"vocab_size": VOCAB_SIZE, "n_embd": 64, "n_head": 4, "n_positions": 256, "initializer_range": 0.2}
+    for name, layers in (("target", 4), ("draft", 1)):
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(n_layer=layers, bos_token_id=0, eos_token_id=0, **sizes))  # type: ignore[arg-type]
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer(tmp_path / name)
+    models = ["--target", str(tmp_path / "target"), "--draft", str(tmp_path / "draft")]
+    arguments = ["--ranks", "3", "--prompt", "The ferry", "--max-new-tokens", "32", "--ignore-eos", "--verify"]
+    result = pipeinfer("run", *models, *arguments, timeout_s=110)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.endswith("verified: all 32 tokens equal plain decoding\n")
+
+
 def test_a_chat_template_is_applied(tmp_path: Path) -> None:
     target = tmp_path / "target"
     make_tiny(target, "LlamaForCausalLM")

@@ -11,10 +11,16 @@ from pathlib import Path
 from tests.house.source import PACKAGES, ROOT, imports, module_name, python_files, text, tree
 
 WORDS = {f"pipeinfer.{name}" for name in ("config", "errors", "metrics", "ports", "protocol", "trace")}
-SHARDS = {f"stages.{name}" for name in ("pair", "llama", "emulated", "checkpoint", "rope", "spec")}
+GENERIC = {f"stages.generic{part}" for part in ("", "_cells", "_probe", "_skeleton")}
+SHARDS = {f"stages.{name}" for name in ("pair", "llama", "emulated", "checkpoint", "rope", "spec", "generic_spec")}
+SHARDS |= GENERIC
 HEAVY = {"torch", "transformers", "mpi4py"}
 SPEAKS_MPI = {"launch.mpi"}
-EAGER_TORCH = {"stages.pair", "stages.llama", "stages.rope"}  # what computes; whoever loads it imports it late
+EAGER_TORCH = {
+    "stages.pair",
+    "stages.llama",
+    "stages.rope",
+} | GENERIC  # what computes; whoever loads it imports it late
 LATE_TORCH = re.compile(r"(launch|stages)\.|pipeinfer\.(engine|text)$")  # may load it, inside functions
 
 

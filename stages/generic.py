@@ -1,0 +1,106 @@
+"""Some consecutive layers of any decoder that transformers knows and that can be cut by its layers.
+
+Slower than LlamaShard, whose layers are fused, but no architecture is written down: layers, rotary embeddings, norms
+and heads are transformers' own code (stages/generic_skeleton.py), on our cells (stages/generic_cells.py). What may be
+served is decided in stages/generic_spec.py. The rule about finite numbers in cells is LlamaShard's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeinfer.ports import Batch, Choice, Payload
+from stages.generic_cells import CellCache, LayerCells, View, looking
+from stages.generic_skeleton import Skeleton
+from stages.generic_spec import GenericSpec
+
+
+class GenericShard:
+    """Layers ``layers`` of a model: a ShardModel. The first shard embeds, the last one chooses tokens."""
+
+    def __init__(self, spec: GenericSpec, skeleton: Skeleton, layers: range, cells: list[LayerCells]) -> None:
+        """``cells``: one for each layer of the model, those of other shards empty. Use ``load``."""
+        self._spec, self._skeleton, self._range, self._cells = spec, skeleton, layers, cells
+        own = cells[layers.start].keys
+        assert own is not None
+        self._dtype, self._device = own.dtype, own.device
+        self._positions = torch.zeros(own.shape[2], dtype=torch.int64, device=own.device)  # of what each cell holds
+        modules = [skeleton.model, *(skeleton.layers[index] for index in layers)]
+        self._weights = [tensor for module in modules for tensor in module.state_dict(keep_vars=True).values()]
+
+    @classmethod
+    def load(
+        cls, spec: GenericSpec, layers: range, dtype: torch.dtype, capacity: int, device: str = "cpu"
+    ) -> GenericShard:
+        """Read the shard's weights, and no others, and set up ``capacity`` zeroed cells. Raises CheckpointError."""
+        skeleton = spec.skeleton(layers, dtype)
+        skeleton.to(device, layers)
+        cells = []
+        with torch.inference_mode():
+            for index, (heads, key_size, value_size) in enumerate(spec.cells):
+                if index not in layers:
+                    cells.append(LayerCells())
+                    continue
+                shapes = [(1, heads, capacity, size) for size in (key_size, value_size)]
+                cells.append(LayerCells(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)))
+            return cls(spec, skeleton, layers, cells)
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes of weights that this shard holds resident; a tied embedding held once counts once."""
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in self._weights}.values())
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, hidden: Payload | None) -> Generator[float, None, Payload]:
+        """Run the layers on ``batch``; ``hidden`` [rows, hidden_size] is None for the shard that embeds and is left as
+        it is. Yields 0.0 after each layer; returns [rows, hidden_size]."""
+        assert (hidden is None) == (self._range.start == 0), "only the first shard can embed"
+        view = self._view(batch)
+        cache = CellCache(self._cells, view)
+        entered, calls = self._skeleton.enter(torch.from_numpy(batch.tokens).to(self._device), view, cache)
+        x = entered if hidden is None else torch.as_tensor(hidden, dtype=self._dtype, device=self._device)[None]
+        for index in self._range:
+            with looking(view):
+                x = calls[index].run(self._skeleton.layers[index], x)
+            # A layer that keeps more than its own keys and values, or none, would decode something else.
+            assert cache.written == [index], f"layer {index} wrote the cells of layers {cache.written}"
+            cache.written.clear()
+            yield 0.0
+        return x[0]
+
+    def _view(self, batch: Batch) -> View:
+        slots, positions, visible = (
+            torch.from_numpy(array).to(self._device) for array in (batch.slots, batch.positions, batch.visible)
+        )
+        self._positions[slots] = positions
+        return View(slots, positions, self._positions[: visible.shape[1]], visible)
+
+    @torch.inference_mode()
+    def choose(self, hidden: Payload, rows: Sequence[int], count: int) -> list[list[Choice]]:
+        """The ``count`` most probable next tokens after each of ``rows`` of ``hidden`` [*, hidden_size], best first;
+        of equal ones the lowest token, as argmax has it. Only for the last shard."""
+        assert self._range.stop == self._spec.layer_count, "only the last shard can choose"
+        wanted = torch.as_tensor(hidden, dtype=self._dtype, device=self._device)[list(rows)]
+        return best_choices(self._skeleton.leave(wanted).float(), count)
+
+
+def best_choices(logits: Tensor, count: int) -> list[list[Choice]]:
+    """The ``count`` best tokens of each row of ``logits`` (float32 [rows, vocabulary]) with their log-probabilities,
+    best first; of equal ones the lowest token, as argmax has it."""
+    totals = torch.logsumexp(logits, -1, keepdim=True)
+    if count == 1:
+        best = logits.argmax(-1, keepdim=True)
+        logps = logits.gather(-1, best) - totals
+        return [[choice] for choice in zip(best[:, 0].tolist(), logps[:, 0].tolist(), strict=True)]
+    # topk leaves open which of equal logits it takes and in what order; only its lowest value is used.
+    count = min(count, logits.shape[-1])
+    floors = logits.topk(count, -1).values[:, -1:]
+    choices = []
+    for row, floor, total in zip(logits, floors, totals, strict=True):
+        tokens = (row >= floor).nonzero()[:, 0]
+        tokens = tokens[row[tokens].argsort(descending=True, stable=True)[:count]]
+        choices.append(list(zip(tokens.tolist(), (row[tokens] - total).tolist(), strict=True)))
+    return choices

@@ -1,0 +1,279 @@
+"""Models of many architectures decode through transformers' own layers, on our cells, what transformers decodes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from stages.generic import GenericShard, best_choices
+from stages.generic_spec import GenericSpec
+from tests.models.walk import Reference, compute, greedy, make_batch, prefill
+
+PROMPTS = (
+    [17, 301, 5, 488, 92, 260, 33, 410, 7, 151, 64],
+    [9, 9, 44, 130],
+    [501, 3, 77, 210, 398, 12, 480, 66, 205, 31, 119, 7, 350, 91, 22, 145, 60, 300, 41],
+)
+WINDOW = 12  # far shorter than the texts
+BASE: dict[str, Any] = {"vocab_size": 512, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+SIZES = BASE | {
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # wide, or greedy text soon repeats one token
+}
+GPT = BASE | {"n_embd": 64, "n_layer": 6, "n_head": 4, "n_positions": 256, "initializer_range": 0.4}
+FALCON = BASE | {
+    "hidden_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "alibi": False,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.4,
+}
+GEMMA = {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 1, "initializer_range": 0.4}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LONG = {"rope_type": "longrope", "long_factor": [4.0] * 8, "short_factor": [1.5] * 8, "rope_theta": 10000.0}
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT),
+    "gpt2-untied-scaled": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        GPT | {"tie_word_embeddings": False, "scale_attn_by_inverse_layer_idx": True},
+    ),
+    "gptj": ("GPTJForCausalLM", "GPTJConfig", GPT | {"rotary_dim": 8}),
+    "codegen": ("CodeGenForCausalLM", "CodeGenConfig", GPT | {"rotary_dim": 8}),
+    "falcon": ("FalconForCausalLM", "FalconConfig", FALCON),
+    "falcon-new": ("FalconForCausalLM", "FalconConfig", FALCON | {"num_kv_heads": 2, "new_decoder_architecture": True}),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", SIZES | {"head_dim": 16}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", SIZES | GEMMA),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", SIZES | GEMMA),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", SIZES),
+    "phi3-window": ("Phi3ForCausalLM", "Phi3Config", SIZES | {"sliding_window": WINDOW}),
+    "phi3-longrope": (
+        "Phi3ForCausalLM",
+        "Phi3Config",
+        SIZES | {"rope_parameters": LONG, "original_max_position_embeddings": 128},
+    ),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", SIZES | EXPERTS),
+    "olmo": ("OlmoForCausalLM", "OlmoConfig", SIZES | {"clip_qkv": 2.0}),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", SIZES | {"initializer_range": 0.4}),
+    "opt": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        BASE
+        | {"hidden_size": 64, "ffn_dim": 112, "num_hidden_layers": 6, "num_attention_heads": 4, "init_std": 0.2}
+        | {"max_position_embeddings": 256, "word_embed_proj_dim": 32},
+    ),
+    "cohere": ("CohereForCausalLM", "CohereConfig", SIZES),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", SIZES | EXPERTS | {"head_dim": 16, "sliding_window": WINDOW}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", SIZES),
+    "llama4": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        SIZES
+        | EXPERTS
+        | {"head_dim": 16, "attention_chunk_size": WINDOW, "intermediate_size_mlp": 96}
+        | {"attn_temperature_tuning": False},
+    ),
+}
+
+
+def make_model(directory: Path, name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
+    """Write a random model without a tokenizer; norms and biases are random too, or errors in them would not show."""
+    architecture, config, keys = MODELS[name]
+    torch.manual_seed(7)
+    model = getattr(transformers, architecture)(getattr(transformers, config)(**(keys | overrides))).eval()
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if key.endswith("bias"):
+                weight.normal_(0.0, 0.1)
+            elif weight.ndim == 1:
+                weight.add_(torch.empty_like(weight).uniform_(-0.4, 0.4))
+        model.get_input_embeddings().weight.mul_(0.2)  # or a tied model would repeat its last token
+    model.to(dtype).save_pretrained(directory, max_shard_size="400KB")
+    return directory
+
+
+def load(directory: Path, shards: int = 1, dtype: torch.dtype = torch.float32, capacity: int = 160) -> list[Any]:
+    """The whole model in ``shards`` consecutive pieces."""
+    spec = GenericSpec.read(directory)
+    cuts = [spec.layer_count * index // shards for index in range(shards + 1)]
+    return [GenericShard.load(spec, range(*piece), dtype, capacity) for piece in pairwise(cuts)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("gemma2"), "gemma2", num_hidden_layers=4)
+
+
+def test_tokens_equal_transformers(model: Path) -> None:
+    reference = Reference(model)
+    whole, thirds = load(model), load(model, 3)
+    texts = [reference.greedy(prompt, 48) for prompt in PROMPTS]
+    assert sum(len(set(text)) for text in texts) > 36, "texts that loop would hide errors"
+    for prompt, expected in zip(PROMPTS, texts, strict=True):
+        assert greedy(whole, prompt, 48) == expected
+        assert greedy(thirds, prompt, 48, chunk=3) == expected
+
+
+def test_a_tree_in_scattered_cells_gives_the_logits_of_plain_text(model: Path) -> None:
+    """Three branches in one batch, shuffled, in cells that hold what dead rows left there."""
+    reference, shards, dice = Reference(model), load(model, 3, capacity=96), random.Random(model.name)
+    free = list(range(96))
+    dice.shuffle(free)
+    dead = [set(free[:row]) for row in range(40)]
+    compute(shards, make_batch([dice.randrange(512) for _ in dead], range(40), free[:40], dead))
+    dice.shuffle(free)
+    prompt = [*PROMPTS[2], *PROMPTS[0]]
+    canonical = [free.pop() for _ in prompt]
+    prefill(shards, prompt, canonical, 7)
+    rows: list[tuple[list[int], int, set[int]]] = []  # tokens from the root on, slot, cells of the prompt and ancestors
+    for _ in range(3):
+        path: list[int] = []
+        seen = set(canonical)
+        for _ in range(4):
+            path, slot = [*path, dice.randrange(512)], free.pop()
+            rows.append((path, slot, set(seen)))
+            seen.add(slot)
+    dice.shuffle(rows)
+    positions = [len(prompt) + len(path) - 1 for path, _, _ in rows]
+    batch = make_batch([path[-1] for path, _, _ in rows], positions, [r[1] for r in rows], [r[2] for r in rows])
+    for (path, _, _), choices in zip(rows, shards[-1].choose(compute(shards, batch), range(12), 512), strict=True):
+        expected = reference.logps([*prompt, *path])[-1]
+        ours = torch.empty(512)
+        for token, logp in choices:
+            ours[token] = logp
+        assert (ours - expected).abs().max() < 1e-4
+
+
+def test_bfloat16_is_close(model: Path) -> None:
+    exact, rounded = Reference(model), Reference(model, torch.bfloat16)
+    text = PROMPTS[2] + exact.greedy(PROMPTS[2], 20)
+    truth, theirs = exact.logps(text), rounded.logps(text)
+    ours = torch.full_like(truth, torch.nan)
+    for row, choices in enumerate(prefill(load(model, 3, torch.bfloat16), text, list(range(len(text))), 7)):
+        for token, logp in choices:
+            ours[row, token] = logp
+    known = ~ours.isnan()
+    error, usual = (ours - truth)[known].abs(), (theirs - truth)[known].abs()
+    assert error.mean() < 1.5 * usual.mean()
+
+
+def stored_nbytes(directory: Path) -> int:
+    files = directory.glob("*.safetensors")
+    return sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+
+
+def test_weight_bytes_add_up(model: Path) -> None:
+    spec, stored = GenericSpec.read(model), stored_nbytes(model)
+    assert load(model)[0].weight_nbytes == stored
+    shares = [shard.weight_nbytes for shard in load(model, 3)]
+    embedding = spec.tied * spec.vocab_size * (32 if "opt" in model.name else spec.hidden_size) * 4
+    assert sum(shares) == stored + embedding
+    assert max(shares) < stored / 2 + embedding
+
+
+def test_only_own_tensors_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = make_model(tmp_path, "mixtral")
+    read: list[str] = []
+    real = transformers.modeling_utils.safe_open
+
+    class Opened:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.file = real(*args, **kwargs)
+
+        def __exit__(self, *args: Any) -> None:
+            self.file.__exit__(*args)
+
+        def keys(self) -> Sequence[str]:
+            names: Sequence[str] = self.file.keys()
+            return names
+
+        def get_slice(self, name: str) -> Any:
+            inner = self.file.get_slice(name)
+
+            class Slice:
+                def __getitem__(self, index: Any) -> Any:
+                    read.append(name)
+                    return inner[index]
+
+                def __getattr__(self, what: str) -> Any:
+                    return getattr(inner, what)
+
+            return Slice()
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_open", Opened)
+    spec = GenericSpec.read(directory)
+    assert not read
+    GenericShard.load(spec, range(2, 4), torch.float32, 8)
+    assert {name.split(".")[2] for name in read} == {"2", "3"}
+    assert any(".experts.3.w2." in name for name in read), "the experts are stored one by one"
+    read.clear()
+    GenericShard.load(spec, range(4, 6), torch.float32, 8)
+    assert {"model.norm.weight", "lm_head.weight"} <= set(read)
+    assert "model.embed_tokens.weight" not in read
+
+
+def test_an_abandoned_pass_leaves_nothing_behind(gemma2: Path) -> None:
+    shards = load(gemma2)
+    expected = Reference(gemma2).greedy(PROMPTS[0], 30)
+    steps = shards[0].forward(make_batch([1, 2], [90, 91], [3, 4], [set(), {3}]), None)
+    next(steps), next(steps)
+    assert not torch.is_inference_mode_enabled()
+    steps.close()
+    assert greedy(shards, PROMPTS[0], 30) == expected
+
+
+def test_yields_after_each_layer_and_leaves_its_input_alone(gemma2: Path) -> None:
+    first, last = load(gemma2, 2)
+    batch = make_batch([1, 2, 3], range(3), range(3), [set(), {0}, {0, 1}])
+    assert list(first.forward(batch, None)) == [0.0, 0.0]
+    hidden = compute([first], batch)
+    assert hidden.shape == (3, 64)
+    before = hidden.clone()
+    list(last.forward(batch, hidden))
+    assert torch.equal(hidden, before)
+    with pytest.raises(AssertionError, match="embed"):
+        list(last.forward(batch, None))
+    with pytest.raises(AssertionError, match="choose"):
+        first.choose(hidden, [0], 1)
+
+
+def test_a_row_that_sees_nothing_poisons_nothing(gemma2: Path) -> None:
+    shards = load(gemma2)
+    expected = Reference(gemma2).greedy(PROMPTS[0], 12)
+    batch = make_batch([9] * 40, list(range(40)), list(range(40)), [set()] * 40)
+    batch.visible[:] = False
+    assert compute(shards, batch).isfinite().all()
+    assert greedy(shards, PROMPTS[0], 12) == expected
+
+
+def test_equal_logits_go_to_the_lowest_token() -> None:
+    logits = torch.randn(9, 16).repeat(1, 32)  # token t ties with t + 16, t + 32, ...
+    for row, (best,) in zip(logits, best_choices(logits, 1), strict=True):
+        most = best_choices(row[None], 40)[0]
+        assert [token for token, _ in most[:32]] == list(range(best[0], 512, 16))
+        assert best == pytest.approx(most[0])
+    assert len(best_choices(logits, 1000)[0]) == 512
