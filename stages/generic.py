@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 
 import torch
-from torch import Tensor
 
 from pipeinfer.ports import Batch, Choice, Payload
+from stages.choices import best_choices
 from stages.generic_cells import CellCache, LayerCells, View, looking
 from stages.generic_skeleton import Skeleton
 from stages.generic_spec import GenericSpec
@@ -85,22 +85,3 @@ class GenericShard:
         assert self._range.stop == self._spec.layer_count, "only the last shard can choose"
         wanted = torch.as_tensor(hidden, dtype=self._dtype, device=self._device)[list(rows)]
         return best_choices(self._skeleton.leave(wanted).float(), count)
-
-
-def best_choices(logits: Tensor, count: int) -> list[list[Choice]]:
-    """The ``count`` best tokens of each row of ``logits`` (float32 [rows, vocabulary]) with their log-probabilities,
-    best first; of equal ones the lowest token, as argmax has it."""
-    totals = torch.logsumexp(logits, -1, keepdim=True)
-    if count == 1:
-        best = logits.argmax(-1, keepdim=True)
-        logps = logits.gather(-1, best) - totals
-        return [[choice] for choice in zip(best[:, 0].tolist(), logps[:, 0].tolist(), strict=True)]
-    # topk leaves open which of equal logits it takes and in what order; only its lowest value is used.
-    count = min(count, logits.shape[-1])
-    floors = logits.topk(count, -1).values[:, -1:]
-    choices = []
-    for row, floor, total in zip(logits, floors, totals, strict=True):
-        tokens = (row >= floor).nonzero()[:, 0]
-        tokens = tokens[row[tokens].argsort(descending=True, stable=True)[:count]]
-        choices.append(list(zip(tokens.tolist(), (row[tokens] - total).tolist(), strict=True)))
-    return choices

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeinfer.ports import Batch, Choice, Payload
 from stages.checkpoint import EMBEDDING, HEAD, NORM, Checkpoint, layer_tensors
+from stages.choices import best_choices
 from stages.rope import cosines_sines, inverse_frequencies
 from stages.spec import ModelSpec
 
@@ -165,21 +166,7 @@ class LlamaShard:
         assert self._norm is not None and self._head is not None, "only the last shard can choose"
         wanted = torch.as_tensor(hidden, dtype=self._dtype, device=self._device)[list(rows)]
         logits = F.linear(F.rms_norm(wanted, self._hidden_shape, self._norm, self._eps), self._head).float()
-        totals = torch.logsumexp(logits, -1, keepdim=True)
-        if count == 1:
-            best = logits.argmax(-1, keepdim=True)
-            logps = logits.gather(-1, best) - totals
-            return [[choice] for choice in zip(best[:, 0].tolist(), logps[:, 0].tolist(), strict=True)]
-        # topk leaves open which of equal logits it takes and in what order; only its lowest value is used.
-        count = min(count, logits.shape[-1])
-        floors = logits.topk(count, -1).values[:, -1:]
-        choices = []
-        for row, floor, total in zip(logits, floors, totals, strict=True):
-            tokens = (row >= floor).nonzero()[:, 0]
-            order = row[tokens].argsort(descending=True, stable=True)[:count]
-            tokens = tokens[order]
-            choices.append(list(zip(tokens.tolist(), (row[tokens] - total).tolist(), strict=True)))
-        return choices
+        return best_choices(logits, count)
 
 
 def _rotate(heads: Tensor, turns: Tensor) -> None:

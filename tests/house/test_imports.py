@@ -12,7 +12,9 @@ from tests.house.source import PACKAGES, ROOT, imports, module_name, python_file
 
 WORDS = {f"pipeinfer.{name}" for name in ("config", "errors", "metrics", "ports", "protocol", "trace")}
 GENERIC = {f"stages.generic{part}" for part in ("", "_cells", "_probe", "_skeleton")}
-SHARDS = {f"stages.{name}" for name in ("pair", "llama", "emulated", "checkpoint", "rope", "spec", "generic_spec")}
+SHARDS = {
+    f"stages.{name}" for name in ("pair", "llama", "emulated", "checkpoint", "rope", "spec", "choices", "generic_spec")
+}
 SHARDS |= GENERIC
 HEAVY = {"torch", "transformers", "mpi4py"}
 SPEAKS_MPI = {"launch.mpi"}
@@ -20,6 +22,7 @@ EAGER_TORCH = {
     "stages.pair",
     "stages.llama",
     "stages.rope",
+    "stages.choices",
 } | GENERIC  # what computes; whoever loads it imports it late
 LATE_TORCH = re.compile(r"(launch|stages)\.|pipeinfer\.(engine|text)$")  # may load it, inside functions
 

@@ -13,7 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from stages.generic import GenericShard, best_choices
+from stages.choices import best_choices
+from stages.generic import GenericShard
 from stages.generic_spec import GenericSpec
 from tests.models.walk import Reference, compute, greedy, make_batch, prefill
 
