@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 
 from launch.backoff import Backoff
@@ -22,7 +23,7 @@ class Driver:
         self._backoff = Backoff()
         self.moved_at = 0.0
         self.executor: Executor  # set by whoever casts the roles
-        self.news: list[tuple[float, Emit | Finish | Idle]] = []
+        self.news: deque[tuple[float, Emit | Finish | Idle]] = deque()
 
     def send(self, command: Send, now: float) -> None:
         """Outlet: off to the rank where the role lives."""

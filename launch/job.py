@@ -110,26 +110,25 @@ class Job:
         try:
             yield News(began)
             while not is_idle:
-                for at_s, command in self._news():
-                    if isinstance(command, Emit):
-                        yield News(at_s, command.tokens)
-                    elif isinstance(command, Finish):
-                        reason = command.reason
-                    elif isinstance(command, Idle):
-                        is_idle = True
-                        yield News(at_s, reason=reason, tally=command.tally)
+                at_s, command = self._hear()
+                if isinstance(command, Emit):
+                    yield News(at_s, command.tokens)
+                elif isinstance(command, Finish):
+                    reason = command.reason
+                else:
+                    is_idle = True
+                    yield News(at_s, reason=reason, tally=command.tally)
         except GeneratorExit:  # nobody wants the rest
             self._driver.deliver(ORCHESTRATOR, Withdrawn())
             while not is_idle:
-                is_idle = any(isinstance(command, Idle) for _, command in self._news())
+                is_idle = isinstance(self._hear()[1], Idle)
             raise
 
-    def _news(self) -> list[tuple[float, Emit | Finish | Idle]]:
-        """What has happened since it was asked last; waits until something has."""
+    def _hear(self) -> tuple[float, Emit | Finish | Idle]:
+        """The next thing that happened, and when; waits for it. What comes after it stays for the next call."""
         driver = self._driver
         driver.run(lambda: bool(driver.news), self._config.timeout_s, self._explain)
-        news, driver.news = driver.news, []
-        return news
+        return driver.news.popleft()
 
     def _explain(self) -> str:
         """Ask every role what it is doing; what they say, or that they are silent."""

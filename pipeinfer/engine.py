@@ -11,7 +11,7 @@ In a program started by mpirun or srun the ranks are those of the job: rank 0 go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -129,7 +129,7 @@ class Engine:
 
     def stream(
         self, prompt: str | list[int], max_new_tokens: int = 128, ignore_eos: bool = False, chat: bool = False
-    ) -> Iterator[str | Completion]:
+    ) -> Generator[str | Completion, None, None]:
         """Decode ``prompt`` (text, or token ids): yields pieces of text as they become certain, then the Completion."""
         text = self._text
         if text is None or self._job is None:

@@ -16,7 +16,7 @@ PROMPT = "def read_lines(path):\n"
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_stream_is_its_completion_and_may_be_left_early(ranks: int) -> None:
-    with Engine(ranks=ranks) as engine:
+    with Engine(ranks=ranks, timeout_s=20.0) as engine:
         assert engine is not None
         *pieces, completion = engine.stream(PROMPT, 24, ignore_eos=True)
         assert isinstance(completion, Completion)
@@ -26,6 +26,10 @@ def test_a_stream_is_its_completion_and_may_be_left_early(ranks: int) -> None:
                 break  # the rest is withdrawn, and the engine is free for the next request
         again = engine.generate(PROMPT, 24, ignore_eos=True)
         assert again.tokens == completion.tokens == engine.decode_alone(completion.prompt_tokens, 24, ignore_eos=True)
+        if ranks == 1:
+            short = engine.stream(PROMPT, 1, ignore_eos=True)
+            next(short)
+            short.close()  # its end had come together with its only token
         with pytest.raises(UserError, match="context of 1024"):
             engine.generate(PROMPT, 2000)
         assert engine.generate(completion.prompt_tokens, 24, ignore_eos=True).tokens == completion.tokens
