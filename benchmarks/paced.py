@@ -56,7 +56,7 @@ def measure_once(world: World, policy: Policy, args: argparse.Namespace, prompt:
     pair = EmulatedPair(spec, lambda rows: layer_s, lambda rows: draft_s)
     plan = plan_for(world.size, policy, args.equal_ranks)
     context = len(prompt) + args.tokens
-    job = Job(Config(policy=policy.name), plan, context, pair, world, policy)
+    job = Job(Config(policy=policy.settings()), plan, context, pair, world, policy)
     if not world.is_head:
         job.serve()
         return None

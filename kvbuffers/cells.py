@@ -4,20 +4,21 @@ Whoever leads the stream (see partitions.py) names a slot for each row. A shard 
 rows, in stream order. So all replicas agree without a word between them, and a row's attention mask follows from the
 table alone:
 
-    a row sees  every canonical cell at its own position or before it
-           and  its lineage: itself, its parent's cell, and so on up to the first canonical one.
+    a row sees  its lineage: itself, its parent's cell, and so on up to the first canonical one
+           and  every canonical cell at that one's position or before it.
 
 Nothing is moved in memory: a cell becomes canonical by changing its state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeinfer.errors import RemoteProtocolError
-from pipeinfer.ports import Batch
+from pipeinfer.ports import Batch, Draw, Sampling
 from pipeinfer.protocol import NO_SLOT, CellOp, CellOpKind, Row
 
 
@@ -29,6 +30,7 @@ class CellTable:
         self.length = 0  # canonical positions are 0 .. length-1
         self._canonical = np.zeros(capacity, dtype=np.bool_)
         self._position = np.zeros(capacity, dtype=np.int64)
+        self._token = np.zeros(capacity, dtype=np.int64)
         self._leased: dict[int, int] = {}  # slot -> parent slot
         self._span = 0  # one past the highest cell ever used since it was last clear
 
@@ -61,13 +63,14 @@ class CellTable:
         self._canonical[slot] = True
         self.length += 1
 
-    def living(self, rows: Sequence[Row]) -> tuple[int, ...]:
-        """The indices of the rows whose ancestors are all here, in order. Death is inherited: where an ancestor is
-        missing, its run was skipped or its row dropped, and nothing below it can matter any more."""
+    def living(self, rows: Sequence[Row], dead: Collection[int] = ()) -> tuple[int, ...]:
+        """The indices of the rows that are not at ``dead`` cells and whose ancestors are all here, in order. Death is
+        inherited: where an ancestor is missing, its run was skipped or its row dropped, and nothing below it can matter
+        any more."""
         here: set[int] = set()
         alive = []
         for index, row in enumerate(rows):
-            if (
+            if row.slot not in dead and (
                 row.parent == NO_SLOT
                 or row.parent in self._leased
                 or row.parent in here
@@ -87,16 +90,26 @@ class CellTable:
             if row.slot >= self.capacity or row.slot in self._leased or self._canonical[row.slot]:
                 raise RemoteProtocolError(f"row at cell {row.slot}, which is not free")
             self._position[row.slot] = row.position
+            self._token[row.slot] = row.token
             self._leased[row.slot] = row.parent
             if canonical:
                 self._commit(row.slot, row.position)
             self._span = max(self._span, row.slot + 1)
         span = self._span
-        visible = self._canonical[:span] & (self._position[:span] <= positions[:, None])
-        if not canonical:
-            for index, row in enumerate(rows):
-                visible[index, self._lineage(row)] = True
+        lineages = [] if canonical else [self._lineage(row) for row in rows]
+        joins = positions if canonical else positions - np.fromiter(map(len, lineages), np.int64, count)
+        visible = self._canonical[:span] & (self._position[:span] <= joins[:, None])
+        for index, lineage in enumerate(lineages):
+            visible[index, lineage] = True
         return Batch(tokens, positions, slots, visible)
+
+    def draw(self, sampling: Sampling, batch: Batch, rows: Sequence[int], is_guess: bool = False) -> Draw:
+        """How the tokens after ``rows`` of ``batch`` are drawn by ``sampling``."""
+        seen: tuple[npt.NDArray[np.int64], ...] = ()
+        if sampling.repetition_penalty != 1.0:
+            tokens = self._token[: batch.visible.shape[1]]
+            seen = tuple(np.unique(tokens[batch.visible[row]]) for row in rows)
+        return Draw(sampling, batch.positions[list(rows)] + 1, seen, is_guess)
 
     def _is_canonical(self, slot: int) -> bool:
         return slot < self.capacity and bool(self._canonical[slot])
@@ -111,8 +124,9 @@ class CellTable:
             slot, position = self._leased[slot], position - 1
         if slot != NO_SLOT and not self._is_canonical(slot):
             raise RemoteProtocolError(f"cell {row.slot} descends from cell {slot}, which is free")
-        if position != self.length - 1:
-            raise RemoteProtocolError(f"cell {row.slot} joins the canonical sequence at {position}, not at its end")
+        joint = self._position[slot] if slot != NO_SLOT else self.length - 1
+        if position != joint:
+            raise RemoteProtocolError(f"cell {row.slot} joins the canonical sequence at {position}, not at {joint}")
         return path
 
     def counts(self) -> tuple[int, int, int]:

@@ -27,9 +27,9 @@ from pipeinfer.ports import (
     Tally,
     Withdrawn,
 )
-from pipeinfer.protocol import ORCHESTRATOR
+from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR
 from speculation.drafter import Drafter, draft_cells
-from speculation.policy import POLICIES, Policy
+from speculation.policy import Policy
 from stages.machine import Stage
 
 if TYPE_CHECKING:
@@ -41,12 +41,14 @@ PROBE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What the head hears of its request, at ``at_s`` (monotonic seconds): that it began, tokens, how it ended."""
+    """What the head hears of its request, at ``at_s`` (monotonic seconds): that it began, tokens with their
+    log-probabilities, how it ended."""
 
     at_s: float
     tokens: tuple[int, ...] = ()
     reason: str = ""
     tally: Tally | None = None
+    logps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class Job:
     ) -> None:
         self._config = config
         self._world = world
-        self._policy = policy or POLICIES[config.policy]
+        self._policy = policy or Policy(**config.policy)
         rank = world.rank if world else 0
         self._cast = Cast(config, plan, context, pair, self._policy)
         shards = self._cast.shards(plan[rank])
@@ -87,7 +89,7 @@ class Job:
         self._driver = Driver(homes(plan), self._transport)
         machines = [self._cast.machine(role) for role in plan[rank]]
         self._orchestrator = next((machine for machine in machines if isinstance(machine, Orchestrator)), None)
-        self._executor = self._driver.executor = Executor(machines, shards, self._driver)
+        self._executor = self._driver.executor = Executor(machines, shards, self._driver, clock=time.monotonic)
         self.ranks = self._gather(plan[rank], rank, sum(shard.weight_nbytes for shard in shards.values()))
         for address in self._executor.addresses:
             self._driver.deliver(address, Started())
@@ -112,17 +114,21 @@ class Job:
             while not is_idle:
                 at_s, command = self._hear()
                 if isinstance(command, Emit):
-                    yield News(at_s, command.tokens)
+                    yield News(at_s, command.tokens, logps=command.logps)
                 elif isinstance(command, Finish):
                     reason = command.reason
                 else:
                     is_idle = True
                     yield News(at_s, reason=reason, tally=command.tally)
         except GeneratorExit:  # nobody wants the rest
-            self._driver.deliver(ORCHESTRATOR, Withdrawn())
+            self.withdraw()
             while not is_idle:
                 is_idle = isinstance(self._hear()[1], Idle)
             raise
+
+    def withdraw(self) -> None:
+        """On the head: ask for no more tokens of the request being served; its tally still comes."""
+        self._driver.deliver(ORCHESTRATOR, Withdrawn())
 
     def _hear(self) -> tuple[float, Emit | Finish | Idle]:
         """The next thing that happened, and when; waits for it. What comes after it stays for the next call."""
@@ -174,7 +180,8 @@ class Cast:
     def machine(self, role: Role) -> Machine:
         """The brain of ``role``."""
         if role.layers is not None:
-            return Stage(role.address, self._stages, self._capacity, self.window, self._digest)
+            early = self._policy.schedule != "frontier"
+            return Stage(role.address, self._stages, self._capacity, self.window, self._digest, early)
         if role.address == ORCHESTRATOR:
             return Orchestrator(self._stages, self._drafters, self._policy, self._context, self._digest)
         return Drafter(role.address, self._policy, self._context, self._digest)
@@ -186,5 +193,6 @@ class Cast:
             if role.layers is not None:
                 shards[role.address] = self._pair.stage(role.layers, self._capacity)
             elif role.address != ORCHESTRATOR:
-                shards[role.address] = self._pair.draft(draft_cells(self._policy, self._context))
+                index = role.address - FIRST_DRAFTER
+                shards[role.address] = self._pair.draft(index, draft_cells(self._policy, self._context))
         return shards

@@ -35,21 +35,25 @@ def split_layers(layers: int, stages: int, head_cost: float = 0.0) -> list[range
     return [range(start, end) for start, end in pairwise(cuts)]
 
 
-def assign(ranks: int, layers: int, has_drafter: bool, head_cost: float = 0.0) -> Plan:
-    """Rank 0 orchestrates and drafts, the others are stages in rank order. Without a drafter rank 0 is a stage as well;
-    one rank alone is everything."""
-    stages = ranks - 1 if has_drafter and ranks > 1 else ranks
+def assign(ranks: int, layers: int, drafters: int, head_cost: float = 0.0) -> Plan:
+    """Rank 0 orchestrates and hosts the first drafter; stages follow in rank order, further drafters last. Without a
+    drafter rank 0 is a stage as well; one rank alone is everything."""
+    stages = max(1, ranks - drafters) if ranks > 1 else 1
+    if ranks > 1 and stages + drafters > ranks:
+        refuse(f"{ranks} ranks cannot hold {drafters} drafters and a stage", f"use at least {drafters + 1} ranks")
     if stages > layers:
-        most = layers + 1 if has_drafter else layers
-        refuse(f"{ranks} ranks make {stages} stages, but the target has {layers} layers", f"use at most {most} ranks")
+        refuse(
+            f"{ranks} ranks make {stages} stages, but the target has {layers} layers",
+            f"use at most {layers + drafters} ranks",
+        )
     shares = split_layers(layers, stages, head_cost)
     stage_roles = [Role(stage_address(index), share) for index, share in enumerate(shares)]
-    head = [Role(ORCHESTRATOR)]
-    if has_drafter:
-        head.append(Role(drafter_address(0)))
-    if stages == ranks:
-        head.append(stage_roles.pop(0))
-    return (tuple(head), *((role,) for role in stage_roles))
+    drafter_roles = [Role(drafter_address(index)) for index in range(drafters)]
+    if ranks == 1:
+        return ((Role(ORCHESTRATOR), *drafter_roles, *stage_roles),)
+    beside = drafter_roles[:1] or stage_roles[:1]
+    others = [role for role in (*stage_roles, *drafter_roles) if role not in beside]
+    return ((Role(ORCHESTRATOR), *beside), *((role,) for role in others))
 
 
 def homes(plan: Plan) -> dict[int, int]:

@@ -1,7 +1,8 @@
 """A job on ranks that we start ourselves: mpiexec runs worker.py on this machine, and its rank 0 talks to us.
 
-The two talk in lines of JSON over a socket in a private directory: a request one way, its news the other. Standard
-output stays free for whoever uses the engine; what ranks say on standard error passes through.
+The two talk in lines of JSON over a socket in a private directory: a request one way, or an empty object when the rest
+of it is not wanted; its news the other way. Standard output stays free for whoever uses the engine; what ranks say on
+standard error passes through.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from launch import mpiexec
 from launch.job import News
+from launch.lines import Lines
 from pipeinfer.config import Config
 from pipeinfer.errors import PipeinferError
 from pipeinfer.ports import Request, Tally
@@ -43,7 +45,7 @@ class SpawnedJob:
     """``ranks`` ranks on this machine serving ``config``; the same interface as Job on the head."""
 
     def __init__(self, config: Config, ranks: int) -> None:
-        self._held = contextlib.ExitStack()  # directory, socket, stream: let go together
+        self._held = contextlib.ExitStack()  # directory and sockets: let go together
         place = self._held.enter_context(tempfile.TemporaryDirectory(prefix="pipeinfer-"))
         path = os.path.join(place, "head")
         listener = self._held.enter_context(socket.socket(socket.AF_UNIX))
@@ -56,8 +58,7 @@ class SpawnedJob:
         # A group of its own, so that an interrupt reaches the ranks through us, once.
         self._process = subprocess.Popen(line, env=environ, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
         try:
-            wire = self._held.enter_context(self._accept(listener))
-            self._stream = self._held.enter_context(wire.makefile("rw", encoding="utf-8", newline="\n"))
+            self._lines = Lines(self._held.enter_context(self._accept(listener)))
             self.ranks: list[dict[str, Any]] = self._hear()["ranks"]
         except BaseException:
             self.kill()
@@ -75,8 +76,7 @@ class SpawnedJob:
 
     def _hear(self) -> dict[str, Any]:
         """The next word of rank 0; raises RanksFailed if there will be none."""
-        if line := self._stream.readline():
-            said: dict[str, Any] = json.loads(line)
+        if (said := self._lines.hear()) is not None:
             return said
         try:
             code = self._process.wait(GRACE_S)
@@ -91,19 +91,29 @@ class SpawnedJob:
             "prompt": request.prompt,
             "max_new_tokens": request.max_new_tokens,
             "stop": sorted(request.stop_tokens),
+            "sampling": asdict(request.sampling),
         }
-        print(json.dumps(words), file=self._stream, flush=True)
+        self._say(words)
         tally = None
         try:
             while tally is None:
                 said = self._hear()
                 tally = Tally(**said["tally"]) if said["tally"] else None
-                yield News(said["at_s"], tuple(said["tokens"]), said["reason"], tally)
+                yield News(said["at_s"], tuple(said["tokens"]), said["reason"], tally, tuple(said["logps"]))
         except GeneratorExit:  # nobody wants the rest
-            print(json.dumps({}), file=self._stream, flush=True)
+            if tally is None:
+                self.withdraw()
             while tally is None:
                 tally = self._hear()["tally"]
             raise
+
+    def withdraw(self) -> None:
+        """See Job."""
+        self._say({})
+
+    def _say(self, words: dict[str, Any]) -> None:
+        with contextlib.suppress(ConnectionError):  # rank 0 is gone: the next hearing says so
+            self._lines.say(words)
 
     def close(self) -> None:
         """Let the ranks go."""

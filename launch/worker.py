@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import select
 import socket
 import sys
 from dataclasses import asdict
-from typing import Any
 
-from launch.job import Job, News
+from launch.job import Job
+from launch.lines import Lines
 from launch.mpi import World
 from pipeinfer.config import Config
-from pipeinfer.ports import Request, Tally
+from pipeinfer.ports import Request, Sampling
 from pipeinfer.preflight import clear
 
 
@@ -21,7 +20,7 @@ def main(path: str, words: str) -> None:
     """``path``: the socket of whoever started us. ``words``: the job's Config as JSON."""
     world = World()
     try:
-        play(world, path, Config(**json.loads(words)))
+        play(world, path, Config.of(json.loads(words)))
     except BaseException as error:
         world.fail(error)
     world.close()
@@ -35,7 +34,7 @@ def play(world: World, path: str, config: Config) -> None:
 
     torch.set_num_threads(world.threads)
     cleared = clear(config, world.size)
-    pair = CheckpointPair(cleared.target, cleared.draft, config.dtype)
+    pair = CheckpointPair(cleared.target, cleared.drafts, config.dtype)
     job = Job(config, cleared.plan, cleared.context, pair, world)
     if not world.is_head:
         job.serve()
@@ -47,25 +46,20 @@ def play(world: World, path: str, config: Config) -> None:
 
 def talk(job: Job, path: str) -> None:
     """Serve requests from the socket at ``path`` until its other end is closed."""
-    wire = socket.socket(socket.AF_UNIX)
-    wire.connect(path)
-    with wire, wire.makefile("rw", encoding="utf-8", newline="\n") as stream:
-
-        def say(words: dict[str, Any]) -> None:
-            print(json.dumps(words), file=stream, flush=True)
-
-        say({"ranks": job.ranks})
-        for line in stream:
-            asked = json.loads(line)
+    with socket.socket(socket.AF_UNIX) as wire:
+        wire.connect(path)
+        lines = Lines(wire)
+        lines.say({"ranks": job.ranks})
+        while (asked := lines.hear()) is not None:
             if not asked:
-                continue  # a request was withdrawn, and had ended by itself
-            request = Request(tuple(asked["prompt"]), asked["max_new_tokens"], frozenset(asked["stop"]))
-            answer = job.submit(request)
-            for news in answer:
-                say(asdict(news))
-                if not news.tally and select.select([wire], [], [], 0)[0]:
-                    answer.close()  # a word in between: the request is withdrawn
-                    say(asdict(News(news.at_s, reason="withdrawn", tally=Tally())))
+                continue  # a request was withdrawn, and has ended
+            stop_tokens, sampling = frozenset(asked["stop"]), Sampling(**asked["sampling"])
+            request = Request(tuple(asked["prompt"]), asked["max_new_tokens"], stop_tokens, sampling)
+            with contextlib.closing(job.submit(request)) as answer:
+                for news in answer:
+                    lines.say(asdict(news))
+                    if news.tally is None and lines.is_spoken_to:
+                        job.withdraw()  # there is nothing else that could be said now
 
 
 if __name__ == "__main__":

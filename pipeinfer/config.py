@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import json
 import zlib
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from pipeinfer.errors import refuse
 from pipeinfer.protocol import VERSION
 
 BUILTIN = "builtin"
+NONE = "none"
 DTYPES = ("fp32", "bf16")
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """``target`` and ``draft`` are directories in Hugging Face format, or ``builtin``. ``context``: most tokens of a
-    request, prompt included (0: what the target was made for, at most DEFAULT_CONTEXT). ``timeout_s``: how long nothing
-    may move before the job gives up and says who waits for whom (0: for ever)."""
+    """``target`` and ``drafts`` (one for each drafter) are directories in Hugging Face format, or ``builtin``.
+    ``policy``: every knob of it, by name (see speculation.policy). ``context``: most tokens of a request, prompt
+    included (0: what the target was made for, at most DEFAULT_CONTEXT). ``timeout_s``: how long nothing may move before the job
+    gives up and says who waits for whom (0: for ever)."""
 
     target: str = BUILTIN
-    draft: str | None = BUILTIN
-    policy: str = "continuous"
+    drafts: tuple[str, ...] = (BUILTIN,)
+    policy: dict[str, Any] = field(default_factory=lambda: {"name": "plain", "speculate": False})
     dtype: str = "fp32"
     context: int = 0
     timeout_s: float = 120.0
+
+    @classmethod
+    def of(cls, words: Mapping[str, Any]) -> Config:
+        """What ``dataclasses.asdict`` made of one, JSON in between or not."""
+        return cls(**{**words, "drafts": tuple(words["drafts"])})
 
     def digest(self) -> int:
         """A number that ranks compare at HELLO: they must mean the same job and speak the same protocol."""
@@ -36,9 +46,9 @@ class Config:
         return model_directory(self.target, "target")
 
     @property
-    def draft_directory(self) -> Path | None:
-        """Where the draft's files are, if there is one."""
-        return None if self.draft is None else model_directory(self.draft, "draft")
+    def draft_directories(self) -> list[Path]:
+        """Where the drafts' files are, drafter by drafter."""
+        return [model_directory(draft, "draft") for draft in self.drafts]
 
 
 DEFAULT_CONTEXT = 4096
@@ -48,3 +58,23 @@ DEFAULT_CONTEXT = 4096
 def model_directory(name: str, part: str) -> Path:
     """The directory that ``name`` means; ``part`` is ``target`` or ``draft``."""
     return Path(__file__).parent / BUILTIN / part if name == BUILTIN else Path(name)
+
+
+def draft_names(target: str, draft: str | Sequence[str] | None, drafters: int | None) -> tuple[str, ...]:
+    """The draft of each drafter. ``draft``: one for all, one for each, or ``none``; the built-in target brings its own.
+
+    Raises UserError where their number and ``drafters`` do not fit."""
+    names = [draft] if isinstance(draft, str) else list(draft or ())
+    if names == [NONE]:
+        names = []
+    elif not names and target == BUILTIN:
+        names = [BUILTIN]
+    if drafters is None:
+        return tuple(names)
+    if drafters < 1:
+        refuse(f"{drafters} drafters", f"use at least one, or --draft {NONE}")
+    if not names:
+        refuse(f"{drafters} drafters without a draft model", "name one with --draft DIR")
+    if len(names) not in (1, drafters):
+        refuse(f"{len(names)} draft models for {drafters} drafters", "name one for all or one for each")
+    return tuple(names * drafters if len(names) == 1 else names)

@@ -11,18 +11,20 @@ In a program started by mpirun or srun the ranks are those of the job: rank 0 go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from launch.environment import launched, refuse_singletons
-from pipeinfer.config import BUILTIN, Config
+from pipeinfer.config import BUILTIN, Config, draft_names
 from pipeinfer.errors import UserError, refuse
 from pipeinfer.metrics import measure
-from pipeinfer.ports import Request
+from pipeinfer.ports import GREEDY, Request, Sampling
 from pipeinfer.preflight import Cleared, clear
+from pipeinfer.sampling import checked_stops, exact
 from pipeinfer.text import Text
+from speculation.policy import PLAIN, read_policy
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Completion:
-    """One answer. ``metrics`` are those of pipeinfer.metrics.measure; ``ranks`` says who computed it."""
+    """One answer. ``metrics`` are those of pipeinfer.metrics.measure; ``ranks`` says who computed it; ``logprobs`` are
+    those of ``tokens`` (natural logarithm), by the model's logits before anything was done to them."""
 
     text: str = ""
     prompt_tokens: list[int] = field(default_factory=list)
@@ -43,6 +46,7 @@ class Completion:
     metrics: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
 
 
 class RefusedElsewhere(UserError):
@@ -50,10 +54,12 @@ class RefusedElsewhere(UserError):
 
 
 class Engine:
-    """Decodes with ``target``, guided by ``draft``: directories in Hugging Face format, or ``"builtin"``.
+    """Decodes with ``target``, guided by ``draft``: directories in Hugging Face format, or ``"builtin"``. There may be
+    a draft for each of several ``drafters``, or one for all, or ``"none"``: then guesses are looked up in the text.
 
     ranks: how many to start on this machine (default 1, which needs no MPI); inside mpirun or srun the job's own are
-    used. policy: ``plain`` or ``continuous`` (the default where there are ranks to speculate with). dtype: ``fp32`` or
+    used. policy: ``plain``, ``continuous`` (the default where there are several ranks) or a TOML file with a
+    policy's knobs; settings: changes to it, as ``knob=value``. dtype: ``fp32`` or
     ``bf16``. context: most tokens of a request. comm: an mpi4py communicator to use instead of MPI_COMM_WORLD.
     timeout_s: how long nothing may move before the job gives up and says who waits for whom. check: called on the head
     before any model is loaded; a UserError it raises refuses the job on all ranks. Raises UserError for what cannot be
@@ -63,9 +69,11 @@ class Engine:
     def __init__(
         self,
         target: str = BUILTIN,
-        draft: str | None = None,
+        draft: str | Sequence[str] | None = None,
+        drafters: int | None = None,
         ranks: int | None = None,
         policy: str | None = None,
+        settings: Sequence[str] = (),
         dtype: str = "fp32",
         context: int = 0,
         timeout_s: float = 120.0,
@@ -83,11 +91,13 @@ class Engine:
             if comm is None:
                 _refuse_singletons(self._world)
         size = self._world.size if self._world else 1 if ranks is None else ranks
-        if draft is None and target == BUILTIN:
-            draft = BUILTIN
-        policy = policy or ("continuous" if size > 1 and draft is not None else "plain")
-        self.config = Config(str(target), None if draft is None else str(draft), policy, dtype, context, timeout_s)
-        cleared = self._clear(size, ranks, check)
+        name = policy or ("continuous" if size > 1 else "plain")
+
+        def configure() -> Config:
+            drafts = draft_names(str(target), draft, drafters)
+            return Config(str(target), drafts, read_policy(name, settings).settings(), dtype, context, timeout_s)
+
+        cleared = self._clear(size, ranks, configure, check)
         if self._world is None and size > 1:
             from launch.spawn import SpawnedJob
 
@@ -95,7 +105,13 @@ class Engine:
         else:
             self._job = _load(self.config, cleared, self._world)
 
-    def _clear(self, size: int, ranks: int | None, check: Callable[[Engine], object] | None) -> Cleared:
+    def _clear(
+        self,
+        size: int,
+        ranks: int | None,
+        configure: Callable[[], Config],
+        check: Callable[[Engine], object] | None,
+    ) -> Cleared:
         """Check everything on the head, before anything is loaded; the others learn the verdict and do the same."""
         world, problem = self._world, None
         if self.is_head:
@@ -104,6 +120,7 @@ class Engine:
                     refuse(
                         f"--ranks {ranks}, but the launcher started {size}", "leave out --ranks under mpirun or srun"
                     )
+                self.config = configure()
                 cleared = clear(self.config, size)
                 self.context = cleared.context
                 self._stop_tokens = frozenset(cleared.target[0].eos_tokens)
@@ -114,7 +131,10 @@ class Engine:
                 problem = error
         if world.agree(problem is not None) if world else problem:
             raise problem or RefusedElsewhere("rank 0 says why")
-        return cleared if self.is_head else clear(self.config, size)
+        if self.is_head:
+            return cleared
+        self.config = configure()
+        return clear(self.config, size)
 
     @property
     def is_head(self) -> bool:
@@ -128,52 +148,88 @@ class Engine:
         return self._job.ranks
 
     def stream(
-        self, prompt: str | list[int], max_new_tokens: int = 128, ignore_eos: bool = False, chat: bool = False
+        self,
+        prompt: str | list[int],
+        max_new_tokens: int = 128,
+        ignore_eos: bool = False,
+        chat: bool = False,
+        sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
     ) -> Generator[str | Completion, None, None]:
-        """Decode ``prompt`` (text, or token ids): yields pieces of text as they become certain, then the Completion."""
+        """Decode ``prompt`` (text, or token ids): yields pieces of text as they become certain, then the Completion.
+
+        ``stop``: strings before the first of which the text ends; ``tokens`` then ends with the one that completed it.
+        Raises UserError for what cannot be served."""
         text = self._text
         if text is None or self._job is None:
             raise UserError("only an open engine on the head rank decodes; the others serve")
         tokens = self.tokenize(prompt, max_new_tokens, chat)
         stop_tokens = frozenset() if ignore_eos else self._stop_tokens
-        answer = Completion(prompt_tokens=tokens, config=asdict(self.config) | {"max_new_tokens": max_new_tokens})
+        request = Request(tuple(tokens), max_new_tokens, stop_tokens, exact(sampling))
+        stops = checked_stops(stop)
+        asked = {"max_new_tokens": max_new_tokens, "sampling": asdict(request.sampling), "stop": list(stops)}
+        answer = Completion(prompt_tokens=tokens, config=asdict(self.config) | asked, ranks=self.ranks)
+        reader = text.reader(stop_tokens, stops)
         emitted_at: list[tuple[float, int]] = []
-        decoder = text.stream()
         submitted_at = None
-        for news in self._job.submit(Request(tuple(tokens), max_new_tokens, stop_tokens)):
+        for news in self._job.submit(request):
             if submitted_at is None:
                 submitted_at = news.at_s  # the first word is that the request has begun
-            if news.tokens:
-                answer.tokens += news.tokens
-                emitted_at.append((news.at_s, len(news.tokens)))
-                if piece := decoder.push([token for token in news.tokens if token not in stop_tokens]):
+            if news.tokens and not reader.is_stopped:
+                count, piece = reader.read(news.tokens)
+                answer.tokens += news.tokens[:count]
+                answer.logprobs += news.logps[:count]
+                emitted_at.append((news.at_s, count))
+                if reader.is_stopped:
+                    self._job.withdraw()
+                if piece:
                     yield piece
             if news.tally is not None:
                 answer.finish_reason = news.reason
                 answer.metrics = measure(submitted_at, emitted_at, news.tally)
-        if piece := decoder.close():
+        if piece := reader.close():
             yield piece
-        answer.text = text.decode([token for token in answer.tokens if token not in stop_tokens])
-        answer.ranks = self.ranks
+        if reader.is_stopped:
+            answer.text, answer.finish_reason = reader.shown, "stop"
+        else:
+            answer.text = text.decode([token for token in answer.tokens if token not in stop_tokens])
         yield answer
 
     def generate(
-        self, prompt: str | list[int], max_new_tokens: int = 128, ignore_eos: bool = False, chat: bool = False
+        self,
+        prompt: str | list[int],
+        max_new_tokens: int = 128,
+        ignore_eos: bool = False,
+        chat: bool = False,
+        sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
     ) -> Completion:
-        """Decode ``prompt`` to the end."""
-        for piece in self.stream(prompt, max_new_tokens, ignore_eos, chat):
+        """Decode ``prompt`` to the end; see stream."""
+        for piece in self.stream(prompt, max_new_tokens, ignore_eos, chat, sampling, stop):
             if isinstance(piece, Completion):
                 return piece
         raise AssertionError("a stream ends with its Completion")
 
-    def decode_alone(self, prompt: list[int], max_new_tokens: int, ignore_eos: bool = False) -> list[int]:
+    def decode_alone(
+        self,
+        prompt: list[int],
+        max_new_tokens: int,
+        ignore_eos: bool = False,
+        sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
+    ) -> list[int]:
         """What plain decoding says, by this process alone with the whole target in its memory: the reference."""
-        config = replace(self.config, policy="plain", draft=None, context=self.context)
+        assert self._text is not None
+        config = replace(self.config, policy=PLAIN.settings(), drafts=(), context=self.context)
         stop_tokens = frozenset() if ignore_eos else self._stop_tokens
         job = _load(config, clear(config, 1), None)
-        return [
-            token for news in job.submit(Request(tuple(prompt), max_new_tokens, stop_tokens)) for token in news.tokens
-        ]
+        reader, tokens = self._text.reader(stop_tokens, checked_stops(stop)), list[int]()
+        for news in job.submit(Request(tuple(prompt), max_new_tokens, stop_tokens, exact(sampling))):
+            count, _ = reader.read(news.tokens)
+            tokens += news.tokens[:count]
+            if count and reader.is_stopped:
+                job.withdraw()
+        return tokens
 
     def tokenize(self, prompt: str | list[int], max_new_tokens: int, chat: bool = False) -> list[int]:
         """The prompt's tokens. Raises UserError for a prompt that cannot be served."""
@@ -247,7 +303,7 @@ def _load(config: Config, cleared: Cleared, world: World | None) -> Job:
             import torch
 
             torch.set_num_threads(world.threads)
-        pair = CheckpointPair(cleared.target, cleared.draft, config.dtype)
+        pair = CheckpointPair(cleared.target, cleared.drafts, config.dtype)
         return Job(config, cleared.plan, cleared.context, pair, world)
     except BaseException as error:
         if world is not None:

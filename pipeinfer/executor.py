@@ -24,6 +24,7 @@ from pipeinfer.ports import (
     Halt,
     Idle,
     Machine,
+    Note,
     Payload,
     Received,
     Send,
@@ -58,7 +59,9 @@ class _Job:
 
 
 class Executor:
-    """The machines of one rank and their shards, by address."""
+    """The machines of one rank and their shards, by address.
+
+    ``clock`` tells the time after a layer was computed; without one no time passes in it (the simulator's layers)."""
 
     def __init__(
         self,
@@ -66,11 +69,13 @@ class Executor:
         shards: Mapping[int, ShardModel],
         outlet: Outlet,
         observer: Observer | None = None,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self._machines = {machine.address: machine for machine in machines}
         self._shards = shards
         self._outlet = outlet
         self._observer = observer
+        self._clock = clock
         self._local: deque[tuple[int, Event]] = deque()
         self._jobs: dict[int, _Job] = {}  # at most one per role
         self._current: _Job | None = None
@@ -125,7 +130,7 @@ class Executor:
             del self._machines[address]
             self._jobs.pop(address, None)
             self._alarms.pop(address, None)
-        else:
+        elif not isinstance(command, Note):  # a note is for whoever observes
             self._outlet.tell(command, now)
 
     def ring(self, now: float) -> None:
@@ -160,13 +165,13 @@ class Executor:
             outcome = Computed(job.compute.job)
         del self._jobs[job.address]
         self._current = None
-        self.deliver(job.address, outcome, now)
+        self.deliver(job.address, outcome, self._clock() if self._clock else now)
         return 0.0
 
     def _outcome(self, job: _Job, shard: ShardModel, hidden: Payload) -> Computed:
         compute = job.compute
         if compute.choices:
-            return Computed(compute.job, choices=shard.choose(hidden, compute.rows, compute.choices))
+            return Computed(compute.job, choices=shard.choose(hidden, compute.rows, compute.choices, compute.draw))
         if compute.rows:
             raise LocalProtocolError("a computation wants choices after its rows, but no number of them")
         return Computed(compute.job, hidden=hidden)

@@ -1,9 +1,9 @@
 """The orchestrator: the one place that decides what the target verifies, what is accepted and what is cancelled.
 
 Theory of operation. One request is served at a time. Its prompt is cut into chunks that flow through the stages like
-any run. The token tree starts at the prompt's last token; drafters stream nodes into it whenever they like. A credit
-from the first stage says that it can take one more run: then the most probable unsent nodes leave as one run
-(policy.py), each in a cell of its own (partitions.py). Nothing is verified twice.
+any run. The token tree starts at the prompt's last token; sources feed nodes into it whenever they like (sources.py). A
+credit from the first stage says that it can take one more run: then the schedule (schedule.py) takes nodes from the
+tree, as a rule the most probable unsent ones, and they leave as one run, each in a cell of its own (partitions.py).
 
     tree          run 7          run 8          run 9        results come back in launch order
     root --+-- a ---- b ---- c          ...                 RESULT 7: the target's token after each row of run 7
@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from kvbuffers.partitions import Partitions
 from pipeinfer.errors import LocalProtocolError, RemoteProtocolError
 from pipeinfer.ports import (
+    GREEDY,
     Closed,
     Command,
     Emit,
@@ -33,6 +34,7 @@ from pipeinfer.ports import (
     Finish,
     Halt,
     Idle,
+    Note,
     Received,
     Request,
     Send,
@@ -44,24 +46,25 @@ from pipeinfer.ports import (
 )
 from pipeinfer.protocol import (
     FIRST_STAGE,
-    MAX_ROWS,
+    NO_SLOT,
     ORCHESTRATOR,
     AnyRow,
     CellOp,
     ChoiceRow,
-    DraftRow,
     Edges,
     Flag,
     Kind,
     Message,
     Row,
-    accepted_name,
     address_name,
     drafter_address,
     stage_address,
 )
-from speculation.accept import accept
-from speculation.policy import Policy, choose_rows
+from speculation.accept import Acceptance, accept
+from speculation.policy import Policy
+from speculation.schedule import Launch, Order, Situation
+from speculation.schedules import make_schedule
+from speculation.sources import Sources
 from speculation.tree import Node, Tree
 
 RUNS_AHEAD = 1
@@ -70,13 +73,20 @@ RUNS_AHEAD = 1
 
 @dataclass(slots=True)
 class Run:
-    """A run in flight. ``living`` counts the rows that may still matter."""
+    """A run in flight: the nodes it carries, and those that it carries once more (see Launch)."""
 
     number: int
     nodes: list[Node] = field(default_factory=list)
-    living: int = 0
+    copies: list[Node] = field(default_factory=list)
     is_prefill: bool = False
-    is_cancelled: bool = False
+    is_canonical: bool = False
+    carries_root: bool = False
+    launched_at: float = 0.0
+    cancelled_at: float | None = None
+
+    def is_of_use(self, root: Node) -> bool:
+        """Whether any of its rows may still tell what nobody knows, the tree being at ``root``."""
+        return any(node.alive and node.position >= root.position for node in (*self.nodes, *self.copies))
 
 
 @dataclass(slots=True)
@@ -121,6 +131,11 @@ class Orchestrator:
         self._ledger = Partitions(
             context, cell_budget(policy, stages, context)[1] if guess_cells is None else guess_cells
         )
+        self._schedule = make_schedule(policy)
+        self._sources = Sources(self._drafters, policy, context, self._say)
+        self._sampling = GREEDY
+        self._deferred: deque[Message] = deque()  # results that the schedule does not hear yet
+        self._now = 0.0
         self._awaited = set(self._stages + self._drafters)
         self._flight: deque[Run] = deque()
         self._credits = RUNS_AHEAD
@@ -128,11 +143,11 @@ class Orchestrator:
         self._requests = 0
         self._epoch = 0
         self._session: Session | None = None
-        self._names: dict[int, dict[int, Node]] = {drafter: {} for drafter in self._drafters}
         self._reports: dict[int, Message] = {}
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event; see Machine."""
+        self._now = now
         if isinstance(event, Received):
             self._edges.check(event.message)
             return self._receive(event.message)
@@ -170,13 +185,16 @@ class Orchestrator:
 
     def _receive(self, message: Message) -> list[Command]:
         if message.kind is Kind.RESULT:
-            return self._result(message)
+            self._deferred.append(message)
+            return self._proceed()
         if message.kind is Kind.CREDIT:
             self._credits += 1
-            return self._dispatch()
+            return self._proceed()
         if message.kind is Kind.NODES:
-            self._grow(message)
-            return self._dispatch()
+            found = self._sources.grow(message)
+            if found is not None:
+                self._schedule.drafted(found)
+            return self._proceed()
         if message.kind is Kind.HELLO:
             if message.run != self._digest:
                 who = address_name(message.source)
@@ -200,47 +218,41 @@ class Orchestrator:
         if len(request.prompt) + request.max_new_tokens > self._context:
             raise LocalProtocolError(f"the request needs more than the context of {self._context} tokens")
         self._requests = (self._requests + 1) & 0xFFFF
-        tree = Tree(request.prompt[-1], len(request.prompt) - 1, self._most_nodes())
+        tree = Tree(request.prompt[-1], len(request.prompt) - 1, self._sources.most_nodes())
         tree.take(tree.root)  # it leaves with the prompt
         self._session = Session(request, self._requests, tree)
         self._ledger.clear()
         self._epoch = 0
         return self._begin()
 
-    def _most_nodes(self) -> int:
-        return 1 + max(1, len(self._drafters)) * self._policy.most_nodes()
-
     def _begin(self) -> list[Command]:
         """Start the submitted request as soon as everybody is there."""
         session = self._session
         if self._awaited or session is None or session.prefilled:
             return []
+        request = session.request
         commands: list[Command] = []
-        for drafter in self._drafters:
-            self._names[drafter] = {accepted_name(session.tree.root.position): session.tree.root}
-            commands += self._prompt(drafter, session)
-        return commands + self._dispatch()
-
-    def _prompt(self, drafter: int, session: Session) -> list[Command]:
-        prompt, commands = session.request.prompt, list[Command]()
-        for start in range(0, len(prompt), MAX_ROWS):
-            rows = tuple(DraftRow(token, 0, 0, 0.0) for token in prompt[start : start + MAX_ROWS])
-            flags = Flag.LAST if start + MAX_ROWS >= len(prompt) else Flag.NONE
-            commands.append(self._send(Kind.PROMPT, drafter, flags, session.last_position, rows))
-        return commands
+        if request.sampling != self._sampling:  # what the stages know is what the last request said
+            self._sampling = request.sampling
+            commands.append(self._say(Kind.REQUEST, FIRST_STAGE, Flag.NONE, 0, request.sampling.rows()))
+        self._schedule.opened()
+        commands += self._sources.open(request, session.number, session.tree, session.last_position)
+        return commands + self._proceed()
 
     def _withdraw(self) -> list[Command]:
         session = self._session
-        return [] if session is None or session.is_over else self._finish(session, "withdrawn")
+        if session is None or session.is_over:
+            return []
+        return self._finish(session, "withdrawn") + self._proceed()
 
     def _finish(self, session: Session, reason: str) -> list[Command]:
         session.is_over = True
         # A later run may carry the commit of the root's cell, so the root's own run must be written everywhere.
         root = session.tree.root.run
-        doomed = [run for run in self._flight if not run.is_cancelled and (run.is_prefill or run.number != root)]
+        doomed = [run for run in self._flight if run.cancelled_at is None and (run.is_prefill or run.number != root)]
         commands: list[Command] = [Finish(reason)]
-        commands += self._cancel(doomed, session)
-        commands += [self._send(Kind.CLOSE, drafter) for drafter in self._drafters]
+        commands += self._cancel(doomed, [], session)
+        commands += self._sources.close()
         return commands + self._settle()
 
     def _settle(self) -> list[Command]:
@@ -252,21 +264,37 @@ class Orchestrator:
 
     # Runs leave.
 
-    def _dispatch(self) -> list[Command]:
+    def _proceed(self) -> list[Command]:
+        """Everything that can be done now: hear results, send runs, order drafts."""
         commands: list[Command] = []
-        session = self._session
-        while session and not session.is_over and len(self._flight) < self._window:
-            # A new root is certain and goes at once, past whatever dead work still holds the credits.
-            if self._credits <= 0 and not session.tree.root.pending:
-                break
-            if session.prefilled < len(session.request.prompt):
-                commands.append(self._launch_prefill(session))
-                continue
-            nodes = choose_rows(session.tree, self._policy, self._ledger.room())
-            if not nodes:
-                break
-            commands.append(self._launch(session, nodes))
+        while (step := self._step()) is not None:
+            commands += step
         return commands
+
+    def _step(self) -> list[Command] | None:
+        session = self._session
+        if session is None:
+            if self._deferred:
+                raise RemoteProtocolError(f"result of run {self._deferred[0].run} without a request")
+            return None
+        situation = Situation(
+            session.tree,
+            self._credits,
+            len(self._flight),
+            self._window - len(self._flight),
+            self._ledger.room(),
+            self._now,
+        )
+        if self._deferred and (session.is_over or not self._schedule.is_deaf(situation)):
+            return self._result(self._deferred.popleft(), session)
+        if session.is_over or self._awaited:
+            return None
+        if session.prefilled < len(session.request.prompt):
+            return [self._launch_prefill(session)] if self._credits > 0 and situation.slots > 0 else None
+        step = self._schedule.next(situation)
+        if isinstance(step, Launch):
+            return [self._launch(session, step)]
+        return list(self._sources.order(step)) if isinstance(step, Order) else step
 
     def _launch_prefill(self, session: Session) -> Send:
         prompt = session.request.prompt
@@ -277,57 +305,66 @@ class Orchestrator:
         if session.prefilled == len(prompt):
             flags = Flag.CANONICAL | Flag.LAST
             session.tree.root.run, session.tree.root.slot = run.number, rows[-1].slot
-            run.nodes, run.living = [session.tree.root], 1
+            run.nodes = [session.tree.root]
         session.tally.prefill_runs += 1
         return self._send_run(run, ops, rows, flags)
 
-    def _launch(self, session: Session, nodes: list[Node]) -> Send:
-        run = self._new_run()
-        run.nodes, run.living = nodes, len(nodes)
+    def _launch(self, session: Session, launch: Launch) -> Send:
+        run = self._new_run(is_canonical=launch.is_canonical)
+        run.nodes, run.copies = launch.nodes, launch.copies
         ops = self._ledger.operations()
-        for node, slot in zip(nodes, self._ledger.lease(len(nodes)), strict=True):
+        slots = self._ledger.lease(len(run.nodes) + len(run.copies))
+        for node, slot in zip(run.nodes, slots, strict=False):
             node.slot, node.run = slot, run.number
             if node is session.tree.root:
+                run.carries_root = True
                 self._ledger.commit(slot)  # it is accepted already
-        rows = [node.row() for node in nodes]
+        rows = [node.row()._replace(slot=slot) for node, slot in zip([*run.nodes, *run.copies], slots, strict=True)]
+        for slot in slots[len(run.nodes) :]:
+            self._ledger.release(slot)  # nobody will ever look at a copy
         session.tally.runs += 1
-        session.tally.rows += len(nodes)
-        session.tally.drafted += sum(node is not session.tree.root for node in nodes)
-        return self._send_run(run, ops, rows, Flag.NONE)
+        session.tally.rows += len(rows)
+        session.tally.drafted += sum(node is not session.tree.root for node in run.nodes)
+        return self._send_run(run, ops, sorted(rows, key=lambda row: row.position), Flag.NONE)
 
-    def _new_run(self, is_prefill: bool = False) -> Run:
+    def _new_run(self, is_prefill: bool = False, is_canonical: bool = False) -> Run:
         self._runs += 1
         self._credits -= 1
-        run = Run(self._runs, is_prefill=is_prefill)
+        run = Run(self._runs, is_prefill=is_prefill, is_canonical=is_canonical, launched_at=self._now)
         self._flight.append(run)
         return run
 
     # Results come back.
 
-    def _result(self, message: Message) -> list[Command]:
+    def _result(self, message: Message, session: Session) -> list[Command]:
         if not self._flight or self._flight[0].number != message.run:
             expected = self._flight[0].number if self._flight else "none"
             raise RemoteProtocolError(f"result of run {message.run}, expected {expected}")
         run = self._flight.popleft()
-        session = self._session
-        if session is None:
-            raise RemoteProtocolError(f"result of run {message.run} without a request")
         if message.flags & Flag.TOMBSTONE:
             session.tally.tombstones += 1
+            if run.cancelled_at is not None:
+                session.tally.cancel_s += self._now - run.cancelled_at
+        elif not run.is_prefill:
+            trip_s = self._now - run.launched_at
+            rows = len(message.rows) if message.rows else len(run.nodes) + len(run.copies)
+            self._schedule.returned(rows, 1e-6 * message.slowest_us, trip_s, run.carries_root)
         if session.is_over:
             return self._settle()
-        choices = {row.slot: row.token for row in message.rows_as(ChoiceRow)}
+        choices = {row.slot: row for row in message.rows_as(ChoiceRow)}
         for node in run.nodes:
-            node.choice = choices.get(node.row().slot)
-            if node.alive and node.choice is None:
+            choice = choices.get(node.row().slot)
+            if choice is not None:
+                node.choice, node.choice_logp = choice.token, choice.logp
+            elif node.alive:
                 raise RemoteProtocolError(
                     f"run {run.number} came back without its living row at position {node.position}"
                 )
-        return self._accept(session) + self._dispatch()
+        return self._accept(session)
 
     def _accept(self, session: Session) -> list[Command]:
         left = session.request.max_new_tokens - session.emitted
-        outcome = accept(session.tree, left, session.request.stop_tokens)
+        outcome = accept(session.tree, left, session.request.stop_tokens, self._sources.judged)
         if not outcome.accepted:
             return []
         session.emitted += len(outcome.accepted)
@@ -338,71 +375,47 @@ class Orchestrator:
             else:
                 session.tally.accepted += 1
                 self._ledger.commit(node.slot)
-        commands: list[Command] = [Emit(tuple(node.token for node in outcome.accepted))]
-        dead_runs = self._bury(outcome.died)
-        if outcome.stopped or session.emitted == session.request.max_new_tokens:
-            return commands + self._finish(session, "stop" if outcome.stopped else "length")
-        commands += self._cancel(dead_runs, session)
-        for drafter in self._drafters:
-            commands.append(self._tell(drafter, outcome.accepted))
-        return commands
-
-    def _bury(self, died: list[Node]) -> list[Run]:
-        """Free the cells of dead nodes; the runs that lost their last living row with them."""
-        losses: dict[int, int] = {}
-        for node in died:
+        commands: list[Command] = [Emit(tuple(node.token for node in outcome.accepted), tuple(outcome.logps))]
+        restarts = not self._policy.reuse and any(node.source is None or node.rank for node in outcome.accepted)
+        if restarts:
+            outcome.died += session.tree.prune()
+        for node in outcome.died:
             if node.slot is not None:
                 self._ledger.release(node.slot)
-            if node.run is not None:
-                losses[node.run] = losses.get(node.run, 0) + 1
-        dead_runs = []
-        for run in self._flight:
-            if lost := losses.get(run.number):
-                run.living -= lost
-                if not run.living:
-                    dead_runs.append(run)
-        return dead_runs
+        if outcome.stopped or session.emitted == session.request.max_new_tokens:
+            return commands + self._finish(session, "stop" if outcome.stopped else "length")
+        if decided := self._schedule.accepted(len(outcome.accepted), self._now):
+            commands.append(Note(decided))
+        commands += self._cancel(*self._losses(session.tree.root, outcome), session)
+        return commands + list(self._sources.advance(outcome.accepted, restarts))
 
-    def _cancel(self, runs: list[Run], session: Session) -> list[Command]:
-        """Advise the stages to skip ``runs``."""
+    def _losses(self, root: Node, outcome: Acceptance) -> tuple[list[Run], list[Row]]:
+        """The runs that are of no use any more, and the dead rows of runs that still are."""
+        living = [run for run in self._flight if run.cancelled_at is None and not run.is_prefill]
+        dead = [run for run in living if not run.is_canonical and not run.is_of_use(root)]
+        if not self._policy.cancel_rows:
+            return dead, []
+        numbers = {run.number for run in living} - {run.number for run in dead}
+        lost = [node for node in outcome.died if node.run in numbers and node.slot is not None]
+        return dead, [Row(0, node.run or 0, node.slot or 0, 0) for node in lost]
+
+    def _cancel(self, runs: list[Run], rows: list[Row], session: Session) -> list[Command]:
+        """Advise the stages to skip ``runs``, and ``rows`` of others."""
         for run in runs:
-            run.is_cancelled = True
+            run.cancelled_at = self._now
         session.tally.cancelled_runs += sum(not run.is_prefill for run in runs)
-        if not runs or self._policy.cancel == "off":
+        advice = (*(Row(0, run.number, NO_SLOT, 0) for run in runs), *rows)
+        if not advice or self._policy.cancel == "off":
             return []
-        rows = tuple(Row(0, run.number, 0, 0) for run in runs)
         if self._policy.cancel == "relay":
-            return [Send(self._advice(self._stages[-1], Flag.RELAY, rows))]
-        return [Send(self._advice(stage, Flag.NONE, rows)) for stage in self._stages]
+            return [Send(self._advice(self._stages[-1], Flag.RELAY, advice))]
+        return [Send(self._advice(stage, Flag.NONE, advice)) for stage in self._stages]
 
     def _advice(self, dest: int, flags: Flag, rows: tuple[Row, ...]) -> Message:
         return Message(Kind.CANCEL, ORCHESTRATOR, dest, flags, self._requests, self._epoch, rows=rows)
 
-    # Talking with drafters.
-
-    def _tell(self, drafter: int, accepted: list[Node]) -> Send:
-        names = self._names[drafter]
-        names.update((accepted_name(node.position), node) for node in accepted)
-        rows = tuple(DraftRow(node.token, accepted_name(node.position), 0, 0.0) for node in accepted)
-        return self._send(Kind.ADVANCE, drafter, rows=rows)
-
-    def _grow(self, message: Message) -> None:
-        """Take a drafter's nodes into the tree; what hangs on a dead branch is left out."""
-        session = self._session
-        if session is None or session.is_over or message.request != session.number:
-            return
-        names = self._names[message.source]
-        for row in message.rows_as(DraftRow):
-            parent = names.get(row.parent)
-            if parent is None or parent.position >= session.last_position or row.token in session.request.stop_tokens:
-                continue
-            node = session.tree.add(parent, row.token, row.logp)
-            if node is not None:
-                names[row.node] = node
-        # The drafter names no node above its own root any more (``run`` is that root's position).
-        if len(names) > 4 * session.tree.max_nodes:
-            keep = {name: node for name, node in names.items() if node.alive and node.position >= message.run}
-            self._names[message.source] = keep
+    def _say(self, kind: Kind, dest: int, flags: Flag, run: int, rows: tuple[AnyRow, ...]) -> Send:
+        return self._send(kind, dest, flags, run, rows)
 
     def _send(
         self, kind: Kind, dest: int, flags: Flag = Flag.NONE, run: int = 0, rows: tuple[AnyRow, ...] = ()
@@ -419,6 +432,6 @@ class Orchestrator:
 
 
 def cell_budget(policy: Policy, stages: int, context: int) -> tuple[int, int]:
-    """Cells of every target shard: for accepted tokens, and for guesses in flight."""
+    """Cells of every target shard: for accepted tokens, and for guesses in flight. Memory is bounded by their sum."""
     guesses = policy.rows * policy.most_runs(stages) if policy.speculate else 0
     return context, guesses

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeinfer.protocol import Message
+from pipeinfer.protocol import Message, SettingRow
 
 Payload = Any
 """Activations on their way between shards: [rows, hidden]. Machines pass them on and never look inside."""
@@ -33,6 +33,50 @@ Choice = tuple[int, float]
 """A token and its log-probability (natural log)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the target's next token is drawn from its logits; the names and their order are those of transformers.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1 change nothing. The
+    noise of a draw depends on ``seed`` (64 bits) and the drawn token's position alone."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def rows(self) -> tuple[SettingRow, ...]:
+        """As it travels in a REQUEST."""
+        reals = (self.temperature, self.top_p, self.min_p, self.repetition_penalty)
+        seed = SettingRow(len(reals), self.seed & 0xFFFFFFFF, self.seed >> 32, 0.0)
+        return (*(SettingRow(index, self.top_k, 0, value) for index, value in enumerate(reals)), seed)
+
+    @classmethod
+    def of(cls, rows: Sequence[SettingRow]) -> Sampling:
+        """What ``rows`` made."""
+        temperature, top_p, min_p, penalty, seed = rows
+        return cls(
+            temperature.value, temperature.low, top_p.value, min_p.value, penalty.value, seed.low | seed.high << 32
+        )
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What a shard must know to choose by ``sampling``. ``positions``: int64 [rows], of the tokens to be drawn (one
+    past their rows'). ``seen``: for each row the different tokens before the drawn one, int64 [any], or nothing at all
+    where ``sampling`` has no repetition penalty. ``is_guess``: a drafter asks, for what the target will draw."""
+
+    sampling: Sampling
+    positions: npt.NDArray[np.int64]
+    seen: tuple[npt.NDArray[np.int64], ...] = ()
+    is_guess: bool = False
+
+
 class ShardModel(Protocol):
     """Some layers of a model with the key/value cells of those layers."""
 
@@ -41,8 +85,13 @@ class ShardModel(Protocol):
         before the next one (0 for a real model, the pace for an emulated one); returns the activations."""
         ...
 
-    def choose(self, hidden: Payload, rows: Sequence[int], count: int) -> list[list[Choice]]:
-        """The ``count`` most probable next tokens after each of ``rows``, best first. Only for the last shard."""
+    def choose(
+        self, hidden: Payload, rows: Sequence[int], count: int, draw: Draw | None = None
+    ) -> list[list[Choice]]:
+        """The ``count`` best next tokens after each of ``rows``, best first; the first one is what ``draw`` draws, by
+        default the most probable one. Only for the last shard. Log-probabilities are those of the model's own logits;
+        for a guess, of its scores with the noise of the draw in them: how likely another model, given the same noise,
+        is to draw that token."""
         ...
 
     @property
@@ -78,6 +127,7 @@ class Request:
     prompt: tuple[int, ...]
     max_new_tokens: int
     stop_tokens: frozenset[int] = frozenset()
+    sampling: Sampling = GREEDY
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +178,8 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Run this role's shard. With ``choices`` > 0 the shard's choices after ``rows`` are wanted, else its activations.
+    """Run this role's shard. With ``choices`` > 0 its choices after ``rows``, drawn by ``draw``, are wanted, else its
+    activations.
 
     ``keep``: the rows of ``hidden`` that ``batch`` is about, where some have died on the way."""
 
@@ -138,6 +189,7 @@ class Compute:
     keep: tuple[int, ...] | None = None
     rows: tuple[int, ...] = ()
     choices: int = 0
+    draw: Draw | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +208,10 @@ class Wake:
 
 @dataclass(frozen=True, slots=True)
 class Emit:
-    """These tokens are final: show them."""
+    """These tokens are final: show them. ``logps``: their log-probabilities (natural log) by the target's logits."""
 
     tokens: tuple[int, ...]
+    logps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +229,18 @@ class Idle:
 
 
 @dataclass(frozen=True, slots=True)
+class Note:
+    """Something was decided that a reader of the trace wants to know."""
+
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
 class Halt:
     """This role has ended."""
 
 
-Command = Send | Compute | Abandon | Wake | Emit | Finish | Idle | Halt
+Command = Send | Compute | Abandon | Wake | Emit | Finish | Idle | Note | Halt
 
 
 @dataclass(slots=True)
@@ -195,6 +255,7 @@ class Tally:
     accepted: int = 0  # drafted rows whose token was emitted
     corrections: int = 0  # emitted tokens that no row in flight held
     prefill_runs: int = 0
+    cancel_s: float = 0.0  # seconds from the word that cancelled it to a tombstone's return, of all tombstones
 
 
 class Machine(Protocol):
@@ -220,7 +281,7 @@ class Transport(Protocol):
 
 
 class Pair(Protocol):
-    """A target model that can be cut into stages, and its draft model."""
+    """A target model that can be cut into stages, and the draft model of each drafter."""
 
     @property
     def layers(self) -> int:
@@ -232,8 +293,8 @@ class Pair(Protocol):
         output head."""
         ...
 
-    def draft(self, capacity: int) -> ShardModel:
-        """The whole draft model with ``capacity`` cells."""
+    def draft(self, index: int, capacity: int) -> ShardModel:
+        """The whole draft model of the ``index``-th drafter with ``capacity`` cells."""
         ...
 
     def pack(self, hidden: Payload) -> npt.NDArray[np.uint8]:

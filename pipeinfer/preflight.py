@@ -4,12 +4,13 @@ without torch, in well under a second."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from launch.roles import Plan, assign
 from pipeinfer.config import DEFAULT_CONTEXT, DTYPES, Config
 from pipeinfer.errors import refuse
 from pipeinfer.text import vocabulary
-from speculation.policy import POLICIES
+from speculation.policy import Policy
 from stages.checkpoint import Checkpoint
 from stages.generic_spec import GenericSpec
 from stages.spec import ModelSpec, is_llama_family
@@ -20,36 +21,34 @@ class Cleared:
     """A job that may start: the models' specs and checked checkpoints, the plan, and the context it serves."""
 
     target: tuple[ModelSpec | GenericSpec, Checkpoint]
-    draft: tuple[ModelSpec | GenericSpec, Checkpoint] | None
+    drafts: list[tuple[ModelSpec | GenericSpec, Checkpoint]]  # drafter by drafter
     plan: Plan
     context: int
 
 
 def clear(config: Config, ranks: int) -> Cleared:
     """Check ``config`` for ``ranks`` ranks. Raises UserError, whose message names the thing and the fix."""
-    if config.policy not in POLICIES:
-        refuse(f"unknown policy {config.policy!r}", f"use one of {', '.join(POLICIES)}")
     if config.dtype not in DTYPES:
         refuse(f"unknown dtype {config.dtype!r}", f"use one of {', '.join(DTYPES)}")
     if ranks < 1:
         refuse(f"{ranks} ranks", "use at least one")
-    speculates = POLICIES[config.policy].speculate
-    target = _model(config, "target")
-    draft = _model(config, "draft") if speculates else None
+    policy = Policy(**config.policy)
+    places = config.draft_directories if policy.speculate else []
+    if policy.speculate and not places and (policy.schedule != "continuous" or not policy.lookup):
+        refuse(f"policy {policy.name} needs a draft model", "give one with --draft DIR, or use --policy plain")
+    target = _model(config.target_directory)
+    models = {place: _model(place) for place in dict.fromkeys(places)}
+    for place in models:
+        _same_vocabulary(config.target_directory, place)
     spec, _ = target
-    if draft is not None:
-        _same_vocabulary(config)
     if config.context > spec.context:
         refuse(f"--context {config.context}, but the target was made for {spec.context} tokens", "ask for fewer")
     context = config.context or min(spec.context, DEFAULT_CONTEXT)
-    plan = assign(ranks, spec.layer_count, speculates, spec.head_in_layers)
-    return Cleared(target, draft, plan, context)
+    plan = assign(ranks, spec.layer_count, len(places), spec.head_in_layers)
+    return Cleared(target, [models[place] for place in places], plan, context)
 
 
-def _model(config: Config, part: str) -> tuple[ModelSpec | GenericSpec, Checkpoint]:
-    directory = config.target_directory if part == "target" else config.draft_directory
-    if directory is None:
-        refuse(f"policy {config.policy} needs a draft model", "give one with --draft DIR, or use --policy plain")
+def _model(directory: Path) -> tuple[ModelSpec | GenericSpec, Checkpoint]:
     if not is_llama_family(directory):  # the only case that loads torch: such a model has to be looked at
         return GenericSpec.read(directory), Checkpoint(directory)
     spec = ModelSpec.read(directory)
@@ -58,9 +57,8 @@ def _model(config: Config, part: str) -> tuple[ModelSpec | GenericSpec, Checkpoi
     return spec, checkpoint
 
 
-def _same_vocabulary(config: Config) -> None:
-    assert config.draft_directory is not None
-    target, draft = vocabulary(config.target_directory), vocabulary(config.draft_directory)
+def _same_vocabulary(target_directory: Path, draft_directory: Path) -> None:
+    target, draft = vocabulary(target_directory), vocabulary(draft_directory)
     if target != draft:
         odd = sorted(token for token in target.keys() | draft.keys() if target.get(token) != draft.get(token))
         refuse(

@@ -1,12 +1,13 @@
 """The messages between roles and their wire format.
 
-A message is a fixed 32-byte little-endian header, then 16-byte cell operations, then 16-byte rows. At most one tensor
+A message is a fixed 40-byte little-endian header, then 16-byte cell operations, then 16-byte rows. At most one tensor
 goes with it, out of band, announced by ``payload_nbytes``. Nothing is ever pickled.
 
     header  magic:u16 version:u8 kind:u8 source:u16 dest:u16 flags:u16 request:u16 rows:u16 ops:u16
-            epoch:u32 txn:u32 run:u32 payload_nbytes:u32
+            epoch:u32 txn:u32 run:u32 payload_nbytes:u32 work_us:u32 slowest_us:u32
     op      kind:u8 pad:u8 cells:u16 slot:u32 position:u32 spare:u32
-    row     token:i32 then two u32 and one u32 or f32, whose meaning depends on the kind (see Row, DraftRow, ChoiceRow)
+    row     token:i32 then two u32 and one u32 or f32, whose meaning depends on the kind (see Row, DraftRow, ChoiceRow,
+            SettingRow)
 
 Three channels carry them. STREAM is ordered per pair of roles; on it ``txn`` grows strictly. TENSOR is ordered too: the
 n-th tensor of a pair belongs to its n-th message that announces one. CONTROL may overtake, repeat or lose: what travels
@@ -23,11 +24,11 @@ from typing import NamedTuple, TypeVar
 from pipeinfer.errors import LocalProtocolError, RemoteProtocolError
 
 MAGIC = 0x4950
-VERSION = 1
+VERSION = 2
 MAX_ROWS = 1024
 MAX_OPS = 1024
 
-HEADER = struct.Struct("<HBBHHHHHHIIII")
+HEADER = struct.Struct("<HBBHHHHHHIIIIII")
 OP = struct.Struct("<BxHIII")
 ROW = struct.Struct("<iIII")
 REAL_ROW = struct.Struct("<iIIf")
@@ -64,14 +65,17 @@ class Kind(enum.IntEnum):
     RUN = 2  # orchestrator -> first stage -> ... -> last stage: cell operations, rows, activations
     RESULT = 3  # last stage -> orchestrator: the target's choice after each row
     CREDIT = 4  # first stage -> orchestrator: run ``run`` has started, the next one may come
-    CANCEL = 5  # orchestrator -> stages: these runs are dead (advice)
+    CANCEL = 5  # orchestrator -> stages: these runs, or single rows of them, are dead (advice)
     PROMPT = 6  # orchestrator -> drafter: the next tokens of the prompt; LAST ends it
-    NODES = 7  # drafter -> orchestrator: new nodes of the draft tree; ``run`` is the drafter's root position
-    ADVANCE = 8  # orchestrator -> drafter: tokens accepted since the last one
+    NODES = 7  # drafter -> orchestrator: new nodes of the draft tree; ``run`` is its root position; LAST ends an order
+    ADVANCE = 8  # orchestrator -> drafter: tokens accepted since the last one; with RESTART forget all guesses
     CLOSE = 9  # orchestrator -> drafter: the request is over
     SHUTDOWN = 10  # orchestrator -> everybody
     PROBE = 11  # orchestrator -> everybody: what are you doing? (asked when nothing has moved for long)
     STATUS = 12  # the answer: ``run`` the run being worked on, ``txn`` messages taken, ``epoch`` runs waiting
+    REQUEST = 13  # orchestrator -> first stage -> ... -> last stage, and -> drafters: how tokens are drawn
+    ORDER = 14  # orchestrator -> drafter: so many more passes (see Order), until the next word
+    CALIBRATE = 15  # orchestrator -> drafter: what your probabilities mean (see speculation.calibration)
 
 
 class Flag(enum.IntFlag):
@@ -81,8 +85,9 @@ class Flag(enum.IntFlag):
     CANONICAL = 1  # the rows are accepted tokens and extend the canonical sequence (prefill)
     TOMBSTONE = 2  # a dead run: operations only, no rows, no tensor, nothing computed
     SILENT = 4  # no choice is wanted after these rows
-    LAST = 8  # PROMPT: the prompt ends here. RUN: only the last row's choice is wanted
+    LAST = 8  # PROMPT: the prompt ends here. RUN: only the last row's choice is wanted. NODES: the order is done
     RELAY = 16  # CANCEL: pass it on to the stage before you
+    RESTART = 32  # ORDER, ADVANCE: forget every guess and begin again at the last accepted token
 
 
 class CellOpKind(enum.IntEnum):
@@ -129,22 +134,37 @@ class DraftRow(NamedTuple):
     logp: float
 
 
-AnyRow = Row | ChoiceRow | DraftRow
-AnyRowT = TypeVar("AnyRowT", Row, ChoiceRow, DraftRow)
-_ROW_TYPES: dict[Kind, tuple[struct.Struct, type[Row] | type[ChoiceRow] | type[DraftRow]]] = {
+class SettingRow(NamedTuple):
+    """A numbered setting with two whole numbers and a real one; which of them count depends on the setting."""
+
+    setting: int
+    low: int
+    high: int
+    value: float
+
+
+AnyRow = Row | ChoiceRow | DraftRow | SettingRow
+AnyRowT = TypeVar("AnyRowT", Row, ChoiceRow, DraftRow, SettingRow)
+_ROW_TYPES: dict[Kind, tuple[struct.Struct, type[Row] | type[ChoiceRow] | type[DraftRow] | type[SettingRow]]] = {
     Kind.RUN: (ROW, Row),
-    Kind.CANCEL: (ROW, Row),  # only ``slot`` is used: the run's number
+    Kind.CANCEL: (ROW, Row),  # ``slot``: the run's number; ``parent``: the cell of one row of it, or NO_SLOT for all
     Kind.RESULT: (REAL_ROW, ChoiceRow),
     Kind.PROMPT: (REAL_ROW, DraftRow),
     Kind.NODES: (REAL_ROW, DraftRow),
     Kind.ADVANCE: (REAL_ROW, DraftRow),
+    Kind.REQUEST: (REAL_ROW, SettingRow),
+    Kind.ORDER: (REAL_ROW, SettingRow),
+    Kind.CALIBRATE: (REAL_ROW, SettingRow),
 }
 CONTROL_KINDS = frozenset({Kind.CANCEL, Kind.PROBE, Kind.STATUS})
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message; see Kind for what each field means where it is not plain."""
+    """One message; see Kind for what each field means where it is not plain.
+
+    RUN and RESULT say what the run has cost so far: ``work_us``, the passes of all stages together, and ``slowest_us``,
+    the longest of them (microseconds)."""
 
     kind: Kind
     source: int
@@ -157,6 +177,8 @@ class Message:
     ops: tuple[CellOp, ...] = ()
     rows: tuple[AnyRow, ...] = ()
     payload_nbytes: int = 0
+    work_us: int = 0
+    slowest_us: int = 0
 
     @property
     def is_control(self) -> bool:
@@ -177,13 +199,14 @@ def encode(message: Message) -> bytes:
             HEADER.pack(
                 MAGIC, VERSION, message.kind, message.source, message.dest, message.flags, message.request,
                 len(message.rows), len(message.ops), message.epoch, message.txn, message.run, message.payload_nbytes,
+                message.work_us, message.slowest_us,
             )
         ]  # fmt: skip
         parts += [OP.pack(op.kind, op.cells, op.slot, op.position, 0) for op in message.ops]
         if message.rows:
             layout, _ = _ROW_TYPES[message.kind]
             parts += [layout.pack(*row) for row in message.rows]
-    except (struct.error, KeyError) as error:
+    except (struct.error, KeyError, OverflowError) as error:
         raise LocalProtocolError(f"cannot encode {message.kind.name}: {error}") from error
     return b"".join(parts)
 
@@ -193,7 +216,7 @@ def decode(data: bytes | memoryview) -> Message:
     if len(data) < HEADER.size:
         raise RemoteProtocolError(f"{len(data)} bytes are no header")
     fields = HEADER.unpack_from(data)
-    magic, version, kind_code, source, dest, flags, request, row_count, op_count, epoch, txn, run, nbytes = fields
+    magic, version, kind_code, source, dest, flags, request, row_count, op_count, *counters = fields
     if magic != MAGIC:
         raise RemoteProtocolError(f"magic {magic:#06x}, expected {MAGIC:#06x}")
     if version != VERSION:
@@ -216,7 +239,8 @@ def decode(data: bytes | memoryview) -> Message:
             rows = tuple(row_type(*values) for values in layout.iter_unpack(data[rows_at:]))
     except (ValueError, KeyError) as error:
         raise RemoteProtocolError(f"kind {kind_code}: {error}") from error
-    return Message(kind, source, dest, flag_bits, request, epoch, txn, run, ops, rows, nbytes)
+    epoch, txn, run, nbytes, work_us, slowest_us = counters
+    return Message(kind, source, dest, flag_bits, request, epoch, txn, run, ops, rows, nbytes, work_us, slowest_us)
 
 
 class Edges:

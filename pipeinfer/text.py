@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeinfer.errors import CheckpointError, refuse
@@ -47,6 +48,10 @@ class Text:
         """A fresh decoder for tokens that come a few at a time."""
         return TextStream(self)
 
+    def reader(self, silent: frozenset[int], stops: Sequence[str]) -> Reader:
+        """A fresh reader of one answer."""
+        return Reader(self.stream(), silent, stops)
+
 
 class TextStream:
     """Turns tokens to text as they come; holds back bytes that are not yet a whole character.
@@ -73,6 +78,74 @@ class TextStream:
         """What is left, whole or not."""
         before = self._text.decode(self._tokens[self._anchor : self._shown])
         return self._text.decode(self._tokens[self._anchor :])[len(before) :]
+
+
+class StopStrings:
+    """Lets text through up to the first of the strings ``stops``. Holds back what may yet turn out to be the beginning
+    of one: always less than the longest of them."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._longest = max(map(len, stops), default=1)
+        self._held = ""
+        self.is_reached = False
+
+    def push(self, text: str) -> str:
+        """What can be shown now that ``text`` has come; nothing any more once a stop string is reached."""
+        if self.is_reached:
+            return ""
+        self._held += text
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            self.is_reached = True
+            return self._let_go(min(places))
+        for place in range(max(0, len(self._held) - self._longest + 1), len(self._held)):
+            if any(stop.startswith(self._held[place:]) for stop in self._stops):
+                return self._let_go(place)
+        return self._let_go(len(self._held))
+
+    def _let_go(self, count: int) -> str:
+        shown, self._held = self._held[:count], self._held[count:]
+        return shown
+
+    def close(self) -> str:
+        """What was held back for nothing."""
+        return "" if self.is_reached else self._let_go(len(self._held))
+
+
+class Reader:
+    """Reads an answer up to the token that completes one of the strings ``stops``. Tokens in ``silent`` are no text.
+
+    It takes tokens one by one, so that where an answer ends does not depend on how they arrived."""
+
+    def __init__(self, stream: TextStream, silent: frozenset[int], stops: Sequence[str]) -> None:
+        self._stream = stream
+        self._silent = silent
+        self._filter = StopStrings(stops)
+        self.shown = ""  # the text so far
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string has ended the answer."""
+        return self._filter.is_reached
+
+    def read(self, tokens: Sequence[int]) -> tuple[int, str]:
+        """How many of ``tokens`` belong to the answer, and what can be shown now that they have come."""
+        piece, count = "", 0
+        for token in tokens:
+            if self.is_stopped:
+                break
+            count += 1
+            if token not in self._silent:
+                piece += self._filter.push(self._stream.push([token]))
+        self.shown += piece
+        return count, piece
+
+    def close(self) -> str:
+        """What is left when no more tokens will come."""
+        piece = self._filter.push(self._stream.close()) + self._filter.close()
+        self.shown += piece
+        return piece
 
 
 def vocabulary(directory: Path) -> dict[str, int]:

@@ -7,6 +7,7 @@ plain decoding whatever was guessed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from speculation.tree import Node, Tree
@@ -14,17 +15,25 @@ from speculation.tree import Node, Tree
 
 @dataclass(slots=True)
 class Acceptance:
-    """The outcome of one walk: nodes that became accepted, in order, nodes that died, and whether a stop token came."""
+    """The outcome of one walk: nodes that became accepted, in order, the target's log-probabilities of their tokens,
+    nodes that died, and whether a stop token came."""
 
     accepted: list[Node] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
     died: list[Node] = field(default_factory=list)
     stopped: bool = False
 
 
-def accept(tree: Tree, most: int, stop_tokens: frozenset[int]) -> Acceptance:
-    """Advance ``tree`` while its root has been judged, by ``most`` tokens at most, up to and including a stop token."""
+def accept(
+    tree: Tree, most: int, stop_tokens: frozenset[int], judge: Callable[[Node], None] = lambda node: None
+) -> Acceptance:
+    """Advance ``tree`` while its root has been judged, by ``most`` tokens at most, up to and including a stop token.
+
+    ``judge`` sees each root once its choice is known, with the guesses below it still there."""
     outcome = Acceptance()
     while tree.root.choice is not None and len(outcome.accepted) < most and not outcome.stopped:
+        judge(tree.root)
+        outcome.logps.append(tree.root.choice_logp)
         heir, died = tree.advance(tree.root.choice)
         outcome.accepted.append(heir)
         outcome.died.extend(died)

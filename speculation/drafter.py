@@ -4,14 +4,33 @@ It follows one request at a time. The prompt comes in chunks and is prefilled; f
 model evaluates the most probable leaves of its tree, and the children it finds are sent to the orchestrator at once.
 Words from the orchestrator only re-root the tree: what survives a correction is kept, and what the drafter computed
 below its own second choices is ready when one of them turns out right. It pauses only when it is ``lead`` nodes ahead.
+
+Under schedules that are not continuous it works to ORDER: so many passes, then a NODES message that says LAST.
 """
 
 from __future__ import annotations
 
+import math
+
 from kvbuffers.cells import CellTable
 from kvbuffers.partitions import Partitions
 from pipeinfer.errors import RemoteProtocolError
-from pipeinfer.ports import Abandon, Choice, Command, Compute, Computed, Event, Halt, Received, Send, Started
+from pipeinfer.ports import (
+    GREEDY,
+    Abandon,
+    Batch,
+    Choice,
+    Command,
+    Compute,
+    Computed,
+    Draw,
+    Event,
+    Halt,
+    Received,
+    Sampling,
+    Send,
+    Started,
+)
 from pipeinfer.protocol import (
     ORCHESTRATOR,
     DraftRow,
@@ -20,10 +39,15 @@ from pipeinfer.protocol import (
     Kind,
     Message,
     Row,
+    SettingRow,
     accepted_name,
     address_name,
 )
+from speculation.calibration import Calibration
+from speculation.continuous import earns
+from speculation.governor import CostCurve
 from speculation.policy import Policy
+from speculation.schedule import UNLIMITED
 from speculation.tree import Node, Tree
 
 
@@ -41,15 +65,26 @@ class Drafter:
         self._prompt: list[int] = []
         self._prefilled = 0
         self._tree: Tree | None = None  # made when the prompt is complete
+        self._origin: Node | None = None  # its first root, the prompt's last token
         self._last_position = 0  # nodes beyond it are of no use to the request
         self._names = 0
         self._ahead: set[Node] = set()  # evaluated guesses below the root
-        self._batch: list[Node] = []  # nodes under evaluation
+        self._batch: list[Node] = []  # nodes under evaluation whose children are wanted
         self._job = 0
         self._busy = False
+        self._sampling = GREEDY
+        self._calibration = Calibration()
+        self._passes = 0  # that it may still do
+        self._is_ordered = False
+        self._cutoff = 0.0
+        self._most_leaves = policy.leaves
+        self._curve = CostCurve() if policy.govern else None
+        self._began, self._rows, self._now = 0.0, 0, 0.0
+        self._withheld: list[tuple[Node, list[Choice]]] = []  # choices below the cutoff: a later order may want them
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event; see Machine."""
+        self._now = now
         if isinstance(event, Received):
             return self._receive(event.message)
         if isinstance(event, Computed):
@@ -58,9 +93,19 @@ class Drafter:
             return [self._send(Kind.HELLO, run=self._digest)]
         raise RemoteProtocolError(f"{address_name(self.address)} cannot handle {type(event).__name__}")
 
-    def _send(self, kind: Kind, run: int = 0, rows: tuple[DraftRow, ...] = ()) -> Send:
+    def _send(self, kind: Kind, run: int = 0, rows: tuple[DraftRow, ...] = (), flags: Flag = Flag.NONE) -> Send:
         txn = self._edges.stamp(ORCHESTRATOR)
-        return Send(Message(kind, self.address, ORCHESTRATOR, request=self._request, txn=txn, run=run, rows=rows))
+        return Send(Message(kind, self.address, ORCHESTRATOR, flags, self._request, txn=txn, run=run, rows=rows))
+
+    def _report(self, rows: list[DraftRow], ends_order: bool) -> list[Command]:
+        """What has been found, if it is anything or ends an order."""
+        ends = self._is_ordered and ends_order
+        if self._tree is None or not (rows or ends):
+            return []
+        if ends:
+            self._is_ordered, self._passes = False, 0  # passes that were not needed are not kept for later
+        flags = Flag.LAST if ends else Flag.NONE
+        return [self._send(Kind.NODES, self._tree.root.position, tuple(rows), flags)]
 
     def _receive(self, message: Message) -> list[Command]:
         self._edges.check(message)
@@ -69,6 +114,14 @@ class Drafter:
             self._open(message, rows)
         elif message.kind is Kind.ADVANCE:
             self._advance(rows)
+            if message.flags & Flag.RESTART:
+                self._restart()
+        elif message.kind is Kind.ORDER:
+            return self._order(message) + self._next()
+        elif message.kind is Kind.REQUEST:
+            self._sampling = Sampling.of(message.rows_as(SettingRow))
+        elif message.kind is Kind.CALIBRATE:
+            self._calibration = Calibration.of(message.rows_as(SettingRow))
         elif message.kind is Kind.CLOSE:
             self._close()
         elif message.kind is Kind.SHUTDOWN:
@@ -91,13 +144,45 @@ class Drafter:
             self._tree = Tree(self._prompt[-1], position, self._policy.most_nodes())
             self._tree.take(self._tree.root)
             self._tree.root.name = accepted_name(position)
+            self._origin = self._tree.root
             self._last_position = message.run
+            self._passes = UNLIMITED if self._policy.schedule == "continuous" else 0
+            self._most_leaves = self._policy.leaves
 
     def _close(self) -> None:
         self._tree = None
         self._prompt = []
         self._batch = []
         self._ahead.clear()
+        self._withheld = []
+        self._is_ordered = False
+        self._cutoff = 0.0
+
+    def _order(self, message: Message) -> list[Command]:
+        """So many passes and no more; children that an earlier order held back may now be welcome."""
+        (order,) = message.rows_as(SettingRow)
+        self._passes, self._cutoff = order.low, order.value
+        self._most_leaves = min(order.high or self._policy.leaves, self._policy.leaves)
+        self._is_ordered = self._policy.schedule != "continuous"
+        if message.flags & Flag.RESTART:
+            self._restart()
+        withheld, self._withheld = self._withheld, []
+        found = [row for node, choices in withheld for row in self._children(node, choices)]
+        self._passes -= bool(found) and self._passes != UNLIMITED  # what is there need not be computed
+        return self._report(found, ends_order=False)
+
+    def _restart(self) -> None:
+        """Forget every guess; the root is evaluated again if it has been."""
+        tree = self._tree
+        if tree is None:
+            return
+        for node in tree.prune():
+            if node.slot is not None:
+                self._ledger.release(node.slot)
+        self._ahead.clear()
+        self._withheld = []
+        if tree.root not in self._batch:
+            tree.renew()
 
     def _advance(self, rows: tuple[DraftRow, ...]) -> None:
         tree = self._tree
@@ -122,9 +207,11 @@ class Drafter:
             return [] if wanted else [Abandon(self._job)]
         if self._prefilled < len(self._prompt) and self._tree is not None:
             return [self._prefill(self._tree)]
-        nodes = self._leaves()
+        nodes = self._leaves() if self._passes else []
         if not nodes:
-            return []
+            return self._report([], ends_order=True)
+        if self._passes != UNLIMITED:
+            self._passes -= 1
         return [self._evaluate(nodes)]
 
     def _prefill(self, tree: Tree) -> Compute:
@@ -132,60 +219,89 @@ class Drafter:
         self._prefilled += len(rows)
         ends = self._prefilled == len(self._prompt)
         self._cells.apply(ops)
+        if ends and self._origin is not None:
+            self._origin.slot = rows[-1].slot
         # The prompt's last token is the tree's first root, unless the target has already passed it.
         self._batch = [tree.root] if ends and tree.root.position == len(self._prompt) - 1 else []
         return self._compute(rows, canonical=True, wanted=(len(rows) - 1,) if ends else ())
 
     def _leaves(self) -> list[Node]:
-        """Take the nodes of the next pass: the accepted ones first (they have probability 1), then the best guesses."""
-        tree, nodes = self._tree, list[Node]()
-        while tree is not None and len(nodes) < self._policy.leaves:
+        """Take the nodes of the next pass: every accepted one that it has not seen, and the best ``leaves`` guesses, as
+        far as each earns more than it costs."""
+        tree, nodes, guesses, useful = self._tree, list[Node](), 0, 0.0
+        floor = 0.0 if self._curve and self._curve.is_flat(self._most_leaves) else self._policy.floor
+        while tree is not None and len(nodes) < self._policy.prefill_chunk:
             node = tree.best()
             if node is None or node.position >= self._last_position:
                 break
             if node.position > tree.root.position:
-                if len(self._ahead) >= self._policy.lead or tree.probability(node) < self._policy.floor:
+                if guesses >= self._most_leaves or len(self._ahead) >= self._policy.lead:
+                    break
+                probability = tree.probability(node)
+                if probability < floor:
+                    break
+                if nodes and self._curve and not earns(useful, probability, self._curve, len(nodes)):
                     break
                 self._ahead.add(node)
+                useful += probability
+            else:
+                useful += 1.0
+            guesses += node.position >= tree.root.position
             tree.take(node)
             nodes.append(node)
         return nodes
 
     def _evaluate(self, nodes: list[Node]) -> Compute:
-        self._batch = nodes
+        assert self._tree is not None
+        root = self._tree.root.position
+        self._batch = [node for node in nodes if node.position >= root]
         ops = self._ledger.operations()
         self._cells.apply(ops)
+        rows = []
         for node, slot in zip(nodes, self._ledger.lease(len(nodes)), strict=True):
+            if node.slot is not None:
+                rows.append(node.row()._replace(slot=slot))
+                self._ledger.release(slot)  # a second look: its first cell is the one that counts
+                continue
             node.slot = slot
-            if self._tree is not None and node.position <= self._tree.root.position:
+            rows.append(node.row())
+            if node.position <= root:
                 self._ledger.commit(slot)  # it is accepted already
-        rows = [node.row() for node in nodes]
-        return self._compute(rows, canonical=False, wanted=tuple(range(len(rows))))
+        wanted = tuple(index for index, node in enumerate(nodes) if node.position >= root)
+        return self._compute(rows, canonical=False, wanted=wanted)
 
     def _compute(self, rows: list[Row], canonical: bool, wanted: tuple[int, ...]) -> Compute:
         self._job += 1
         self._busy = True
+        self._began, self._rows = self._now, len(rows)
         batch = self._cells.admit(rows, canonical)
-        return Compute(self._job, batch, rows=wanted, choices=self._policy.width if wanted else 0)
+        if not wanted:
+            return Compute(self._job, batch)
+        return Compute(self._job, batch, rows=wanted, choices=self._policy.width, draw=self._draw(batch, wanted))
+
+    def _draw(self, batch: Batch, wanted: tuple[int, ...]) -> Draw:
+        return self._cells.draw(self._sampling, batch, wanted, is_guess=True)
 
     def _computed(self, event: Computed) -> list[Command]:
         self._busy = False
         nodes, self._batch = self._batch, []
+        if self._curve and nodes and event.choices:
+            self._curve.observe(self._rows, self._now - self._began)
         found: list[DraftRow] = []
         for node, choices in zip(nodes, event.choices or (), strict=False):
             found += self._children(node, choices)
-        commands: list[Command] = []
-        if found and self._tree is not None:
-            commands.append(self._send(Kind.NODES, self._tree.root.position, tuple(found)))
-        return commands + self._next()
+        return self._report(found, ends_order=self._passes == 0) + self._next()
 
     def _children(self, node: Node, choices: list[Choice]) -> list[DraftRow]:
         tree = self._tree
         if tree is None or not node.alive or node.position < tree.root.position:
             return []
-        found = []
-        for token, logp in choices:
-            child = tree.add(node, token, logp)
+        found, least = [], math.log(self._cutoff) if self._cutoff > 0 else -math.inf
+        for rank, (token, logp) in enumerate(choices):
+            if logp < least:
+                self._withheld.append((node, choices))
+                break
+            child = tree.add(node, token, self._calibration.logp(rank, logp))
             if child is not None and child.name is None:
                 self._names += 1
                 child.name = self._names

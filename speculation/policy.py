@@ -1,11 +1,22 @@
-"""Policies: what to send to the target next. Plain decoding is the policy that never guesses."""
+"""Policies: what to send to the target next, as numbers. Every rival and every ablation is one of these, on one engine.
+
+A policy names a *schedule* and turns its knobs. ``plain`` and ``continuous`` are built in; all others are TOML files
+with one knob a line (benchmarks/baselines has the rivals), and ``--set knob=value`` changes a single one.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
 
+from pipeinfer.errors import refuse
 from pipeinfer.protocol import MAX_ROWS
-from speculation.tree import Node, Tree
+
+SCHEDULES = ("continuous", "rounds", "frontier")
+CANCELS = ("direct", "relay", "off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +29,7 @@ class Policy:
 
     name: str
     speculate: bool = True
+    schedule: str = "continuous"  # "continuous"; "rounds": one run per trip; "frontier": as PipeInfer was published
     rows: int = 1
     width: int = 1
     leaves: int = 1
@@ -25,18 +37,35 @@ class Policy:
     window: int = 0  # most runs in flight; 0 means two per stage and two more
     floor: float = 0.0  # least path probability that is worth a row
     cancel: str = "direct"  # "direct": to every stage at once; "relay": backwards, stage to stage; "off"
+    cancel_rows: bool = True  # dead rows of living runs are cancelled too
+    reuse: bool = True  # False: whenever the draft's first choice was wrong, all that was guessed is thrown away
+    govern: bool = False  # turn rows and drafting up and down by what a token was measured to cost
+    calibrate: bool = False  # learn from outcomes what the draft's probabilities mean
+    lookup: int = 0  # tokens guessed by looking the text's end up in the text; 0: none
     prefill_chunk: int = 128  # prompt tokens per run
+    levels: int = 1  # rounds: draft passes per round
+    p_accept: float = 0.0  # frontier: least probability of a drafted token
+    p_recovery: float = 0.0  # frontier: what p_accept gains with every run launched while nothing comes back
+    p_decay: float = 0.0  # frontier: what it loses with every refusal
 
     def __post_init__(self) -> None:
-        for what in ("rows", "width", "leaves", "prefill_chunk"):
+        for what in ("rows", "width", "leaves", "prefill_chunk", "levels"):
             if not 1 <= getattr(self, what) <= MAX_ROWS:
                 raise ValueError(f"policy {self.name}: {what} must be 1 to {MAX_ROWS}, not {getattr(self, what)}")
         if self.leaves * self.width > MAX_ROWS:
             raise ValueError(f"policy {self.name}: leaves x width must be at most {MAX_ROWS}")
-        if self.lead < 0 or self.window < 0 or not 0 <= self.floor <= 1:
-            raise ValueError(f"policy {self.name}: lead and window must not be negative, floor must be a probability")
-        if self.cancel not in ("direct", "relay", "off"):
-            raise ValueError(f"policy {self.name}: cancel must be direct, relay or off, not {self.cancel!r}")
+        for what in ("lead", "window", "lookup"):
+            if not 0 <= getattr(self, what) <= 1_000_000:
+                raise ValueError(f"policy {self.name}: {what} must be 0 or more, not {getattr(self, what)}")
+        for what in ("floor", "p_accept", "p_recovery", "p_decay"):
+            if not 0 <= getattr(self, what) <= 1:
+                raise ValueError(f"policy {self.name}: {what} must be 0 to 1, not {getattr(self, what)}")
+        for what, known in (("cancel", CANCELS), ("schedule", SCHEDULES)):
+            if getattr(self, what) not in known:
+                raise ValueError(
+                    f"policy {self.name}: {what} must be {', '.join(known[:-1])} or {known[-1]}, "
+                    f"not {getattr(self, what)!r}"
+                )
 
     def most_nodes(self) -> int:
         """A bound on the living nodes of one drafter's tree."""
@@ -46,25 +75,69 @@ class Policy:
         """A bound on the runs in flight over ``stages`` stages."""
         return self.window or 2 * stages + 2
 
+    def settings(self) -> dict[str, Any]:
+        """All knobs by name, as they travel in a Config."""
+        return asdict(self)
+
 
 PLAIN = Policy("plain", speculate=False)
-CONTINUOUS = Policy("continuous", rows=4, width=2, leaves=2, lead=32, floor=0.02)
+CONTINUOUS = Policy(
+    "continuous", rows=8, width=8, leaves=8, lead=112, floor=0.02, govern=True, calibrate=True, lookup=16
+)
 POLICIES = {policy.name: policy for policy in (PLAIN, CONTINUOUS)}
 
 
-def choose_rows(tree: Tree, policy: Policy, room: int) -> list[Node]:
-    """Take the nodes of the next run, best first, parents before children; ``room`` is how many guesses have cells.
+def read_policy(name: str, changes: Sequence[str] = ()) -> Policy:
+    """The policy called ``name``, or in the TOML file of that name, with ``changes`` (``knob=value``) made to it.
 
-    The root is no guess and always goes; a guess goes if its path is probable enough (``policy.floor``)."""
-    chosen: list[Node] = []
-    while len(chosen) < policy.rows:
-        node = tree.best()
-        if node is None:
-            break
-        if node is not tree.root:
-            if not policy.speculate or room == 0 or tree.probability(node) < policy.floor:
-                break
-            room -= 1
-        tree.take(node)
-        chosen.append(node)
-    return chosen
+    Raises UserError, whose message names the knob and the fix."""
+    settings = POLICIES[name].settings() if name in POLICIES else _read_file(name)
+    for change in changes:
+        knob, equals, value = change.partition("=")
+        if not equals:
+            refuse(f"--set {change}", "write it as knob=value")
+        settings |= _typed(f"--set {change}", {knob: _literal(value)})
+    try:
+        return Policy(**settings)
+    except ValueError as error:
+        refuse(str(error), "correct the number")
+
+
+def _read_file(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if not path.is_file():
+        built_in = ", ".join(POLICIES)
+        refuse(f"unknown policy {name!r}", f"use {built_in} or a TOML file such as those in benchmarks/baselines")
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        refuse(f"{path} is no TOML file ({error})", "correct it")
+    base = settings.pop("base", None)
+    if base is not None and base not in POLICIES:
+        refuse(f"{path}: base {base!r} is no built-in policy", f"use {', '.join(POLICIES)}")
+    known = POLICIES[base].settings() if base else {}
+    return {**known, "name": path.stem, **_typed(str(path), settings)}
+
+
+def _typed(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings``, every one of them a knob and of that knob's type."""
+    kinds = {field.name: type(getattr(PLAIN, field.name)) for field in fields(Policy)}
+    found = {}
+    for knob, value in settings.items():
+        kind = kinds.get(knob)
+        if kind is None:
+            refuse(f"{where}: there is no knob {knob!r}", f"the knobs are {', '.join(kinds)}")
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            refuse(f"{where}: {knob} is a {kind.__name__}, not {value!r}", "correct it")
+        found[knob] = value
+    return found
+
+
+def _literal(text: str) -> Any:
+    """A value as TOML would read it; a bare word is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

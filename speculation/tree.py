@@ -22,9 +22,14 @@ LEAST_LOGP = -100.0
 
 
 class Node:
-    """A token after its parent's tokens. ``slot`` and ``run`` say where it was sent, ``choice`` what follows it."""
+    """A token after its parent's tokens. ``slot`` and ``run`` say where it was sent, ``choice`` what follows it.
 
-    __slots__ = ("alive", "children", "choice", "logp", "name", "parent", "pending", "position", "run", "slot", "token")
+    ``rank``, ``claim`` and ``source``: whose k-th guess it was, and the log-probability that was claimed for it."""
+
+    __slots__ = (
+        "alive", "children", "choice", "choice_logp", "claim", "logp", "name", "parent", "pending", "position", "rank",
+        "run", "slot", "source", "token",
+    )  # fmt: skip
 
     def __init__(self, token: int, parent: Node | None, logp: float, position: int) -> None:
         self.token = token
@@ -37,7 +42,11 @@ class Node:
         self.slot: int | None = None
         self.run: int | None = None
         self.choice: int | None = None
+        self.choice_logp = 0.0
         self.name: int | None = None
+        self.rank = 0
+        self.claim = 0.0
+        self.source: int | None = None
 
     def row(self) -> Row:
         """The row of a run that carries this node; it has a cell by then, and so has its parent or the prompt's end."""
@@ -121,9 +130,28 @@ class Tree:
         self.size -= 1 + len(dead)
         self.root = heir
         if len(self._frontier) > 64 + 2 * self.max_nodes:
-            self._frontier = [entry for entry in self._frontier if entry[2].alive and entry[2].pending]
-            heapq.heapify(self._frontier)
+            self._sweep()
         return heir, dead
+
+    def _sweep(self) -> None:
+        self._frontier = [entry for entry in self._frontier if entry[2].alive and entry[2].pending]
+        heapq.heapify(self._frontier)
+
+    def prune(self) -> list[Node]:
+        """Forget every guess below the root; returns the nodes that died."""
+        dead = [node for child in self.root.children.values() for node in walk(child)]
+        for node in dead:
+            node.alive = False
+        self.root.children = {}
+        self.size -= len(dead)
+        self._sweep()
+        return dead
+
+    def renew(self) -> None:
+        """Make the root pending again: its own guess is wanted once more."""
+        if not self.root.pending:
+            self.root.pending = True
+            self._push(self.root)
 
 
 def walk(node: Node) -> Iterator[Node]:

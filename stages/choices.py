@@ -1,27 +1,41 @@
-"""From logits to the best tokens, the same for every shard."""
+"""From logits to the best tokens, the same for every shard, target or draft."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pipeinfer.ports import Choice
+from pipeinfer.ports import Choice, Draw
+from stages.sampling import changes_nothing, drawing_scores
 
 
-def best_choices(logits: Tensor, count: int) -> list[list[Choice]]:
+def best_choices(logits: Tensor, count: int, draw: Draw | None = None) -> list[list[Choice]]:
     """The ``count`` best tokens of each row of ``logits`` (float32 [rows, vocabulary]) with their log-probabilities,
-    best first; of equal ones the lowest token, as argmax has it."""
-    totals = torch.logsumexp(logits, -1, keepdim=True)
+    best first; of equal ones the lowest token, as argmax has it.
+
+    With a ``draw`` they are ordered by the scores that decide it, so that the first is the token that is drawn; tokens
+    that cannot be drawn are left out, even if fewer remain. The log-probabilities are those of ``logits`` all the same,
+    but for a guess those of the deciding scores. See ShardModel.choose."""
+    if draw is None or changes_nothing(draw.sampling):
+        return _ranked(logits, count, logits)
+    logits = logits.cpu()  # where noise is made
+    scores = drawing_scores(logits, draw)
+    return _ranked(scores, count, scores if draw.is_guess else logits)
+
+
+def _ranked(scores: Tensor, count: int, judged: Tensor) -> list[list[Choice]]:
+    """The ``count`` best tokens of each row by ``scores``, with their log-probabilities by ``judged``."""
+    totals = torch.logsumexp(judged, -1, keepdim=True)
     if count == 1:
-        best = logits.argmax(-1, keepdim=True)
-        logps = logits.gather(-1, best) - totals
+        best = scores.argmax(-1, keepdim=True)
+        logps = judged.gather(-1, best) - totals
         return [[choice] for choice in zip(best[:, 0].tolist(), logps[:, 0].tolist(), strict=True)]
-    # topk leaves open which of equal logits it takes and in what order; only its lowest value is used.
-    count = min(count, logits.shape[-1])
-    floors = logits.topk(count, -1).values[:, -1:]
+    # topk leaves open which of equal scores it takes and in what order; only its lowest value is used.
+    count = min(count, scores.shape[-1])
+    floors = scores.topk(count, -1).values[:, -1:].clamp_min(torch.finfo(scores.dtype).min)
     choices = []
-    for row, floor, total in zip(logits, floors, totals, strict=True):
+    for row, floor, known, total in zip(scores, floors, judged, totals, strict=True):
         tokens = (row >= floor).nonzero()[:, 0]
         tokens = tokens[row[tokens].argsort(descending=True, stable=True)[:count]]
-        choices.append(list(zip(tokens.tolist(), (row[tokens] - total).tolist(), strict=True)))
+        choices.append(list(zip(tokens.tolist(), (known[tokens] - total).tolist(), strict=True)))
     return choices

@@ -7,18 +7,22 @@ the hardware; whoever reports such a time must say so.
 
 The draft of an emulated pair knows the target's next token and hides it at a rank drawn from a given distribution: its
 k-th choice is right with probability ``ranks[k]``, decided by the context alone.
+
+What is sampled depends on every number that a real draw may depend on, and on nothing else: the sampling, the position
+of the drawn token and, under a repetition penalty, the tokens seen. Who loses or mistakes one of them says other words.
 """
 
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeinfer.ports import Batch, Choice
+from pipeinfer.ports import GREEDY, Batch, Choice, Draw, Sampling
 
 Words = npt.NDArray[np.uint64]
 
@@ -45,13 +49,17 @@ def spread(top1: float, choices: int = 8, decay: float = 0.6, cover: float = 0.9
 
 @dataclass(frozen=True, slots=True)
 class EmulatedSpec:
-    """An emulated target of ``layers`` layers and its draft; ``claims`` is what the draft believes of its own ranks."""
+    """An emulated target of ``layers`` layers and its draft; ``claims`` is what the draft believes of its own ranks.
+
+    ``burst``: (tokens, share); in blocks of so many tokens this share of them have their rank in common, so that hits
+    and misses come together; over all blocks each rank keeps its probability."""
 
     layers: int = 8
     vocab: int = 1000
     seed: int = 0
     ranks: tuple[float, ...] = (0.8,)
     claims: tuple[float, ...] | None = None
+    burst: tuple[int, float] = (1, 0.0)
 
 
 class EmulatedShard:
@@ -91,29 +99,61 @@ class EmulatedShard:
             words = mix(words + (batch.visible * keys[:span]).sum(axis=1, dtype=np.uint64))
         return words
 
-    def choose(self, hidden: Words, rows: Sequence[int], count: int) -> list[list[Choice]]:
-        """See ShardModel."""
+    def choose(self, hidden: Words, rows: Sequence[int], count: int, draw: Draw | None = None) -> list[list[Choice]]:
+        """See ShardModel; log-probabilities of a draft are what it believes, with or without noise."""
         wanted = hidden[list(rows)]
+        if draw is not None:
+            wanted = _stirred(wanted, draw)
         truths = (mix(wanted + np.uint64(1)) % np.uint64(self._spec.vocab)).tolist()
         if not self._is_draft:
             return [[(truth, 0.0)] for truth in truths]
-        draws = (mix(wanted + np.uint64(2)) / np.float64(2**64)).tolist()
-        return [self._guess(truth, draw, count) for truth, draw in zip(truths, draws, strict=True)]
+        lots = _lot(wanted, 2)
+        if draw is not None and self._spec.burst[1]:
+            length, share = self._spec.burst
+            blocks = (draw.positions // length).astype(np.uint64) + np.uint64(self._spec.seed << 32)
+            lots = np.where(_lot(wanted, 3) < share, _lot(mix(blocks), 4), lots)
+        return [self._guess(truth, lot, count) for truth, lot in zip(truths, lots.tolist(), strict=True)]
 
-    def _guess(self, truth: int, draw: float, count: int) -> list[Choice]:
-        """``count`` tokens, the true one at the rank that ``draw`` in [0, 1) falls on, or nowhere."""
+    def _guess(self, truth: int, lot: float, count: int) -> list[Choice]:
+        """``count`` tokens, the true one at the rank that ``lot`` in [0, 1) falls on, or nowhere."""
         vocab = self._spec.vocab
         tokens = [(truth + 1 + index) % vocab for index in range(count)]
         total = 0.0
         for rank, share in enumerate(self._spec.ranks):
             total += share
-            if draw < total:
+            if lot < total:
                 if rank < count:
                     tokens[rank] = truth
                 break
         claims = self._spec.claims or self._spec.ranks
         believed = [claims[rank] if rank < len(claims) else 0.0 for rank in range(count)]
         return [(token, math.log(max(share, 1e-9))) for token, share in zip(tokens, believed, strict=True)]
+
+
+def _lot(words: Words, salt: int) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each of ``words``."""
+    lots: npt.NDArray[np.float64] = mix(words + np.uint64(salt)) / np.float64(2**64)
+    return lots
+
+
+def _stirred(words: Words, draw: Draw) -> Words:
+    """``words`` [rows], changed by all that decides ``draw``; by nothing if it is greedy."""
+    sampling = draw.sampling
+    if sampling.temperature > 0:
+        reals = (sampling.temperature, sampling.top_p, sampling.min_p)  # in 32 bits each, as they travel
+        salt = _folded(np.frombuffer(struct.pack("<QI3f", sampling.seed, sampling.top_k, *reals), np.uint64))
+        words = mix(words ^ salt ^ mix(draw.positions.astype(np.uint64) + np.uint64(0xA0761D65)))
+    if sampling.repetition_penalty != 1:
+        penalty = np.frombuffer(struct.pack("<f4x", sampling.repetition_penalty), np.uint64)
+        seen = [_folded(np.append(penalty, np.unique(tokens).astype(np.uint64))) for tokens in draw.seen]
+        words = mix(words ^ np.array(seen, dtype=np.uint64).reshape(words.shape))
+    return words
+
+
+def _folded(words: Words) -> np.uint64:
+    """One word that depends on each of ``words`` and its place."""
+    places = mix(np.arange(1, len(words) + 1, dtype=np.uint64))
+    return np.uint64(mix(words ^ places).sum(dtype=np.uint64))
 
 
 class EmulatedPair:
@@ -129,7 +169,7 @@ class EmulatedPair:
         """See Pair."""
         return EmulatedShard(self._spec, layers, capacity, self._layer_s)
 
-    def draft(self, capacity: int) -> EmulatedShard:
+    def draft(self, index: int, capacity: int) -> EmulatedShard:
         """See Pair."""
         layers = self._spec.layers
         return EmulatedShard(
@@ -145,7 +185,13 @@ class EmulatedPair:
         return data.view(np.uint64)
 
 
-def plain_tokens(spec: EmulatedSpec, prompt: Sequence[int], count: int, stop_tokens: frozenset[int]) -> list[int]:
+def plain_tokens(
+    spec: EmulatedSpec,
+    prompt: Sequence[int],
+    count: int,
+    stop_tokens: frozenset[int],
+    sampling: Sampling = GREEDY,
+) -> list[int]:
     """What the emulated target says after ``prompt``, computed token by token with no tree, table or message."""
     shard = EmulatedShard(spec, range(spec.layers), len(prompt) + count)
     tokens, emitted = list(prompt), list[int]()
@@ -155,7 +201,8 @@ def plain_tokens(spec: EmulatedSpec, prompt: Sequence[int], count: int, stop_tok
             shard.forward(Batch(np.array([tokens[position]]), here, here, np.ones((1, position + 1), bool)), None)
         )
         if position >= len(prompt) - 1:
-            emitted.append(shard.choose(hidden, (0,), 1)[0][0][0])
+            draw = None if sampling == GREEDY else Draw(sampling, here + 1, (np.unique(tokens),))
+            emitted.append(shard.choose(hidden, (0,), 1, draw)[0][0][0])
             tokens.append(emitted[-1])
             if emitted[-1] in stop_tokens:
                 break

@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 
 import torch
 
-from pipeinfer.ports import Batch, Choice, Payload
+from pipeinfer.ports import Batch, Choice, Draw, Payload
 from stages.choices import best_choices
 from stages.generic_cells import CellCache, LayerCells, View, looking
 from stages.generic_skeleton import Skeleton
@@ -79,9 +79,10 @@ class GenericShard:
         return View(slots, positions, self._positions[: visible.shape[1]], visible)
 
     @torch.inference_mode()
-    def choose(self, hidden: Payload, rows: Sequence[int], count: int) -> list[list[Choice]]:
-        """The ``count`` most probable next tokens after each of ``rows`` of ``hidden`` [*, hidden_size], best first;
-        of equal ones the lowest token, as argmax has it. Only for the last shard."""
+    def choose(
+        self, hidden: Payload, rows: Sequence[int], count: int, draw: Draw | None = None
+    ) -> list[list[Choice]]:
+        """See ShardModel; ``hidden``: [*, hidden_size]. Of equal tokens the lowest, as argmax has it."""
         assert self._range.stop == self._spec.layer_count, "only the last shard can choose"
         wanted = torch.as_tensor(hidden, dtype=self._dtype, device=self._device)[list(rows)]
-        return best_choices(self._skeleton.leave(wanted).float(), count)
+        return best_choices(self._skeleton.leave(wanted).float(), count, draw)

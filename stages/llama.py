@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeinfer.ports import Batch, Choice, Payload
+from pipeinfer.ports import Batch, Choice, Draw, Payload
 from stages.checkpoint import EMBEDDING, HEAD, NORM, Checkpoint, layer_tensors
 from stages.choices import best_choices
 from stages.rope import cosines_sines, inverse_frequencies
@@ -160,13 +160,14 @@ class LlamaShard:
         return F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
 
     @torch.inference_mode()
-    def choose(self, hidden: Payload, rows: Sequence[int], count: int) -> list[list[Choice]]:
-        """The ``count`` most probable next tokens after each of ``rows`` of ``hidden`` [*, hidden_size], best first;
-        of equal ones the lowest token, as argmax has it. Only for the last shard."""
+    def choose(
+        self, hidden: Payload, rows: Sequence[int], count: int, draw: Draw | None = None
+    ) -> list[list[Choice]]:
+        """See ShardModel; ``hidden``: [*, hidden_size]. Of equal tokens the lowest, as argmax has it."""
         assert self._norm is not None and self._head is not None, "only the last shard can choose"
         wanted = torch.as_tensor(hidden, dtype=self._dtype, device=self._device)[list(rows)]
         logits = F.linear(F.rms_norm(wanted, self._hidden_shape, self._norm, self._eps), self._head).float()
-        return best_choices(logits, count)
+        return best_choices(logits, count, draw)
 
 
 def _rotate(heads: Tensor, turns: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 Cell operations are applied for every run, dead or alive, so that all stages keep the same table. A run known to be dead
 is not computed: it goes on as a tombstone, a header with its operations. News of death (CANCEL) may come before the
-run, while it waits, between two of its layers, or never. A row whose parent was skipped is dead too and leaves its run
-here; a run that loses all its rows becomes a tombstone.
+run, while it waits, between two of its layers, or never. It may be about single rows; they leave their run where they
+are next taken up. A row whose parent was skipped is dead too; a run that loses all its rows becomes a tombstone.
 
 The first stage also paces the orchestrator. Its credit for one more run leaves just in time: as long before the end of
 the current run as a credit and the run that answers it were seen to take. The later a run is chosen, the more is known.
@@ -17,6 +17,7 @@ from dataclasses import replace
 from kvbuffers.cells import CellTable
 from pipeinfer.errors import RemoteProtocolError
 from pipeinfer.ports import (
+    GREEDY,
     Abandon,
     Command,
     Compute,
@@ -25,6 +26,7 @@ from pipeinfer.ports import (
     Halt,
     Payload,
     Received,
+    Sampling,
     Send,
     Started,
     Wake,
@@ -32,6 +34,7 @@ from pipeinfer.ports import (
 )
 from pipeinfer.protocol import (
     FIRST_STAGE,
+    NO_SLOT,
     ORCHESTRATOR,
     AnyRow,
     ChoiceRow,
@@ -40,15 +43,22 @@ from pipeinfer.protocol import (
     Kind,
     Message,
     Row,
+    SettingRow,
     address_name,
 )
 from stages.pacer import Pacer
 
+MOST_US = 0xFFFFFFFF
+
 
 class Stage:
-    """The machine of stage ``address`` of ``stages``; ``capacity`` cells, at most ``window`` runs in flight."""
+    """The machine of stage ``address`` of ``stages``; ``capacity`` cells, at most ``window`` runs in flight.
 
-    def __init__(self, address: int, stages: int, capacity: int, window: int, digest: int = 0) -> None:
+    ``credits_early``: whether the first stage's credit leaves before the run has ended, just in time for the next."""
+
+    def __init__(
+        self, address: int, stages: int, capacity: int, window: int, digest: int = 0, credits_early: bool = True
+    ) -> None:
         self.address = address
         self._is_first = address == FIRST_STAGE
         self._is_last = address == FIRST_STAGE + stages - 1
@@ -57,7 +67,10 @@ class Stage:
         self._edges = Edges(address)
         self._cells = CellTable(capacity)
         self._queue: deque[Received] = deque()
-        self._cancelled: set[int] = set()
+        self._credits_early = credits_early
+        self._cancelled: dict[int, set[int] | None] = {}  # the dead cells of a run; None: all of them
+        self._sampling = GREEDY
+        self._began = 0.0
         self._current: Message | None = None
         self._abandoned = False
         self._now = 0.0
@@ -91,6 +104,9 @@ class Stage:
             return self._next()
         if message.kind is Kind.CANCEL:
             return self._cancel(message)
+        if message.kind is Kind.REQUEST:
+            self._sampling = Sampling.of(message.rows_as(SettingRow))
+            return [] if self._is_last else [self._send(Kind.REQUEST, message, rows=message.rows)]
         if message.kind is Kind.SHUTDOWN:
             return [Halt()]
         if message.kind is Kind.PROBE:
@@ -105,15 +121,29 @@ class Stage:
         raise RemoteProtocolError(f"{address_name(self.address)} got {message.kind.name}")
 
     def _cancel(self, message: Message) -> list[Command]:
-        news = {row.slot for row in message.rows_as(Row) if row.slot > self._newest_done} - self._cancelled
-        self._cancelled |= news
+        is_news = False
+        for row in message.rows_as(Row):
+            if row.slot > self._newest_done:
+                is_news |= self._mark(row.slot, row.parent)
         commands: list[Command] = []
-        if news and message.flags & Flag.RELAY and not self._is_first:  # a word that repeats must not multiply
+        if is_news and message.flags & Flag.RELAY and not self._is_first:  # a word that repeats must not multiply
             commands.append(Send(replace(message, source=self.address, dest=self.address - 1)))
-        if self._current and self._current.run in self._cancelled and not self._abandoned:
+        current = self._current
+        if current and self._cancelled.get(current.run, ()) is None and not self._abandoned:
             self._abandoned = True
-            commands.append(Abandon(self._current.run))
+            commands.append(Abandon(current.run))
         return commands
+
+    def _mark(self, run: int, cell: int) -> bool:
+        """Note that ``cell`` of ``run`` is dead, or all of it; whether that is news."""
+        cells = self._cancelled.setdefault(run, set())
+        if cells is None or cell in cells:
+            return False
+        if cell == NO_SLOT:
+            self._cancelled[run] = None
+        else:
+            cells.add(cell)
+        return True
 
     def _next(self) -> list[Command]:
         """Take runs from the queue up to and including the first that must be computed."""
@@ -124,12 +154,15 @@ class Stage:
             self._cells.apply(message.ops)
             if self._is_first:
                 self._owes_credit = message
-            dead = message.flags & Flag.TOMBSTONE or message.run in self._cancelled
-            alive = () if dead else self._cells.living(message.rows_as(Row))
+            cancelled = self._cancelled.get(message.run, set())
+            dead = message.flags & Flag.TOMBSTONE or cancelled is None
+            alive = () if dead else self._cells.living(message.rows_as(Row), cancelled or ())
             if alive:
                 commands.append(self._compute(message, alive, event.payload))
-                due = self._pacer.begin(self._now, len(alive))
-                commands += [Wake(due)] if self._is_first and due is not None else self._credit()
+                self._began = self._now
+                if self._is_first and self._credits_early:
+                    due = self._pacer.begin(self._now, len(alive))
+                    commands += self._credit() if due is None else [Wake(due)]
             else:
                 commands += [*self._credit(), self._entomb(message)]
         return commands
@@ -148,15 +181,23 @@ class Stage:
             message, keep = replace(message, rows=tuple(message.rows[index] for index in alive)), alive
         self._current = message
         batch = self._cells.admit(message.rows_as(Row), canonical=bool(message.flags & Flag.CANONICAL))
-        if not self._is_last:
-            return Compute(message.run, batch, payload, keep)
-        return Compute(message.run, batch, payload, keep, _wanted(message), choices=1)
+        wanted = _wanted(message) if self._is_last else ()
+        if not wanted:
+            return Compute(message.run, batch, payload, keep, choices=int(self._is_last))
+        draw = self._cells.draw(self._sampling, batch, wanted)
+        return Compute(message.run, batch, payload, keep, wanted, choices=1, draw=draw)
 
     def _computed(self, event: Computed) -> list[Command]:
         message, self._current, self._abandoned = self._current, None, False
         if message is None or event.job != message.run:
             raise RemoteProtocolError(f"{address_name(self.address)} computed {event.job} unasked")
         credit = self._credit()
+        spent_us = min(MOST_US, max(0, round(1e6 * (self._now - self._began))))
+        message = replace(
+            message,
+            work_us=min(MOST_US, message.work_us + spent_us),
+            slowest_us=max(message.slowest_us, spent_us),
+        )
         is_abandoned = event.hidden is None and event.choices is None
         self._pacer.end(self._now, is_abandoned)
         if is_abandoned:
@@ -181,7 +222,7 @@ class Stage:
     def _done(self, message: Message) -> None:
         self._newest_done = message.run
         if self._cancelled:
-            self._cancelled = {run for run in self._cancelled if run > message.run}
+            self._cancelled = {run: cells for run, cells in self._cancelled.items() if run > message.run}
 
     def _send(
         self,
@@ -193,7 +234,7 @@ class Stage:
         payload: Payload | None = None,
         run: int = 0,
     ) -> Send:
-        dest = self.address + 1 if kind is Kind.RUN else ORCHESTRATOR
+        dest = self.address + 1 if kind in (Kind.RUN, Kind.REQUEST) else ORCHESTRATOR
         message = Message(
             kind,
             self.address,
@@ -205,6 +246,8 @@ class Stage:
             run=about.run if about else run,
             ops=about.ops if about and ops else (),
             rows=rows,
+            work_us=about.work_us if about else 0,
+            slowest_us=about.slowest_us if about else 0,
         )
         return Send(message, payload)
 

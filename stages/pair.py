@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -16,16 +18,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class CheckpointPair:
-    """The models in ``target`` and ``draft``, each a checkpoint with its spec; see Pair."""
+    """The models in ``target`` and ``drafts``, each a checkpoint with its spec; see Pair."""
 
     def __init__(
         self,
         target: tuple[ModelSpec | GenericSpec, Checkpoint],
-        draft: tuple[ModelSpec | GenericSpec, Checkpoint] | None,
+        drafts: Sequence[tuple[ModelSpec | GenericSpec, Checkpoint]],
         dtype: str,
     ) -> None:
         self._target = target
-        self._draft = draft
+        self._drafts = drafts
         self._dtype = DTYPES[dtype]
         self.layers = target[0].layer_count
 
@@ -33,10 +35,9 @@ class CheckpointPair:
         """See Pair."""
         return self._load(*self._target, layers, capacity)
 
-    def draft(self, capacity: int) -> ShardModel:
+    def draft(self, index: int, capacity: int) -> ShardModel:
         """See Pair."""
-        assert self._draft is not None, "this job has no draft model"
-        spec, checkpoint = self._draft
+        spec, checkpoint = self._drafts[index]
         return self._load(spec, checkpoint, range(spec.layer_count), capacity)
 
     def _load(self, spec: ModelSpec | GenericSpec, checkpoint: Checkpoint, layers: range, capacity: int) -> ShardModel:

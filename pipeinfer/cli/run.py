@@ -14,6 +14,7 @@ from pipeinfer.errors import PipeinferError, refuse
 
 if TYPE_CHECKING:
     from pipeinfer.engine import Completion, Engine
+    from pipeinfer.ports import Sampling
 
 
 def add_parser(commands: Any) -> None:
@@ -27,7 +28,13 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(command=run)
     models = parser.add_argument_group("models")
     models.add_argument("--target", metavar="DIR", help="target in Hugging Face format (default: the built-in pair)")
-    models.add_argument("--draft", metavar="DIR", help="draft model with the target's tokenizer")
+    models.add_argument(
+        "--draft",
+        action="append",
+        metavar="DIR",
+        help="draft model with the target's tokenizer (repeat it for drafters that differ), or none",
+    )
+    models.add_argument("--drafters", type=int, metavar="N", help="draft ranks (default: one for each --draft)")
     models.add_argument("--dtype", default="fp32", metavar="fp32|bf16", help="of weights and cells (default fp32)")
     models.add_argument("--context", type=int, default=0, metavar="N", help="most tokens, prompt included")
     what = parser.add_argument_group("what to decode")
@@ -37,23 +44,52 @@ def add_parser(commands: Any) -> None:
     what.add_argument("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
     what.add_argument("--max-new-tokens", type=int, default=128, metavar="K", help="stop after K tokens (default 128)")
     what.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
+    add_sampling(parser.add_argument_group("sampling"))
     how = parser.add_argument_group("how")
     how.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (1 needs no MPI)")
-    how.add_argument("--policy", metavar="plain|continuous", help="default: continuous where there are several ranks")
+    how.add_argument(
+        "--policy",
+        metavar="NAME|FILE",
+        help="plain, continuous (the default where there are several ranks) or a TOML file of a policy's knobs",
+    )
+    how.add_argument(
+        "--set", action="append", default=[], metavar="KNOB=VALUE", help="change one knob of the policy (repeatable)"
+    )
     how.add_argument("--verify", action="store_true", help="decode again plainly in one process and compare the tokens")
     how.add_argument("--timeout", type=float, default=120.0, metavar="S", help="give up when nothing moves so long")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text and table")
+    parser.add_argument("--logprobs", action="store_true", help="with --json: add the tokens' log-probabilities")
+
+
+def add_sampling(group: Any) -> None:
+    """Add what says how a token is chosen, and where the text ends, to the parser's ``group``."""
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (0: all)")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="... that together have probability P")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="... that have P times the likeliest's")
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="make tokens that were there less likely"
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, other tokens (default 0)")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before the first TEXT (repeatable)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Decode as ``args`` say."""
-    if args.draft and not args.target:
+    if args.draft and args.draft != ["none"] and not args.target:
         refuse("--draft without --target", "name both models, or neither for the built-in pair")
     if args.timeout < 0:
         refuse(f"--timeout {args.timeout:g}", "use seconds, or 0 to wait for ever")
+    if args.logprobs and not args.json:
+        refuse("--logprobs without --json", "say both")
     from pipeinfer.config import BUILTIN
     from pipeinfer.engine import Engine
+    from pipeinfer.sampling import checked_stops
 
+    sampling = read_sampling(args)
+    checked_stops(args.stop)
     prompts: list[str] = []
 
     def check(engine: Engine) -> None:
@@ -64,8 +100,10 @@ def run(args: argparse.Namespace) -> int:
         opened = Engine(
             target=args.target or BUILTIN,
             draft=args.draft,
+            drafters=args.drafters,
             ranks=args.ranks,
             policy=args.policy,
+            settings=args.set,
             dtype=args.dtype,
             context=args.context,
             timeout_s=args.timeout,
@@ -74,10 +112,20 @@ def run(args: argparse.Namespace) -> int:
     with opened as engine:
         if engine is None:
             return 0  # this rank has served
-        completion = show(engine, prompts[0], args)
+        completion = show(engine, prompts[0], args, sampling)
         if args.verify:
-            verify(engine, completion, args)
+            verify(engine, completion, args, sampling)
     return 0
+
+
+def read_sampling(args: argparse.Namespace) -> Sampling:
+    """How tokens are chosen, as ``args`` say. Raises UserError for numbers that nobody can mean."""
+    from pipeinfer.ports import Sampling
+    from pipeinfer.sampling import exact
+
+    return exact(
+        Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+    )
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -101,18 +149,21 @@ def read_prompt(args: argparse.Namespace) -> str:
         refuse(f"{where} is not UTF-8 text (byte {error.start})", "convert it, for instance with iconv")
 
 
-def show(engine: Engine, prompt: str, args: argparse.Namespace) -> Completion:
+def show(engine: Engine, prompt: str, args: argparse.Namespace, sampling: Sampling) -> Completion:
     """Stream the answer, then the table; or print it as JSON."""
     from pipeinfer.engine import Completion
     from pipeinfer.metrics import table
 
-    for piece in engine.stream(prompt, args.max_new_tokens, args.ignore_eos, args.chat):
+    for piece in engine.stream(prompt, args.max_new_tokens, args.ignore_eos, args.chat, sampling, args.stop):
         if isinstance(piece, Completion):
             completion = piece
         elif not args.json:
             print(piece, end="", flush=True)
     if args.json:
-        print(json.dumps(asdict(completion)), flush=True)
+        found = asdict(completion)
+        if not args.logprobs:
+            del found["logprobs"]
+        print(json.dumps(found), flush=True)
     else:
         print(flush=True)
         print(f"\n{describe(completion)}\n{table(completion.metrics)}", file=sys.stderr, flush=True)
@@ -125,15 +176,15 @@ def describe(completion: Completion) -> str:
     stages = sum(rank["layers"] is not None for rank in ranks)
     hosts = len({rank["host"] for rank in ranks})
     return (
-        f"policy {config['policy']}, {config['dtype']}, {len(ranks)} ranks on {hosts} hosts, {stages} stages; "
+        f"policy {config['policy']['name']}, {config['dtype']}, {len(ranks)} ranks on {hosts} hosts, {stages} stages; "
         f"{len(completion.prompt_tokens)} prompt tokens, {len(completion.tokens)} new, "
         f"ended by {completion.finish_reason}"
     )
 
 
-def verify(engine: Engine, completion: Completion, args: argparse.Namespace) -> None:
+def verify(engine: Engine, completion: Completion, args: argparse.Namespace, sampling: Sampling) -> None:
     """Decode the same prompt plainly in this process alone; raises PipeinferError where the tokens differ."""
-    plain = engine.decode_alone(completion.prompt_tokens, args.max_new_tokens, args.ignore_eos)
+    plain = engine.decode_alone(completion.prompt_tokens, args.max_new_tokens, args.ignore_eos, sampling, args.stop)
     if plain != completion.tokens:
         pairs = zip(plain, completion.tokens, strict=False)
         first = next((index for index, (mine, theirs) in enumerate(pairs) if mine != theirs), len(plain))

@@ -95,8 +95,9 @@ def _orchestrator_bounds(machine: Orchestrator, spec: WorldSpec) -> Iterator[Lim
     yield "tokens emitted", session.emitted, session.request.max_new_tokens
     # Swept with the nodes that come; between two such messages an accepted token may get a second name.
     most = 4 * session.tree.max_nodes + spec.policy.leaves * spec.policy.width + session.request.max_new_tokens
-    for names in machine._names.values():
-        yield "names", len(names), most
+    for names in machine._sources.names:
+        yield "names", names, most
+    yield "deferred results", len(machine._deferred), spec.policy.most_runs(spec.stages)
 
 
 def _stage_bounds(stage: Stage) -> Iterator[Limit]:
@@ -109,6 +110,7 @@ def _drafter_bounds(drafter: Machine, spec: WorldSpec) -> Iterator[Limit]:
     assert isinstance(drafter, Drafter)
     yield "nodes ahead", len(drafter._ahead), spec.policy.lead
     yield "batch", len(drafter._batch), spec.policy.leaves
+    yield "withheld", len(drafter._withheld), spec.policy.most_nodes()
     yield "prompt", len(drafter._prompt), spec.context
     yield from _ledger_bounds(drafter._ledger)
     if drafter._tree is not None:

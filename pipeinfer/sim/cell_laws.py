@@ -70,7 +70,7 @@ class Cells(Reader):
             raise LawBroken(f"L3: run {number} carries {op.kind.name} of cell {slot}, which is not leased")
         if op.kind is CellOpKind.COMMIT:
             self._accept(slot, written, position, number)
-        elif not self.story.is_dead(written):
+        elif not written.is_copy and not self.story.is_useless(written):
             raise LawBroken(f"L3: run {number} releases cell {slot}, whose token {written.token} may still be accepted")
 
     def _accept(self, slot: int, written: Written, position: int, number: int) -> None:
@@ -95,7 +95,7 @@ class Replicas(Reader):
     def __init__(self, story: Chronicle) -> None:
         super().__init__(story)
         self._applied: dict[int, int] = {}  # the last run whose operations a stage has applied
-        self._slots: dict[int, int] = {}  # what the drafter wrote where
+        self._slots: dict[tuple[int, int], int] = {}  # what a drafter wrote where
         self._count = 0
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
@@ -104,7 +104,9 @@ class Replicas(Reader):
             return
         for command in commands:
             if isinstance(command, Compute) and address > world.spec.stages:
-                self._slots.update(zip(command.batch.slots.tolist(), command.batch.tokens.tolist(), strict=True))
+                batch = command.batch
+                for slot, token in zip(batch.slots.tolist(), batch.tokens.tolist(), strict=True):
+                    self._slots[address, slot] = token
             elif isinstance(command, Compute):
                 self._applied[address] = command.job
             elif isinstance(command, Send) and command.message.kind in (Kind.RUN, Kind.RESULT):
@@ -144,7 +146,7 @@ class Replicas(Reader):
         _check("drafter's ledger", drafter._ledger)
         _check("drafter's table", drafter._cells)
         if drafter._request == self.story.requests and drafter._prefilled:
-            tokens = [self._slots[slot] for slot in _canonical_slots(drafter._cells)]
+            tokens = [self._slots[drafter.address, slot] for slot in _canonical_slots(drafter._cells)]
             if tokens != self.story.text[: len(tokens)]:
                 raise LawBroken(f"L3: the drafter holds {tokens}, accepted are {self.story.text}")
 

@@ -24,7 +24,7 @@ class LawBroken(AssertionError):
 @functools.lru_cache(maxsize=64)
 def oracle(model: EmulatedSpec, request: Request) -> tuple[int, ...]:
     """What plain decoding answers; worlds are often run more than once."""
-    return tuple(plain_tokens(model, request.prompt, request.max_new_tokens, request.stop_tokens))
+    return tuple(plain_tokens(model, request.prompt, request.max_new_tokens, request.stop_tokens, request.sampling))
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +34,7 @@ class Written:
     token: int
     position: int
     parent: Written | None
+    is_copy: bool = False  # another cell holds the same token after the same ones
     accepted: bool = False
     dead: bool = False
 
@@ -60,6 +61,7 @@ class Chronicle(Witness):
         self.has_begun = False  # whether a token of this request has been emitted
         self.runs: dict[int, Launched] = {}
         self._at: dict[int, Written] = {}
+        self._known: set[tuple[Written, int]] = set()  # tokens sent, with what they were sent after
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         """See Witness."""
@@ -71,6 +73,7 @@ class Chronicle(Witness):
             self.truth = [*event.request.prompt, *oracle(self.spec.model, event.request)]
             self.over = self.has_begun = False
             self.runs, self._at = {}, {}
+            self._known = set()
         for command in commands:
             if isinstance(command, Emit):
                 self.text += command.tokens
@@ -86,6 +89,11 @@ class Chronicle(Witness):
         for row in message.rows_as(Row):
             parent = before if message.flags & Flag.CANONICAL else self._at.get(row.parent)
             before = self._at[row.slot] = run.written[row.slot] = Written(row.token, row.position, parent)
+            if parent is not None:
+                before.is_copy = (parent, row.token) in self._known
+                self._known.add((parent, row.token))
+            if before.is_copy and self.spec.policy.schedule != "frontier" and self.spec.policy.reuse:
+                raise LawBroken(f"L2: token {row.token} at position {row.position} is verified twice")
         self.runs[message.run] = run
 
     def is_dead(self, written: Written | None) -> bool:
@@ -106,6 +114,13 @@ class Chronicle(Witness):
             dead = dead or self.text[written.position] != written.token
             written.dead, written.accepted = dead, not dead
         return dead
+
+
+    def is_useless(self, written: Written) -> bool:
+        """Whether it is dead, or only tells what is known (rivals send twice), or was thrown away on purpose."""
+        policy = self.spec.policy
+        is_known = policy.schedule == "frontier" and written.position + 1 < len(self.text)
+        return is_known or not policy.reuse or self.is_dead(written)
 
 
 class Reader(Witness):

@@ -1,7 +1,7 @@
 """The laws: witnesses that watch a simulated world and say which law broke, where, and in which run.
 
     L1  exact: the emitted tokens are those of plain decoding, stop tokens included
-    L2  every run ends once, by the time its request is idle
+    L2  every run ends once, by the time its request is idle; no node is verified twice (but by rivals)
     L3  cells: free + leased + canonical = all; no cell in two live partitions; canonical cells hold accepted tokens:
         cell_laws.py
     L4  per edge the transaction number grows by one; results return in launch order
@@ -20,11 +20,13 @@ bounds.py are the two files that peek. L1, L2, L4, L5, L6 and L10 are here.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from itertools import zip_longest
 
 from pipeinfer.orchestrator import RUNS_AHEAD
 from pipeinfer.ports import Command, Emit, Event, Finish, Idle, Received, Request, Send, Submitted
 from pipeinfer.protocol import (
+    NO_SLOT,
     ORCHESTRATOR,
     ChoiceRow,
     Flag,
@@ -142,7 +144,9 @@ class Lively(Witness):
                 most = self.patience * (1 + self._chunks)
                 if now - self._since > most:
                     raise LawBroken(f"L5: {now - self._since:.3f} s without a token, the bound is {most:.3f} s")
-                self._since, self._chunks = now, 0
+                self._since = now
+                # Who drafts to order keeps the target waiting until the draft model has seen the prompt, too.
+                self._chunks = 0 if world.spec.policy.schedule == "continuous" else self._chunks
 
 
 def patience(spec: WorldSpec) -> float:
@@ -156,7 +160,9 @@ def patience(spec: WorldSpec) -> float:
     message_s = (32 + 16 * (policy.rows + 2 * window * policy.rows + 8) + 24 * most_rows) / link.bandwidth
     hop = link.delay_s + 3 * link.jitter_s + (window + 1) * message_s
     draft_layer = spec.draft_s / model.layers * (1 + spec.row_cost * max(policy.leaves, policy.prefill_chunk))
-    return sum(passes) + (window + RUNS_AHEAD) * max(passes) + (spec.stages + 3) * hop + 4 * draft_layer
+    ordered = {"rounds": policy.levels, "frontier": policy.rows, "continuous": 0}[policy.schedule]
+    order_s = ordered * (spec.draft_s * (1 + spec.row_cost * max(policy.leaves, policy.prefill_chunk))) + 2 * hop
+    return 3 * order_s + sum(passes) + (window + RUNS_AHEAD) * max(passes) + (spec.stages + 3) * hop + 4 * draft_layer
 
 
 class Advice(Reader):
@@ -170,7 +176,9 @@ class Advice(Reader):
             message = command.message
             if message.kind is Kind.CANCEL:
                 for row in message.rows_as(Row):
-                    self._must_be_dead(self.story.runs.get(row.slot), set(), f"{address_name(address)} cancels")
+                    run = self.story.runs.get(row.slot)
+                    kept = set() if run is None or row.parent == NO_SLOT else run.written.keys() - {row.parent}
+                    self._must_be_dead(run, kept, f"{address_name(address)} cancels")
             elif message.kind in (Kind.RUN, Kind.RESULT) and address != ORCHESTRATOR:
                 self._compare(message, self.story.runs.get(message.run))
 
@@ -190,9 +198,9 @@ class Advice(Reader):
                 kept |= {row.slot for row in run.message.rows_as(Row)[:-1]}  # no choice is wanted after those
             self._must_be_dead(run, kept, f"{who} skips")
 
-    def _must_be_dead(self, run: Launched | None, kept: set[int], deed: str) -> None:
+    def _must_be_dead(self, run: Launched | None, kept: Collection[int], deed: str) -> None:
         for slot, written in run.written.items() if run else ():
-            if slot not in kept and not self.story.is_dead(written):
+            if slot not in kept and not self.story.is_useless(written):
                 what = f"token {written.token} at position {written.position} of run {run.message.run if run else 0}"
                 raise LawBroken(f"L6: {deed} {what}, which is alive")
 
@@ -203,7 +211,7 @@ class Forced(Reader):
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         """See Witness: a draft of width 1 that is always right never sends a row in vain."""
         spec, story = world.spec, self.story
-        if address != ORCHESTRATOR or spec.model.ranks[0] < 1.0 or spec.policy.width > 1:
+        if address != ORCHESTRATOR or spec.model.ranks[0] < 1.0 or spec.policy.width > 1 or spec.policy.lookup:
             return
         for command in commands:
             if isinstance(command, Send) and command.message.kind is Kind.RUN:
@@ -216,6 +224,6 @@ class Forced(Reader):
         spec, tally = world.spec, answer.tally
         if tally is None or tally.accepted + tally.corrections != len(answer.tokens):
             raise LawBroken(f"L10: {len(answer.tokens)} tokens, counted as {tally}")
-        never = sum(spec.model.ranks) == 0.0 and spec.policy.width < spec.model.vocab
+        never = sum(spec.model.ranks) == 0.0 and spec.policy.width < spec.model.vocab and not spec.policy.lookup
         if tally.accepted and (never or not spec.policy.speculate):
             raise LawBroken(f"L10: a draft that is never right had {tally.accepted} guesses accepted")

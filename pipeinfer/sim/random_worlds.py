@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pipeinfer.ports import Request
+from pipeinfer.ports import GREEDY, Request, Sampling
 from pipeinfer.sim.bounds import Bounds
 from pipeinfer.sim.cell_laws import Cells, Replicas
 from pipeinfer.sim.chronicle import Chronicle, LawBroken
@@ -38,23 +38,23 @@ class Report:
     tokens: int
 
 
-def random_world(seed: int) -> WorldSpec:
-    """The world that ``seed`` stands for."""
-    return draw_world(random.Random(seed), seed)
+def random_world(seed: int, schedule: str = "") -> WorldSpec:
+    """The world that ``seed`` stands for, or the one of ``schedule`` that it stands for."""
+    return draw_world(random.Random(seed), seed, schedule)
 
 
-def draw_world(rng: random.Random, seed: int) -> WorldSpec:
-    """A world drawn with ``rng``; ``seed`` goes on to its network and its model.
+def draw_world(rng: random.Random, seed: int, schedule: str = "") -> WorldSpec:
+    """A world drawn with ``rng``; ``seed`` goes on to its network and its model. See draw_policy for ``schedule``.
 
     Every edge is drawn now and then; a fifth of the worlds are busy pipelines without one, because the finer faults
     show only where trees are wide, runs many, and news of death faster than the runs."""
-    if rng.random() < 0.2:
+    if rng.random() < 0.2 and schedule in ("", "continuous"):
         return _busy_world(rng, seed)
     stages = 12 if rng.random() < 0.02 else rng.choice((1, 2, 2, 3, 3, 4, 4, 5, 6))
     model = _draw_model(rng, seed, stages)
     requests = tuple(_draw_request(rng, model.vocab) for _ in range(rng.choice((1, 1, 1, 2, 2, 3))))
     need = max(len(request.prompt) + request.max_new_tokens for request in requests)
-    policy = _draw_policy(rng)
+    policy = draw_policy(rng, schedule)
     if model.ranks[0] == 1.0 and rng.random() < 0.6:
         policy = replace(policy, width=1)  # a draft that never guesses wrong: the law about it can say most there
     equal = rng.random() < 0.5
@@ -71,7 +71,9 @@ def draw_world(rng: random.Random, seed: int) -> WorldSpec:
         link=_draw_link(rng),
         context=need if rng.random() < 0.5 else 128,
         drafter_beside_orchestrator=rng.random() < 0.5,
+        drafters=rng.choice((1, 1, 1, 2, 3)),
         guess_cells=few_cells if rng.random() < 0.25 else None,
+        silent_s=rng.uniform(1, 30) if policy.schedule == "continuous" and rng.random() < 0.1 else None,
         withdraw_s=rng.uniform(0, 12 * stages) if rng.random() < 0.15 else None,
     )
 
@@ -110,13 +112,34 @@ def _draw_request(rng: random.Random, vocab: int) -> Request:
     prompt = tuple(rng.randrange(vocab) for _ in range(rng.choice((1, 2, rng.randint(1, 12), rng.randint(1, 60)))))
     stops = frozenset(rng.randrange(vocab) for _ in range(rng.choice((0, 0, 0, 0, 1, 1, 2))))
     most = rng.choice((1, rng.randint(1, 8), rng.randint(1, 24), rng.randint(1, 48), rng.randint(12, 48)))
-    return Request(prompt, most, stops)
+    sampling = Sampling(0.75, seed=rng.randrange(2**64)) if rng.random() < 0.4 else GREEDY
+    if rng.random() < 0.1:
+        sampling = replace(sampling, repetition_penalty=1.5)
+    return Request(prompt, most, stops, sampling)
 
 
-def _draw_policy(rng: random.Random) -> Policy:
-    if rng.random() < 0.07:
-        return Policy("plain", speculate=False, window=rng.choice((0, 1, 3)), prefill_chunk=rng.randint(1, 64))
+def draw_policy(rng: random.Random, schedule: str = "") -> Policy:
+    """A policy drawn with ``rng``, of this ``schedule`` (``plain`` too) or any."""
+    schedule = schedule or rng.choices(("plain", "rounds", "frontier", "continuous"), (7, 12, 12, 69))[0]
+    chunk = rng.choice((1, 2, 7, 16, rng.randint(1, 64), 64))
+    if schedule == "plain":
+        return Policy("plain", speculate=False, window=rng.choice((0, 1, 3)), prefill_chunk=chunk)
     deep = rng.randint(3, 24)
+    lookup = rng.choice((0, 0, 0, 1, 5, 20))
+    if schedule == "rounds":
+        levels, width, leaves = rng.randint(1, 6), rng.randint(1, 4), rng.randint(1, 6)
+        return Policy(
+            "rounds", schedule="rounds", levels=levels, rows=rng.randint(1, 10), width=width, leaves=leaves,
+            lead=rng.choice((0, 2, levels * leaves)), prefill_chunk=chunk, lookup=lookup,
+            calibrate=rng.random() < 0.3,
+        )  # fmt: skip
+    if schedule == "frontier":
+        return Policy(
+            "frontier", schedule="frontier", rows=rng.randint(1, 5), lead=rng.choice((0, 5, 64)),
+            window=rng.choice((0, 1, 2, 20)), p_accept=rng.choice((0.0, 0.1, 0.5, 0.9)),
+            p_recovery=rng.choice((0.0, 0.4)), p_decay=rng.choice((0.0, 0.01, 0.2)),
+            cancel=rng.choice(("relay", "direct", "off")), cancel_rows=rng.random() < 0.2, prefill_chunk=chunk,
+        )  # fmt: skip
     return Policy(
         "random",
         rows=rng.randint(1, 8),
@@ -126,7 +149,12 @@ def _draw_policy(rng: random.Random) -> Policy:
         window=rng.choice((0, 0, 0, 0, 0, 0, 1, 2, 3, 5)),
         floor=rng.choice((0.0, 0.0, 0.0, 0.0, 0.0, 0.02, 0.02, 0.2, 1.0)),
         cancel=rng.choice(("direct", "direct", "relay", "off")),
-        prefill_chunk=rng.choice((1, 2, 7, 16, rng.randint(1, 64), 64)),
+        cancel_rows=rng.random() < 0.8,
+        reuse=rng.random() < 0.85,
+        calibrate=rng.random() < 0.5,
+        govern=rng.random() < 0.4,
+        lookup=lookup,
+        prefill_chunk=chunk,
     )
 
 
@@ -164,16 +192,18 @@ def check_world(spec: WorldSpec, twin: bool = True) -> Report:
     return Report(world.events, world.network.messages, sum(len(answer.tokens) for answer in answers))
 
 
-def first_failures(seeds: Sequence[int], most: int = 3) -> tuple[list[Report], list[str]]:
-    """Check the worlds of ``seeds`` until ``most`` have failed: reports of the good ones, a line for each bad one."""
+def first_failures(seeds: Sequence[int], most: int = 3, schedule: str = "") -> tuple[list[Report], list[str]]:
+    """Check the worlds of ``seeds`` (and ``schedule``) until ``most`` have failed: reports of the good ones, a line for
+    each bad one."""
     reports, failures = list[Report](), list[str]()
+    option = f" --schedule {schedule}" if schedule else ""
     for seed in seeds:
         try:
-            reports.append(check_world(random_world(seed)))
+            reports.append(check_world(random_world(seed, schedule)))
         except Exception as error:  # any exception at all condemns a world
             failures.append(
                 f"seed {seed}: {type(error).__name__}: {error}\n"
-                f"  again: python -m pipeinfer.sim.random_worlds --worlds 1 --seed {seed}"
+                f"  again: python -m pipeinfer.sim.random_worlds --worlds 1 --seed {seed}{option}"
             )
             if len(failures) == most:
                 break
@@ -185,9 +215,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pipeinfer.sim.random_worlds", description="Check the laws in random worlds.")
     parser.add_argument("--worlds", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0, help="of the first world")
+    parser.add_argument("--schedule", default="", choices=["", "plain", "rounds", "frontier", "continuous"], help="only")
     options = parser.parse_args(arguments)
     began = time.perf_counter()
-    reports, failures = first_failures(range(options.seed, options.seed + options.worlds))
+    seeds = range(options.seed, options.seed + options.worlds)
+    reports, failures = first_failures(seeds, schedule=options.schedule)
     wall_s = time.perf_counter() - began
     events = sum(report.events for report in reports)
     tokens = sum(report.tokens for report in reports)

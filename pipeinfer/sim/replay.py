@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeinfer.ports import Command, Event, Received, Send
-from pipeinfer.protocol import ORCHESTRATOR, AnyRow, Kind, Message, Row, address_name, decode, encode
+from pipeinfer.protocol import ORCHESTRATOR, AnyRow, Kind, Message, Row, SettingRow, address_name, decode, encode
 from pipeinfer.sim.chronicle import LawBroken
 from pipeinfer.sim.world import Witness, World, WorldSpec, make_machines
 
@@ -111,4 +111,12 @@ def _same(sent: Message, arrived: Message) -> None:
 
 
 def _in_32_bits(row: AnyRow) -> AnyRow:
-    return row if isinstance(row, Row) else row._replace(logp=struct.unpack("<f", struct.pack("<f", row.logp))[0])
+    if isinstance(row, Row):
+        return row
+    if isinstance(row, SettingRow):
+        return row._replace(value=_real_32(row.value))
+    return row._replace(logp=_real_32(row.logp))
+
+
+def _real_32(value: float) -> float:
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])

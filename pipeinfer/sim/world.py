@@ -32,7 +32,7 @@ from pipeinfer.ports import (
     Tally,
     Withdrawn,
 )
-from pipeinfer.protocol import ORCHESTRATOR, Message, decode, drafter_address, encode, stage_address
+from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR, Message, decode, drafter_address, encode, stage_address
 from pipeinfer.sim.network import Link, Network
 from speculation.drafter import Drafter, draft_cells
 from speculation.policy import Policy
@@ -50,6 +50,7 @@ class WorldSpec:
     requests: tuple[Request, ...]
     model: EmulatedSpec = field(default_factory=EmulatedSpec)
     stage_s: tuple[float, ...] = (1.0,)  # cycled over the stages
+    drafters: int = 1
     draft_s: float = 0.1
     row_cost: float = 0.0  # what each further row adds to a pass, as a fraction of the pass
     link: Link = field(default_factory=Link)
@@ -57,6 +58,7 @@ class WorldSpec:
     drafter_beside_orchestrator: bool = True
     guess_cells: int | None = None  # cells for guesses in flight, if not what the policy wants
     withdraw_s: float | None = None  # when the user withdraws the request of that moment
+    silent_s: float | None = None  # from when on drafters that have a host of their own are not heard any more
 
 
 @dataclass(slots=True)
@@ -105,6 +107,8 @@ class Host:
         message = decode(encode(command.message))
         for witness in world.witnesses:
             witness.on_message(world, message, now)
+        if world.spec.silent_s is not None and message.source >= FIRST_DRAFTER and now >= world.spec.silent_s:
+            return
         dest = world.hosts[world.home[message.dest]]
         for arrival in world.network.arrivals(self.index, dest.index, message, command.payload, now):
             world.at(arrival, lambda when: dest.arrive(Received(message, command.payload), when))
@@ -166,7 +170,7 @@ class World:
         spec = self.spec
         groups: list[list[Machine]] = []
         for machine in self.machines:
-            beside = isinstance(machine, Drafter) and spec.drafter_beside_orchestrator
+            beside = machine.address == drafter_address(0) and spec.drafter_beside_orchestrator
             if beside:
                 groups[0].append(machine)
             else:
@@ -240,14 +244,15 @@ class World:
 
 def make_machines(spec: WorldSpec) -> list[Machine]:
     """The orchestrator, the stages in order, the drafter if the policy wants one."""
-    drafters = 1 if spec.policy.speculate else 0
+    drafters = spec.drafters if spec.policy.speculate else 0
     accepted, guesses = cell_budget(spec.policy, spec.stages, spec.context)
     if spec.guess_cells is not None:
         guesses = min(guesses, spec.guess_cells)
     window = spec.policy.most_runs(spec.stages)
     machines: list[Machine] = [Orchestrator(spec.stages, drafters, spec.policy, spec.context, guess_cells=guesses)]
     for index in range(spec.stages):
-        machines.append(Stage(stage_address(index), spec.stages, accepted + guesses, window))
+        early = spec.policy.schedule != "frontier"
+        machines.append(Stage(stage_address(index), spec.stages, accepted + guesses, window, credits_early=early))
     for index in range(drafters):
         machines.append(Drafter(drafter_address(index), spec.policy, spec.context))
     return machines
@@ -265,7 +270,8 @@ def make_shards(spec: WorldSpec) -> dict[int, ShardModel]:
         shards[stage_address(index)] = EmulatedShard(spec.model, mine, accepted + guesses, pace)
     capacity = draft_cells(spec.policy, spec.context)
     pace = _pace(spec.draft_s / layers, spec.row_cost)
-    shards[drafter_address(0)] = EmulatedShard(spec.model, range(layers), capacity, pace, is_draft=True)
+    for index in range(spec.drafters):
+        shards[drafter_address(index)] = EmulatedShard(spec.model, range(layers), capacity, pace, is_draft=True)
     return shards
 
 

@@ -40,10 +40,36 @@ def test_json_is_one_object_with_everything() -> None:
     }  # fmt: skip
     assert found["metrics"]["itl_ms"].keys() == {"p50", "p90", "p99"}
     assert (len(found["tokens"]), found["finish_reason"]) == (20, "length")
-    assert found["config"]["policy"] == "continuous"
+    assert found["config"]["policy"]["name"] == "continuous"
     assert [rank["roles"] for rank in found["ranks"]] == [["orchestrator", "drafter 0"], ["stage 0"], ["stage 1"]]
     assert [rank["layers"] for rank in found["ranks"]] == [None, [0, 3], [4, 7]]
     assert all(rank["weight_nbytes"] > 0 and rank["host"] for rank in found["ranks"])
+
+
+def test_logprobs_are_added_when_asked_for() -> None:
+    """By transformers' model of the same tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pipeinfer.config import BUILTIN, model_directory
+
+    arguments = ["--max-new-tokens", "8", "--ignore-eos", "--temperature", "0.8", "--json", "--logprobs"]
+    found = json.loads(pipeinfer("run", "--prompt", PROMPT, *arguments).stdout)
+    model = AutoModelForCausalLM.from_pretrained(model_directory(BUILTIN, "target"), dtype=torch.float32)
+    tokens = found["prompt_tokens"] + found["tokens"]
+    with torch.no_grad():
+        logps = model(torch.tensor([tokens[:-1]])).logits[0, -8:].log_softmax(-1)
+    wanted = [float(row[token]) for row, token in zip(logps, found["tokens"], strict=True)]
+    assert found["logprobs"] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_a_stop_string_is_not_shown() -> None:
+    arguments = ["run", "--prompt", PROMPT, "--max-new-tokens", "100", "--ignore-eos"]
+    whole = pipeinfer(*arguments).stdout
+    word = whole[20:24]
+    result = pipeinfer(*arguments, "--stop", word, "--stop", "never said")
+    assert result.stdout == whole[: whole.index(word)] + "\n"
+    assert "ended by stop" in result.stderr
 
 
 def test_verify_says_so() -> None:

@@ -13,7 +13,8 @@ from tests.house.source import PACKAGES, ROOT, imports, module_name, python_file
 WORDS = {f"pipeinfer.{name}" for name in ("config", "errors", "metrics", "ports", "protocol", "trace")}
 GENERIC = {f"stages.generic{part}" for part in ("", "_cells", "_probe", "_skeleton")}
 SHARDS = {
-    f"stages.{name}" for name in ("pair", "llama", "emulated", "checkpoint", "rope", "spec", "choices", "generic_spec")
+    f"stages.{name}"
+    for name in ("pair", "llama", "emulated", "checkpoint", "rope", "spec", "choices", "sampling", "generic_spec")
 }
 SHARDS |= GENERIC
 HEAVY = {"torch", "transformers", "mpi4py"}
@@ -23,6 +24,7 @@ EAGER_TORCH = {
     "stages.llama",
     "stages.rope",
     "stages.choices",
+    "stages.sampling",
 } | GENERIC  # what computes; whoever loads it imports it late
 LATE_TORCH = re.compile(r"(launch|stages)\.|pipeinfer\.(engine|text)$")  # may load it, inside functions
 

@@ -20,8 +20,9 @@ from pipeinfer.executor import Executor
 from pipeinfer.orchestrator import Orchestrator
 from pipeinfer.protocol import ChoiceRow, Flag, Kind, Row
 from pipeinfer.sim.network import Network
+from speculation.continuous import choose_rows
 from speculation.drafter import Drafter
-from speculation.policy import choose_rows
+from speculation.sources import Sources
 from speculation.tree import Tree
 from stages.machine import Stage
 from tests.laws.hunt import Mutant, roll, wrap
@@ -35,8 +36,9 @@ mutant = roll(ADVICE_AND_BOUNDS)
 
 @mutant("L6")
 def a_living_run_is_cancelled(patch: pytest.MonkeyPatch) -> None:
-    def cancel(original: Any, machine: Orchestrator, runs: Any, session: Any) -> Any:
-        return original(machine, runs + [run for run in list(machine._flight)[:1] if runs and run not in runs], session)
+    def cancel(original: Any, machine: Orchestrator, runs: Any, rows: Any, session: Any) -> Any:
+        first = [run for run in list(machine._flight)[:1] if runs and run not in runs]
+        return original(machine, runs + first, rows, session)
 
     wrap(patch, Orchestrator, "_cancel", cancel)
 
@@ -44,7 +46,7 @@ def a_living_run_is_cancelled(patch: pytest.MonkeyPatch) -> None:
 @mutant("L6")
 def a_cancel_kills_what_came_before(patch: pytest.MonkeyPatch) -> None:
     def cancel(original: Any, stage: Stage, message: Any) -> Any:
-        before = tuple(Row(0, row.slot - 1, 0, 0) for row in message.rows_as(Row))
+        before = tuple(Row(0, row.slot - 1, protocol.NO_SLOT, 0) for row in message.rows_as(Row))
         return original(stage, replace(message, rows=message.rows + before))
 
     wrap(patch, Stage, "_cancel", cancel)
@@ -52,16 +54,16 @@ def a_cancel_kills_what_came_before(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L6")
 def a_stage_entombs_a_living_run(patch: pytest.MonkeyPatch) -> None:
-    def living(original: Any, table: CellTable, rows: Any) -> Any:
-        return () if rows and rows[0].position % 7 == 6 else original(table, rows)
+    def living(original: Any, table: CellTable, rows: Any, dead: Any) -> Any:
+        return () if rows and rows[0].position % 7 == 6 else original(table, rows, dead)
 
     wrap(patch, CellTable, "living", living)
 
 
 @mutant("L6")
 def a_stage_drops_a_living_row(patch: pytest.MonkeyPatch) -> None:
-    def living(original: Any, table: CellTable, rows: Any) -> Any:
-        alive = original(table, rows)
+    def living(original: Any, table: CellTable, rows: Any, dead: Any) -> Any:
+        alive = original(table, rows, dead)
         return alive[:-1] if len(alive) > 2 and rows[0].parent != protocol.NO_SLOT else alive
 
     wrap(patch, CellTable, "living", living)
@@ -157,16 +159,16 @@ def the_drafter_ignores_its_lead(patch: pytest.MonkeyPatch) -> None:
 def names_are_never_forgotten(patch: pytest.MonkeyPatch) -> None:
     class Hoard(dict[int, Any]):
         def __len__(self) -> int:
-            asked_by_grow = sys._getframe(1).f_code.co_name == "_grow"
+            asked_by_grow = sys._getframe(1).f_code.co_name == "grow"
             return 0 if asked_by_grow else super().__len__()
 
-    def begin(original: Any, machine: Orchestrator) -> Any:
-        commands = original(machine)
-        for drafter, names in machine._names.items():
-            machine._names[drafter] = names if isinstance(names, Hoard) else Hoard(names)
-        return commands
+    def begin(original: Any, sources: Sources, *rest: Any) -> Any:
+        told = original(sources, *rest)
+        names = sources._served.names  # type: ignore[union-attr]
+        names.update({drafter: Hoard(known) for drafter, known in names.items()})
+        return told
 
-    wrap(patch, Orchestrator, "_begin", begin)
+    wrap(patch, Sources, "open", begin)
 
 
 @mutant("L8")
@@ -189,13 +191,13 @@ def old_cancels_are_remembered(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L8")
 def the_window_is_ignored(patch: pytest.MonkeyPatch) -> None:
-    def dispatch(original: Any, machine: Orchestrator) -> Any:
+    def step(original: Any, machine: Orchestrator) -> Any:
         machine._window += 1
         commands = original(machine)
         machine._window -= 1
         return commands
 
-    wrap(patch, Orchestrator, "_dispatch", dispatch)
+    wrap(patch, Orchestrator, "_step", step)
 
 
 # L9: determinism.
@@ -206,7 +208,7 @@ def the_orchestrator_looks_at_the_clock(patch: pytest.MonkeyPatch) -> None:
     def choose(tree: Tree, policy: Any, room: int) -> Any:
         return choose_rows(tree, policy, room if time.perf_counter_ns() // 100 % 2 else min(room, 1))
 
-    patch.setattr("pipeinfer.orchestrator.choose_rows", choose)
+    patch.setattr("speculation.continuous.choose_rows", choose)
 
 
 @mutant("L9")

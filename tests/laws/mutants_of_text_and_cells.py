@@ -37,7 +37,7 @@ def accept_a_token_the_target_did_not_choose(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L1")
 def stop_tokens_are_ignored(patch: pytest.MonkeyPatch) -> None:
-    never = lambda tree, most, stops: accept(tree, most, frozenset())  # noqa: E731
+    never = lambda tree, most, stops, judge: accept(tree, most, frozenset(), judge)  # noqa: E731
     patch.setattr("pipeinfer.orchestrator.accept", never)
 
 
@@ -146,13 +146,13 @@ def the_wrong_cell_is_committed(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L3")
 def a_living_cell_is_released(patch: pytest.MonkeyPatch) -> None:
-    def bury(original: Any, machine: Orchestrator, died: Any) -> Any:
+    def losses(original: Any, machine: Orchestrator, root: Any, outcome: Any) -> Any:
         living = [node for run in machine._flight for node in run.nodes if node.alive and node.slot is not None]
-        if died and living and living[-1].slot in machine._ledger._leased:
+        if outcome.died and living and living[-1].slot in machine._ledger._leased:
             machine._ledger.release(living[-1].slot)
-        return original(machine, died)
+        return original(machine, root, outcome)
 
-    wrap(patch, Orchestrator, "_bury", bury)
+    wrap(patch, Orchestrator, "_losses", losses)
 
 
 @mutant("L3")

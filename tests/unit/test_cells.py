@@ -65,6 +65,21 @@ def test_a_commit_shows_a_cell_to_everybody_later() -> None:
     table.check()
 
 
+def test_a_row_that_joins_before_the_end_sees_no_canonical_cell_beyond() -> None:
+    """Its token may be the canonical one, verified once more, or one that has lost: both see what they were told."""
+    table = prompted()
+    table.admit([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4), Row(3, 5, 4, 5), Row(4, 6, 3, 4)])
+    table.apply([commit(3, 3, cells=2)])
+    batch = table.admit([Row(2, 7, 3, 4), Row(5, 8, 7, 5), Row(6, 9, 6, 5), Row(7, 10, 5, 6), Row(8, 11, 1, 2)])
+    assert seen(batch) == [
+        [0, 1, 2, 3, 7],
+        [0, 1, 2, 3, 7, 8],
+        [0, 1, 2, 3, 6, 9],
+        [0, 1, 2, 3, 4, 5, 10],
+        [0, 1, 11],
+    ]
+
+
 def test_a_released_cell_is_seen_by_nobody_and_used_again() -> None:
     table = prompted()
     table.admit([Row(1, 3, NO_SLOT, 3), Row(2, 4, NO_SLOT, 3)])
@@ -127,7 +142,8 @@ def test_operations_no_correct_leader_asks_for(ops: list[CellOp]) -> None:
         [Row(1, 12, NO_SLOT, 3)],  # beyond the table
         [Row(1, 4, NO_SLOT, 3), Row(1, 4, NO_SLOT, 3)],  # twice
         [Row(1, 4, NO_SLOT, 5)],  # leaves a gap
-        [Row(1, 4, 1, 2)],  # joins before the end
+        [Row(1, 4, 1, 3)],  # not the position after its parent's
+        [Row(1, 4, NO_SLOT, 2)],  # whoever names no parent goes on at the end
         [Row(1, 4, 8, 4)],  # its parent is free
         [Row(1, 4, NO_SLOT, 3), Row(1, 5, 4, 5)],  # not its parent's next position
     ],

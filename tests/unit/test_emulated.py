@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from pipeinfer.ports import Batch
+from pipeinfer.ports import GREEDY, Batch, Draw, Sampling
 from stages.emulated import EmulatedShard, EmulatedSpec, finish, mix, plain_tokens, spread
 
 SPEC = EmulatedSpec(layers=4, vocab=1000, seed=5)
@@ -109,3 +110,80 @@ def test_spread_covers_what_it_says() -> None:
 def test_a_layer_rests_as_long_as_its_pace_says() -> None:
     shard = EmulatedShard(SPEC, range(3), 8, lambda rows: 0.5 * rows)
     assert list(shard.forward(prompt_batch([1, 2]), None)) == [1.0, 1.0, 1.0]
+
+
+# Sampling.
+
+SAMPLED = Sampling(0.75, 20, 0.875, 0.0625, 1.25, seed=7)
+SEEN = np.array([2, 3, 5])
+ROW = mix(np.arange(1, dtype=np.uint64))
+
+
+def drawn(draw: Draw | None, spec: EmulatedSpec = SPEC) -> int:
+    return EmulatedShard(spec, range(1), 8).choose(ROW, (0,), 1, draw)[0][0][0]
+
+
+def test_every_number_of_a_draw_matters() -> None:
+    spec = replace(SPEC, vocab=2**40)  # two of these words hardly ever give one token
+    draw = Draw(SAMPLED, np.array([9]), (SEEN,))
+    changes = {
+        "temperature": 1.0, "top_k": 21, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.5, "seed": 7 + 2**40,
+    }  # fmt: skip
+    draws = [None, draw, replace(draw, positions=np.array([10])), replace(draw, seen=(SEEN[:2],))]
+    draws.append(replace(draw, seen=(np.array([2, 3, 6]),)))
+    draws += [replace(draw, sampling=replace(SAMPLED, **{name: value})) for name, value in changes.items()]  # type: ignore[arg-type]
+    draws.append(replace(draw, sampling=replace(SAMPLED, temperature=0.0)))
+    assert len({drawn(draw, spec) for draw in draws}) == len(draws)
+
+
+def test_nothing_else_does() -> None:
+    draw = Draw(SAMPLED, np.array([9]), (SEEN,))
+    assert drawn(replace(draw, seen=(np.array([5, 2, 3, 2]),))) == drawn(draw), "what was seen is a set"
+    free = replace(draw, sampling=replace(SAMPLED, repetition_penalty=1.0))
+    assert drawn(replace(free, seen=())) == drawn(free)
+    rounded = replace(SAMPLED, temperature=float(np.float32(0.7)))
+    assert drawn(replace(draw, sampling=replace(SAMPLED, temperature=0.7))) == drawn(replace(draw, sampling=rounded))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.0, top_k=5, top_p=0.5, seed=3)], ids=str)
+def test_greedy_draws_say_what_they_always_said(sampling: Sampling) -> None:
+    assert drawn(Draw(sampling, np.array([9]), (SEEN,))) == drawn(None)
+    assert plain_tokens(SPEC, [1, 2, 3], 8, frozenset(), sampling) == plain_tokens(SPEC, [1, 2, 3], 8, frozenset())
+    assert plain_tokens(SPEC, [1, 2, 3], 8, frozenset()) == [956, 577, 41, 780, 879, 971, 893, 459]
+
+
+def test_a_row_draws_what_it_draws_alone() -> None:
+    hidden = mix(np.arange(6, dtype=np.uint64))
+    seen = tuple(np.arange(row) for row in range(6))
+    shard = EmulatedShard(SPEC, range(1), 8)
+    together = shard.choose(hidden, range(6), 1, Draw(SAMPLED, np.arange(20, 26), seen))
+    for row in range(6):
+        alone = Draw(SAMPLED, np.array([20 + row]), seen[row : row + 1])
+        assert shard.choose(hidden, (row,), 1, alone) == [together[row]]
+
+
+def test_a_missing_set_of_seen_tokens_is_an_error() -> None:
+    with pytest.raises(ValueError, match="reshape"):
+        drawn(Draw(SAMPLED, np.array([9])))
+
+
+def test_the_draft_knows_what_the_target_will_draw() -> None:
+    spec = EmulatedSpec(layers=2, vocab=1000, ranks=(0.7,))
+    target, draft = (EmulatedShard(spec, range(2), 8, is_draft=is_draft) for is_draft in (False, True))
+    hidden = mix(np.arange(4000, dtype=np.uint64))
+    draw = Draw(SAMPLED, np.arange(4000) % 50, (SEEN,) * 4000)
+    truths = target.choose(hidden, range(4000), 1, draw)
+    for guess_draw, share in ((draw, 0.7), (None, 0.0)):
+        guesses = draft.choose(hidden, range(4000), 1, guess_draw)
+        hits = sum(guess[0][0] == truth[0][0] for guess, truth in zip(guesses, truths, strict=True))
+        assert hits / 4000 == pytest.approx(share, abs=0.03)
+
+
+def test_plain_tokens_are_drawn_with_their_positions_and_all_that_was_seen() -> None:
+    prompt, shard = [3, 1, 4, 1, 5], EmulatedShard(SPEC, range(4), 32)
+    tokens = list(prompt)
+    for count in range(6):
+        hidden = finish(shard.forward(prompt_batch(tokens), None))
+        draw = Draw(SAMPLED, np.array([len(tokens)]), (np.array(sorted(set(tokens))),))
+        tokens.append(shard.choose(hidden, (len(tokens) - 1,), 1, draw)[0][0][0])
+        assert plain_tokens(SPEC, prompt, count + 1, frozenset(), SAMPLED) == tokens[len(prompt) :]

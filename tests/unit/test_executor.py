@@ -15,12 +15,14 @@ from pipeinfer.ports import (
     Command,
     Compute,
     Computed,
+    Draw,
     Emit,
     Event,
     Finish,
     Halt,
     Idle,
     Received,
+    Sampling,
     Send,
     Started,
 )
@@ -49,6 +51,7 @@ class Layers:
         self.done = 0
         self.closed = False
         self.given: list[Any] = []
+        self.draws: list[Draw | None] = []
         self._layers, self._rest = layers, rest
 
     def forward(self, batch: Batch, hidden: Any) -> Generator[float, None, Any]:
@@ -62,7 +65,8 @@ class Layers:
             raise
         return np.arange(len(batch.tokens)) * 10
 
-    def choose(self, hidden: Any, rows: Sequence[int], count: int) -> list[list[Choice]]:
+    def choose(self, hidden: Any, rows: Sequence[int], count: int, draw: Draw | None = None) -> list[list[Choice]]:
+        self.draws.append(draw)
         return [[(int(hidden[row]), 0.0)] * count for row in rows]
 
 
@@ -99,12 +103,14 @@ def test_a_computation_rests_between_layers_and_reports_its_end() -> None:
 
 
 def test_choices_are_asked_of_the_shard() -> None:
-    role = Script(1, [Compute(5, batch(3), rows=(0, 2), choices=2)])
-    executor = Executor([role], {1: Layers(1)}, Outside())
+    draw = Draw(Sampling(0.5), np.array([4, 6]))
+    role, shard = Script(1, [Compute(5, batch(3), rows=(0, 2), choices=2, draw=draw)]), Layers(1)
+    executor = Executor([role], {1: shard}, Outside())
     executor.deliver(1, Started(), 0.0)
     while executor.step(0.0) is not None:
         pass
     assert role.heard[-1] == Computed(5, choices=[[(0, 0.0)] * 2, [(20, 0.0)] * 2])
+    assert shard.draws == [draw]
 
 
 def test_dead_rows_are_left_out_of_the_activations() -> None:

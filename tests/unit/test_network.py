@@ -8,7 +8,7 @@ import pytest
 from pipeinfer.protocol import Kind, Message, Row
 from pipeinfer.sim.network import Link, Network
 
-RUN = Message(Kind.RUN, 0, 1, rows=(Row(1, 2, 3, 4),))  # 48 bytes
+RUN = Message(Kind.RUN, 0, 1, rows=(Row(1, 2, 3, 4),))  # 56 bytes
 ADVICE = Message(Kind.CANCEL, 0, 1, rows=(Row(0, 2, 0, 0),))
 
 
@@ -17,12 +17,12 @@ def network(link: Link, seed: int = 0) -> Network:
 
 
 def test_delay_and_bandwidth_add_up_and_the_wire_is_shared() -> None:
-    net = network(Link(delay_s=1.0, bandwidth=48.0))
+    net = network(Link(delay_s=1.0, bandwidth=56.0))
     assert net.arrivals(0, 1, RUN, None, 10.0) == [12.0]
     assert net.arrivals(0, 1, RUN, None, 10.0) == [13.0]
     assert net.arrivals(1, 0, RUN, None, 10.0) == [12.0], "the other direction has a wire of its own"
-    assert net.arrivals(0, 1, RUN, np.zeros(6, np.uint64), 20.0) == [23.0], "activations are 48 bytes more"
-    assert (net.messages, net.nbytes) == (4, 5 * 48)
+    assert net.arrivals(0, 1, RUN, np.zeros(7, np.uint64), 20.0) == [23.0], "activations are 56 bytes more"
+    assert (net.messages, net.nbytes) == (4, 5 * 56)
 
 
 @pytest.mark.parametrize("seed", range(5))

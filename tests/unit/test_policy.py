@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from pipeinfer.protocol import MAX_ROWS
-from speculation.policy import CONTINUOUS, PLAIN, Policy, choose_rows
+from speculation.continuous import choose_rows
+from speculation.policy import CONTINUOUS, PLAIN, Policy
 from speculation.tree import Tree
 
 WIDE = Policy("wide", rows=4, width=2, leaves=2, lead=8)

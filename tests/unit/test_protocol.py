@@ -14,6 +14,7 @@ from pipeinfer.protocol import (
     Kind,
     Message,
     Row,
+    SettingRow,
     accepted_name,
     address_name,
     decode,
@@ -25,8 +26,8 @@ from pipeinfer.protocol import (
 
 def test_sizes_are_what_the_format_says() -> None:
     row, op = Row(1, 2, 3, 4), CellOp(CellOpKind.COMMIT, 1, 1, 1)
-    assert len(encode(Message(Kind.CREDIT, 1, 0))) == HEADER.size == 32
-    assert len(encode(Message(Kind.RUN, 0, 1, ops=(op,) * 3, rows=(row,) * 5))) == 32 + 16 * 3 + 16 * 5
+    assert len(encode(Message(Kind.CREDIT, 1, 0))) == HEADER.size == 40
+    assert len(encode(Message(Kind.RUN, 0, 1, ops=(op,) * 3, rows=(row,) * 5))) == 40 + 16 * 3 + 16 * 5
 
 
 def test_addresses_have_names() -> None:
@@ -50,8 +51,11 @@ def test_accepted_names_never_meet_a_drafters_own() -> None:
         Message(Kind.RUN, 0, 1, txn=1 << 32),
         Message(Kind.RUN, 0, 1 << 16),
         Message(Kind.CREDIT, 1, 0, rows=(Row(1, 2, 3, 4),)),
+        Message(Kind.RESULT, 1, 0, work_us=1 << 32),
+        Message(Kind.ORDER, 0, 0x8000, rows=(SettingRow(0, -1, 0, 0.5),)),
+        Message(Kind.ORDER, 0, 0x8000, rows=(SettingRow(0, 1, 0, 1e39),)),
     ],
-    ids=["rows", "ops", "token", "slot", "txn", "dest", "rows of a kind without"],
+    ids=["rows", "ops", "token", "slot", "txn", "dest", "rows of a kind without", "work", "setting", "real"],
 )
 def test_what_does_not_fit_is_our_own_fault(message: Message) -> None:
     with pytest.raises(LocalProtocolError):

@@ -30,7 +30,7 @@ def test_the_last_stage_is_spared_for_its_output_head() -> None:
 
 @pytest.mark.parametrize("ranks", range(1, 10))
 def test_with_a_drafter_rank_0_leads_and_drafts(ranks: int) -> None:
-    plan = assign(ranks, 8, has_drafter=True)
+    plan = assign(ranks, 8, drafters=1)
     assert len(plan) == ranks
     head = [role.address for role in plan[0]]
     assert head[:2] == [ORCHESTRATOR, drafter_address(0)]
@@ -40,13 +40,13 @@ def test_with_a_drafter_rank_0_leads_and_drafts(ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", range(1, 9))
 def test_without_a_drafter_every_rank_is_a_stage(ranks: int) -> None:
-    plan = assign(ranks, 8, has_drafter=False)
+    plan = assign(ranks, 8, drafters=0)
     assert count(plan) == (ranks, 0)
     assert [homes(plan)[stage_address(index)] for index in range(ranks)] == list(range(ranks))
 
 
-@pytest.mark.parametrize(("has_drafter", "most"), [(True, 9), (False, 8)])
-def test_more_stages_than_layers_are_refused_with_the_number_that_works(has_drafter: bool, most: int) -> None:
-    assign(most, 8, has_drafter)
+@pytest.mark.parametrize(("drafters", "most"), [(1, 9), (0, 8), (3, 11)])
+def test_more_stages_than_layers_are_refused_with_the_number_that_works(drafters: int, most: int) -> None:
+    assign(most, 8, drafters)
     with pytest.raises(UserError, match=f"at most {most} ranks"):
-        assign(most + 1, 8, has_drafter)
+        assign(most + 1, 8, drafters)

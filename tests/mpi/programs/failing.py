@@ -57,7 +57,7 @@ def main(fault: str) -> None:
         if fault == "swallow":
             lose_runs(Stage)
         pair = pair_type(SPEC, lambda rows: 0.0, lambda rows: 0.0)
-        plan = assign(world.size, SPEC.layers, True)
+        plan = assign(world.size, SPEC.layers, 1)
         job = Job(Config(timeout_s=2.0), plan, 200, pair, world, CONTINUOUS)
         if world.is_head:
             for _ in job.submit(Request((1, 2, 3), 100)):

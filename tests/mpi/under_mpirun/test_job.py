@@ -23,7 +23,7 @@ def decode(policy: Policy, spec: EmulatedSpec, requests: list[Request], layer_s:
     world = World()
     pair = EmulatedPair(spec, lambda rows: layer_s, lambda rows: layer_s)
     plan = assign(world.size, spec.layers, policy.speculate)
-    job = Job(Config(policy="continuous"), plan, 256, pair, world, policy)
+    job = Job(Config(), plan, 256, pair, world, policy)
     answers: list[list[int]] = []
     if world.is_head:
         for request in requests:

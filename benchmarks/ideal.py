@@ -1,0 +1,123 @@
+"""What ideal scheduling would give: a strong reference for continuous tree speculation, not a proven optimum.
+
+Every stage takes one unit of time for a run of up to ``rows`` nodes; messages and cancelling are free; the draft knows
+each child's probability. In every unit the most probable unsent nodes enter the pipeline, and what leaves it moves the
+root. Beside it the draft expands up to ``leaves`` of the most probable leaves per pass, until it is ``lead`` unsent
+nodes ahead. Synchronous speculation has closed forms: rounds of a trip and the draft passes before it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections import deque
+from collections.abc import Sequence
+
+from speculation.tree import Node, Tree
+
+VOID = -1
+"""What the target says where no choice of the draft is right."""
+LIMIT = 1_000_000
+
+
+def ideal(
+    depth: int, rows: int, ranks: Sequence[float], draft_time: float, *, leaves: int = 8, lead: int = 48,
+    tokens: int = 1000, seed: int = 0,
+) -> float:  # fmt: skip
+    """Tokens per unit of time over ``depth`` stages; ``ranks[k]``: how often the draft's k-th choice is right."""
+    rng = random.Random(seed)
+    tree = Tree(VOID, 0, LIMIT)
+    drafted = Drafting(tree, ranks, leaves, lead)
+    flight: deque[tuple[float, list[Node]]] = deque()
+    now = entry_free_at = 0.0
+    draft_done_at = draft_time
+    accepted = 0
+    while accepted < tokens:
+        now = min(entry_free_at, draft_done_at, flight[0][0] if flight else math.inf)
+        if flight and flight[0][0] <= now:
+            for node in flight.popleft()[1]:
+                node.choice = _draw(rng, ranks)
+            while tree.root.choice is not None:
+                tree.advance(tree.root.choice)
+                accepted += 1
+        elif draft_done_at <= now:
+            drafted.finish()
+            draft_done_at = now + draft_time
+        elif run := _take(tree, rows):
+            flight.append((now + depth, run))
+            entry_free_at = now + 1.0
+        else:
+            entry_free_at = min(draft_done_at, flight[0][0] if flight else math.inf)
+    return accepted / now
+
+
+class Drafting:
+    """The draft's passes over the leaves of ``tree``."""
+
+    def __init__(self, tree: Tree, ranks: Sequence[float], leaves: int, lead: int) -> None:
+        self._tree, self._leaves, self._lead = tree, leaves, lead
+        self._logps = [math.log(max(share, 1e-12)) for share in ranks]
+        self._expanded: set[Node] = {tree.root}
+        self._pass = [tree.root]
+
+    def finish(self) -> None:
+        """End a pass, and choose the leaves of the next one."""
+        for node in self._pass:
+            if node.alive and node.position >= self._tree.root.position:
+                for token, logp in enumerate(self._logps):
+                    self._tree.add(node, token, logp)
+        self._pass = self._choose()
+        self._expanded.update(self._pass)
+
+    def _choose(self) -> list[Node]:
+        chosen, ahead, serial = list[Node](), 0, 0
+        heap = [(-self._tree.root.logp, serial, self._tree.root)]
+        while heap and len(chosen) < self._leaves and ahead < self._lead:
+            _, _, node = heapq.heappop(heap)
+            ahead += node.pending
+            if node not in self._expanded:
+                chosen.append(node)
+            for child in node.children.values():
+                serial += 1
+                heapq.heappush(heap, (-child.logp, serial, child))
+        return chosen
+
+
+def _take(tree: Tree, rows: int) -> list[Node]:
+    run: list[Node] = []
+    while len(run) < rows and (node := tree.best()) is not None:
+        tree.take(node)
+        run.append(node)
+    return run
+
+
+def _draw(rng: random.Random, ranks: Sequence[float]) -> int:
+    lot = rng.random()
+    for rank, share in enumerate(ranks):
+        lot -= share
+        if lot < 0:
+            return rank
+    return VOID
+
+
+def best_chain(depth: int, top1: float, draft_time: float, longest: int = 32) -> int:
+    """The length of synchronous chains that gives most tokens per time."""
+
+    def speed(length: int) -> float:
+        return sum(top1**level for level in range(length + 1)) / (depth + length * draft_time)
+
+    return max(range(1, longest + 1), key=speed)
+
+
+def best_tree(depth: int, ranks: Sequence[float], draft_time: float, most_rows: int = 16) -> tuple[int, int]:
+    """Draft passes and rows of the synchronous tree that gives most tokens per time, of at most ``most_rows`` rows."""
+    heap, expected, levels, found = [(-1.0, 0)], 0.0, 0, []
+    for rows in range(1, most_rows + 1):
+        probability, level = heapq.heappop(heap)
+        expected, levels = expected - probability, max(levels, level)
+        found.append((expected / (depth + levels * draft_time), max(1, levels), rows))
+        for share in ranks:
+            heapq.heappush(heap, (probability * share, level + 1))
+    _, passes, rows = max(found)
+    return passes, rows

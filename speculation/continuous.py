@@ -1,0 +1,99 @@
+"""Continuous speculation: the target gets as much as its first stage takes, at any time, best first.
+
+Plain decoding is the case without guesses. Runs leave just in time (stages/pacer.py), so each is chosen from all that
+is known by then, and what is in flight is never sent again. With ``govern`` a governor says how many rows a run may
+have and how much drafters do, and within that a row goes only if it earns more than it costs.
+"""
+
+from __future__ import annotations
+
+from speculation.governor import CostCurve, Governor
+from speculation.policy import Policy
+from speculation.schedule import UNLIMITED, Launch, Order, Situation, Step
+from speculation.tree import Node, Tree
+
+
+class Continuous:
+    """See Schedule."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._governor = Governor(policy.rows) if policy.govern and policy.speculate else None
+        self._ordered: Order | None = None  # what drafters were last told
+
+    def opened(self) -> None:
+        """See Schedule."""
+        self._ordered = None
+        if self._governor:
+            self._governor.opened()
+
+    def next(self, now: Situation) -> Step | None:
+        """See Schedule."""
+        if self._governor and (order := self._wanted_drafts(self._governor)) != self._ordered:
+            self._ordered = order
+            return order
+        # A new root is certain and goes at once, past whatever dead work still holds the credits.
+        if now.slots <= 0 or (now.credits <= 0 and not now.tree.root.pending):
+            return None
+        if self._governor is None:
+            nodes = choose_rows(now.tree, self._policy, now.room)
+        else:
+            room = now.room if self._governor.rows else 0
+            nodes = choose_rows(now.tree, self._policy, room, max(1, self._governor.rows), self._governor.curve)
+        return Launch(nodes) if nodes else None
+
+    def _wanted_drafts(self, governor: Governor) -> Order:
+        if not governor.rows:
+            return Order(0)
+        # A chain wants one leaf at a time, a wide tree as many as the policy allows.
+        return Order(UNLIMITED, leaves=min(self._policy.leaves, governor.rows))
+
+    def drafted(self, nodes: list[Node]) -> None:
+        """See Schedule."""
+
+    def accepted(self, tokens: int, now: float) -> str:
+        """See Schedule."""
+        return self._governor.accepted(tokens, now) if self._governor else ""
+
+    def returned(self, rows: int, slowest_s: float, trip_s: float, carries_root: bool) -> None:
+        """See Schedule."""
+        if self._governor:
+            self._governor.returned(rows, slowest_s, trip_s, carries_root)
+
+    def is_deaf(self, now: Situation) -> bool:
+        """See Schedule."""
+        return False
+
+
+def choose_rows(
+    tree: Tree, policy: Policy, room: int, most: int | None = None, curve: CostCurve | None = None
+) -> list[Node]:
+    """Take the nodes of the next run, best first, parents before children: at most ``most`` (the policy's ``rows``),
+    and no more guesses than there are cells (``room``).
+
+    The root is no guess and always goes. A guess goes if its path is probable enough (``policy.floor``); where the cost
+    ``curve`` is known, if the run's useful rows per second do not fall by it, and however improbable if it is free."""
+    chosen: list[Node] = []
+    useful = 0.0
+    most = policy.rows if most is None else most
+    floor = 0.0 if curve and curve.is_flat(most) else policy.floor
+    while len(chosen) < most:
+        node = tree.best()
+        if node is None:
+            break
+        probability = tree.probability(node)
+        if node is not tree.root:
+            if not policy.speculate or room == 0 or probability < floor:
+                break
+            if chosen and curve and not earns(useful, probability, curve, len(chosen)):
+                break
+            room -= 1
+        useful += probability
+        tree.take(node)
+        chosen.append(node)
+    return chosen
+
+
+def earns(useful: float, probability: float, curve: CostCurve, rows: int) -> bool:
+    """Whether a pass of ``rows`` rows, of which ``useful`` are expected to count, gains by one of ``probability``."""
+    return useful + probability >= useful * curve.growth(rows + 1, rows)

@@ -1,0 +1,180 @@
+"""Never slower: how much to speculate, decided by what a token was measured to cost.
+
+Theory of operation. Gears are ways to work, from plain decoding (gear 0) over chains of single rows to the widest
+runs that the policy allows. What counts is the measured time per committed token; acceptance alone misleads, for rows
+may be free on one machine and dear on another. A *spell* is some dozens of tokens in one gear. Now and then the
+governor probes a neighbour for one spell and stays there if a token was cheaper by more than the noise (hysteresis); a
+neighbour that disappointed is probed half as often, up to a limit, because texts change.
+
+Two things are known without probing. Where further rows are nearly free by the cost curve, a narrower gear has nothing
+to offer. And plain decoding costs a trip through the pipeline for each token: while a token takes clearly less than the
+quickest trip that was seen, plain decoding cannot be better.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+SPELL_TOKENS = 32
+HYSTERESIS = 0.04
+"""What a probed gear must be better by."""
+FREE = 1.02
+NEARLY_FREE = 1.2
+"""Rows are nearly free while a pass takes at most so many times the time of a single row."""
+MOST_SPELLS = 64
+"""The longest wait for a second look at a gear that disappointed."""
+FORGET = 0.98
+TRIPS = 32
+
+
+class CostCurve:
+    """Seconds of a pass of so many rows: a straight line through what was measured, the newest counting most."""
+
+    def __init__(self) -> None:
+        self._weight = self._rows = self._squares = self._seconds = self._products = 0.0
+        self.least, self.most = 0, 0  # rows seen
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """A pass of ``rows`` took ``seconds``; what is far off the line counts as four times the line."""
+        if known := self.seconds(rows):
+            seconds = min(seconds, 4 * known)
+        self._weight = FORGET * self._weight + 1.0
+        self._rows = FORGET * self._rows + rows
+        self._squares = FORGET * self._squares + rows * rows
+        self._seconds = FORGET * self._seconds + seconds
+        self._products = FORGET * self._products + rows * seconds
+        self.least, self.most = min(self.least or rows, rows), max(self.most, rows)
+
+    def seconds(self, rows: int) -> float:
+        """What a pass of ``rows`` takes; 0 while nothing is known."""
+        if not self._weight:
+            return 0.0
+        spread = self._weight * self._squares - self._rows * self._rows
+        mean = self._seconds / self._weight
+        if spread < 1e-6 * self._weight * self._weight:
+            return mean
+        slope = max(0.0, (self._weight * self._products - self._rows * self._seconds) / spread)
+        slope = min(slope, mean / (self._rows / self._weight))  # no line starts below zero
+        return mean + slope * (rows - self._rows / self._weight)
+
+    def growth(self, rows: int, base: int) -> float:
+        """How many times longer a pass of ``rows`` takes than one of ``base``."""
+        return self.seconds(rows) / self.seconds(base) if self.seconds(base) > 0 else 1.0
+
+    def is_flat(self, rows: int) -> bool:
+        """Whether ``rows`` rows were seen to take as long as one."""
+        return self.most > self.least and self.growth(rows, 1) <= FREE
+
+
+@dataclass(slots=True)
+class _Patience:
+    """When a gear may be probed again."""
+
+    spells: int = 2
+    left: int = 2
+
+
+class Governor:
+    """Chooses among gears of up to ``most_rows`` rows. ``rows`` is what a run may carry now; 0: plain decoding."""
+
+    def __init__(self, most_rows: int) -> None:
+        self.gears = [0, *(1 << power for power in range(most_rows.bit_length()) if 1 << power < most_rows), most_rows]
+        self.curve = CostCurve()
+        self._home = min(len(self.gears) - 1, 3)
+        self._probe: int | None = None
+        self._is_cold = True  # until the cost curve has been seen
+        self._home_s = 0.0  # seconds per token at home
+        self._patience = [_Patience() for _ in self.gears]
+        self._trips: deque[float] = deque(maxlen=TRIPS)
+        self._since: float | None = None  # when the spell began; None while what older gears sent is on its way
+        self._settled_at: float | None = None
+        self._tokens = 0
+
+    @property
+    def gear(self) -> int:
+        """The gear in force, by its index in ``gears``."""
+        return self._home if self._probe is None else self._probe
+
+    @property
+    def rows(self) -> int:
+        """Rows of a run."""
+        return self.gears[self.gear]
+
+    def opened(self) -> None:
+        """A new request: the time before its first token belongs to nobody."""
+        self._since = self._settled_at = None
+
+    def returned(self, rows: int, slowest_s: float, trip_s: float, carries_root: bool) -> None:
+        """A run came back ``trip_s`` after it left; the slowest stage had worked on it for ``slowest_s``."""
+        self.curve.observe(rows, slowest_s)
+        if carries_root:
+            self._trips.append(trip_s / max(1.0, self.curve.growth(rows, 1)))
+
+    def accepted(self, tokens: int, now: float) -> str:
+        """So many tokens were committed at ``now``. Returns what was decided, in words, if anything was."""
+        if self._is_cold and self.curve.most > 2 * self.curve.least:
+            self._is_cold = False
+            return self._shift_home(self._widest_free(), now, "by the cost curve")
+        if self._since is None:
+            # A spell begins when what the last gear sent is back: one trip later.
+            if self._settled_at is None:
+                self._settled_at = now + (min(self._trips) if self._trips else 0.0)
+            if now >= self._settled_at:
+                self._since, self._tokens = now, 0
+            return ""
+        self._tokens += tokens
+        if self._tokens < SPELL_TOKENS:
+            return ""
+        return self._judge((now - self._since) / self._tokens, now)
+
+    def _widest_free(self) -> int:
+        free = [index for index, rows in enumerate(self.gears) if rows and self.curve.growth(rows, 1) <= NEARLY_FREE]
+        return max(free, default=1)
+
+    def _judge(self, token_s: float, now: float) -> str:
+        """A spell is over, in which a token took ``token_s``."""
+        if self._probe is None:
+            self._home_s = token_s if not self._home_s else self._home_s + 0.5 * (token_s - self._home_s)
+            for patience in self._patience:
+                patience.left -= 1
+            self._since, self._tokens = now, 0
+            probe = next((index for index in self._worth_probing() if self._patience[index].left <= 0), None)
+            if probe is None:
+                return ""
+            self._probe, self._since, self._settled_at = probe, None, None
+            home = f"{1e3 * self._home_s:.3f} ms per token with {self.gears[self._home]}"
+            return f"probe {self.gears[probe]} rows: {home}"
+        probe, self._probe = self._probe, None
+        if token_s < (1.0 - HYSTERESIS) * self._home_s:
+            self._patience[probe] = _Patience()
+            self._patience[self._home] = _Patience(8, 8)
+            before = 1e3 * self._home_s
+            self._home_s = token_s
+            return self._shift_home(probe, now, f"{1e3 * token_s:.3f} ms per token instead of {before:.3f}")
+        patience = self._patience[probe]
+        patience.spells = min(MOST_SPELLS, 2 * patience.spells)
+        patience.left = patience.spells
+        why = f"{1e3 * token_s:.3f} ms per token, not better than {1e3 * self._home_s:.3f}"
+        return self._shift_home(self._home, now, why)
+
+    def _worth_probing(self) -> list[int]:
+        """The neighbours of home that might be better, plain decoding last."""
+        here, found = self._home, list[int]()
+        if here == 0:
+            found.append(self._widest_free())
+        elif here + 1 < len(self.gears):
+            found.append(here + 1)
+        narrower = [index for index in range(1, here) if self._saves(index)]
+        found += narrower[-1:]
+        if here > 0 and self._trips and self._home_s > (1.0 - HYSTERESIS) * min(self._trips):
+            found.append(0)
+        return found
+
+    def _saves(self, gear: int) -> bool:
+        """Whether a pass in the narrower ``gear`` is clearly shorter."""
+        return self.curve.growth(self.gears[self._home], self.gears[gear]) > 1.0 + HYSTERESIS
+
+    def _shift_home(self, gear: int, now: float, why: str) -> str:
+        self._home, self._since, self._settled_at, self._tokens = gear, None, None, 0
+        return f"{self.gears[gear]} rows: {why}"

@@ -1,0 +1,344 @@
+"""Sampling: the processors are transformers', the noise is fixed for ever, and what is drawn follows the softmax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from pipeinfer.ports import GREEDY, Draw, Sampling
+from stages.choices import best_choices
+from stages.generic import GenericShard
+from stages.generic_spec import GenericSpec
+from stages.sampling import changes_nothing, drawing_scores, noise, processed
+from tests.models.tiny import make_tiny
+from tests.models.walk import Reference, compute, load_shards, make_batch
+
+VOCAB = 97
+PROCESSORS = {
+    "temperature": Sampling(0.7),
+    "hot": Sampling(3.0),
+    "top-k": Sampling(1.0, top_k=5),
+    "top-k beyond the vocabulary": Sampling(1.0, top_k=1000),
+    "top-p": Sampling(1.0, top_p=0.75),
+    "top-p of nearly nothing": Sampling(1.0, top_p=1e-6),
+    "min-p": Sampling(1.0, min_p=0.125),
+    "min-p of all": Sampling(1.0, min_p=1.0),
+    "penalty": Sampling(1.0, repetition_penalty=1.5),
+    "reward": Sampling(1.0, repetition_penalty=0.5),
+    "everything": Sampling(0.75, 40, 0.9375, 0.03125, 1.25, seed=3),
+}
+KINDS = ("plain", "ties", "flat", "peaked")
+
+
+def logits_of(kind: str, rows: int = 12, vocab: int = VOCAB, seed: int = 0) -> torch.Tensor:
+    logits = 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+    if kind == "ties":  # bf16 models make many
+        return logits.round()
+    if kind == "flat":
+        return torch.zeros(rows, vocab)
+    if kind == "peaked":
+        logits[:, vocab // 2] = 80.0
+    return logits
+
+
+def draw_of(sampling: Sampling, rows: int, first: int = 100, is_guess: bool = False, vocab: int = VOCAB) -> Draw:
+    """A draw at neighbouring positions; row r has seen some tokens of its own."""
+    seen = tuple(np.unique(np.random.default_rng(row).integers(0, vocab, 20)) for row in range(rows))
+    return Draw(sampling, np.arange(first, first + rows), seen, is_guess)
+
+
+def theirs(sampling: Sampling) -> Any:
+    """transformers' processors, in the order of its ``generate``."""
+    found = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        found.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature != 1:
+        found.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        found.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        found.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        found.append(MinPLogitsWarper(sampling.min_p))
+    return found
+
+
+def by_transformers(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
+    processors = theirs(draw.sampling)
+    rows = zip(draw.seen, logits, strict=True)
+    return torch.cat([processors(torch.from_numpy(seen)[None], row[None].clone()) for seen, row in rows])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_the_processors_are_those_of_transformers(name: str, kind: str) -> None:
+    for seed in range(8):
+        logits = logits_of(kind, seed=seed)
+        before = logits.clone()
+        draw = draw_of(PROCESSORS[name], len(logits))
+        ours = processed(logits, draw)
+        same(ours, by_transformers(logits, draw))
+        assert (ours > -torch.inf).any(-1).all(), "one token is always left"
+        assert torch.equal(logits, before)
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Equal bits; but of tokens that are equally likely, the last ones that top_p keeps, transformers takes any."""
+    assert torch.equal(ours.sort(-1).values, theirs.sort(-1).values)
+    for mine, its in zip(ours, theirs, strict=True):
+        last = mine[mine > -torch.inf].min()
+        assert torch.equal(mine[its > last], its[its > last])
+        odd = mine != its
+        assert torch.isin(torch.maximum(mine, its)[odd], last).all()
+
+
+def test_of_equally_likely_tokens_the_lowest_are_kept() -> None:
+    draw = Draw(Sampling(1.0, top_p=0.5), np.array([0]))
+    assert (processed(torch.zeros(1, 8), draw) > -torch.inf).tolist() == [[True] * 4 + [False] * 4]
+
+
+def test_a_large_vocabulary_is_processed_alike() -> None:
+    logits = logits_of("plain", rows=2, vocab=50_000)
+    draw = draw_of(Sampling(0.75, 0, 0.9375, 0.0, 1.25), 2, vocab=50_000)
+    same(processed(logits, draw), by_transformers(logits, draw))
+
+
+def test_no_rows_are_no_choices() -> None:
+    for sampling in PROCESSORS.values():
+        assert best_choices(torch.zeros(0, VOCAB), 1, Draw(sampling, np.arange(0))) == []
+
+
+def test_tokens_that_a_shorter_vocabulary_lacks_are_no_matter() -> None:
+    draw = Draw(Sampling(0.0, repetition_penalty=2.0), np.array([5]), (np.array([1, 2, 500]),))
+    assert processed(torch.ones(1, 4), draw).tolist() == [[1.0, 0.5, 0.5, 1.0]]
+
+
+def test_greedy_is_what_it_always_was() -> None:
+    assert changes_nothing(GREEDY)
+    assert changes_nothing(Sampling(0.0, top_k=3, top_p=0.5, seed=9))
+    logits = logits_of("ties")
+    for is_guess in (False, True):
+        for count in (1, 8):
+            draw = draw_of(Sampling(0.0, top_k=3, seed=9), 12, is_guess=is_guess)
+            assert best_choices(logits, count, draw) == best_choices(logits, count)
+
+
+def test_a_penalty_alone_keeps_the_choice_greedy() -> None:
+    logits = logits_of("plain")
+    draw = draw_of(Sampling(0.0, repetition_penalty=8.0), 12)
+    chosen = [row[0][0] for row in best_choices(logits, 1, draw)]
+    sampled = replace(draw, sampling=Sampling(1.0, repetition_penalty=8.0))
+    assert chosen == by_transformers(logits, sampled).argmax(-1).tolist()
+    assert chosen != logits.argmax(-1).tolist()
+
+
+# Noise.
+
+# Tokens 0 to 4 and 1002, for some seeds and positions. These numbers decide every sampled text, for ever.
+GOLDEN = {
+    (0, 0): [-1.49545161157695, -0.3511371183614868, -0.7859067841514997, 0.5586754626449686, 0.3733862877981871,
+             -0.05259229670267841],
+    (0, 1): [-0.4394360086828338, -0.4282578804306737, 1.2735127182046522, 0.46475426029220757, 1.4171651651406563,
+             -0.45856930152062264],
+    (1, 0): [-0.17575800360186283, 1.8076498398198788, -0.6189814975417195, -1.2442527174409201, 2.253201972288481,
+             0.5320784731464008],
+    (2**64 - 1, 4095): [0.8628794755325787, 2.7443102773140953, -0.14998352702636472, -0.6168522560626822,
+                        3.969991991776007, 2.563628450828431],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("seed", "position"), GOLDEN)
+def test_the_noise_never_changes(seed: int, position: int) -> None:
+    found = noise(seed, position, 1003)[[0, 1, 2, 3, 4, 1002]].tolist()
+    assert found == pytest.approx(GOLDEN[seed, position], rel=1e-12)
+
+
+def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]:
+    """One block of Philox4x64-10 (Salmon and others, SC'11), written down once more."""
+    (a, b, c, d), (k, m) = counter, key
+    for _ in range(10):
+        p, q = 0xD2E7470EE14C6C93 * a, 0xCA5A826395121157 * c
+        a, b, c, d = (q >> 64) ^ b ^ k, q % 2**64, (p >> 64) ^ d ^ m, p % 2**64
+        k, m = (k + 0x9E3779B97F4A7C15) % 2**64, (m + 0xBB67AE8584CAA73B) % 2**64
+    return [a, b, c, d]
+
+
+def test_the_noise_is_made_of_philox() -> None:
+    assert philox((0, 0, 0, 0), (0, 0)) == [  # the authors' own test vector
+        0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B
+    ]  # fmt: skip
+    for seed, position in ((0, 0), (123, 456), (2**64 - 1, 2**31)):
+        words = [word for block in range(1, 26) for word in philox((block, position, 0, 0), (seed, 0))]
+        wanted = [-math.log(-math.log(((word >> 12) + 0.5) / 2**52)) for word in words]
+        assert noise(seed, position, 100).tolist() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_noise_depends_on_seed_position_and_token_alone() -> None:
+    assert torch.equal(noise(5, 7, 100), noise(5, 7, 1000)[:100])
+    heads = {tuple(noise(seed, position, 4).tolist()) for seed in (0, 1, 2**64 - 1) for position in (0, 1, 2**20)}
+    assert len(heads) == 9
+
+
+def test_noise_is_gumbel_s() -> None:
+    """Against exp(-exp(-x)), by the distance of Kolmogorov and Smirnov."""
+    count = 200_000
+    found = noise(11, 12, count).sort().values
+    assert found.isfinite().all()
+    distance = (torch.exp(-torch.exp(-found)) - torch.arange(count) / count).abs().max()
+    assert distance * count**0.5 < 1.63  # exceeded by one sample in a hundred
+
+
+# What is drawn.
+
+
+def p_value(counts: torch.Tensor, shares: torch.Tensor) -> float:
+    """How often chance alone would deviate more: Pearson's chi-square."""
+    expected = shares * counts.sum()
+    assert expected.min() > 5
+    squares = ((counts - expected) ** 2 / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=torch.float64), squares / 2))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(1.0), Sampling(0.5, seed=1), Sampling(2.0, top_k=6, seed=2), Sampling(1.5, 0, 0.875, 0.0, 1.5, seed=3)],
+    ids=str,
+)
+def test_what_is_drawn_follows_the_processed_softmax(sampling: Sampling) -> None:
+    vocab, rows = 12, 24_000
+    row = torch.linspace(-1.5, 1.5, vocab)[None]
+    seen = (np.array([0, 10, 11]),)
+    shares = by_transformers(row, Draw(sampling, np.arange(1), seen))[0].double().softmax(-1)
+    draw = Draw(sampling, np.arange(rows), seen * rows)
+    drawn = torch.tensor([choices[0][0] for choices in best_choices(row.expand(rows, vocab), 1, draw)])
+    counts = drawn.bincount(minlength=vocab)
+    assert not counts[shares == 0].any()
+    assert p_value(counts[shares > 0], shares[shares > 0]) > 0.01
+
+
+def test_seeds_are_independent_samples_too() -> None:
+    vocab, samples = 6, 20_000
+    row = torch.linspace(-1.0, 1.0, vocab)[None]
+    draws = (Draw(Sampling(1.0, seed=seed), np.array([9])) for seed in range(samples))
+    drawn = torch.tensor([best_choices(row, 1, draw)[0][0][0] for draw in draws])
+    assert p_value(drawn.bincount(minlength=vocab), row[0].double().softmax(-1)) > 0.01
+
+
+@pytest.mark.parametrize("is_guess", [False, True])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_row_s_choices_do_not_depend_on_the_rows_beside_it(name: str, is_guess: bool) -> None:
+    logits = logits_of("plain", rows=16, vocab=5000)
+    draw = draw_of(PROCESSORS[name], 16, is_guess=is_guess, vocab=5000)
+    together = best_choices(logits, 4, draw)
+    for group in ([3], [15, 0], [8, 7, 6, 5, 4]):
+        alone = replace(draw, positions=draw.positions[group], seen=tuple(draw.seen[row] for row in group))
+        for row, choices in zip(group, best_choices(logits[group], 4, alone), strict=True):
+            assert [token for token, _ in choices] == [token for token, _ in together[row]]
+            assert [logp for _, logp in choices] == pytest.approx([logp for _, logp in together[row]], abs=1e-5)
+
+
+def test_rows_at_one_position_have_the_same_noise() -> None:
+    logits = logits_of("plain", rows=1).expand(5, -1)
+    draw = Draw(Sampling(1.0), np.array([4, 4, 9, 4, 9]))
+    first, second, third, fourth, fifth = best_choices(logits, 8, draw)
+    assert first == second == fourth
+    assert third == fifth != first
+
+
+def test_the_target_s_log_probabilities_are_those_of_its_own_logits() -> None:
+    logits = logits_of("plain")
+    own = logits.log_softmax(-1)
+    for sampling in PROCESSORS.values():
+        for row, ((token, logp),) in enumerate(best_choices(logits, 1, draw_of(sampling, 12))):
+            assert logp == pytest.approx(float(own[row, token]), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_guess_is_ordered_by_what_decides(name: str) -> None:
+    logits = logits_of("ties")
+    draw = draw_of(PROCESSORS[name], 12, is_guess=True)
+    scores = drawing_scores(logits, draw)
+    target = best_choices(logits, 1, replace(draw, is_guess=False))
+    for row, choices in enumerate(best_choices(logits, 8, draw)):
+        possible = int((scores[row] > -torch.inf).sum())
+        assert len(choices) == min(8, possible), "what cannot be drawn is no guess"
+        assert choices[0][0] == target[row][0][0] == best_choices(logits, 1, draw)[row][0][0]
+        wanted = scores[row].log_softmax(-1)
+        assert [token for token, _ in choices] == wanted.topk(len(choices)).indices.tolist()
+        assert [logp for _, logp in choices] == pytest.approx([float(wanted[token]) for token, _ in choices])
+
+
+def agreement(target: torch.Tensor, draft: torch.Tensor, ours: Sampling, drafts: Sampling) -> float:
+    def drawn(logits: torch.Tensor, sampling: Sampling, is_guess: bool) -> Sequence[int]:
+        draw = Draw(sampling, np.arange(len(logits)), (), is_guess)
+        return [choices[0][0] for choices in best_choices(logits, 1, draw)]
+
+    pairs = zip(drawn(target, ours, False), drawn(draft, drafts, True), strict=True)
+    return sum(mine == its for mine, its in pairs) / len(target)
+
+
+def test_a_draft_with_the_target_s_noise_mostly_agrees() -> None:
+    rows = 2000
+    target = logits_of("plain", rows)
+    draft = target + 0.5 * torch.randn(target.shape, generator=torch.Generator().manual_seed(1))
+    shared = agreement(target, draft, Sampling(1.0, seed=1), Sampling(1.0, seed=1))
+    apart = agreement(target, draft, Sampling(1.0, seed=1), Sampling(1.0, seed=2))
+    print(f"a draft's first guess is drawn: {shared:.3f} with the target's noise, {apart:.3f} with noise of its own")
+    assert shared > 0.75
+    assert shared > 2 * apart
+
+
+# Whole texts.
+
+
+class Noise(LogitsProcessor):
+    """Our noise as one more processor: then the best token of transformers' ``generate`` is the drawn one."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.double() + noise(self._seed, input_ids.shape[1], scores.shape[1])
+
+
+def sampled(shard: Any, prompt: Sequence[int], count: int, sampling: Sampling) -> list[int]:
+    """Plain decoding by a whole model, row by row."""
+    tokens = list(prompt)
+    for position in range(len(prompt) + count - 1):
+        hidden = compute([shard], make_batch([tokens[position]], [position], [position], [set(range(position))]))
+        if position == len(tokens) - 1:
+            draw = Draw(sampling, np.array([position + 1]), (np.unique(tokens),))
+            tokens.append(shard.choose(hidden, [0], 1, draw)[0][0][0])
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", ["temperature", "penalty", "everything"])
+def test_both_kinds_of_shards_say_what_transformers_says_with_the_same_noise(name: str, tmp_path: Path) -> None:
+    sampling, prompt = replace(PROCESSORS[name], seed=2**63 + 5), [17, 300, 5, 17, 42]
+    make_tiny(tmp_path, "LlamaForCausalLM", seed=4)
+    processors = theirs(sampling)
+    processors.append(Noise(sampling.seed))
+    model = Reference(tmp_path).model
+    out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24, logits_processor=processors)
+    wanted = out[0, len(prompt) :].tolist()
+    (shard,) = load_shards(tmp_path)
+    assert sampled(shard, prompt, 24, sampling) == wanted
+    spec = GenericSpec.read(tmp_path)
+    assert sampled(GenericShard.load(spec, range(6), torch.float32, 32), prompt, 24, sampling) == wanted
+    assert sampled(shard, prompt, 24, GREEDY) != wanted
