@@ -80,7 +80,7 @@ def tuned(name: str, cell: Cell) -> list[tuple[Policy, float]]:
         levels, rows = best_tree(cell.stages, spread(cell.top1), cell.draft_time)
         return [(replace(baseline(name), levels=levels, rows=rows), 1.0)]
     if name == "pipeinfer":
-        return [(replace(baseline(name), rows=rows), share) for rows in (1, 2, 3, 4, 6) for share in HEAD_SHARES]
+        return [(replace(baseline(name), rows=rows), share) for rows in (2, 3, 4, 6) for share in HEAD_SHARES]
     if name == "pipeinfer-shipped":
         return [(baseline("pipeinfer"), HEAD_SHARES[1])]
     return [(baseline(name), 1.0)]
@@ -102,8 +102,17 @@ class Farm:
                 for seed in range(self._seeds)
             ]
             return lambda: [cell.stages * job.result() for job in asked]
-        options = [self._ask_one(policy, share, cell) for policy, share in tuned(name, cell)]
-        return lambda: max(([job.result() for job in jobs] for jobs in options), key=statistics.mean)
+        options = tuned(name, cell)
+        if len(options) == 1:
+            jobs = self._ask_one(*options[0], cell)
+            return lambda: [job.result() for job in jobs]
+        trials = [self._pool.submit(speed, policy, cell, 99, share) for policy, share in options]
+
+        def best() -> list[float]:
+            speeds = [trial.result() for trial in trials]
+            return [job.result() for job in self._ask_one(*options[speeds.index(max(speeds))], cell)]
+
+        return best
 
     def _ask_one(self, policy: Policy, share: float, cell: Cell) -> list[Future[float]]:
         seeds = range(1 if policy.name == "plain" else self._seeds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Generator
 from dataclasses import asdict, dataclass
@@ -9,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from launch.driver import Driver
 from launch.roles import Plan, Role, count, homes
+from pipeinfer import __version__
+from pipeinfer.cast import Cast
 from pipeinfer.config import Config
 from pipeinfer.executor import Executor
-from pipeinfer.orchestrator import Orchestrator, cell_budget
+from pipeinfer.orchestrator import Orchestrator
 from pipeinfer.ports import (
     Closed,
     Emit,
     Finish,
     Idle,
-    Machine,
     Pair,
     Request,
     ShardModel,
@@ -28,9 +30,9 @@ from pipeinfer.ports import (
     Withdrawn,
 )
 from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR
-from speculation.drafter import Drafter, draft_cells
+from pipeinfer.trace import Header, TraceWriter
+from speculation.drafter import draft_cells
 from speculation.policy import Policy
-from stages.machine import Stage
 
 if TYPE_CHECKING:
     from launch.mpi import World
@@ -77,26 +79,32 @@ class Job:
     ) -> None:
         self._config = config
         self._world = world
-        self._policy = policy or Policy(**config.policy)
         rank = world.rank if world else 0
-        self._cast = Cast(config, plan, context, pair, self._policy)
-        shards = self._cast.shards(plan[rank])
+        cast = Cast(
+            *count(plan),
+            policy or Policy(**config.policy),
+            context,
+            config.digest(),
+            calibrations=config.calibrations,
+        )
+        self._trace = _open_trace(config, plan, cast, rank) if config.trace is not None else None
+        shards = make_shards(cast, plan[rank], pair)
         self._transport = None
         if world is not None:
             from launch.mpi import MpiTransport
 
-            self._transport = MpiTransport(world.comm, pair.pack, pair.unpack, self._cast.window)
+            self._transport = MpiTransport(world.comm, pair.pack, pair.unpack, cast.window)
         self._driver = Driver(homes(plan), self._transport)
-        machines = [self._cast.machine(role) for role in plan[rank]]
+        machines = [cast.machine(role.address) for role in plan[rank]]
         self._orchestrator = next((machine for machine in machines if isinstance(machine, Orchestrator)), None)
-        self._executor = self._driver.executor = Executor(machines, shards, self._driver, clock=time.monotonic)
+        observer = self._trace.write if self._trace else None
+        self._executor = Executor(machines, shards, self._driver, observer, clock=time.monotonic)
+        self._driver.executor = self._executor
         self.ranks = self._gather(plan[rank], rank, sum(shard.weight_nbytes for shard in shards.values()))
         for address in self._executor.addresses:
             self._driver.deliver(address, Started())
 
     def _gather(self, roles: tuple[Role, ...], rank: int, weight_nbytes: int) -> list[dict[str, Any]]:
-        import socket
-
         layers = next(([role.layers.start, role.layers.stop - 1] for role in roles if role.layers), None)
         threads = self._world.threads if self._world else 0
         facts = RankFacts(rank, socket.gethostname(), [role.name for role in roles], layers, weight_nbytes, threads)
@@ -159,40 +167,38 @@ class Job:
 
     def kill(self) -> None:
         """Nothing outlives this process."""
+        if self._trace is not None:
+            self._trace.close()
 
     def _end(self) -> None:
         if self._transport is not None:
             self._transport.close()
+        if self._trace is not None:
+            self._trace.close()
 
 
-class Cast:
-    """Builds the machines and shards of a plan, all from the same numbers."""
-
-    def __init__(self, config: Config, plan: Plan, context: int, pair: Pair, policy: Policy) -> None:
-        self._digest = config.digest()
-        self._context = context
-        self._pair = pair
-        self._policy = policy
-        self._stages, self._drafters = count(plan)
-        self._capacity = sum(cell_budget(policy, self._stages, context))
-        self.window = policy.most_runs(self._stages)
-
-    def machine(self, role: Role) -> Machine:
-        """The brain of ``role``."""
+def make_shards(cast: Cast, roles: tuple[Role, ...], pair: Pair) -> dict[int, ShardModel]:
+    """The models of ``roles``, by address."""
+    shards: dict[int, ShardModel] = {}
+    for role in roles:
         if role.layers is not None:
-            early = self._policy.schedule != "frontier"
-            return Stage(role.address, self._stages, self._capacity, self.window, self._digest, early)
-        if role.address == ORCHESTRATOR:
-            return Orchestrator(self._stages, self._drafters, self._policy, self._context, self._digest)
-        return Drafter(role.address, self._policy, self._context, self._digest)
+            shards[role.address] = pair.stage(role.layers, sum(cast.cells))
+        elif role.address != ORCHESTRATOR:
+            shards[role.address] = pair.draft(role.address - FIRST_DRAFTER, draft_cells(cast.policy, cast.context))
+    return shards
 
-    def shards(self, roles: tuple[Role, ...]) -> dict[int, ShardModel]:
-        """The models of ``roles``, by address."""
-        shards: dict[int, ShardModel] = {}
-        for role in roles:
-            if role.layers is not None:
-                shards[role.address] = self._pair.stage(role.layers, self._capacity)
-            elif role.address != ORCHESTRATOR:
-                index = role.address - FIRST_DRAFTER
-                shards[role.address] = self._pair.draft(index, draft_cells(self._policy, self._context))
-        return shards
+
+def _open_trace(config: Config, plan: Plan, cast: Cast, rank: int) -> TraceWriter:
+    layers = next(([role.layers.start, role.layers.stop] for role in plan[rank] if role.layers), None)
+    header = Header(
+        rank,
+        len(plan),
+        [role.address for role in plan[rank]],
+        cast.numbers(),
+        asdict(config),
+        layers,
+        socket.gethostname(),
+        __version__,
+        time.time() - time.monotonic(),
+    )
+    return TraceWriter(config.trace or "", header)

@@ -21,8 +21,10 @@ DTYPES = ("fp32", "bf16")
 class Config:
     """``target`` and ``drafts`` (one for each drafter) are directories in Hugging Face format, or ``builtin``.
     ``policy``: every knob of it, by name (see speculation.policy). ``context``: most tokens of a request, prompt
-    included (0: what the target was made for, at most DEFAULT_CONTEXT). ``timeout_s``: how long nothing may move before the job
-    gives up and says who waits for whom (0: for ever)."""
+    included (0: what the target was made for, at most DEFAULT_CONTEXT). ``timeout_s``: how long nothing may move before
+    the job gives up and says who waits for whom (0: for ever). ``trace``: what each rank's trace begins its name with
+    (see pipeinfer.trace); None for no traces. ``calibrations``: what is known of each source's probabilities (see
+    speculation.calibration)."""
 
     target: str = BUILTIN
     drafts: tuple[str, ...] = (BUILTIN,)
@@ -30,6 +32,8 @@ class Config:
     dtype: str = "fp32"
     context: int = 0
     timeout_s: float = 120.0
+    trace: str | None = None
+    calibrations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, words: Mapping[str, Any]) -> Config:
@@ -37,8 +41,10 @@ class Config:
         return cls(**{**words, "drafts": tuple(words["drafts"])})
 
     def digest(self) -> int:
-        """A number that ranks compare at HELLO: they must mean the same job and speak the same protocol."""
-        return zlib.crc32(json.dumps([VERSION, asdict(self)], sort_keys=True).encode())
+        """A number that ranks compare at HELLO: they must mean the same job and speak the same protocol. Where a rank
+        writes its trace is its own affair."""
+        job = {name: value for name, value in asdict(self).items() if name != "trace"}
+        return zlib.crc32(json.dumps([VERSION, job], sort_keys=True).encode())
 
     @property
     def target_directory(self) -> Path:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from pipeinfer.ports import GREEDY, Request, Sampling
 from pipeinfer.preflight import Cleared, clear
 from pipeinfer.sampling import checked_stops, exact
 from pipeinfer.text import Text
+from speculation.calibration_file import read_calibrations
 from speculation.policy import PLAIN, read_policy
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Completion:
-    """One answer. ``metrics`` are those of pipeinfer.metrics.measure; ``ranks`` says who computed it; ``logprobs`` are
+    """One answer. ``metrics`` are those of pipeinfer.metrics.measure; ``calibrations`` what has been learnt of the
+    sources' probabilities; ``ranks`` says who computed it; ``logprobs`` are
     those of ``tokens`` (natural logarithm), by the model's logits before anything was done to them."""
 
     text: str = ""
@@ -44,6 +47,7 @@ class Completion:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
+    calibrations: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -61,9 +65,11 @@ class Engine:
     used. policy: ``plain``, ``continuous`` (the default where there are several ranks) or a TOML file with a
     policy's knobs; settings: changes to it, as ``knob=value``. dtype: ``fp32`` or
     ``bf16``. context: most tokens of a request. comm: an mpi4py communicator to use instead of MPI_COMM_WORLD.
-    timeout_s: how long nothing may move before the job gives up and says who waits for whom. check: called on the head
-    before any model is loaded; a UserError it raises refuses the job on all ranks. Raises UserError for what cannot be
-    done as asked.
+    timeout_s: how long nothing may move before the job gives up and says who waits for whom. trace: a file name; each
+    rank N writes all that its roles are told and command to ``<trace>.rankN``, for ``pipeinfer replay``. calibration:
+    a file that ``pipeinfer calibrate`` wrote. check: called
+    on the head before any model is loaded; a UserError it raises refuses the job on all ranks. Raises UserError for
+    what cannot be done as asked.
     """
 
     def __init__(
@@ -78,6 +84,8 @@ class Engine:
         context: int = 0,
         timeout_s: float = 120.0,
         comm: MPI.Intracomm | None = None,
+        trace: str | Path | None = None,
+        calibration: str | Path | None = None,
         check: Callable[[Engine], object] | None = None,
     ) -> None:
         launch = launched()
@@ -95,7 +103,9 @@ class Engine:
 
         def configure() -> Config:
             drafts = draft_names(str(target), draft, drafters)
-            return Config(str(target), drafts, read_policy(name, settings).settings(), dtype, context, timeout_s)
+            knobs, file = read_policy(name, settings).settings(), None if trace is None else str(trace)
+            known = {} if calibration is None else read_calibrations(calibration)
+            return Config(str(target), drafts, knobs, dtype, context, timeout_s, file, known)
 
         cleared = self._clear(size, ranks, configure, check)
         if self._world is None and size > 1:
@@ -133,8 +143,12 @@ class Engine:
             raise problem or RefusedElsewhere("rank 0 says why")
         if self.is_head:
             return cleared
-        self.config = configure()
-        return clear(self.config, size)
+        try:
+            self.config = configure()
+            return clear(self.config, size)
+        except UserError as error:  # what the head's host has, this one lacks
+            assert world is not None
+            world.fail(error)
 
     @property
     def is_head(self) -> bool:
@@ -187,6 +201,7 @@ class Engine:
             if news.tally is not None:
                 answer.finish_reason = news.reason
                 answer.metrics = measure(submitted_at, emitted_at, news.tally)
+                answer.calibrations = news.tally.calibrations
         if piece := reader.close():
             yield piece
         if reader.is_stopped:
@@ -220,7 +235,7 @@ class Engine:
     ) -> list[int]:
         """What plain decoding says, by this process alone with the whole target in its memory: the reference."""
         assert self._text is not None
-        config = replace(self.config, policy=PLAIN.settings(), drafts=(), context=self.context)
+        config = replace(self.config, policy=PLAIN.settings(), drafts=(), context=self.context, trace=None)
         stop_tokens = frozenset() if ignore_eos else self._stop_tokens
         job = _load(config, clear(config, 1), None)
         reader, tokens = self._text.reader(stop_tokens, checked_stops(stop)), list[int]()

@@ -32,6 +32,7 @@ from pipeinfer.ports import (
     Wake,
     Woke,
 )
+from pipeinfer.trace import raised
 
 
 class Outlet(Protocol):
@@ -47,7 +48,7 @@ class Outlet(Protocol):
 
 
 Observer = Callable[[int, Event, float, list[Command]], None]
-"""Called after every event: which role, what happened, when, what it commanded."""
+"""Called after every event: which role, what happened, when, what it commanded (a Note, if it raised instead)."""
 
 
 @dataclass(slots=True)
@@ -104,7 +105,12 @@ class Executor:
             machine = self._machines.get(address)
             if machine is None:
                 continue  # it has halted: what comes late no longer matters
-            commands = machine.handle(event, now)
+            try:
+                commands = machine.handle(event, now)
+            except Exception as error:
+                if self._observer:
+                    self._observer(address, event, now, [raised(error)])
+                raise
             if self._observer:
                 self._observer(address, event, now, commands)
             for command in commands:

@@ -26,7 +26,9 @@ def measure(submitted_at: float, emitted_at: Sequence[tuple[float, int]], tally:
 
     acceptance_rate: accepted drafted tokens / drafted tokens sent to the target, each counted once. accept_length:
     tokens per correction, a correction being an emitted token that no row in flight held; 1.0 without speculation.
-    waste: rows sent after prefill that no emitted token needed / rows sent after prefill.
+    waste: rows sent after prefill that no emitted token needed / rows sent after prefill. cancel_latency_ms: from the
+    word that a run is dead to its return as a tombstone, on average. calibration_error: expected calibration error (Guo
+    et al. 2017) of the guesses' probabilities as the drafts claimed them and as they were believed, over all requests.
     """
     tokens = sum(count for _, count in emitted_at)
     first, last = emitted_at[0][0], emitted_at[-1][0]
@@ -44,6 +46,10 @@ def measure(submitted_at: float, emitted_at: Sequence[tuple[float, int]], tally:
         "runs": tally.runs,
         "cancelled_runs": tally.cancelled_runs,
         "waste": 1.0 - needed / tally.rows if tally.rows else 0.0,
+        "cancel_latency_ms": 1e3 * tally.cancel_s / tally.tombstones if tally.tombstones else 0.0,
+        "calibration_error": {
+            "claimed": tally.claimed_error, "believed": tally.believed_error, "outcomes": tally.judged
+        },
     }
 
 

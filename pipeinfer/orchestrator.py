@@ -21,7 +21,9 @@ its user at once, and the machine is ready for the next one when the last run ha
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvbuffers.partitions import Partitions
 from pipeinfer.errors import LocalProtocolError, RemoteProtocolError
@@ -62,7 +64,7 @@ from pipeinfer.protocol import (
 )
 from speculation.accept import Acceptance, accept
 from speculation.policy import Policy
-from speculation.schedule import Launch, Order, Situation
+from speculation.schedule import UNLIMITED, Launch, Order, Situation
 from speculation.schedules import make_schedule
 from speculation.sources import Sources
 from speculation.tree import Node, Tree
@@ -120,6 +122,7 @@ class Orchestrator:
         context: int,
         digest: int = 0,
         guess_cells: int | None = None,
+        calibrations: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self._stages = [stage_address(index) for index in range(stages)]
         self._drafters = [drafter_address(index) for index in range(drafters)]
@@ -132,7 +135,7 @@ class Orchestrator:
             context, cell_budget(policy, stages, context)[1] if guess_cells is None else guess_cells
         )
         self._schedule = make_schedule(policy)
-        self._sources = Sources(self._drafters, policy, context, self._say)
+        self._sources = Sources(self._drafters, policy, context, self._say, calibrations or {})
         self._sampling = GREEDY
         self._deferred: deque[Message] = deque()  # results that the schedule does not hear yet
         self._now = 0.0
@@ -260,6 +263,7 @@ class Orchestrator:
         if session is None or not session.is_over or self._flight:
             return []
         self._session = None
+        self._sources.account(session.tally)
         return [Idle(session.tally)]
 
     # Runs leave.
@@ -294,7 +298,13 @@ class Orchestrator:
         step = self._schedule.next(situation)
         if isinstance(step, Launch):
             return [self._launch(session, step)]
-        return list(self._sources.order(step)) if isinstance(step, Order) else step
+        return self._order(step) if isinstance(step, Order) else step
+
+    def _order(self, order: Order) -> list[Command]:
+        told = self._sources.order(order)
+        if not told and order.passes not in (0, UNLIMITED):
+            self._schedule.drafted([])  # without drafters nobody will answer
+        return list(told)
 
     def _launch_prefill(self, session: Session) -> Send:
         prompt = session.request.prompt
@@ -347,7 +357,7 @@ class Orchestrator:
                 session.tally.cancel_s += self._now - run.cancelled_at
         elif not run.is_prefill:
             trip_s = self._now - run.launched_at
-            rows = len(message.rows) if message.rows else len(run.nodes) + len(run.copies)
+            rows = len(run.nodes) + len(run.copies)  # some may have died on the way, but not before the slowest stage
             self._schedule.returned(rows, 1e-6 * message.slowest_us, trip_s, run.carries_root)
         if session.is_over:
             return self._settle()

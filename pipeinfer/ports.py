@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -256,6 +256,10 @@ class Tally:
     corrections: int = 0  # emitted tokens that no row in flight held
     prefill_runs: int = 0
     cancel_s: float = 0.0  # seconds from the word that cancelled it to a tombstone's return, of all tombstones
+    judged: int = 0  # guesses that the target judged, in all requests so far
+    claimed_error: float = 0.0  # their expected calibration error as the drafts claimed them
+    believed_error: float = 0.0  # and as the tree believed them
+    calibrations: dict[str, Any] = field(default_factory=dict)  # what was learnt of each source
 
 
 class Machine(Protocol):

@@ -10,6 +10,7 @@ from launch.roles import Plan, assign
 from pipeinfer.config import DEFAULT_CONTEXT, DTYPES, Config
 from pipeinfer.errors import refuse
 from pipeinfer.text import vocabulary
+from pipeinfer.trace import refuse_unwritable
 from speculation.policy import Policy
 from stages.checkpoint import Checkpoint
 from stages.generic_spec import GenericSpec
@@ -32,6 +33,8 @@ def clear(config: Config, ranks: int) -> Cleared:
         refuse(f"unknown dtype {config.dtype!r}", f"use one of {', '.join(DTYPES)}")
     if ranks < 1:
         refuse(f"{ranks} ranks", "use at least one")
+    if config.trace is not None:
+        refuse_unwritable(config.trace, ranks)
     policy = Policy(**config.policy)
     places = config.draft_directories if policy.speculate else []
     if policy.speculate and not places and (policy.schedule != "continuous" or not policy.lookup):

@@ -159,6 +159,11 @@ _ROW_TYPES: dict[Kind, tuple[struct.Struct, type[Row] | type[ChoiceRow] | type[D
 CONTROL_KINDS = frozenset({Kind.CANCEL, Kind.PROBE, Kind.STATUS})
 
 
+def row_type(kind: Kind) -> type[Row] | type[ChoiceRow] | type[DraftRow] | type[SettingRow]:
+    """What the rows of a message of ``kind`` are; raises KeyError for a kind that has none."""
+    return _ROW_TYPES[kind][1]
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message; see Kind for what each field means where it is not plain.

@@ -120,8 +120,10 @@ class Calibration:
         shift = (uphill - cross * tilt) / curvature
         longest = float(np.abs(shift + tilt * claims).max())
         share = min(1.0, _LONGEST_STEP / longest) if longest > 0.0 else 1.0
-        self.slope = _within(self.slope + share * tilt, _LEAST_SLOPE, _MOST_SLOPE)
-        self.offsets = np.clip(offsets + share * shift, -_MOST_OFFSET, _MOST_OFFSET).tolist()
+        # In 32 bits, as they travel: numpy's sums and exponentials differ in the last bits from processor to processor,
+        # and a trace from one must replay on another (law L9).
+        self.slope = float(np.float32(_within(self.slope + share * tilt, _LEAST_SLOPE, _MOST_SLOPE)))
+        self.offsets = np.clip(offsets + share * shift, -_MOST_OFFSET, _MOST_OFFSET).astype(np.float32).tolist()
         self.revision += 1
 
     def to_words(self) -> dict[str, Any]:

@@ -225,11 +225,15 @@ class Drafter:
         self._batch = [tree.root] if ends and tree.root.position == len(self._prompt) - 1 else []
         return self._compute(rows, canonical=True, wanted=(len(rows) - 1,) if ends else ())
 
+    def _floor(self) -> float:
+        """The least path probability that is worth a pass: none is too small where passes cost the same anyway."""
+        return 0.0 if self._curve and self._curve.is_flat(self._most_leaves) else self._policy.floor
+
     def _leaves(self) -> list[Node]:
         """Take the nodes of the next pass: every accepted one that it has not seen, and the best ``leaves`` guesses, as
         far as each earns more than it costs."""
         tree, nodes, guesses, useful = self._tree, list[Node](), 0, 0.0
-        floor = 0.0 if self._curve and self._curve.is_flat(self._most_leaves) else self._policy.floor
+        floor = self._floor()
         while tree is not None and len(nodes) < self._policy.prefill_chunk:
             node = tree.best()
             if node is None or node.position >= self._last_position:
@@ -297,15 +301,19 @@ class Drafter:
         if tree is None or not node.alive or node.position < tree.root.position:
             return []
         found, least = [], math.log(self._cutoff) if self._cutoff > 0 else -math.inf
-        for rank, (token, logp) in enumerate(choices):
-            if logp < least:
+        worth = math.log(max(self._floor() / 4, 1e-9))  # even as a child of the root it would hardly ever be sent
+        for rank, (token, claim) in enumerate(choices):
+            if claim < least:
                 self._withheld.append((node, choices))
                 break
-            child = tree.add(node, token, self._calibration.logp(rank, logp))
+            logp = self._calibration.logp(rank, claim) if self._policy.calibrate else claim
+            if logp < worth and rank:
+                break
+            child = tree.add(node, token, logp)
             if child is not None and child.name is None:
                 self._names += 1
                 child.name = self._names
-                found.append(DraftRow(token, child.name, node.name or 0, logp))
+                found.append(DraftRow(token, child.name, node.name or 0, claim))
         return found
 
 

@@ -113,7 +113,7 @@ def _read_file(name: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         refuse(f"{path} is no TOML file ({error})", "correct it")
     base = settings.pop("base", None)
-    if base is not None and base not in POLICIES:
+    if base is not None and base not in list(POLICIES):  # a list: TOML may say what has no hash
         refuse(f"{path}: base {base!r} is no built-in policy", f"use {', '.join(POLICIES)}")
     known = POLICIES[base].settings() if base else {}
     return {**known, "name": path.stem, **_typed(str(path), settings)}
@@ -138,6 +138,7 @@ def _typed(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _literal(text: str) -> Any:
     """A value as TOML would read it; a bare word is a string."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        found = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return found["value"] if len(found) == 1 else text

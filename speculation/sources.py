@@ -8,11 +8,12 @@ Every outcome teaches what each source's probabilities mean (calibration.py); th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from pipeinfer.ports import Request, Send
-from pipeinfer.protocol import MAX_ROWS, AnyRow, DraftRow, Flag, Kind, Message, SettingRow, accepted_name
+from pipeinfer.ports import Request, Send, Tally
+from pipeinfer.protocol import MAX_ROWS, AnyRow, DraftRow, Flag, Kind, Message, SettingRow, accepted_name, address_name
 from speculation.calibration import Calibration, Reliability
 from speculation.lookup import CLAIMS, Lookup
 from speculation.policy import Policy
@@ -21,6 +22,12 @@ from speculation.tree import Node, Tree
 
 LOOKUP = -1
 """The source of nodes that were looked up; drafters are sources by their addresses."""
+
+
+def source_name(source: int) -> str:
+    """A source as people read it: ``lookup``, ``drafter 0``."""
+    return "lookup" if source == LOOKUP else address_name(source)
+
 
 Say = Callable[[Kind, int, Flag, int, tuple[AnyRow, ...]], Send]
 """Sends a message of a kind to an address, with flags, ``run`` and rows."""
@@ -40,15 +47,26 @@ class _Served:
 
 
 class Sources:
-    """The sources of ``policy``: ``drafters`` by address, and the lookup. ``say`` sends a message."""
+    """The sources of ``policy``: ``drafters`` by address, and the lookup. ``say`` sends a message; ``calibrations``:
+    what is known of them already, by ``source_name``."""
 
-    def __init__(self, drafters: Sequence[int], policy: Policy, context: int, say: Say) -> None:
+    def __init__(
+        self,
+        drafters: Sequence[int],
+        policy: Policy,
+        context: int,
+        say: Say,
+        calibrations: Mapping[str, Mapping[str, Any]],
+    ) -> None:
         self._drafters = drafters
         self._policy = policy
         self._say = say
         self._served: _Served | None = None
         self._lookup = Lookup(most_tokens=context) if policy.lookup else None
-        self.calibrations = {source: Calibration() for source in (LOOKUP, *drafters)}
+        self.calibrations = {
+            source: Calibration.from_words(calibrations[name]) if name in calibrations else Calibration()
+            for source, name in ((source, source_name(source)) for source in (LOOKUP, *drafters))
+        }
         self._told = dict.fromkeys(drafters, 0)  # the revision of its calibration that a drafter has
         self.claimed, self.believed = Reliability(), Reliability()
 
@@ -58,7 +76,6 @@ class Sources:
 
     def open(self, request: Request, number: int, tree: Tree, last_position: int) -> list[Send]:
         """A new request: its words for the drafters. No guess beyond ``last_position`` is of use."""
-        self.claimed, self.believed = Reliability(), Reliability()
         root = {accepted_name(tree.root.position): tree.root}
         names = {drafter: dict(root) for drafter in self._drafters}
         self._served = _Served(request, number, tree, last_position, names)
@@ -69,9 +86,17 @@ class Sources:
         self._look_up(self._served)
         return told
 
+    def _teach(self, drafter: int) -> list[Send]:
+        """What was learnt of ``drafter`` since it was last told."""
+        calibration = self.calibrations[drafter]
+        if calibration.revision <= self._told[drafter]:
+            return []
+        self._told[drafter] = calibration.revision
+        return [self._say(Kind.CALIBRATE, drafter, Flag.NONE, 0, calibration.rows())]
+
     def _prompt(self, drafter: int, request: Request, last_position: int) -> list[Send]:
         prompt = request.prompt
-        said = [self._say(Kind.REQUEST, drafter, Flag.NONE, 0, request.sampling.rows())]
+        said = [self._say(Kind.REQUEST, drafter, Flag.NONE, 0, request.sampling.rows()), *self._teach(drafter)]
         for start in range(0, len(prompt), MAX_ROWS):
             rows = tuple(DraftRow(token, 0, 0, 0.0) for token in prompt[start : start + MAX_ROWS])
             flags = Flag.LAST if start + MAX_ROWS >= len(prompt) else Flag.NONE
@@ -87,6 +112,7 @@ class Sources:
         """Pass an order on to all drafters."""
         if self._served is not None and order.passes not in (0, UNLIMITED):
             self._served.awaited, self._served.found = set(self._drafters), []
+            self._look_up(self._served)  # what was thrown away for this order is guessed again
         flags = Flag.RESTART if order.restart else Flag.NONE
         rows = (SettingRow(0, order.passes, order.leaves, order.cutoff),)
         return [self._say(Kind.ORDER, drafter, flags, 0, rows) for drafter in self._drafters]
@@ -156,10 +182,7 @@ class Sources:
         for drafter in self._drafters:
             served.names[drafter].update((accepted_name(node.position), node) for node in accepted)
             said.append(self._say(Kind.ADVANCE, drafter, flags, 0, rows))
-            calibration = self.calibrations[drafter]
-            if calibration.revision > self._told[drafter]:
-                self._told[drafter] = calibration.revision
-                said.append(self._say(Kind.CALIBRATE, drafter, Flag.NONE, 0, calibration.rows()))
+            said += self._teach(drafter)
         if self._lookup is not None:
             self._lookup.extend([node.token for node in accepted])
             self._look_up(served)
@@ -174,6 +197,16 @@ class Sources:
             if node is None or node.position >= served.last_position or guess.token in served.request.stop_tokens:
                 break
             node = self._add(node, guess.token, LOOKUP, guess.rank, CLAIMS[guess.rank])
+
+    def account(self, tally: Tally) -> None:
+        """Write down how good the guesses' probabilities were, and what was learnt of them."""
+        tally.judged = sum(row.events for row in self.claimed.rows())
+        tally.claimed_error, tally.believed_error = self.claimed.error(), self.believed.error()
+        tally.calibrations = {
+            source_name(source): calibration.to_words()
+            for source, calibration in self.calibrations.items()
+            if calibration.outcomes
+        }
 
     @property
     def names(self) -> list[int]:

@@ -29,7 +29,7 @@ def say(message: str) -> None:
 
 def build_parser() -> Parser:
     """The parser of the whole command line."""
-    from pipeinfer.cli import run
+    from pipeinfer.cli import calibrate, replay, run
 
     parser = Parser(
         prog="pipeinfer", description="Decode large language models over MPI with asynchronous speculation."
@@ -37,6 +37,8 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"pipeinfer {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     run.add_parser(commands)
+    calibrate.add_parser(commands)
+    replay.add_parser(commands)
     return parser
 
 

@@ -26,17 +26,7 @@ def add_parser(commands: Any) -> None:
         "mpirun or srun the ranks are those of the job; otherwise --ranks N starts them on this machine.",
     )
     parser.set_defaults(command=run)
-    models = parser.add_argument_group("models")
-    models.add_argument("--target", metavar="DIR", help="target in Hugging Face format (default: the built-in pair)")
-    models.add_argument(
-        "--draft",
-        action="append",
-        metavar="DIR",
-        help="draft model with the target's tokenizer (repeat it for drafters that differ), or none",
-    )
-    models.add_argument("--drafters", type=int, metavar="N", help="draft ranks (default: one for each --draft)")
-    models.add_argument("--dtype", default="fp32", metavar="fp32|bf16", help="of weights and cells (default fp32)")
-    models.add_argument("--context", type=int, default=0, metavar="N", help="most tokens, prompt included")
+    add_models(parser.add_argument_group("models"))
     what = parser.add_argument_group("what to decode")
     prompt = what.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt (default: read standard input)")
@@ -55,10 +45,28 @@ def add_parser(commands: Any) -> None:
     how.add_argument(
         "--set", action="append", default=[], metavar="KNOB=VALUE", help="change one knob of the policy (repeatable)"
     )
+    how.add_argument("--calibration", metavar="FILE", help="what `pipeinfer calibrate` learnt of the pair")
     how.add_argument("--verify", action="store_true", help="decode again plainly in one process and compare the tokens")
     how.add_argument("--timeout", type=float, default=120.0, metavar="S", help="give up when nothing moves so long")
+    how.add_argument(
+        "--trace", metavar="FILE", help="write what happens on each rank to FILE.rank0, ... (see `pipeinfer replay`)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text and table")
     parser.add_argument("--logprobs", action="store_true", help="with --json: add the tokens' log-probabilities")
+
+
+def add_models(group: Any) -> None:
+    """Add what says which models there are to the parser's ``group``."""
+    group.add_argument("--target", metavar="DIR", help="target in Hugging Face format (default: the built-in pair)")
+    group.add_argument(
+        "--draft",
+        action="append",
+        metavar="DIR",
+        help="draft model with the target's tokenizer (repeat it for drafters that differ), or none",
+    )
+    group.add_argument("--drafters", type=int, metavar="N", help="draft ranks (default: one for each --draft)")
+    group.add_argument("--dtype", default="fp32", metavar="fp32|bf16", help="of weights and cells (default fp32)")
+    group.add_argument("--context", type=int, default=0, metavar="N", help="most tokens, prompt included")
 
 
 def add_sampling(group: Any) -> None:
@@ -78,8 +86,7 @@ def add_sampling(group: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Decode as ``args`` say."""
-    if args.draft and args.draft != ["none"] and not args.target:
-        refuse("--draft without --target", "name both models, or neither for the built-in pair")
+    refuse_half_a_pair(args)
     if args.timeout < 0:
         refuse(f"--timeout {args.timeout:g}", "use seconds, or 0 to wait for ever")
     if args.logprobs and not args.json:
@@ -107,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             context=args.context,
             timeout_s=args.timeout,
+            trace=args.trace,
+            calibration=args.calibration,
             check=check,
         )
     with opened as engine:
@@ -126,6 +135,12 @@ def read_sampling(args: argparse.Namespace) -> Sampling:
     return exact(
         Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
     )
+
+
+def refuse_half_a_pair(args: argparse.Namespace) -> None:
+    """A draft of one's own needs a target of one's own."""
+    if args.draft and args.draft != ["none"] and not args.target:
+        refuse("--draft without --target", "name both models, or neither for the built-in pair")
 
 
 def read_prompt(args: argparse.Namespace) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 from kvbuffers.partitions import Partitions
 from pipeinfer.orchestrator import RUNS_AHEAD, Orchestrator
-from pipeinfer.ports import Command, Event, Machine
+from pipeinfer.ports import Command, Event, Machine, Send
 from pipeinfer.protocol import (
     MAX_OPS,
     Kind,
+    Row,
     address_name,
 )
 from pipeinfer.sim.chronicle import LawBroken
@@ -38,6 +39,7 @@ class Bounds(Witness):
             if not 0 <= value <= most:
                 raise LawBroken(f"L8: {what} of {address_name(address)}: {value}, the bound is {most}")
         self._check_host(world, address)
+        self._check_rows(world.orchestrator, commands)
 
     def _count_nodes(self, machine: Machine) -> None:
         """A bound on a size is worth what the size is worth."""
@@ -45,6 +47,18 @@ class Bounds(Witness):
         tree = session.tree if session else machine._tree if isinstance(machine, Drafter) else None
         if tree is not None and tree.size != sum(1 for _ in walk(tree.root)):
             raise LawBroken(f"L8: the tree of {address_name(machine.address)} is not of the size {tree.size}")
+
+    def _check_rows(self, machine: Orchestrator, commands: list[Command]) -> None:
+        """A row is of use up to the last position whose choice may be emitted."""
+        if machine._session is None:
+            return
+        request = machine._session.request
+        last = len(request.prompt) + request.max_new_tokens - 2
+        for command in commands:
+            if isinstance(command, Send) and command.message.kind is Kind.RUN:
+                position = max((row.position for row in command.message.rows_as(Row)), default=0)
+                if position > last:
+                    raise LawBroken(f"L8: run {command.message.run} has a row at {position}, the last of use is {last}")
 
     def _check_host(self, world: World, address: int) -> None:
         """What waits on a rank: a few local words, and messages that came during a layer. A stage has at most a window

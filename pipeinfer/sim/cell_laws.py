@@ -87,6 +87,9 @@ class Cells(Reader):
             return  # of the next request
         if not (ledger._leased <= self._leased.keys() and ledger._canonical >= set(self._canonical)):
             raise LawBroken("L3: the orchestrator's ledger contradicts the operations that it sent")
+        for slot in ledger._leased if not self.story.over else ():
+            if self.story.is_dead(self._leased[slot]):
+                raise LawBroken(f"L3: cell {slot} is kept for token {self._leased[slot].token}, which is dead")
 
 
 class Replicas(Reader):

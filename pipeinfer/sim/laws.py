@@ -10,11 +10,12 @@
     L7  decode(encode(m)) == m for every message, and activations arrive as they left: replay.py
     L8  every queue, window, tree and buffer has a bound: bounds.py
     L9  a trace replays to identical commands: replay.py
-    L10 a draft that is always or never right is accepted accordingly
+    L10 a draft that is always or never right is accepted accordingly; what is verified was guessed: draft_laws.py
+    L11 a schedule does what it is named for: schedule_laws.py
 
 What the witnesses believe they derive from the messages on their own (chronicle.py), so that no machine vouches for
 itself. Tables, ledgers and bounds have no other way in than the machines' private attributes: cell_laws.py and
-bounds.py are the two files that peek. L1, L2, L4, L5, L6 and L10 are here.
+bounds.py are the two files that peek. L1, L2, L4, L5, L6 and the rest of L10 are here.
 """
 
 from __future__ import annotations
@@ -43,14 +44,27 @@ class Exact(Reader):
     """L1."""
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
-        """See Witness: no emission may stray from the truth, so the first wrong token is caught at once."""
+        """See Witness: no emission may stray from the truth, so the first wrong token is caught at once; nor may what
+        the target says after accepted tokens, even if nobody listens."""
         story = self.story
+        if address == ORCHESTRATOR and isinstance(event, Received) and event.message.kind is Kind.RESULT:
+            self._listen(event.message)
         for command in commands:
             if isinstance(command, Emit) and story.text != story.truth[: len(story.text)]:
                 pairs = enumerate(zip_longest(story.text, story.truth))
                 at, told, wanted = next((at, told, wanted) for at, (told, wanted) in pairs if told != wanted)
                 where = f"request {story.requests}, position {at}"
                 raise LawBroken(f"L1: {where}: the token is {told}, plain decoding says {wanted}")
+
+    def _listen(self, message: Message) -> None:
+        story = self.story
+        run = story.runs.get(message.run)
+        for row in message.rows_as(ChoiceRow):
+            written, after = run.written[row.slot] if run else None, row.position + 1
+            is_accepted = row.position < len(story.text) and not story.is_dead(written)
+            if is_accepted and after < len(story.truth) and row.token != story.truth[after]:
+                what = f"{row.token} after position {row.position}, plain decoding says {story.truth[after]}"
+                raise LawBroken(f"L1: request {story.requests}: run {message.run} found {what}")
 
     def on_idle(self, world: World, answer: Answer, request: Request) -> None:
         """See Witness."""

@@ -1,32 +1,43 @@
 """Random worlds: every shape a pipeline may have, drawn from a seed, and every law checked in each.
 
-    python -m pipeinfer.sim.random_worlds --worlds 2000 --seed 0
+    python -m pipeinfer.sim.random_worlds --worlds 5000 --schedule all --processes 2
 
-A world that breaks a law is reproduced by its seed alone: ``--worlds 1 --seed <seed>``. What is drawn leans towards the
-edges (no lead, no cells, all advice lost, a draft that is always or never right), because that is where faults hide.
+A world that breaks a law is reproduced by its seed (and its schedule, where one was named): ``--worlds 1 --seed <seed>
+--schedule <schedule>``. What is drawn leans towards the edges (no lead, no cells, all advice lost, a draft that is
+always or never right), because that is where faults hide.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
 
 from pipeinfer.ports import GREEDY, Request, Sampling
 from pipeinfer.sim.bounds import Bounds
 from pipeinfer.sim.cell_laws import Cells, Replicas
 from pipeinfer.sim.chronicle import Chronicle, LawBroken
+from pipeinfer.sim.draft_laws import Guessed
 from pipeinfer.sim.laws import Advice, EndsOnce, Exact, Forced, InOrder, Lively
 from pipeinfer.sim.network import Link
 from pipeinfer.sim.replay import Recorder, Wire, replay
+from pipeinfer.sim.schedule_laws import schedule_laws
 from pipeinfer.sim.world import Witness, World, WorldSpec
 from speculation.policy import Policy
 from stages.emulated import EmulatedSpec, spread
 
 MOST_EVENTS = 200_000
+SCHEDULES = ("plain", "rounds", "frontier", "continuous")
+MOST_FAILURES = 3
+CHUNK = 25
+"""Worlds that a process takes at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +82,7 @@ def draw_world(rng: random.Random, seed: int, schedule: str = "") -> WorldSpec:
         link=_draw_link(rng),
         context=need if rng.random() < 0.5 else 128,
         drafter_beside_orchestrator=rng.random() < 0.5,
-        drafters=rng.choice((1, 1, 1, 2, 3)),
+        drafters=rng.choice((0, 1, 1, 1, 1, 1, 2, 2, 3, 3)),
         guess_cells=few_cells if rng.random() < 0.25 else None,
         silent_s=rng.uniform(1, 30) if policy.schedule == "continuous" and rng.random() < 0.1 else None,
         withdraw_s=rng.uniform(0, 12 * stages) if rng.random() < 0.15 else None,
@@ -171,8 +182,8 @@ def _draw_link(rng: random.Random) -> Link:
 def every_law(spec: WorldSpec) -> tuple[Witness, ...]:
     """A fresh witness for each law that one world can show; the chronicle, which the others read, comes first."""
     story = Chronicle(spec)
-    readers = [law(story) for law in (Exact, EndsOnce, Cells, Replicas, InOrder, Advice, Forced)]
-    return story, *readers, Lively(spec), Bounds(spec), Wire()
+    readers = [law(story) for law in (Exact, EndsOnce, Cells, Replicas, InOrder, Advice, Forced, Guessed)]
+    return story, *readers, *schedule_laws(story), Lively(spec), Bounds(spec), Wire()
 
 
 def check_world(spec: WorldSpec, twin: bool = True) -> Report:
@@ -192,7 +203,9 @@ def check_world(spec: WorldSpec, twin: bool = True) -> Report:
     return Report(world.events, world.network.messages, sum(len(answer.tokens) for answer in answers))
 
 
-def first_failures(seeds: Sequence[int], most: int = 3, schedule: str = "") -> tuple[list[Report], list[str]]:
+def first_failures(
+    seeds: Sequence[int], most: int = MOST_FAILURES, schedule: str = ""
+) -> tuple[list[Report], list[str]]:
     """Check the worlds of ``seeds`` (and ``schedule``) until ``most`` have failed: reports of the good ones, a line for
     each bad one."""
     reports, failures = list[Report](), list[str]()
@@ -210,25 +223,62 @@ def first_failures(seeds: Sequence[int], most: int = 3, schedule: str = "") -> t
     return reports, failures
 
 
+@dataclass(slots=True)
+class Survey:
+    """What many worlds did; ``wall_s``: seconds of real time."""
+
+    worlds: int = 0
+    events: int = 0
+    tokens: int = 0
+    wall_s: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.worlds} worlds kept every law: {self.events} events, {self.tokens} tokens in {self.wall_s:.1f} s; "
+            f"{self.worlds / self.wall_s:.1f} worlds/s, {self.events / self.wall_s:.0f} events/s"
+        )
+
+
+def survey(seeds: Sequence[int], schedule: str = "", processes: int = 1) -> Survey:
+    """Check the worlds of ``seeds`` (and ``schedule``) on so many processes until a few have failed."""
+    found, began = Survey(), time.perf_counter()
+    chunks = [seeds[start : start + CHUNK] for start in range(0, len(seeds), CHUNK)]
+    check = partial(first_failures, schedule=schedule)
+    with contextlib.ExitStack() as stack:
+        answers: Iterable[tuple[list[Report], list[str]]] = map(check, chunks)
+        if processes > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(processes, get_context("spawn")))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            answers = pool.map(check, chunks)
+        for reports, failures in answers:
+            found.worlds += len(reports)
+            found.events += sum(report.events for report in reports)
+            found.tokens += sum(report.tokens for report in reports)
+            found.failures += failures
+            if len(found.failures) >= MOST_FAILURES:
+                break
+    found.wall_s = time.perf_counter() - began
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="pipeinfer.sim.random_worlds", description="Check the laws in random worlds.")
-    parser.add_argument("--worlds", type=int, default=2000)
+    parser.add_argument("--worlds", type=int, default=2000, help="of each schedule")
     parser.add_argument("--seed", type=int, default=0, help="of the first world")
-    parser.add_argument("--schedule", default="", choices=["", "plain", "rounds", "frontier", "continuous"], help="only")
-    options = parser.parse_args(arguments)
-    began = time.perf_counter()
-    seeds = range(options.seed, options.seed + options.worlds)
-    reports, failures = first_failures(seeds, schedule=options.schedule)
-    wall_s = time.perf_counter() - began
-    events = sum(report.events for report in reports)
-    tokens = sum(report.tokens for report in reports)
-    print(
-        f"{len(reports)} worlds kept every law: {events} events, {tokens} tokens in {wall_s:.1f} s; "
-        f"{len(reports) / wall_s:.1f} worlds/s, {events / wall_s:.0f} events/s"
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument(
+        "--schedule", default="", choices=["", "all", *SCHEDULES], help="only this one, or all one by one; else mixed"
     )
-    print("\n".join(failures), end="\n" if failures else "")
-    return 1 if failures else 0
+    options = parser.parse_args(arguments)
+    failed = False
+    for schedule in SCHEDULES if options.schedule == "all" else (options.schedule,):
+        found = survey(range(options.seed, options.seed + options.worlds), schedule, options.processes)
+        print(f"{schedule or 'mixed'}: {found}", flush=True)
+        print("\n".join(found.failures), end="\n" if found.failures else "", flush=True)
+        failed |= bool(found.failures)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,32 +1,17 @@
-"""What is written down comes back the same: a message from its bytes (law L7), a role's commands from a trace (law L9).
-
-So a trace from anywhere, a simulated world or a real rank, can be taken home and debugged; and a machine that looks at
-a clock, a seedless random number or the order of a set is found out.
-"""
+"""What is written down comes back the same: a message from its bytes (law L7), a role's commands from a trace (L9)."""
 
 from __future__ import annotations
 
 import struct
 from collections import deque
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
-
-import numpy as np
+from dataclasses import replace
 
 from pipeinfer.ports import Command, Event, Received, Send
-from pipeinfer.protocol import ORCHESTRATOR, AnyRow, Kind, Message, Row, SettingRow, address_name, decode, encode
+from pipeinfer.protocol import ORCHESTRATOR, AnyRow, Kind, Message, Row, SettingRow, decode, encode
+from pipeinfer.replay import retell
 from pipeinfer.sim.chronicle import LawBroken
 from pipeinfer.sim.world import Witness, World, WorldSpec, make_machines
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One event of one role, and what the role commanded."""
-
-    address: int
-    event: Event
-    now: float
-    commands: tuple[Command, ...]
+from pipeinfer.trace import Step
 
 
 class Recorder(Witness):
@@ -42,33 +27,9 @@ class Recorder(Witness):
 
 def replay(spec: WorldSpec, trace: list[Step]) -> None:
     """Tell fresh machines of ``spec`` all that ``trace`` told the old ones; LawBroken at the first difference."""
-    machines = {machine.address: machine for machine in make_machines(spec)}
-    for number, step in enumerate(trace):
-        commands = machines[step.address].handle(step.event, step.now)
-        what = difference(step.commands, tuple(commands))
-        if what:
-            event = type(step.event).__name__
-            raise LawBroken(f"L9: {address_name(step.address)} answers event {number} ({event}) differently: {what}")
-
-
-def difference(old: Any, new: Any, path: str = "commands") -> str:
-    """Where and how ``new`` differs from ``old``; empty if it does not."""
-    if old is new:
-        return ""
-    if type(old) is not type(new):
-        return f"{path} was {old!r}, is {new!r}"
-    if isinstance(old, np.ndarray):
-        same = old.shape == new.shape and old.dtype == new.dtype and old.tobytes() == new.tobytes()
-        return "" if same else f"{path} was {old.tolist()}, is {new.tolist()}"
-    if isinstance(old, Message):
-        return "" if old == new else f"{path} was {old}, is {new}"
-    if is_dataclass(old):
-        parts = [(field.name, getattr(old, field.name), getattr(new, field.name)) for field in fields(old)]
-    elif isinstance(old, tuple | list) and len(old) == len(new):
-        parts = [(str(index), was, now) for index, (was, now) in enumerate(zip(old, new, strict=True))]
-    else:
-        return "" if old == new else f"{path} was {old!r}, is {new!r}"
-    return next((found for name, was, now in parts if (found := difference(was, now, f"{path}.{name}"))), "")
+    retold = retell({machine.address: machine for machine in make_machines(spec)}, trace)
+    if retold.difference:
+        raise LawBroken(f"L9: {retold.difference}")
 
 
 class Wire(Witness):

@@ -117,10 +117,12 @@ class OneRoundAtATime(Reader):
 
     def _check(self, message: Message, spec: WorldSpec) -> None:
         rows = message.rows_as(Row)
-        if self._in_flight or self._awaited or not self._has_drafted:
+        has_drafters = spec.policy.speculate and spec.drafters > 0
+        if self._in_flight or self._awaited or (has_drafters and not self._has_drafted):
             why = f"{self._in_flight} runs in flight, {self._awaited} drafters at work"
             raise LawBroken(f"L11: run {message.run} is launched with {why}")
-        if not rows or rows[0].position != self._length - 1 or rows[-1].position >= self._length + spec.policy.levels:
+        deepest = self._length - 1 + max(spec.policy.levels, spec.policy.lookup)
+        if not rows or rows[0].position != self._length - 1 or rows[-1].position > deepest:
             raise LawBroken(f"L11: run {message.run} of {len(rows)} rows is no round after {self._length} tokens")
 
 

@@ -10,8 +10,9 @@ import heapq
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from pipeinfer.cast import Cast
 from pipeinfer.errors import StallError
 from pipeinfer.executor import Executor
 from pipeinfer.orchestrator import Orchestrator, cell_budget
@@ -34,10 +35,9 @@ from pipeinfer.ports import (
 )
 from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR, Message, decode, drafter_address, encode, stage_address
 from pipeinfer.sim.network import Link, Network
-from speculation.drafter import Drafter, draft_cells
+from speculation.drafter import draft_cells
 from speculation.policy import Policy
 from stages.emulated import EmulatedShard, EmulatedSpec
-from stages.machine import Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,20 +242,16 @@ class World:
             self.at(now, self._submit)
 
 
-def make_machines(spec: WorldSpec) -> list[Machine]:
-    """The orchestrator, the stages in order, the drafter if the policy wants one."""
+def make_cast(spec: WorldSpec) -> Cast:
+    """Who plays in the world of ``spec``; drafters only if the policy wants any."""
     drafters = spec.drafters if spec.policy.speculate else 0
-    accepted, guesses = cell_budget(spec.policy, spec.stages, spec.context)
-    if spec.guess_cells is not None:
-        guesses = min(guesses, spec.guess_cells)
-    window = spec.policy.most_runs(spec.stages)
-    machines: list[Machine] = [Orchestrator(spec.stages, drafters, spec.policy, spec.context, guess_cells=guesses)]
-    for index in range(spec.stages):
-        early = spec.policy.schedule != "frontier"
-        machines.append(Stage(stage_address(index), spec.stages, accepted + guesses, window, credits_early=early))
-    for index in range(drafters):
-        machines.append(Drafter(drafter_address(index), spec.policy, spec.context))
-    return machines
+    return Cast(spec.stages, drafters, spec.policy, spec.context, guess_cells=spec.guess_cells)
+
+
+def make_machines(spec: WorldSpec) -> list[Machine]:
+    """The orchestrator, the stages in order, the drafters."""
+    cast = make_cast(spec)
+    return [cast.machine(address) for address in cast.addresses]
 
 
 def make_shards(spec: WorldSpec) -> dict[int, ShardModel]:
@@ -271,7 +267,10 @@ def make_shards(spec: WorldSpec) -> dict[int, ShardModel]:
     capacity = draft_cells(spec.policy, spec.context)
     pace = _pace(spec.draft_s / layers, spec.row_cost)
     for index in range(spec.drafters):
-        shards[drafter_address(index)] = EmulatedShard(spec.model, range(layers), capacity, pace, is_draft=True)
+        ranks = spec.model.ranks
+        turn = index % len(ranks)  # every drafter has its own idea of what is likely
+        model = replace(spec.model, ranks=ranks[turn:] + ranks[:turn])
+        shards[drafter_address(index)] = EmulatedShard(model, range(layers), capacity, pace, is_draft=True)
     return shards
 
 

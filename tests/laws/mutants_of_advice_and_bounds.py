@@ -69,6 +69,48 @@ def a_stage_drops_a_living_row(patch: pytest.MonkeyPatch) -> None:
     wrap(patch, CellTable, "living", living)
 
 
+@mutant("L6")
+def the_cancel_of_a_row_names_a_living_one(patch: pytest.MonkeyPatch) -> None:
+    def losses(original: Any, machine: Orchestrator, root: Any, outcome: Any) -> Any:
+        runs, rows = original(machine, root, outcome)
+        if rows:
+            living = [node for run in machine._flight for node in run.nodes if node.alive and node is not root]
+            rows += [Row(0, node.run or 0, node.slot or 0, 0) for node in living[-1:]]
+        return runs, rows
+
+    wrap(patch, Orchestrator, "_losses", losses)
+
+
+@mutant("L6")
+def the_cancel_of_a_row_kills_its_run(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Stage, "_mark", lambda original, stage, run, cell: original(stage, run, protocol.NO_SLOT))
+
+
+@mutant("L6")
+def a_cancelled_row_takes_its_cell_along(patch: pytest.MonkeyPatch) -> None:
+    """Whatever is later put into that cell is skipped too."""
+    cells: dict[int, set[int]] = {}
+
+    def mark(original: Any, stage: Stage, run: int, cell: int) -> Any:
+        cells.setdefault(id(stage._cells), set()).add(cell)
+        return original(stage, run, cell)
+
+    def living(original: Any, table: CellTable, rows: Any, dead: Any) -> Any:
+        return original(table, rows, set(dead) | cells.get(id(table), set()))
+
+    wrap(patch, Stage, "_mark", mark)
+    wrap(patch, CellTable, "living", living)
+
+
+@mutant("RemoteProtocolError")
+def the_end_cancels_the_roots_own_run(patch: pytest.MonkeyPatch) -> None:
+    def cancel(original: Any, machine: Orchestrator, runs: Any, rows: Any, session: Any) -> Any:
+        roots = [run for run in machine._flight if session.is_over and run not in runs and run.cancelled_at is None]
+        return original(machine, runs + roots, rows, session)
+
+    wrap(patch, Orchestrator, "_cancel", cancel)
+
+
 # L7: the wire.
 
 
@@ -205,8 +247,8 @@ def the_window_is_ignored(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L9")
 def the_orchestrator_looks_at_the_clock(patch: pytest.MonkeyPatch) -> None:
-    def choose(tree: Tree, policy: Any, room: int) -> Any:
-        return choose_rows(tree, policy, room if time.perf_counter_ns() // 100 % 2 else min(room, 1))
+    def choose(tree: Tree, policy: Any, room: int, *rest: Any) -> Any:
+        return choose_rows(tree, policy, room if time.perf_counter_ns() // 100 % 2 else min(room, 1), *rest)
 
     patch.setattr("speculation.continuous.choose_rows", choose)
 
@@ -225,7 +267,7 @@ def machines_share_a_counter(patch: pytest.MonkeyPatch) -> None:
 # L10: acceptance as it was ordered.
 
 
-@mutant("L10")
+@mutant("L10", "frontier")
 def the_draft_is_led_astray(patch: pytest.MonkeyPatch) -> None:
     def evaluate(original: Any, drafter: Drafter, nodes: Any) -> Any:
         command = original(drafter, nodes)
@@ -234,7 +276,7 @@ def the_draft_is_led_astray(patch: pytest.MonkeyPatch) -> None:
     wrap(patch, Drafter, "_evaluate", evaluate)
 
 
-@mutant("L10")
+@mutant("L10", "plain")
 def luck_is_counted_as_acceptance(patch: pytest.MonkeyPatch) -> None:
     def settle(original: Any, machine: Orchestrator) -> Any:
         commands = original(machine)

@@ -15,6 +15,7 @@ from pipeinfer.ports import Idle, Send
 from pipeinfer.protocol import CellOpKind, Edges, Flag, Kind
 from pipeinfer.sim.network import Network
 from speculation.accept import accept
+from speculation.continuous import choose_rows
 from speculation.tree import Tree
 from stages.emulated import EmulatedShard
 from stages.machine import Stage
@@ -81,7 +82,29 @@ def the_last_layer_is_skipped_for_wide_runs(patch: pytest.MonkeyPatch) -> None:
     wrap(patch, EmulatedShard, "forward", forward)
 
 
-# L2: every run ends once.
+@mutant("L1", "frontier")
+def a_row_sees_canonical_cells_beyond_its_joint(patch: pytest.MonkeyPatch) -> None:
+    def admit(original: Any, table: CellTable, rows: Any, canonical: bool = False) -> Any:
+        batch = original(table, rows, canonical)
+        return batch if canonical else replace(batch, visible=batch.visible | table._canonical[: table._span])
+
+    wrap(patch, CellTable, "admit", admit)
+
+
+# L2: every run ends once, and nothing is verified twice.
+
+
+@mutant("L2", "continuous")
+def a_node_is_sent_twice(patch: pytest.MonkeyPatch) -> None:
+    def choose(tree: Tree, *rest: Any) -> Any:
+        nodes = choose_rows(tree, *rest)
+        for node in nodes[-1:]:
+            if node is not tree.root and node.position % 5 == 4:
+                node.pending = True
+                tree._push(node)
+        return nodes
+
+    patch.setattr("speculation.continuous.choose_rows", choose)
 
 
 @mutant("L2")
@@ -186,6 +209,30 @@ def a_tombstone_loses_its_operations(patch: pytest.MonkeyPatch) -> None:
         return original(stage, kind, *rest, **options)
 
     wrap(patch, Stage, "_send", send)
+
+
+@mutant("RemoteProtocolError", "frontier")
+def the_cell_of_a_copy_is_committed(patch: pytest.MonkeyPatch) -> None:
+    def launch(original: Any, machine: Orchestrator, session: Any, step: Any) -> Any:
+        sent = original(machine, session, step)
+        for node in [node for node in step.copies if node.slot in machine._ledger._leased]:
+            ledger, slot = machine._ledger, next(r.slot for r in sent.message.rows if r.position == node.position)
+            ledger._released.remove(slot)
+            ledger._leased.add(slot)
+            ledger.release(node.slot)
+            node.slot = slot
+        return sent
+
+    wrap(patch, Orchestrator, "_launch", launch)
+
+
+@mutant("L3", "continuous")
+def what_is_thrown_away_keeps_its_cells(patch: pytest.MonkeyPatch) -> None:
+    def accept_some(original: Any, machine: Orchestrator, session: Any) -> Any:
+        session.tree.prune = lambda: Tree.prune(session.tree)[:0]
+        return original(machine, session)
+
+    wrap(patch, Orchestrator, "_accept", accept_some)
 
 
 # L4: order.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeinfer.errors import StallError
-from pipeinfer.ports import Request
+from pipeinfer.ports import Request, Sampling
 from pipeinfer.protocol import Kind
 from pipeinfer.sim.chronicle import oracle
 from pipeinfer.sim.network import Link, Network
 from pipeinfer.sim.random_worlds import check_world, every_law
-from pipeinfer.sim.world import World, WorldSpec
-from speculation.policy import Policy
+from pipeinfer.sim.world import Answer, World, WorldSpec
+from speculation.policy import Policy, read_policy
 from stages.emulated import EmulatedSpec, spread
 
 POLICY = Policy("edge", rows=4, width=2, leaves=2, lead=12)
@@ -69,10 +70,143 @@ EDGES = {
     "one slow stage": replace(BASE, stage_s=(0.1, 0.1, 4.0, 0.1)),
 }
 
+SMALL = replace(BASE, requests=(LONG,), model=replace(MODEL, layers=4))
+
+
+def small(**changes: Any) -> WorldSpec:
+    return replace(SMALL, policy=replace(POLICY, **changes))
+
+
+SCHEDULES = {
+    "plain": Policy("plain", speculate=False),
+    "rounds": Policy("edge", schedule="rounds", levels=3, rows=6, width=2, leaves=2, lead=12),
+    "frontier": Policy("edge", schedule="frontier", rows=3, lead=12, p_accept=0.3, p_recovery=0.2, cancel="relay"),
+    "continuous": POLICY,
+}
+DRAWN = Sampling(0.75, top_k=5, seed=2**63 + 7)
+PENALISED = Sampling(repetition_penalty=1.5)
+LIES = {
+    "thinks it is right": EmulatedSpec(4, 40, ranks=(0.0,), claims=(1.0, 1.0)),
+    "thinks it is wrong": EmulatedSpec(4, 40, ranks=(1.0,), claims=(1e-6,)),
+    "takes its second choice for its best": EmulatedSpec(4, 40, ranks=(0.2, 0.7), claims=(0.9, 0.05)),
+}
+ROWS_LOST = {
+    "lost": Link(control_loss=1.0),
+    "twice and late": Link(control_repeat=1.0, jitter_s=3.0),
+    "twice and at once": Link(control_repeat=1.0),
+    "half of them": Link(control_loss=0.5, delay_s=0.3),
+}
+ONE_FALLS_SILENT = replace(BASE, silent_s=9.0, drafter_beside_orchestrator=False)
+LOOKUP_ONLY = replace(
+    small(lookup=8, width=1), model=EmulatedSpec(4, vocab=2, ranks=(0.0,)), requests=(Request((1, 0, 1), 48),)
+)
+EDGES |= {f"three drafters, {name}": replace(SMALL, policy=policy, drafters=3) for name, policy in SCHEDULES.items()}
+EDGES |= {
+    f"three drafters elsewhere, {name}": replace(
+        SMALL, policy=policy, drafters=3, drafter_beside_orchestrator=False, link=Link(delay_s=0.2, jitter_s=0.5)
+    )
+    for name, policy in SCHEDULES.items()
+}
+EDGES |= {
+    f"{cells} cells for guesses, {name}": replace(SMALL, policy=policy, guess_cells=cells)
+    for name, policy in SCHEDULES.items()
+    for cells in (0, 1, 2)
+}
+EDGES |= {
+    f"cancels of rows, {cancel}, {how}": replace(
+        small(cancel=cancel, rows=8, width=3, leaves=3, lead=18, cancel_rows=True), link=link, row_cost=0.3
+    )
+    for cancel in ("direct", "relay")
+    for how, link in ROWS_LOST.items()
+}
+EDGES |= {f"a draft that {how}, calibrated": replace(small(calibrate=True), model=lie) for how, lie in LIES.items()}
+EDGES |= {
+    f"greedy, then drawn, then greedy, {name}": replace(
+        SMALL, policy=policy, requests=(LONG, replace(LONG, sampling=DRAWN), LONG)
+    )
+    for name, policy in SCHEDULES.items()
+}
+EDGES |= {
+    f"repetition is penalised, {name}": replace(
+        SMALL,
+        policy=policy,
+        model=replace(MODEL, vocab=5),
+        requests=(replace(LONG, sampling=PENALISED), replace(LONG, sampling=replace(DRAWN, repetition_penalty=1.5))),
+    )
+    for name, policy in SCHEDULES.items()
+}
+EDGES |= {
+    "a drafter falls silent": ONE_FALLS_SILENT,
+    "two of three drafters fall silent": replace(ONE_FALLS_SILENT, drafters=3, drafter_beside_orchestrator=True),
+    "a drafter was never heard of again": replace(ONE_FALLS_SILENT, silent_s=1e-3),
+    "nothing wrong survives": small(reuse=False),
+    "nothing wrong survives, three drafters": replace(small(reuse=False, lookup=5), drafters=3),
+    "lookup only": LOOKUP_ONLY,
+    "lookup only, rounds": replace(LOOKUP_ONLY, policy=replace(SCHEDULES["rounds"], lookup=8, width=1)),
+    "lookup beside a drafter": replace(LOOKUP_ONLY, model=replace(MODEL, vocab=2)),
+    "lookup of a silent drafter": replace(LOOKUP_ONLY, silent_s=1e-3, drafter_beside_orchestrator=False),
+    "rounds without drafts": replace(SMALL, policy=replace(SCHEDULES["rounds"], speculate=False)),
+    "rounds without a drafter": replace(SMALL, policy=SCHEDULES["rounds"], drafters=0),
+    "rounds of what was looked up": replace(
+        LOOKUP_ONLY, policy=replace(SCHEDULES["rounds"], lookup=8, width=1), drafters=0
+    ),
+    "PipeInfer's without a drafter": replace(SMALL, policy=replace(SCHEDULES["frontier"], p_decay=0.1), drafters=0),
+    "lookup without a drafter": replace(LOOKUP_ONLY, drafters=0),
+    "governed lookup without a drafter": replace(small(lookup=8, govern=True), drafters=0),
+    "governed": small(govern=True),
+    "governed, and every row costs": replace(small(govern=True, rows=8), row_cost=0.5, requests=(LONG,) * 4),
+    "the published numbers of PipeInfer": replace(
+        SMALL, policy=replace(SCHEDULES["frontier"], lead=512, window=64, p_accept=0.1, p_recovery=0.0)
+    ),
+    "a cutoff that nothing passes": replace(SMALL, policy=replace(SCHEDULES["frontier"], p_accept=1.0)),
+    "a cutoff that falls with every refusal": replace(
+        SMALL, policy=replace(SCHEDULES["frontier"], p_accept=0.95, p_decay=0.05)
+    ),
+}
+
 
 @pytest.mark.parametrize("spec", EDGES.values(), ids=EDGES)
 def test_every_law_holds(spec: WorldSpec) -> None:
     check_world(spec)
+
+
+def answers(spec: WorldSpec) -> list[Answer]:
+    return World(spec, every_law(spec)).run()
+
+
+def test_what_was_drawn_before_does_not_matter() -> None:
+    """The second of these is drawn; before and after it the same greedy request has the same answer."""
+    first, drawn, last = (answer.tokens for answer in answers(EDGES["greedy, then drawn, then greedy, continuous"]))
+    assert first == last != drawn
+    assert drawn == answers(replace(SMALL, requests=(replace(LONG, sampling=DRAWN),)))[0].tokens
+    other = replace(LONG, sampling=replace(DRAWN, seed=7))
+    assert drawn != answers(replace(SMALL, requests=(other,)))[0].tokens
+
+
+@pytest.mark.parametrize("name", ["lookup only", "lookup only, rounds", "lookup of a silent drafter"])
+def test_what_is_looked_up_is_accepted_without_any_draft(name: str) -> None:
+    (answer,) = answers(EDGES[name])
+    assert answer.tally is not None
+    assert answer.tally.accepted >= 6, "two words are soon repeated"
+
+
+def test_a_silent_drafter_costs_time_only() -> None:
+    talking, silent = answers(replace(ONE_FALLS_SILENT, silent_s=None)), answers(ONE_FALLS_SILENT)
+    assert [answer.tokens for answer in silent] == [answer.tokens for answer in talking]
+    told, told_before = silent[1].tally, talking[1].tally
+    assert told is not None
+    assert told_before is not None
+    assert told.drafted == 0 < told_before.drafted
+
+
+def test_calibration_stops_believing_a_liar() -> None:
+    """Its guesses are thought certain and are never right: with a floor they are soon not worth a row."""
+    lie = replace(small(calibrate=True, floor=0.1), model=LIES["thinks it is right"], requests=(LONG,) * 3)
+    learned, believed = (answers(replace(lie, policy=replace(lie.policy, calibrate=is_on))) for is_on in (True, False))
+    drafted = [answer.tally.drafted for answer in learned if answer.tally]
+    assert drafted[2] < drafted[0] / 4
+    assert believed[2].tally is not None
+    assert drafted[2] < believed[2].tally.drafted / 4
 
 
 def test_late_news_of_several_tokens() -> None:
@@ -121,3 +255,11 @@ def test_a_world_where_nothing_can_happen_says_who_waits(monkeypatch: pytest.Mon
     monkeypatch.setattr(Network, "arrivals", lose)
     with pytest.raises(StallError, match="in flight"):
         check_world(BASE)
+
+
+BASELINES = sorted((Path(__file__).parents[2] / "benchmarks" / "baselines").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+def test_every_rival_keeps_every_law(path: Path) -> None:
+    check_world(replace(SMALL, policy=read_policy(str(path)), drafter_beside_orchestrator=False))

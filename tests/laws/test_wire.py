@@ -146,9 +146,10 @@ def messages(draw: st.DrawFn) -> Message:
     rows: list[AnyRow] = draw(st.lists(ROWS[kind], max_size=5)) if kind in ROWS else []
     ops = draw(st.lists(OPS, max_size=5))
     source, dest, request = draw(SHORT), draw(SHORT), draw(SHORT)
-    counters = [draw(WORD) for _ in range(3)]
-    costs = [draw(WORD) for _ in range(3)]
-    return Message(kind, source, dest, draw(FLAGS), request, *counters, tuple(ops), tuple(rows), *costs)
+    epoch, txn, run, nbytes, work_us, slowest_us = (draw(WORD) for _ in range(6))
+    return Message(
+        kind, source, dest, draw(FLAGS), request, epoch, txn, run, tuple(ops), tuple(rows), nbytes, work_us, slowest_us
+    )
 
 
 @given(messages())

@@ -4,59 +4,52 @@ from __future__ import annotations
 
 import os
 import random
-import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 
 import pytest
 from hypothesis import given, note
 from hypothesis import strategies as st
 
-from pipeinfer.sim.random_worlds import check_world, draw_world, first_failures, main, random_world
+from pipeinfer.sim.random_worlds import SCHEDULES, check_world, draw_world, first_failures, main, random_world, survey
 from pipeinfer.sim.world import World
 from tests.laws.hunt import WORLDS
+from tests.laws.mutants import MUTANTS
 
 PROCESSES = 2
 
 
-def check(seeds: range) -> tuple[int, list[str]]:
-    """Events in the worlds of ``seeds``, and a line for each of the first that broke a law."""
-    reports, failures = first_failures(seeds)
-    return sum(report.events for report in reports), failures
-
-
-def test_the_worlds_of_the_mutants_keep_every_law() -> None:
-    assert not check(WORLDS)[1]
+@pytest.mark.parametrize("schedule", sorted({mutant.schedule for mutant in MUTANTS}))
+def test_the_worlds_of_the_mutants_keep_every_law(schedule: str) -> None:
+    worlds = WORLDS[:25] if schedule else WORLDS  # of each schedule more are looked at below
+    assert not first_failures(worlds, schedule=schedule)[1]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_thousand_worlds(capsys: pytest.CaptureFixture[str]) -> None:
-    began = time.perf_counter()
-    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
-        found = list(pool.map(check, [range(start, start + 100) for start in range(0, 2000, 100)]))
-    wall_s, events = time.perf_counter() - began, sum(events for events, _ in found)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_five_hundred_worlds_of_each_schedule(schedule: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = survey(range(500), schedule, PROCESSES)
     with capsys.disabled():
-        rate = events / wall_s
-        print(f"\n2,000 worlds: {events} events in {wall_s:.0f} s on {PROCESSES} processes, {rate:.0f} events/s")
-    assert not [line for _, lines in found for line in lines]
-    assert wall_s < 120 or os.getloadavg()[0] > 2 * PROCESSES, "two thousand worlds take less than two minutes"
+        print(f"\n{schedule}: {found} on {PROCESSES} processes")
+    assert not found.failures
+    assert found.wall_s < 60 or os.getloadavg()[0] > 2 * PROCESSES, "five hundred worlds take less than a minute"
 
 
-@given(st.randoms(use_true_random=False), st.integers(0, 0xFFFF))
-def test_any_world(rng: random.Random, seed: int) -> None:
-    spec = draw_world(rng, seed)
+@given(st.randoms(use_true_random=False), st.integers(0, 0xFFFF), st.sampled_from(("", *SCHEDULES)))
+def test_any_world(rng: random.Random, seed: int, schedule: str) -> None:
+    spec = draw_world(rng, seed, schedule)
     note(repr(spec))
     check_world(spec)
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_advice_changes_time_and_never_tokens(seed: int) -> None:
-    spec = replace(random_world(seed), withdraw_s=None)  # else time decides how many tokens there are
+@pytest.mark.parametrize("schedule", ["frontier", "continuous"])  # the others have nothing to cancel before the end
+@pytest.mark.parametrize("seed", range(8))
+def test_advice_changes_time_and_never_tokens(seed: int, schedule: str) -> None:
+    spec = replace(random_world(seed, schedule), withdraw_s=None)  # else time decides how many tokens there are
     variants = [replace(spec, policy=replace(spec.policy, cancel=cancel)) for cancel in ("direct", "relay", "off")]
     variants.append(replace(variants[0], link=replace(spec.link, control_loss=1.0)))
     variants.append(replace(variants[1], link=replace(spec.link, control_loss=0.5, control_repeat=0.5, jitter_s=2.0)))
+    variants += [replace(one, policy=replace(one.policy, cancel_rows=not spec.policy.cancel_rows)) for one in variants]
     told = [[answer.tokens for answer in World(variant).run()] for variant in variants]
     assert all(tokens == told[0] for tokens in told)
 
@@ -64,13 +57,26 @@ def test_advice_changes_time_and_never_tokens(seed: int) -> None:
 def test_a_seed_is_a_world() -> None:
     assert random_world(7) == random_world(7)
     assert random_world(7) != random_world(8)
+    assert [random_world(7, schedule).policy.schedule for schedule in SCHEDULES[1:]] == list(SCHEDULES[1:])
 
 
 def test_the_command_line_tells_the_seed_and_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["--worlds", "2", "--seed", "3"]) == 0
-    assert "2 worlds kept every law" in capsys.readouterr().out
+    assert "mixed: 2 worlds kept every law" in capsys.readouterr().out
     monkeypatch.setattr("pipeinfer.orchestrator.accept", lambda *arguments: 1 / 0)
-    assert main(["--worlds", "2", "--seed", "3"]) == 1
-    assert "--worlds 1 --seed 3" in capsys.readouterr().out
+    assert main(["--worlds", "2", "--seed", "3", "--schedule", "rounds"]) == 1
+    assert "--worlds 1 --seed 3 --schedule rounds" in capsys.readouterr().out
+
+
+def test_the_command_line_takes_every_schedule_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--worlds", "1", "--schedule", "all"]) == 0
+    told = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert told == list(SCHEDULES)
+
+
+@pytest.mark.slow
+def test_worlds_are_the_same_on_two_processes() -> None:
+    alone, shared = (survey(range(60), "rounds", processes) for processes in (1, 2))
+    assert (alone.worlds, alone.events, alone.tokens) == (shared.worlds, shared.events, shared.tokens)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from pipeinfer.errors import CheckpointError
 from stages.generic import GenericShard
 from stages.generic_spec import GenericSpec
-from tests.models.test_generic_shard import BASE, EXPERTS, FALCON, SIZES, make_model
+from tests.models.tiny_generic import BASE, EXPERTS, FALCON, SIZES, make_model
 
 GATED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 T5 = {"vocab_size": 512, "d_model": 64, "d_ff": 64, "d_kv": 16, "num_layers": 2, "num_heads": 4}

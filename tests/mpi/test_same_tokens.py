@@ -1,89 +1,83 @@
 """The product: on any number of ranks, under any policy and with either MPI, the tokens are those of transformers.
 
-Greedy, fp32, at least 20 prompts of 128 new tokens for the built-in pair and for a random pair of every architecture.
+Greedy, fp32, the built-in pair. Other models are in test_same_tokens_of_architectures.py, drawn tokens in
+test_same_tokens_sampled.py.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from launch.mpiexec import command
 from pipeinfer.config import BUILTIN, model_directory
-from pipeinfer.text import Text
+from pipeinfer.ports import Sampling
 from tests.models.tiny import make_tiny_pair
+from tests.mpi.matrix import (
+    ABLATIONS,
+    FULL,
+    NEW_TOKENS,
+    RANKS,
+    RIVALS,
+    ROOT,
+    TIMEOUT_S,
+    Asked,
+    Case,
+    Task,
+    clear_margins,
+    decode,
+    differences,
+    prompts_for,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = ["-m", "tests.mpi.programs.same_tokens"]
-NEW_TOKENS = 128
-ARCHITECTURES = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT_S)]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+DEFAULT = Case(4)
+ALWAYS_RIGHT = str(model_directory(BUILTIN, "target"))
+SAME_TWICE, TWO_DRAFTS = Case(4, drafters=2), Case(6, draft=(BUILTIN, ALWAYS_RIGHT))
+CASES = [
+    *(Case(ranks) for ranks in RANKS if ranks != DEFAULT.ranks),
+    *(Case(4, policy) for policy in ("plain", *RIVALS, *ABLATIONS)),
+    SAME_TWICE,
+    TWO_DRAFTS,
+    Case(3, draft=ALWAYS_RIGHT),
+    Case(4, draft="none"),
+    Case(4, settings=("cancel=relay",)),
+    Case(4, settings=("govern=false",)),
+    Case(2, settings=("prefill_chunk=7", "window=1", "rows=3")),
+]
+SOME = 8  # prompts
+LONG = Asked(sum(prompts_for(BUILTIN)[:9], ()))  # longer than the runs of prompt tokens
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    found = {"builtin": [BUILTIN, BUILTIN]}
-    for architecture in ARCHITECTURES:
-        pair = make_tiny_pair(tmp_path_factory.mktemp(architecture), architecture, seed=1)
-        found[architecture] = [str(directory) for directory in pair]
+def tasks() -> list[Task]:
+    """The default takes all prompts; each other engine takes some, the next one the next ones."""
+    prompts = [Asked(prompt) for prompt in prompts_for(BUILTIN)]
+    if FULL:
+        other = [Case(ranks, case.policy, case.settings) for case in CASES for ranks in RANKS if case.draft == BUILTIN]
+        cases = dict.fromkeys([DEFAULT, *CASES, *other])
+        return [(case, [*prompts, LONG]) for case in cases]
+    found: list[Task] = [(DEFAULT, [*prompts, LONG])]
+    for index, case in enumerate(CASES):
+        found.append((case, [*(prompts * 2)[index * SOME % 100 :][:SOME], LONG]))
     return found
 
 
-def prompts_for(target: str, count: int) -> list[list[int]]:
-    lines = (ROOT / "benchmarks/prompts/python.jsonl").read_text().splitlines()[:count]
-    text = Text(model_directory(target, "target"))
-    return [text.encode(json.loads(line)["prompt"])[:60] for line in lines]
-
-
-def decode(
-    python: str, directory: Path, models: dict[str, list[str]], sizes: list[int], count: int
-) -> tuple[dict[str, list[list[int]]], dict[str, list[list[int]]]]:
-    """The prompts of each model, and the tokens of each (model, policy, size)."""
-    prompts = {name: prompts_for(target, count) for name, (target, _) in models.items()}
-    order, answers = directory / "order.json", directory / "answers.json"
-    words = {"models": models, "prompts": prompts, "sizes": sizes, "new_tokens": NEW_TOKENS, "answers": str(answers)}
-    order.write_text(json.dumps(words))
-    line, environ = command(max(sizes), [python, *PROGRAM, str(order)], python)
-    environ["PYTHONPATH"] = str(ROOT)
-    result = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=540, check=False)
-    assert result.returncode == 0, result.stderr
-    return prompts, json.loads(answers.read_text())
-
-
-def reference(target: str, prompts: list[list[int]]) -> list[list[int]]:
-    """What transformers' greedy generate says."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(model_directory(target, "target"), dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    found = []
-    for prompt in prompts:
-        tokens = torch.tensor([prompt])
-        out = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0
-        )
-        found.append(out[0, len(prompt) :].tolist())
-    return found
-
-
-def test_every_rank_count_and_policy_says_what_transformers_says(models: dict[str, list[str]], tmp_path: Path) -> None:
-    prompts, answers = decode(sys.executable, tmp_path, models, [2, 3, 4, 6], 20)
-    assert len(answers) == 5 * len(models)
-    for name, (target, _) in models.items():
-        expected = reference(target, prompts[name])
-        assert all(len(tokens) == NEW_TOKENS for tokens in expected)
-        for key, found in answers.items():
-            if key.startswith(f"{name} "):
-                assert found == expected, key
+def test_every_rank_count_and_policy_says_what_transformers_says(tmp_path: Path) -> None:
+    asked = tasks()
+    assert {requests[0].max_new_tokens for _, requests in asked} == {NEW_TOKENS}
+    said = decode(asked, tmp_path)
+    assert not differences(asked, said)
+    assert clear_margins(asked)
+    for (case, _), answer in zip(asked, said, strict=True):
+        print(f"{answer.runs} runs, {answer.cancelled_runs} cancelled, {answer.accept_length:.2f} tokens each: {case}")
+        assert (answer.accept_length > 1) == (case.policy != "plain"), f"{case} was not what it is called"
+    assert sum(answer.cancelled_runs for answer in said) > len(said)
 
 
 @pytest.fixture(scope="module")
@@ -106,16 +100,24 @@ def mpich_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(place / "bin" / "python")
 
 
-def test_mpich_says_the_same_as_open_mpi(models: dict[str, list[str]], mpich_python: str, tmp_path: Path) -> None:
+def test_mpich_says_the_same_as_open_mpi(mpich_python: str, tmp_path: Path) -> None:
     told = subprocess.run(
         [mpich_python, "-c", "from mpi4py import MPI; print(MPI.get_vendor()[0])"],
         capture_output=True, text=True, timeout=60, check=True, env={**os.environ, "PYTHONPATH": ""},
     )  # fmt: skip
     assert told.stdout.strip() == "MPICH"
-    some = {name: models[name] for name in ("builtin", "Qwen3ForCausalLM")}
-    (tmp_path / "open").mkdir()
-    (tmp_path / "mpich").mkdir()
-    _, ours = decode(sys.executable, tmp_path / "open", some, [3, 4], 4)
-    _, theirs = decode(mpich_python, tmp_path / "mpich", some, [3, 4], 4)
+    target, draft = map(str, make_tiny_pair(tmp_path, "Qwen3ForCausalLM", seed=1))
+    asked: list[Task] = []
+    for model in ((BUILTIN, BUILTIN), (target, draft)):
+        requests = [Asked(prompt[:60], 128) for prompt in prompts_for(model[0])[:4]]
+        requests.append(replace(requests[0], sampling=Sampling(0.9, 40, 0.95, 0.01, 1.1, seed=7)))
+        for ranks, policy in ((3, "continuous"), (4, "continuous"), (4, "plain")):
+            asked.append((Case(ranks, policy, (), *model), requests))
+    answers = []
+    for name, python in (("open", sys.executable), ("mpich", mpich_python)):
+        (tmp_path / name).mkdir()
+        answers.append([said.tokens for said in decode(asked, tmp_path / name, python)])
+    ours, theirs = answers
     assert ours == theirs
     assert len(ours) == 6
+    assert all(said == ours[0] for said in ours[:3]) and all(said == ours[3] for said in ours[3:])

@@ -6,7 +6,7 @@ import pytest
 
 from kvbuffers.cells import CellTable
 from pipeinfer.errors import RemoteProtocolError
-from pipeinfer.ports import Batch
+from pipeinfer.ports import Batch, Sampling
 from pipeinfer.protocol import NO_SLOT, CellOp, CellOpKind, Row
 
 
@@ -108,6 +108,36 @@ def test_rows_of_a_missing_ancestor_are_not_living() -> None:
     table.admit([Row(1, 3, NO_SLOT, 3)])
     rows = [Row(2, 4, 3, 4), Row(3, 5, 9, 5), Row(4, 6, 5, 6), Row(5, 7, 4, 5), Row(6, 8, 2, 3), Row(7, 10, NO_SLOT, 3)]
     assert table.living(rows) == (0, 3, 4, 5)
+
+
+def test_rows_at_dead_cells_and_all_below_them_are_not_living() -> None:
+    rows = [Row(2, 4, NO_SLOT, 3), Row(3, 5, 4, 4), Row(4, 6, 5, 5), Row(5, 7, 4, 4)]
+    assert prompted().living(rows, {5}) == (0, 3)
+    assert prompted().living(rows, {4, 5}) == ()
+    assert prompted().living(rows, {9}) == (0, 1, 2, 3)
+
+
+def test_a_draw_is_for_the_token_after_its_row() -> None:
+    table = prompted()
+    batch = table.admit([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4)])
+    draw = table.draw(Sampling(0.5), batch, (1, 0), is_guess=True)
+    assert (draw.positions.tolist(), draw.seen, draw.is_guess) == ([5, 4], (), True)
+
+
+def test_a_penalty_sees_what_the_row_sees_each_token_once() -> None:
+    table = prompted()
+    table.admit([Row(1, 3, NO_SLOT, 3), Row(2, 4, NO_SLOT, 3)])
+    batch = table.admit([Row(1, 5, 3, 4), Row(8, 6, 4, 4), Row(7, 7, 2, 3)])
+    draw = table.draw(Sampling(repetition_penalty=1.25), batch, (0, 1, 2))
+    assert [tokens.tolist() for tokens in draw.seen] == [[1, 9], [2, 8, 9], [7, 9]]
+
+
+def test_a_cell_that_is_used_again_is_seen_with_its_new_token() -> None:
+    table = prompted()
+    table.admit([Row(1, 3, NO_SLOT, 3)])
+    table.apply([release(3)])
+    batch = table.admit([Row(4, 3, NO_SLOT, 3)])
+    assert table.draw(Sampling(repetition_penalty=1.25), batch, (0,)).seen[0].tolist() == [4, 9]
 
 
 def test_a_tombstones_cells_may_be_released_unleased() -> None:

@@ -21,6 +21,7 @@ from pipeinfer.ports import (
     Finish,
     Halt,
     Idle,
+    Note,
     Received,
     Sampling,
     Send,
@@ -199,6 +200,22 @@ def test_news_goes_to_the_user() -> None:
     outside = Outside()
     Executor([Script(0, [Emit((1, 2)), Finish("stop")])], {}, outside).deliver(0, Started(), 0.0)
     assert outside.told == [Emit((1, 2)), Finish("stop")]
+
+
+def test_an_observer_sees_every_event_and_what_was_raised() -> None:
+    class Failing(Script):
+        def handle(self, event: Event, now: float) -> list[Command]:
+            if len(self.heard) == 1:
+                raise LocalProtocolError("enough")
+            return super().handle(event, now)
+
+    seen: list[Any] = []
+    executor = Executor([Failing(1, [Abandon(7)])], {}, Outside(), lambda *what: seen.append(what))
+    executor.deliver(1, Started(), 0.5)
+    with pytest.raises(LocalProtocolError, match="enough"):
+        executor.deliver(1, Computed(7), 1.5)
+    raised = [Note("raised LocalProtocolError: enough")]
+    assert seen == [(1, Started(), 0.5, [Abandon(7)]), (1, Computed(7), 1.5, raised)]
 
 
 def test_a_halted_role_hears_nothing_and_its_job_is_dropped() -> None:

@@ -129,3 +129,61 @@ def test_walk_gives_parents_first(depth: int) -> None:
     for token in range(depth):
         node = grow(tree, node, token, -0.1)
     assert [seen.position for seen in walk(tree.root)] == list(range(4, 5 + depth))
+
+
+def test_prune_forgets_every_guess_and_nothing_else() -> None:
+    tree = taken_root()
+    a, b = grow(tree, tree.root, 1, -0.5), grow(tree, tree.root, 2, -0.6)
+    below = grow(tree, a, 10, -0.5)
+    tree.take(a)
+    assert set(tree.prune()) == {a, b, below}
+    assert not any(node.alive for node in (a, b, below))
+    assert (tree.size, tree.best(), tree.root.alive, tree.root.children) == (1, None, True, {})
+    assert tree.add(a, 5, -0.1) is None, "nothing grows on what is forgotten"
+    again = grow(tree, tree.root, 1, -0.5)
+    assert again is not a
+    assert tree.best() is again
+
+
+def test_prune_of_a_bare_tree_is_nothing() -> None:
+    tree = Tree(7, 4, 100)
+    assert tree.prune() == []
+    assert tree.best() is tree.root
+
+
+def test_prune_leaves_what_was_passed_and_is_still_to_be_evaluated() -> None:
+    tree = taken_root()
+    heirs = [tree.advance(token)[0] for token in (1, 2)]
+    grow(tree, heirs[1], 3, -0.1)
+    tree.prune()
+    assert drain(tree) == [1, 2]
+
+
+def test_a_renewed_root_is_taken_once_more() -> None:
+    tree = taken_root()
+    child = grow(tree, tree.root, 1, -0.5)
+    tree.renew()
+    assert tree.best() is tree.root
+    tree.take(tree.root)
+    assert tree.best() is child
+    assert drain(tree) == [1]
+
+
+def test_renewing_twice_is_renewing_once() -> None:
+    tree = taken_root()
+    for _ in range(3):
+        tree.renew()
+    assert drain(tree) == [7]
+
+
+def test_a_guess_that_was_renewed_away_comes_back_pending() -> None:
+    """What a drafter does on RESTART: forget, and evaluate the root again."""
+    tree = taken_root()
+    old = grow(tree, tree.root, 1, -0.5)
+    tree.take(old)
+    tree.prune()
+    tree.renew()
+    tree.take(tree.root)
+    new = grow(tree, tree.root, 1, -0.5)
+    assert new.pending
+    assert drain(tree) == [1]

@@ -1,4 +1,5 @@
-"""A job in which one thing goes wrong; the argument says what. Started by test_programs.py under mpiexec."""
+"""A job in which one thing goes wrong; the first argument says what, a second one where to write traces. Started by
+test_programs.py and test_traces.py under mpiexec."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def lose_runs(stage: type[Stage]) -> None:
     stage._receive = receive  # type: ignore[method-assign]
 
 
-def main(fault: str) -> None:
+def main(fault: str, trace: str | None = None) -> None:
     world = World()
     try:
         pair_type = RaisingPair if fault == "raise" else EmulatedPair
@@ -58,7 +59,7 @@ def main(fault: str) -> None:
             lose_runs(Stage)
         pair = pair_type(SPEC, lambda rows: 0.0, lambda rows: 0.0)
         plan = assign(world.size, SPEC.layers, 1)
-        job = Job(Config(timeout_s=2.0), plan, 200, pair, world, CONTINUOUS)
+        job = Job(Config(timeout_s=2.0, trace=trace), plan, 200, pair, world, CONTINUOUS)
         if world.is_head:
             for _ in job.submit(Request((1, 2, 3), 100)):
                 pass
@@ -70,4 +71,4 @@ def main(fault: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

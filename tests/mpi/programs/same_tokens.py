@@ -1,8 +1,8 @@
-"""Decode the same prompts on parts of one MPI job; its rank 0 writes all tokens as JSON. Started by
-test_same_tokens.py.
+"""Decode requests by many engines, one after the other on parts of one MPI job; rank 0 writes down what they said.
+Started by tests/mpi/matrix.py.
 
-Argument: a JSON file with ``models`` {name: [target, draft]}, ``prompts`` {name: [[token, ...], ...]}, ``sizes``,
-``new_tokens``, ``answers`` (the file to write).
+Argument: a JSON file with ``tasks``, a list of ``ranks`` (the first ones of the job), ``engine`` (keywords of Engine)
+and ``requests`` (keywords of its ``generate``); and ``answers``, the file to write: a line of JSON for each task.
 """
 
 from __future__ import annotations
@@ -15,33 +15,32 @@ from typing import Any
 from mpi4py import MPI
 
 from launch.mpi import politely
-from pipeinfer import Engine
+from pipeinfer import Engine, Sampling
 
 
 def main(path: str) -> None:
     order = json.loads(Path(path).read_text())
     world = MPI.COMM_WORLD
-    answers: dict[str, list[list[int]]] = {}
-    for name, (target, draft) in order["models"].items():
-        runs = [(size, "continuous") for size in order["sizes"]] + [(max(order["sizes"]), "plain")]
-        for size, policy in runs:
-            part = world.Split(0 if world.rank < size else MPI.UNDEFINED)
-            if part != MPI.COMM_NULL:
-                found = decode(part, target, draft, policy, order["prompts"][name], order["new_tokens"])
-                if found:
-                    answers[f"{name} {policy} {size}"] = found
-                part.Free()
-            politely(world.Ibarrier())
-    if answers:
-        Path(order["answers"]).write_text(json.dumps(answers))
+    for task in order["tasks"]:
+        part = world.Split(0 if world.rank < task["ranks"] else MPI.UNDEFINED)
+        if part != MPI.COMM_NULL:
+            said = decode(part, task["engine"], task["requests"])
+            if said is not None:
+                with Path(order["answers"]).open("a") as file:
+                    file.write(json.dumps(said) + "\n")
+            part.Free()
+        politely(world.Ibarrier())
 
 
-def decode(comm: Any, target: str, draft: str, policy: str, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """Every prompt's tokens, on the head of ``comm``."""
-    with Engine(target, draft, policy=policy, comm=comm) as engine:
+def decode(comm: Any, words: dict[str, Any], requests: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """On the head of ``comm``: each request's tokens, and what they cost together."""
+    with Engine(**words, comm=comm, timeout_s=60.0) as engine:
         if engine is None:
-            return []
-        return [engine.generate(prompt, count, ignore_eos=True).tokens for prompt in prompts]
+            return None
+        done = [engine.generate(**request | {"sampling": Sampling(**request["sampling"])}) for request in requests]
+    costs = {name: sum(answer.metrics[name] for answer in done) for name in ("runs", "cancelled_runs")}
+    lengths = [answer.metrics["accept_length"] for answer in done]
+    return {"tokens": [answer.tokens for answer in done], **costs, "accept_length": sum(lengths) / len(lengths)}
 
 
 if __name__ == "__main__":

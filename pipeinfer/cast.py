@@ -1,0 +1,67 @@
+"""The machines of a job, from its numbers alone: every rank, every simulated world and every replay builds the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeinfer.orchestrator import Orchestrator, cell_budget
+from pipeinfer.ports import Machine
+from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR, drafter_address, stage_address
+from speculation.drafter import Drafter
+from speculation.policy import Policy
+from stages.machine import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Who plays: ``stages`` stages and ``drafters`` drafters, by ``policy``, for requests of up to ``context`` tokens.
+
+    ``digest``: what ranks compare at HELLO. ``guess_cells``: cells for guesses in flight, if fewer than the policy
+    wants. ``calibrations``: what is known of each source's probabilities."""
+
+    stages: int
+    drafters: int
+    policy: Policy
+    context: int
+    digest: int = 0
+    guess_cells: int | None = None
+    calibrations: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, numbers: Mapping[str, Any]) -> Cast:
+        """What ``numbers`` made, JSON in between or not. Raises TypeError or ValueError for what they cannot be."""
+        return cls(**{**numbers, "policy": Policy(**numbers["policy"])})
+
+    def numbers(self) -> dict[str, Any]:
+        """All of it, in words that JSON knows."""
+        return asdict(self)
+
+    @property
+    def addresses(self) -> list[int]:
+        """The orchestrator's, the stages' in order, the drafters'."""
+        stages = [stage_address(index) for index in range(self.stages)]
+        return [ORCHESTRATOR, *stages, *(drafter_address(index) for index in range(self.drafters))]
+
+    @property
+    def window(self) -> int:
+        """Most runs in flight."""
+        return self.policy.most_runs(self.stages)
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Cells of every stage: for accepted tokens, and for guesses in flight."""
+        accepted, guesses = cell_budget(self.policy, self.stages, self.context)
+        return accepted, guesses if self.guess_cells is None else min(guesses, self.guess_cells)
+
+    def machine(self, address: int) -> Machine:
+        """The brain of the role at ``address``, as it is before anything has happened."""
+        if address == ORCHESTRATOR:
+            guesses = self.cells[1]
+            numbers = (self.stages, self.drafters, self.policy, self.context, self.digest, guesses)
+            return Orchestrator(*numbers, self.calibrations)
+        if address >= FIRST_DRAFTER:
+            return Drafter(address, self.policy, self.context, self.digest)
+        credits_early = self.policy.schedule != "frontier"
+        return Stage(address, self.stages, sum(self.cells), self.window, self.digest, credits_early)

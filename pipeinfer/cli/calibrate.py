@@ -1,0 +1,93 @@
+"""``pipeinfer calibrate``: learn what a pair's probabilities mean, and store it for jobs to start with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeinfer.cli.run import add_models, add_sampling, read_sampling, refuse_half_a_pair
+from pipeinfer.errors import refuse
+
+if TYPE_CHECKING:
+    from pipeinfer.engine import Engine
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the parser's ``commands``."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="learn what a pair's probabilities mean",
+        description="Decode prompts, learn from every verified guess how much the sources' probabilities are worth, "
+        "and store it for `pipeinfer run --calibration`. Prints the expected calibration error of the probabilities as "
+        "they were claimed and as they were believed, each belief told before its outcome.",
+    )
+    parser.set_defaults(command=calibrate)
+    add_models(parser.add_argument_group("models"))
+    what = parser.add_argument_group("what to learn from")
+    what.add_argument("--prompts", required=True, metavar="FILE", help='a prompt a line, bare or as {"prompt": "..."}')
+    what.add_argument("--max-new-tokens", type=int, default=128, metavar="K", help="of each prompt (default 128)")
+    add_sampling(parser.add_argument_group("sampling"))
+    parser.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (1 needs no MPI)")
+    parser.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="change a knob of continuous")
+    parser.add_argument("--calibration", metavar="FILE", help="go on from what FILE knows")
+    parser.add_argument("--out", required=True, metavar="FILE", help="where to store it (JSON)")
+
+
+def calibrate(args: argparse.Namespace) -> int:
+    """Learn as ``args`` say."""
+    refuse_half_a_pair(args)
+    sampling, prompts = read_sampling(args), read_prompts(args.prompts)
+    if not Path(args.out).resolve().parent.is_dir():
+        refuse(f"{args.out} cannot be written", "name a file in a directory that exists")
+    from pipeinfer.config import BUILTIN
+    from pipeinfer.engine import Engine
+    from speculation.calibration_file import write_calibrations
+
+    def check(engine: Engine) -> None:
+        for prompt in prompts:
+            engine.tokenize(prompt, args.max_new_tokens)
+
+    opened = Engine(
+        target=args.target or BUILTIN,
+        draft=args.draft,
+        drafters=args.drafters,
+        ranks=args.ranks,
+        policy="continuous",
+        settings=args.set,
+        dtype=args.dtype,
+        context=args.context,
+        calibration=args.calibration,
+        check=check,
+    )
+    with opened as engine:
+        if engine is None:
+            return 0  # this rank has served
+        for prompt in prompts:
+            completion = engine.generate(prompt, args.max_new_tokens, sampling=sampling)
+        config = completion.config
+        about = {name: config[name] for name in ("target", "drafts", "dtype", "sampling")}
+        write_calibrations(args.out, completion.calibrations, about)
+        error = completion.metrics["calibration_error"]
+        print(
+            f"{len(prompts)} prompts, {error['outcomes']} guesses judged; expected calibration error "
+            f"{error['claimed']:.4f} as claimed, {error['believed']:.4f} as believed; stored in {args.out}",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def read_prompts(path: str) -> list[str]:
+    """The prompts in the file at ``path``, one a line. Raises UserError where there are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        prompts = [json.loads(line)["prompt"] if line.startswith("{") else line for line in lines if line.strip()]
+    except OSError as error:
+        refuse(f"{path} cannot be read ({error.strerror})", "name a readable file")
+    except (ValueError, KeyError, TypeError) as error:
+        refuse(f"{path} is no file of prompts ({error!r})", 'write one a line, bare or as {"prompt": "..."}')
+    if not prompts:
+        refuse(f"{path} holds no prompt", "write one a line")
+    return prompts

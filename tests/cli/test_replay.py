@@ -1,0 +1,174 @@
+"""What `pipeinfer replay` says of traces: whole, cut, different, or no traces at all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeinfer.cli import main
+from pipeinfer.ports import Request
+from pipeinfer.sim.world import WorldSpec
+from speculation.policy import CONTINUOUS
+from stages.emulated import EmulatedSpec, spread
+from tests.cli.run import ROOT, pipeinfer
+from tests.laws.traced import trace_world
+
+WORLD = WorldSpec(
+    seed=3,
+    policy=CONTINUOUS,
+    stages=2,
+    requests=(Request((1, 2, 3), 60),),
+    model=EmulatedSpec(layers=4, vocab=40, seed=2, ranks=spread(0.8)),
+)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    return trace_world(WORLD, tmp_path / "world")
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, list[str], str]:
+    """Exit code, lines of standard output, standard error."""
+    code = main(["replay", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, out.splitlines(), err
+
+
+def test_whole_traces_by_one_name_or_by_several(paths: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    stale = paths[0].with_name("world.rank3")
+    stale.write_text("of an older job with more ranks")
+    code, lines, err = told(capsys, paths[0].with_name("world"))
+    assert (code, len(lines), err) == (0, 3, "")
+    for path, names, line in zip(paths, ("orchestrator, drafter 0", "stage 0", "stage 1"), lines, strict=True):
+        events = path.read_text().count("\n") - 1
+        assert line.startswith(f"{path} ({names}): {events} events, ")
+        assert line.endswith(" commands identical")
+    assert told(capsys, *paths) == (code, lines, err)
+    paths[1].unlink()  # it was written on another host
+    assert told(capsys, paths[0].with_name("world"))[1] == [lines[0], lines[2]]
+
+
+def test_a_difference_is_told_and_the_others_are_replayed_too(
+    paths: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = paths[0].read_text().splitlines()
+    number = next(index for index, line in enumerate(lines) if '["Emit"' in line)
+    words = json.loads(lines[number])
+    next(command for command in words[3] if command[0] == "Emit")[1][0] += 1
+    lines[number] = json.dumps(words)
+    paths[0].write_text("\n".join(lines) + "\n")
+    code, said, err = told(capsys, *paths)
+    assert (code, len(said), err) == (1, 3, "")
+    assert f"; then orchestrator answers event {number} (Received) differently: commands.0.tokens.0 was " in said[0]
+    assert all(line.endswith("identical") for line in said[1:])
+    header = json.loads(lines[0])
+    paths[0].write_text("\n".join([json.dumps(header | {"version": "0.0.9"}), *lines[1:]]) + "\n")
+    assert told(capsys, paths[0])[1][0].endswith(" (the trace was made by version 0.0.9)")
+
+
+def test_a_cut_trace_is_replayed_as_far_as_it_goes(paths: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    whole = paths[0].read_text().splitlines(keepends=True)
+    paths[0].write_text("".join(whole[:10]) + whole[10][:30])
+    code, lines, _ = told(capsys, paths[0])
+    assert code == 0
+    assert "9 events" in lines[0]
+    assert lines[0].endswith("identical; line 11 is cut off, the rest is lost")
+    paths[0].write_text("".join(whole[:10]))
+    (line,) = told(capsys, paths[0])[1]
+    assert line.endswith("identical; then the trace ends, before orchestrator and drafter 0 did")
+    paths[0].write_text("".join([*whole[:5], "[]\n", *whole[6:]]))
+    (line,) = told(capsys, paths[0])[1]
+    assert "4 events" in line
+    assert "line 6 is damaged" in line
+
+
+def test_show_tells_everything_in_the_order_of_time(paths: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    code, lines, err = told(capsys, "--show", *paths)
+    assert (code, err) == (0, "")
+    heads, verdicts = lines[:3], lines[-3:]
+    assert heads[0] == "rank 0 of 3 on a world: orchestrator, drafter 0, policy continuous"
+    assert all(line.endswith("identical") for line in verdicts)
+    events = lines[3:-3]
+    times = [float(line.split()[0]) for line in events]
+    assert times == sorted(times)
+    assert times[0] == 0.0
+    notes = [line for line in events if " *** " in line]
+    count = sum(path.read_text().count("\n") - 1 for path in paths)
+    assert len(events) == count + len(notes)
+    assert any(line.split(maxsplit=2)[1:] == ["orchestrator", "*** 8 rows: by the cost curve"] for line in notes)
+    text = "\n".join(events)
+    for words in (
+        "orchestrator  submitted: 3 prompt tokens, 60 new",
+        "stage 0       started => HELLO to orchestrator",
+        "stage 0       RUN 1 CANONICAL LAST (3 rows, 1 operation) from orchestrator => compute 1 (3 rows); ",
+        "drafter 0     computed 1, 1 choice => NODES (",
+        " from drafter 0",
+        "emit 1 token; ",
+        " to stage 0, stage 1; ADVANCE (1 row) to drafter 0",
+        "finish: length; ",
+        "orchestrator  closed => SHUTDOWN to stage 0, stage 1, drafter 0; halt",
+        "stage 1       SHUTDOWN from orchestrator => halt",
+    ):
+        assert words in text
+
+
+def test_clocks_of_several_hosts_are_compared(paths: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """A host's own clock starts anywhere; what it took for the time of day is in its trace."""
+    for path, host, shift_s in zip(paths, ("one", "one", "two"), (0.0, 0.0, 1000.0), strict=True):
+        header, *steps = [json.loads(line) for line in path.read_text().splitlines()]
+        moved = [[step[0] + shift_s, *step[1:]] for step in steps]
+        header |= {"host": host, "wall_s": 5e8 - shift_s}
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in (header, *moved)))
+    lines = told(capsys, "--show", *paths)[1]
+    first = next(line for line in lines if "stage 1       RUN 1 " in line)
+    before = next(line for line in lines if "stage 0       computed 1 " in line)
+    assert 0 <= float(first.split()[0]) - float(before.split()[0]) < 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "No such file"),
+        ("words\n", "is no trace"),
+        ('{"pipeinfer_trace": 9, "protocol": 9}\n', "made by another version"),
+        ('{"pipeinfer_trace": 1, "protocol": 2, "rank": 0, "ranks": 1, "roles": [0], "cast": {}}\n', "is damaged"),
+    ],
+)
+def test_what_is_no_trace_is_refused_in_a_line(
+    content: str | None, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "odd").write_text(content)
+    code, lines, err = told(capsys, tmp_path / "odd")
+    assert (code, lines) == (2, [])
+    assert err.startswith("pipeinfer: ")
+    assert err.count("\n") == 1
+    assert says in err
+    assert str(tmp_path / "odd") in err
+
+
+def test_neither_torch_nor_mpi_nor_models_are_loaded(paths: list[Path]) -> None:
+    heavy = "{'torch', 'mpi4py', 'transformers', 'tokenizers', 'safetensors'}"
+    program = f"import sys; from pipeinfer.cli import main; main(sys.argv[1:]); print({heavy} & set(sys.modules))"
+    line = [sys.executable, "-c", program, "replay", "--show", *map(str, paths)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.slow
+def test_a_rank_alone_is_traced_and_the_check_after_it_is_not(tmp_path: Path) -> None:
+    """--verify decodes once more in the same process: that must not write over the trace."""
+    trace = tmp_path / "alone"
+    arguments = ["--max-new-tokens", "12", "--ignore-eos", "--trace", str(trace), "--json", "--verify"]
+    ran = pipeinfer("run", "--prompt", "def f", "--ranks", "1", "--policy", "continuous", *arguments)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["config"]["trace"] == str(trace)
+    done = pipeinfer("replay", str(trace))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{trace}.rank0 (orchestrator, drafter 0, stage 0): ")
+    assert done.stdout.endswith("commands identical\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["alone.rank0"]

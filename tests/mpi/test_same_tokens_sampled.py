@@ -1,0 +1,71 @@
+"""What is drawn depends on model, prompt, settings and seed alone: not on ranks, policy or timing. It is what
+transformers would draw with the same noise."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from pipeinfer.config import BUILTIN
+from pipeinfer.ports import Sampling
+from tests.mpi.matrix import (
+    ABLATIONS,
+    FULL,
+    RANKS,
+    RIVALS,
+    TIMEOUT_S,
+    Asked,
+    Case,
+    Task,
+    clear_margins,
+    decode,
+    differences,
+    prompts_for,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT_S)]
+
+NEW_TOKENS = 128 if FULL else 24
+SEEDS = (*range(18), 2**63 + 5, 2**64 - 1)
+PROCESSORS = (  # top_k, top_p, min_p, repetition_penalty
+    (0, 1.0, 0.0, 1.0),
+    (40, 1.0, 0.0, 1.0),
+    (0, 0.9, 0.0, 1.0),
+    (0, 1.0, 0.05, 1.0),
+    (0, 1.0, 0.0, 1.3),
+    (50, 0.95, 0.02, 1.1),
+)
+MAIN = [*(Case(ranks) for ranks in (1, 2, 4, 6)), *(Case(4, policy) for policy in ("plain", *RIVALS))]
+OTHERS = [Case(ranks, policy) for policy in ("plain", *RIVALS) for ranks in (1, 2, 6)]
+
+
+def requests() -> list[Asked]:
+    """Each seed at two temperatures, with changing processors; each has a prompt of its own."""
+    found = []
+    for index, (seed, temperature) in enumerate(product(SEEDS, (0.7, 1.0))):
+        sampling = Sampling(temperature, *PROCESSORS[(index // 2 + index) % len(PROCESSORS)], seed=seed)
+        found.append(Asked(prompts_for(BUILTIN)[index], NEW_TOKENS, sampling))
+    return found
+
+
+def test_what_is_drawn_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    every = requests()
+    asked: list[Task] = [(case, every) for case in MAIN]
+    asked += [(case, every if FULL else every[index::10]) for index, case in enumerate(OTHERS)]
+    if FULL:
+        asked += [(Case(ranks, policy), every) for ranks in RANKS for policy in ABLATIONS]
+    said = decode(asked, tmp_path)
+    assert not differences(asked, said)
+    assert clear_margins(asked)
+    lengths = [answer.accept_length for (case, _), answer in zip(asked, said, strict=True) if case.policy != "plain"]
+    assert min(lengths) > 1, "guesses were accepted everywhere"
+
+
+def test_another_seed_or_temperature_draws_another_text(tmp_path: Path) -> None:
+    prompt = prompts_for(BUILTIN)[0]
+    samplings = [Sampling(temperature, seed=seed) for temperature in (0.0, 0.7, 1.0) for seed in (1, 2)]
+    ((texts),) = [decode([(Case(2), [Asked(prompt, 32, sampling) for sampling in samplings])], tmp_path)[0].tokens]
+    assert texts[0] == texts[1], "greedy texts have no seed"
+    assert len(set(map(tuple, texts))) == 5

@@ -1,0 +1,144 @@
+"""Law L9 for real ranks: what they wrote down replays to the same commands, whether the job ended well, failed, hung or
+was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeinfer import Engine
+from pipeinfer.cast import Cast
+from pipeinfer.ports import Compute, Computed, Event, Stalled
+from pipeinfer.replay import Retold, retell
+from pipeinfer.trace import Trace
+from tests.mpi.test_programs import PROMPT, ROOT, environment, under_mpiexec
+
+pytestmark = pytest.mark.slow
+
+BASELINES = ROOT / "benchmarks" / "baselines"
+
+
+def replayed(path: Path) -> tuple[Trace, Retold]:
+    trace = Trace(path)
+    cast = Cast.of(trace.header.cast)
+    return trace, retell({address: cast.machine(address) for address in trace.header.roles}, trace.steps())
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.rank*"))
+
+
+def events(path: Path) -> list[type[Event]]:
+    return [type(step.event) for step in Trace(path).steps()]
+
+
+@pytest.mark.parametrize("policy", ["continuous", "plain", "pipeinfer.toml", "sync-tree.toml"])
+def test_four_ranks_replay_to_the_same_commands(policy: str, tmp_path: Path) -> None:
+    name = str(BASELINES / policy) if policy.endswith(".toml") else policy
+    with Engine(ranks=4, policy=name, timeout_s=30.0, trace=tmp_path / "run") as engine:
+        assert engine is not None
+        for count in (48, 12):
+            engine.generate(PROMPT, count, ignore_eos=True)
+        for piece in engine.stream(PROMPT, 900, ignore_eos=True):
+            if piece:
+                break  # the rest is withdrawn
+    assert [path.name for path in files(tmp_path)] == [f"run.rank{rank}" for rank in range(4)]
+    for rank, path in enumerate(files(tmp_path)):
+        trace, retold = replayed(path)
+        assert (retold.difference, trace.damage) == ("", "")
+        assert retold.ended == set(trace.header.roles)
+        assert retold.events == len(events(path)) > 30
+        assert (trace.header.rank, trace.header.ranks) == (rank, 4)
+        assert trace.header.config["trace"] == str(tmp_path / "run")
+        assert trace.header.config["policy"]["name"] == policy.removesuffix(".toml")
+
+
+def test_under_mpiexec_and_sampled(tmp_path: Path) -> None:
+    how = ["--max-new-tokens", "32", "--temperature", "0.8", "--repetition-penalty", "1.2", "--drafters", "2"]
+    result = under_mpiexec(
+        4, "-m", "pipeinfer", "run", "--prompt", PROMPT, *how, "--trace", str(tmp_path / "run"), "--verify"
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(files(tmp_path)) == 4
+    for path in files(tmp_path):
+        trace, retold = replayed(path)
+        assert (retold.difference, trace.damage) == ("", "")
+        assert retold.ended == set(trace.header.roles)
+
+
+def test_a_job_that_failed_leaves_readable_traces(tmp_path: Path) -> None:
+    result = under_mpiexec(4, "-m", "tests.mpi.programs.failing", "raise", str(tmp_path / "run"))
+    assert result.returncode != 0
+    assert "RuntimeError: the tenth pass fails" in result.stderr
+    assert len(files(tmp_path)) == 4
+    for path in files(tmp_path):
+        _, retold = replayed(path)
+        assert retold.difference == ""
+        assert retold.events > 10
+        assert not retold.ended
+    failed = list(Trace(tmp_path / "run.rank2").steps())
+    begun = sum(isinstance(command, Compute) for step in failed for command in step.commands)
+    ended = sum(isinstance(step.event, Computed) for step in failed)
+    assert begun == ended + 1 >= 10, "the pass that failed is there, and without an end"
+
+
+def test_a_job_that_hung_leaves_the_reason(tmp_path: Path) -> None:
+    """The last stage is changed so as to lose runs. At home, where it is not, its trace shows the first one it lost."""
+    result = under_mpiexec(4, "-m", "tests.mpi.programs.failing", "swallow", str(tmp_path / "run"))
+    assert "nothing has moved" in result.stderr
+    head, *others, guilty = files(tmp_path)
+    assert events(head).count(Stalled) == 1
+    for path in (head, *others):
+        assert replayed(path)[1].difference == ""
+    difference = replayed(guilty)[1].difference
+    assert "stage 2 answers event " in difference
+    assert " was None, is Compute(job=10, " in difference
+
+
+def test_ranks_that_were_killed_leave_what_they_did(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "pipeinfer", "run", "--ranks", "3", "--prompt", PROMPT, "--max-new-tokens", "900",
+            "--ignore-eos", "--trace", str(tmp_path / "run")]  # fmt: skip
+    with subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(20)  # the ranks are up and decoding
+        process.send_signal(signal.SIGKILL)
+        process.stderr.read()  # which ends when the last rank is gone
+    assert len(files(tmp_path)) == 3
+    for path in files(tmp_path):
+        _, retold = replayed(path)
+        assert retold.difference == ""
+        assert retold.events > 5
+
+
+def test_a_trace_that_cannot_be_written_is_refused_by_one_rank(tmp_path: Path) -> None:
+    began = time.monotonic()
+    result = under_mpiexec(3, "-m", "pipeinfer", "run", "--prompt", "x", "--trace", str(tmp_path / "no" / "run"))
+    assert time.monotonic() - began < 20
+    assert result.returncode == 2
+    ours = [line for line in result.stderr.splitlines() if line.startswith("pipeinfer:")]
+    assert len(ours) == 1
+    assert f"{tmp_path / 'no' / 'run.rank0'} cannot be written (No such file or directory); name" in ours[0]
+
+
+def test_a_rank_whose_host_lacks_the_place_says_so(tmp_path: Path) -> None:
+    """Rank 1 looks elsewhere, as if it were on a host without the folder."""
+    program = (
+        "import os, sys; from launch.environment import launched; from pipeinfer.cli import main\n"
+        "os.chdir(sys.argv[1 + launched().rank]); sys.exit(main(['run', '--prompt', 'x', '--trace', 'here/run']))"
+    )
+    (tmp_path / "one" / "here").mkdir(parents=True)
+    (tmp_path / "two").mkdir()
+    result = under_mpiexec(2, "-c", program, str(tmp_path / "one"), str(tmp_path / "two"))
+    assert result.returncode == 2
+    ours = [line for line in result.stderr.splitlines() if line.startswith("pipeinfer:")]
+    assert ours == [
+        "pipeinfer: the trace here/run.rank0 cannot be written (No such file or directory); "
+        "name a file in a directory that is writable"
+    ]
+    assert not os.listdir(tmp_path / "one" / "here")

@@ -1,0 +1,51 @@
+"""Machines from numbers: the same ones everywhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeinfer.cast import Cast
+from pipeinfer.orchestrator import Orchestrator
+from pipeinfer.ports import Send, Started
+from speculation.drafter import Drafter
+from speculation.policy import CONTINUOUS, PLAIN, Policy
+from stages.machine import Stage
+
+CAST = Cast(2, 2, CONTINUOUS, 64, digest=7)
+
+
+def test_everybody_is_cast() -> None:
+    kinds = [type(CAST.machine(address)) for address in CAST.addresses]
+    assert kinds == [Orchestrator, Stage, Stage, Drafter, Drafter]
+    assert [CAST.machine(address).address for address in CAST.addresses] == [0, 1, 2, 0x8000, 0x8001]
+
+
+def test_numbers_make_the_same_cast() -> None:
+    for cast in (CAST, Cast(1, 0, PLAIN, 8, guess_cells=3)):
+        assert Cast.of(json.loads(json.dumps(cast.numbers()))) == cast
+
+
+@pytest.mark.parametrize(
+    "change", [{"more": 1}, {"policy": {"name": "some", "more": 1}}, {"policy": {"name": "some", "rows": 0}}]
+)
+def test_what_is_no_cast(change: dict[str, object]) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        Cast.of(CAST.numbers() | change)
+
+
+def test_the_digest_is_everybody_s() -> None:
+    for address in CAST.addresses[1:]:
+        (hello,) = CAST.machine(address).handle(Started(), 0.0)
+        assert isinstance(hello, Send)
+        assert hello.message.run == 7
+
+
+def test_cells() -> None:
+    policy = Policy("some", rows=4, window=3)
+    assert Cast(2, 1, policy, 64).cells == (64, 12)
+    assert Cast(2, 1, policy, 64, guess_cells=5).cells == (64, 5)
+    assert Cast(2, 1, policy, 64, guess_cells=50).cells == (64, 12)
+    assert Cast(2, 0, PLAIN, 64).cells == (64, 0)
+    assert Cast(2, 1, policy, 64).window == 3

@@ -1,0 +1,197 @@
+"""A drafter that works to order, step by step; how it keeps guessing without one is seen in whole worlds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from pipeinfer.ports import Abandon, Command, Compute, Computed, Received, Sampling, Send
+from pipeinfer.protocol import (
+    FIRST_DRAFTER,
+    ORCHESTRATOR,
+    DraftRow,
+    Edges,
+    Flag,
+    Kind,
+    Message,
+    SettingRow,
+    accepted_name,
+)
+from speculation.drafter import Drafter
+from speculation.policy import Policy
+
+PROMPT = (1, 2, 3)
+ROOT = accepted_name(3)
+"""What everybody calls the first accepted token."""
+
+
+class Told:
+    """A drafter whose prompt is through, and what it is told; the first token, 7, has been accepted."""
+
+    def __init__(self, **knobs: Any) -> None:
+        settings: dict[str, Any] = {"schedule": "frontier", "rows": 3, "lead": 9} | knobs
+        self.drafter = Drafter(FIRST_DRAFTER, Policy("test", **settings), 64)
+        self._edges = Edges(ORCHESTRATOR)
+        self.now, self.busy = 0.0, 0
+        rows = tuple(DraftRow(token, 0, 0, 0.0) for token in PROMPT)
+        self.say(Kind.PROMPT, rows, Flag.LAST, run=20)
+        self.computed([(9, 0.9)])
+        assert self.accept(7) == [], "it waits for its order"
+
+    def say(self, kind: Kind, rows: tuple[Any, ...] = (), flags: Flag = Flag.NONE, run: int = 0) -> list[Command]:
+        txn = self._edges.stamp(FIRST_DRAFTER)
+        message = Message(kind, ORCHESTRATOR, FIRST_DRAFTER, flags, 1, txn=txn, run=run, rows=rows)
+        return self._follow(self.drafter.handle(Received(message), self.now))
+
+    def _follow(self, commands: list[Command]) -> list[Command]:
+        self.busy = next((command.job for command in commands if isinstance(command, Compute)), self.busy)
+        return commands
+
+    def order(self, passes: int, cutoff: float = 0.0, restart: bool = False) -> list[Command]:
+        flags = Flag.RESTART if restart else Flag.NONE
+        return self.say(Kind.ORDER, (SettingRow(0, passes, 0, cutoff),), flags)
+
+    def accept(self, *tokens: int, flags: Flag = Flag.NONE) -> list[Command]:
+        tree = self.drafter._tree
+        assert tree is not None
+        first = tree.root.position + 1
+        rows = tuple(DraftRow(token, accepted_name(first + index), 0, 0.0) for index, token in enumerate(tokens))
+        return self.say(Kind.ADVANCE, rows, flags)
+
+    def computed(self, *choices: list[tuple[int, float]]) -> list[Command]:
+        """The pass ends; for each of its nodes the choices with their probabilities."""
+        logged = [[(token, math.log(probability)) for token, probability in best] for best in choices]
+        return self._follow(self.drafter.handle(Computed(self.busy, choices=logged), self.now))
+
+
+def compute_of(commands: list[Command]) -> Compute:
+    (found,) = [command for command in commands if isinstance(command, Compute)]
+    return found
+
+
+def nodes(commands: list[Command]) -> list[tuple[list[tuple[int, int]], bool]]:
+    """The NODES messages: (token, parent's name) of each node, and whether the order is done."""
+    found = [command.message for command in commands if isinstance(command, Send)]
+    assert all(message.kind is Kind.NODES for message in found)
+    return [
+        ([(row.token, row.parent) for row in message.rows_as(DraftRow)], bool(message.flags & Flag.LAST))
+        for message in found
+    ]
+
+
+def evaluated(commands: list[Command]) -> list[int]:
+    return [int(token) for token in compute_of(commands).batch.tokens]
+
+
+def test_an_order_is_so_many_passes_and_the_last_one_says_so() -> None:
+    told = Told()
+    assert evaluated(told.order(2)) == [7]
+    commands = told.computed([(4, 0.9)])
+    assert (nodes(commands), evaluated(commands)) == ([([(4, ROOT)], False)], [4])
+    commands = told.computed([(5, 0.9)])
+    (found, is_done), *others = nodes(commands)
+    assert ([token for token, _ in found], is_done, others) == ([5], True, [])
+    assert not [command for command in commands if isinstance(command, Compute)]
+    assert told.accept(4, 5, 6) == [], "and no more"
+
+
+def test_the_next_order_goes_on_from_there() -> None:
+    told = Told()
+    told.order(1)
+    told.computed([(4, 0.9)])
+    assert evaluated(told.order(1)) == [4]
+
+
+def test_nothing_below_the_cutoff_is_sent_and_the_order_ends_there() -> None:
+    told = Told()
+    told.order(3, cutoff=0.5)
+    told.computed([(4, 0.6)])
+    commands = told.computed([(5, 0.4)])
+    assert nodes(commands) == [([], True)]
+    assert not [command for command in commands if isinstance(command, Compute)]
+
+
+def test_what_was_held_back_answers_a_lower_order_without_a_pass() -> None:
+    told = Told()
+    told.order(3, cutoff=0.5)
+    told.computed([(4, 0.4)])
+    assert nodes(told.order(3, cutoff=0.45)) == [([], True)]
+    commands = told.order(3, cutoff=0.3)
+    assert (nodes(commands), evaluated(commands)) == ([([(4, ROOT)], False)], [4])
+    commands = told.computed([(5, 0.9)])
+    assert nodes(commands)[0][1] is False, "two passes are left"
+    assert nodes(told.computed([(6, 0.9)]))[0][1] is True
+
+
+def test_passes_that_were_not_needed_are_not_kept_for_later() -> None:
+    told = Told(lead=1)
+    told.order(5)
+    told.computed([(4, 0.9)])
+    assert nodes(told.computed([(5, 0.9)]))[-1] == ([], True), "it may be one node ahead, not more"
+    assert told.accept(4) == []
+
+
+def test_to_begin_again_is_to_forget_and_to_look_at_the_newest_token_once_more() -> None:
+    told = Told()
+    told.order(2)
+    told.computed([(4, 0.9)])
+    told.computed([(5, 0.9)])
+    command = compute_of(told.order(2, restart=True))
+    assert command.batch.tokens.tolist() == [7]
+    assert command.batch.visible[0].sum() == 4, "the prompt and itself, in a cell of its own"
+    commands = told.computed([(4, 0.9)])
+    assert nodes(commands) == [([(4, ROOT)], False)]
+    assert told.drafter._tree is not None
+    assert told.drafter._tree.size == 2
+    assert evaluated(commands) == [4]
+
+
+def test_what_was_held_back_is_forgotten_with_the_rest() -> None:
+    told = Told()
+    told.order(3, cutoff=0.5)
+    told.computed([(4, 0.4)])
+    assert evaluated(told.order(3, restart=True)) == [7]
+
+
+def test_cells_of_what_was_forgotten_are_free_again() -> None:
+    told = Told()
+    for _ in range(50):
+        told.order(3, restart=True)
+        for token in (4, 5, 6):
+            told.computed([(token, 0.9)])
+    told.drafter._ledger.check()
+    assert len(told.drafter._ledger._leased) <= 9
+
+
+def test_a_pass_over_what_is_forgotten_is_given_up() -> None:
+    told = Told()
+    told.order(3)
+    told.computed([(4, 0.9)])
+    assert told.order(3, restart=True) == [Abandon(told.busy)]
+    assert evaluated(told.drafter.handle(Computed(told.busy), 0.0)) == [7]
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_an_order_after_the_last_position_of_use_is_done_at_once(passes: int) -> None:
+    told = Told()
+    told.accept(*range(17))  # to position 20
+    assert len(evaluated(told.order(passes))) == 17, "what it has not seen yet"
+    assert nodes(told.computed()) == [([], True)]
+    assert nodes(told.order(passes)) == [([], True)]
+
+
+def test_the_end_of_the_request_ends_the_order() -> None:
+    told = Told()
+    told.order(2)
+    assert told.say(Kind.CLOSE) == [Abandon(told.busy)]
+    assert told.computed([(4, 0.9)]) == []
+
+
+def test_guesses_are_drawn_as_the_target_will_draw() -> None:
+    told, sampling = Told(), Sampling(0.5, seed=1 << 50)
+    told.say(Kind.REQUEST, sampling.rows())
+    draw = compute_of(told.order(1)).draw
+    assert draw is not None
+    assert (draw.sampling, draw.positions.tolist(), draw.is_guess) == (sampling, [4], True)

@@ -1,0 +1,275 @@
+"""The orchestrator's side of drafting: names, orders, lookups, and what is told to whom."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from pipeinfer.ports import Request, Sampling, Send
+from pipeinfer.protocol import MAX_ROWS, ORCHESTRATOR, AnyRow, DraftRow, Flag, Kind, Message, accepted_name
+from speculation.policy import Policy
+from speculation.schedule import UNLIMITED, Order
+from speculation.sources import LOOKUP, Sources
+from speculation.tree import Node, Tree
+
+FIRST, SECOND = 0x8000, 0x8001
+PROMPT = (5, 6, 7, 5, 6)
+ROOT = accepted_name(4)
+"""What everybody calls the prompt's last token."""
+
+
+def say(kind: Kind, dest: int, flags: Flag, run: int, rows: tuple[AnyRow, ...]) -> Send:
+    return Send(Message(kind, ORCHESTRATOR, dest, flags, run=run, rows=rows))
+
+
+class Served:
+    """Sources that serve one request, and its tree."""
+
+    def __init__(
+        self,
+        drafters: tuple[int, ...] = (FIRST, SECOND),
+        prompt: tuple[int, ...] = PROMPT,
+        most: int = 20,
+        stops: frozenset[int] = frozenset(),
+        sampling: Sampling | None = None,
+        **knobs: Any,
+    ) -> None:
+        policy = Policy("test", **{"rows": 4, "width": 2, "lead": 8} | knobs)
+        self.sources = Sources(drafters, policy, 2000, say, {})
+        self.request = Request(prompt, most, stops, sampling or Sampling())
+        self.tree = Tree(prompt[-1], len(prompt) - 1, self.sources.most_nodes())
+        self.tree.take(self.tree.root)
+        self.told = self.sources.open(self.request, 1, self.tree, len(prompt) + most - 2)
+
+    def grow(self, source: int, *rows: tuple[int, int, int], flags: Flag = Flag.NONE, request: int = 1) -> Any:
+        """Nodes as (token, name, parent's name), each claimed to be certain by half."""
+        nodes = tuple(DraftRow(*row, math.log(0.5)) for row in rows)
+        return self.sources.grow(Message(Kind.NODES, source, ORCHESTRATOR, flags, request, run=4, rows=nodes))
+
+    def accept(self, *tokens: int, restart: bool = False) -> list[Send]:
+        heirs = []
+        for token in tokens:
+            self.tree.root.choice = token
+            self.sources.judged(self.tree.root)
+            heirs.append(self.tree.advance(token)[0])
+        return self.sources.advance(heirs, restart)
+
+    def paths(self, node: Node | None = None) -> dict[int, Any]:
+        """The tree below the root as tokens in tokens."""
+        here = node or self.tree.root
+        return {token: self.paths(child) for token, child in here.children.items()}
+
+
+def kinds(said: list[Send]) -> list[tuple[Kind, int]]:
+    return [(send.message.kind, send.message.dest) for send in said]
+
+
+def test_every_drafter_hears_how_tokens_are_drawn_then_the_prompt() -> None:
+    sampling = Sampling(0.5, seed=3)
+    told = Served(sampling=sampling).told
+    assert kinds(told) == [
+        (Kind.REQUEST, FIRST), (Kind.PROMPT, FIRST), (Kind.REQUEST, SECOND), (Kind.PROMPT, SECOND),
+    ]  # fmt: skip
+    assert told[0].message.rows == sampling.rows()
+    prompt = told[1].message
+    tokens = [row.token for row in prompt.rows_as(DraftRow)]
+    assert (tokens, prompt.flags, prompt.run) == (list(PROMPT), Flag.LAST, 23)
+
+
+def test_a_long_prompt_comes_in_parts_and_the_last_says_so() -> None:
+    parts = [send.message for send in Served((FIRST,), prompt=(1,) * (MAX_ROWS + 3)).told[1:]]
+    assert [(len(part.rows), part.flags) for part in parts] == [(MAX_ROWS, Flag.NONE), (3, Flag.LAST)]
+
+
+def test_each_drafter_has_names_of_its_own() -> None:
+    served = Served()
+    served.grow(FIRST, (1, 1, ROOT), (2, 2, 1))
+    served.grow(SECOND, (3, 1, ROOT), (4, 2, 1))
+    assert served.paths() == {1: {2: {}}, 3: {4: {}}}
+
+
+def test_what_two_have_found_is_one_node_of_the_first() -> None:
+    served = Served()
+    served.grow(FIRST, (1, 1, ROOT))
+    served.grow(SECOND, (1, 9, ROOT), (2, 10, 9))
+    assert served.paths() == {1: {2: {}}}
+    assert served.tree.root.children[1].source == FIRST
+
+
+def test_accepted_tokens_have_a_name_that_nobody_needs_to_say() -> None:
+    served = Served()
+    served.accept(8, 9)
+    served.grow(SECOND, (3, 1, accepted_name(6)))
+    assert served.paths() == {3: {}}
+
+
+def test_what_hangs_on_a_dead_branch_is_left_out() -> None:
+    served = Served()
+    served.grow(FIRST, (1, 1, ROOT), (2, 2, 1))
+    served.accept(8)
+    served.grow(FIRST, (3, 3, 2), (4, 4, 3), (5, 5, 77))
+    assert served.paths() == {}
+    assert served.tree.size == 1
+
+
+def test_what_is_of_no_use_to_the_request_is_left_out() -> None:
+    served = Served(most=2, stops=frozenset({9}))  # the last position of use is 5
+    served.grow(FIRST, (1, 1, ROOT), (2, 2, 1), (9, 3, ROOT), (4, 4, 3))
+    assert served.paths() == {1: {}}
+
+
+def test_words_about_another_request_are_ignored() -> None:
+    served = Served()
+    assert served.grow(FIRST, (1, 1, ROOT), request=2) is None
+    assert served.paths() == {}
+    served.sources.close()
+    assert served.grow(FIRST, (1, 1, ROOT)) is None
+
+
+def test_siblings_come_best_first() -> None:
+    served = Served((FIRST,))
+    served.grow(FIRST, (1, 1, ROOT), (2, 2, ROOT), (3, 3, 1), (4, 4, 1))
+    ranks = {node.token: node.rank for node in served.tree.root.children.values()}
+    assert ranks == {1: 0, 2: 1}
+    assert [node.rank for node in served.tree.root.children[1].children.values()] == [0, 1]
+
+
+# Orders.
+
+
+def test_an_order_goes_to_all_and_is_done_when_all_are() -> None:
+    served = Served()
+    said = served.sources.order(Order(3, 0.25, restart=True))
+    assert kinds(said) == [(Kind.ORDER, FIRST), (Kind.ORDER, SECOND)]
+    assert {(send.message.flags, send.message.rows) for send in said} == {(Flag.RESTART, ((0, 3, 0, 0.25),))}
+    assert served.grow(FIRST, (1, 1, ROOT)) is None
+    assert served.grow(SECOND, (1, 1, ROOT), (2, 2, 1), flags=Flag.LAST) is None
+    found = served.grow(FIRST, (3, 2, 1), flags=Flag.LAST)
+    assert [node.token for node in found] == [1, 1, 2, 3]
+
+
+def test_an_order_that_finds_nothing_is_done_too() -> None:
+    served = Served((FIRST,))
+    served.sources.order(Order(1))
+    assert served.grow(FIRST, flags=Flag.LAST) == []
+
+
+def test_a_second_answer_is_none() -> None:
+    served = Served((FIRST,))
+    served.sources.order(Order(1))
+    served.grow(FIRST, flags=Flag.LAST)
+    assert served.grow(FIRST, flags=Flag.LAST) is None
+
+
+@pytest.mark.parametrize("passes", [0, UNLIMITED])
+def test_nobody_waits_for_an_answer_to_work_without_end_or_not_at_all(passes: int) -> None:
+    served = Served((FIRST,))
+    assert len(served.sources.order(Order(passes))) == 1
+    assert served.grow(FIRST, (1, 1, ROOT), flags=Flag.LAST) is None
+
+
+def test_what_died_meanwhile_is_not_among_what_was_found() -> None:
+    served = Served((FIRST,))
+    served.sources.order(Order(2))
+    served.grow(FIRST, (1, 1, ROOT), (2, 2, 1), (3, 3, ROOT))
+    served.accept(1)
+    found = served.grow(FIRST, flags=Flag.LAST)
+    assert [node.token for node in found] == [2], "the accepted one is no guess any more"
+
+
+# What is told of acceptance.
+
+
+def test_accepted_tokens_are_told_to_all_by_their_names() -> None:
+    said = Served().accept(8, 9)
+    assert kinds(said) == [(Kind.ADVANCE, FIRST), (Kind.ADVANCE, SECOND)]
+    assert [row[:2] for row in said[0].message.rows] == [(8, accepted_name(5)), (9, accepted_name(6))]
+    assert said[0].message.flags == Flag.NONE
+    assert Served().accept(8, restart=True)[0].message.flags == Flag.RESTART
+
+
+def test_the_end_is_told_to_all() -> None:
+    served = Served()
+    assert kinds(served.sources.close()) == [(Kind.CLOSE, FIRST), (Kind.CLOSE, SECOND)]
+    assert served.sources.advance([], False) == []
+
+
+def test_only_a_drafter_of_which_something_was_learnt_is_told() -> None:
+    served, told = Served(calibrate=True), list[tuple[Kind, int]]()
+    for position in range(4, 16):
+        served.grow(SECOND, (1, position, accepted_name(position)))
+        told += kinds(served.accept(8))
+    assert (Kind.CALIBRATE, SECOND) in told
+    assert (Kind.CALIBRATE, FIRST) not in told
+    assert told.count((Kind.CALIBRATE, SECOND)) == served.sources.calibrations[SECOND].revision
+
+
+def test_the_tree_believes_what_was_learnt() -> None:
+    served = Served((FIRST,), calibrate=True, most=100)
+    for position in range(4, 60):
+        served.grow(FIRST, (1, position, accepted_name(position)))
+        served.accept(8)
+    served.grow(FIRST, (1, 99, accepted_name(60)))
+    (node,) = served.tree.root.children.values()
+    assert node.claim == math.log(0.5)
+    assert served.tree.probability(node) < 0.1, "it never was right"
+    assert served.sources.claimed.rows()[0].observed == 0.0
+
+
+def test_without_calibration_claims_are_taken_as_they_are() -> None:
+    served = Served((FIRST,), most=100)
+    for position in range(4, 60):
+        served.grow(FIRST, (1, position, accepted_name(position)))
+        assert served.tree.probability(served.tree.root.children[1]) == pytest.approx(0.5)
+        served.accept(8)
+
+
+def test_old_names_are_forgotten() -> None:
+    served = Served((FIRST,), most=1000)
+    for name in range(1000):
+        root = served.tree.root.position
+        nodes = (DraftRow(1, name, accepted_name(root), -1.0),)
+        served.sources.grow(Message(Kind.NODES, FIRST, ORCHESTRATOR, request=1, run=root, rows=nodes))
+        served.accept(8)
+    assert max(served.sources.names) <= 4 * served.tree.max_nodes + 2
+
+
+# Lookup.
+
+
+def test_what_has_been_said_before_is_guessed_again() -> None:
+    served = Served((), lookup=2)
+    assert served.paths() == {7: {5: {}}}, "after 5 6 came 7 5"
+    assert [node.source for node in served.tree.root.children.values()] == [LOOKUP]
+    served.accept(7)
+    assert served.paths() == {5: {6: {}}}
+
+
+def test_a_lookup_follows_what_others_have_guessed() -> None:
+    served = Served((FIRST,), lookup=1)
+    served.grow(FIRST, (7, 1, ROOT), (5, 2, 1), (9, 3, 1))
+    served.accept(7)
+    assert served.paths() == {5: {}, 9: {}}
+    assert served.tree.root.children[5].source == FIRST
+
+
+def test_a_lookup_stops_where_the_request_does() -> None:
+    assert Served((), lookup=9, most=2).paths() == {7: {}}
+    assert Served((), lookup=9, stops=frozenset({5})).paths() == {7: {}}
+
+
+def test_a_new_round_looks_up_again_what_was_thrown_away() -> None:
+    served = Served((FIRST,), lookup=2)
+    served.tree.prune()
+    served.sources.order(Order(1, restart=True))
+    assert served.paths() == {7: {5: {}}}
+
+
+def test_the_last_request_is_not_looked_up() -> None:
+    served = Served((), prompt=(1, 2, 3, 1, 2), lookup=2)
+    tree = Tree(2, 1, 50)
+    served.sources.close()
+    served.sources.open(Request((1, 2), 9), 2, tree, 9)
+    assert tree.root.children == {}
