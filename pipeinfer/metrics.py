@@ -48,7 +48,9 @@ def measure(submitted_at: float, emitted_at: Sequence[tuple[float, int]], tally:
         "waste": 1.0 - needed / tally.rows if tally.rows else 0.0,
         "cancel_latency_ms": 1e3 * tally.cancel_s / tally.tombstones if tally.tombstones else 0.0,
         "calibration_error": {
-            "claimed": tally.claimed_error, "believed": tally.believed_error, "outcomes": tally.judged
+            "claimed": tally.claimed_error,
+            "believed": tally.believed_error,
+            "outcomes": tally.judged,
         },
     }
 

@@ -66,6 +66,8 @@ def difference(old: Any, new: Any, path: str = "commands") -> str:
         parts = [(member.name, getattr(old, member.name), getattr(new, member.name)) for member in fields(old)]
     elif isinstance(old, tuple | list):
         parts = [(str(index), was, now) for index, (was, now) in enumerate(zip_longest(old, new))]
+    elif isinstance(old, dict):
+        parts = [(str(name), old.get(name), new.get(name)) for name in {**old, **new}]
     else:
         is_same = old == new or (old != old and new != new)  # no number equals no number
         return "" if is_same else f"{path} was {_short(old)}, is {_short(new)}"

@@ -130,7 +130,7 @@ def _typed(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            refuse(f"{where}: {knob} is a {kind.__name__}, not {value!r}", "correct it")
+            refuse(f"{where}: {knob} is not of type {kind.__name__}", "correct it")
         found[knob] = value
     return found
 

@@ -176,6 +176,7 @@ def show(engine: Engine, prompt: str, args: argparse.Namespace, sampling: Sampli
             print(piece, end="", flush=True)
     if args.json:
         found = asdict(completion)
+        del found["calibrations"]  # `pipeinfer calibrate` stores them
         if not args.logprobs:
             del found["logprobs"]
         print(json.dumps(found), flush=True)

@@ -16,6 +16,8 @@ from pipeinfer.protocol import (
 from pipeinfer.sim.world import Witness, World, WorldSpec
 from stages.emulated import EmulatedSpec, plain_tokens
 
+_THROWN_AWAY = (Kind.ADVANCE, Flag.RESTART)
+
 
 class LawBroken(AssertionError):
     """A law does not hold; the message begins with the law's number."""
@@ -61,7 +63,9 @@ class Chronicle(Witness):
         self.has_begun = False  # whether a token of this request has been emitted
         self.runs: dict[int, Launched] = {}
         self._at: dict[int, Written] = {}
-        self._known: set[tuple[Written, int]] = set()  # tokens sent, with what they were sent after
+        self._known: dict[tuple[Written, int], Written] = {}  # tokens sent, with what they were sent after
+        # Whoever throws guesses away tells drafters so; without any nobody is told.
+        self._may_repeat = spec.policy.schedule == "frontier" or (not spec.policy.reuse and spec.drafters == 0)
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         """See Witness."""
@@ -73,7 +77,7 @@ class Chronicle(Witness):
             self.truth = [*event.request.prompt, *oracle(self.spec.model, event.request)]
             self.over = self.has_begun = False
             self.runs, self._at = {}, {}
-            self._known = set()
+            self._known = {}
         for command in commands:
             if isinstance(command, Emit):
                 self.text += command.tokens
@@ -82,6 +86,14 @@ class Chronicle(Witness):
                 self.over = True
             elif isinstance(command, Send) and command.message.kind is Kind.RUN:
                 self._launch(command.message)
+            elif isinstance(command, Send) and (command.message.kind, command.message.flags) == _THROWN_AWAY:
+                self._throw_away()
+
+    def _throw_away(self) -> None:
+        """Every guess is forgotten on purpose, in flight or not: it may be cancelled, and may come again."""
+        for run in self.runs.values():
+            for written in run.written.values():
+                written.dead |= written.position >= len(self.text)
 
     def _launch(self, message: Message) -> None:
         run = Launched(message, {})
@@ -90,9 +102,10 @@ class Chronicle(Witness):
             parent = before if message.flags & Flag.CANONICAL else self._at.get(row.parent)
             before = self._at[row.slot] = run.written[row.slot] = Written(row.token, row.position, parent)
             if parent is not None:
-                before.is_copy = (parent, row.token) in self._known
-                self._known.add((parent, row.token))
-            if before.is_copy and self.spec.policy.schedule != "frontier" and self.spec.policy.reuse:
+                known = self._known.get((parent, row.token))
+                before.is_copy = known is not None and not known.dead
+                self._known[parent, row.token] = before
+            if before.is_copy and not self._may_repeat:
                 raise LawBroken(f"L2: token {row.token} at position {row.position} is verified twice")
         self.runs[message.run] = run
 
@@ -115,12 +128,11 @@ class Chronicle(Witness):
             written.dead, written.accepted = dead, not dead
         return dead
 
-
     def is_useless(self, written: Written) -> bool:
-        """Whether it is dead, or only tells what is known (rivals send twice), or was thrown away on purpose."""
+        """Whether it is dead, or only tells what is known (rivals send twice), or may have been thrown away."""
         policy = self.spec.policy
         is_known = policy.schedule == "frontier" and written.position + 1 < len(self.text)
-        return is_known or not policy.reuse or self.is_dead(written)
+        return is_known or (self._may_repeat and not policy.reuse) or self.is_dead(written)
 
 
 class Reader(Witness):

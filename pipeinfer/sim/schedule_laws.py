@@ -92,8 +92,10 @@ class OneRoundAtATime(Reader):
         if isinstance(event, Submitted):
             self._length, self._awaited = len(event.request.prompt), 0
         elif isinstance(event, Received):
-            self._in_flight -= event.message.kind is Kind.RESULT
-            self._awaited -= event.message.kind is Kind.NODES and bool(event.message.flags & Flag.LAST)
+            message = event.message
+            self._in_flight -= message.kind is Kind.RESULT
+            if message.kind is Kind.NODES and message.flags & Flag.LAST and message.request == self.story.requests:
+                self._awaited -= 1
         for command in commands:
             if isinstance(command, Emit):
                 self._length += len(command.tokens)
@@ -155,7 +157,7 @@ class Frontier(Reader):
             self._text, self._stops = list(request.prompt), request.stop_tokens
             self._last_position = len(request.prompt) + request.max_new_tokens - 2
             self._awaited, self._owes_canonical, self._owes_drafted, self._canonical = set(), False, False, set()
-        elif isinstance(event, Received) and event.message.kind is Kind.NODES:
+        elif isinstance(event, Received):
             self._found(event.message)
         for command in commands:
             if isinstance(command, Emit):
@@ -166,6 +168,8 @@ class Frontier(Reader):
                 self._sent(command.message, world.spec)
 
     def _found(self, message: Message) -> None:
+        if message.kind is not Kind.NODES or message.request != self.story.requests:
+            return
         for row in message.rows_as(DraftRow) if message.source in self._awaited else ():
             self._has_stopped |= row.token in self._stops
             self._owes_drafted |= not self._has_stopped and self._front <= self._last_position

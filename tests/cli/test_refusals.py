@@ -158,12 +158,45 @@ def test_different_vocabularies(pair: tuple[Path, Path], tmp_path: Path) -> None
     )  # fmt: skip
 
 
-def test_a_continuous_policy_without_a_draft(tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["benchmarks/baselines/sync-tree.toml", "continuous --set lookup=0"])
+def test_a_policy_that_cannot_do_without_a_draft(policy: str, tmp_path: Path) -> None:
     make_tiny(tmp_path / "alone", "LlamaForCausalLM")
     refused(
-        "run", "--target", str(tmp_path / "alone"), "--policy", "continuous", "--ranks", "2", "--prompt", "x",
+        "run", "--target", str(tmp_path / "alone"), "--policy", *policy.split(), "--ranks", "2", "--prompt", "x",
         says=["needs a draft model", "--draft"],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--policy nowhere.toml", ["unknown policy 'nowhere.toml'", "plain, continuous"]),
+        ("--set rows", ["--set rows", "knob=value"]),
+        ("--set speed=9", ["no knob 'speed'"]),
+        ("--set rows=many", ["rows is not of type int"]),
+        ("--set rows=0", ["rows must be 1 to"]),
+        ("--drafters 0", ["0 drafters"]),
+        ("--drafters 3 --draft none", ["without a draft model"]),
+        ("--drafters 3 --ranks 3", ["3 ranks cannot hold 3 drafters", "at least 4 ranks"]),
+        ("--calibration nowhere.json", ["nowhere.json cannot be read"]),
+        ("--calibration README.md", ["README.md holds no calibration"]),
+    ],
+)
+def test_what_a_policy_and_its_sources_cannot_be(words: str, says: list[str]) -> None:
+    ranks = [] if "--ranks" in words else ["--ranks", "4"]
+    refused("run", *ranks, "--prompt", "x", *words.split(), says=says)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--prompts nowhere.txt --out cal.json", ["nowhere.txt cannot be read"]),
+        ("--prompts LICENSE --out /nowhere/cal.json", ["/nowhere/cal.json cannot be written"]),
+        ("--prompts pyproject.toml --out cal.json --draft x", ["--draft without --target"]),
+    ],
+)
+def test_what_calibrate_refuses(words: str, says: list[str]) -> None:
+    refused("calibrate", *words.split(), says=says)
 
 
 def test_ranks_without_an_mpi_installed(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_json_is_one_object_with_everything() -> None:
     assert found.keys() == {"text", "prompt_tokens", "tokens", "finish_reason", "metrics", "config", "ranks"}
     assert found["metrics"].keys() == {
         "ttft_ms", "tpot_ms", "e2el_ms", "itl_ms", "output_throughput", "acceptance_rate", "accept_length", "runs",
-        "cancelled_runs", "waste",
+        "cancelled_runs", "waste", "cancel_latency_ms", "calibration_error",
     }  # fmt: skip
     assert found["metrics"]["itl_ms"].keys() == {"p50", "p90", "p99"}
     assert (len(found["tokens"]), found["finish_reason"]) == (20, "length")

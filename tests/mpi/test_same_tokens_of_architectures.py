@@ -16,7 +16,6 @@ from tests.models.tiny import CONFIGS, make_tiny_pair
 from tests.mpi.matrix import (
     ABLATIONS,
     FULL,
-    RANKS,
     RIVALS,
     TIMEOUT_S,
     Asked,
@@ -24,15 +23,15 @@ from tests.mpi.matrix import (
     Task,
     clear_margins,
     decode,
-    differences,
     prompts_for,
+    same,
     wanted,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT_S)]
 
 GENERIC = ("gpt2", "falcon", "gemma", "gemma2", "gemma3", "phi3", "mixtral", "olmo")
-NEW_TOKENS = 128 if FULL else 40
+NEW_TOKENS = 128 if FULL else 32
 LENGTHS = (9, 18, 27, 40)  # of prompts: few, so that transformers takes many at once
 DRAWN = Sampling(0.8, 50, 0.95, 0.01, 1.1, seed=2**63 + 5)
 WIDE = "govern=false"  # or guesses, which save nothing in models as small as these, would soon be given up
@@ -63,12 +62,11 @@ def tasks_for(target: str, draft: str, index: int) -> list[Task]:
     def of(case: Case) -> Case:
         return replace(case, target=target, draft=case.draft if case.draft == "none" else draft)
 
-    requests = requests_for(target, 100 if FULL else 20)
+    requests = requests_for(target, 20)
     drawn = replace(requests[0], sampling=DRAWN)
     usual, always_right = Case(3, settings=(WIDE,)), Case(3, settings=(WIDE,), target=target, draft=target)
     if FULL:
-        other = [replace(case, ranks=ranks) for case in (usual, *OTHERS) for ranks in RANKS if ranks >= case.ranks]
-        return [(case, [*requests, drawn]) for case in (always_right, *map(of, other))]
+        return [(case, [*requests, drawn]) for case in (always_right, of(usual), *map(of, OTHERS))]
     other = OTHERS[index % len(OTHERS)]
     return [(of(usual), requests), (of(other), [*requests[4:8], drawn]), (always_right, requests[:3])]
 
@@ -78,7 +76,7 @@ def test_every_architecture_says_what_transformers_says(tmp_path: Path) -> None:
     for index, name in enumerate((*CONFIGS, *GENERIC)):
         asked += tasks_for(*make(tmp_path / name, name), index)
     said = decode(asked, tmp_path)
-    assert not differences(asked, said)
+    same(asked, said)
     for case, requests in asked:
         texts = [set(text.tokens) for text in wanted(case.target, requests)]
         assert sum(map(len, texts)) > 10 * len(texts), "texts that loop would hide errors"
@@ -90,13 +88,13 @@ def test_every_architecture_says_what_transformers_says(tmp_path: Path) -> None:
 def test_a_text_ends_where_transformers_ends_it(tmp_path: Path) -> None:
     """Thirty tokens of the vocabulary end a text, so that runs are in flight behind most ends."""
     target, draft = map(str, make_tiny_pair(tmp_path, "LlamaForCausalLM", seed=1, eos_token_id=list(range(0, 512, 17))))
-    requests = [replace(one, ignore_eos=False) for one in requests_for(target, 100 if FULL else 20)]
+    requests = [replace(one, ignore_eos=False) for one in requests_for(target, 100 if FULL else 12)]
     requests.append(replace(requests[0], sampling=DRAWN))
     asked: list[Task] = [
         (Case(ranks, policy, (WIDE,), target, draft), requests)
-        for ranks, policy in ((1, "plain"), (3, "continuous"), (3, "pipeinfer"), (3, "sync-tree"))
+        for ranks, policy in ((3, "continuous"), (3, "pipeinfer"), (3, "sync-tree"))
     ]
     said = decode(asked, tmp_path)
-    assert not differences(asked, said)
+    same(asked, said)
     assert clear_margins(asked)
     assert len({len(tokens) for tokens in said[0].tokens}) > 6, "at many different places"

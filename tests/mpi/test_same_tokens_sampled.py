@@ -21,8 +21,8 @@ from tests.mpi.matrix import (
     Task,
     clear_margins,
     decode,
-    differences,
     prompts_for,
+    same,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT_S)]
@@ -42,11 +42,11 @@ OTHERS = [Case(ranks, policy) for policy in ("plain", *RIVALS) for ranks in (1, 
 
 
 def requests() -> list[Asked]:
-    """Each seed at two temperatures, with changing processors; each has a prompt of its own."""
+    """Each seed at two temperatures, with changing processors; two seeds share a prompt."""
     found = []
     for index, (seed, temperature) in enumerate(product(SEEDS, (0.7, 1.0))):
-        sampling = Sampling(temperature, *PROCESSORS[(index // 2 + index) % len(PROCESSORS)], seed=seed)
-        found.append(Asked(prompts_for(BUILTIN)[index], NEW_TOKENS, sampling))
+        sampling = Sampling(temperature, *PROCESSORS[index // 4 % len(PROCESSORS)], seed=seed)
+        found.append(Asked(prompts_for(BUILTIN)[index // 4], NEW_TOKENS, sampling))
     return found
 
 
@@ -57,15 +57,9 @@ def test_what_is_drawn_depends_on_the_seed_alone(tmp_path: Path) -> None:
     if FULL:
         asked += [(Case(ranks, policy), every) for ranks in RANKS for policy in ABLATIONS]
     said = decode(asked, tmp_path)
-    assert not differences(asked, said)
+    same(asked, said)
     assert clear_margins(asked)
     lengths = [answer.accept_length for (case, _), answer in zip(asked, said, strict=True) if case.policy != "plain"]
     assert min(lengths) > 1, "guesses were accepted everywhere"
+    assert len(set(map(tuple, said[0].tokens))) > 0.9 * len(every), "other seeds and temperatures, other texts"
 
-
-def test_another_seed_or_temperature_draws_another_text(tmp_path: Path) -> None:
-    prompt = prompts_for(BUILTIN)[0]
-    samplings = [Sampling(temperature, seed=seed) for temperature in (0.0, 0.7, 1.0) for seed in (1, 2)]
-    ((texts),) = [decode([(Case(2), [Asked(prompt, 32, sampling) for sampling in samplings])], tmp_path)[0].tokens]
-    assert texts[0] == texts[1], "greedy texts have no seed"
-    assert len(set(map(tuple, texts))) == 5

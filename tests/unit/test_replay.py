@@ -33,6 +33,8 @@ OTHER_NAN = float("nan")
         (Emit((1, 2)), Emit((1, 3)), "commands.tokens.1 was 2, is 3"),
         (RUN, Message(Kind.RUN, 0, 1, rows=(RUN.rows[0], Row(5, 6, 9, 8))), "commands.rows.1.2 was 7, is 9"),
         (RESULT, Message(Kind.RESULT, 1, 0, rows=(ChoiceRow(1, 2, 3, OTHER_NAN),)), ""),
+        ({"a": 1, "b": [OTHER_NAN]}, {"b": [math.nan], "a": 1}, ""),
+        ({"a": 1}, {"a": 1, "b": 2}, "commands.b was None, is 2"),
         ("a" * 200, "b", f"commands was '{'a' * 159} ..., is 'b'"),
         (np.arange(3), np.arange(3), ""),
         (np.arange(3), np.array([0, 1, 7]), "commands[2] was 2, is 7"),

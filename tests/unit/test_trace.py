@@ -90,6 +90,8 @@ SAMPLINGS = st.builds(Sampling, REAL, WORD, REAL, REAL, REAL, st.integers(0, 2**
 TUPLES, REALS = st.lists(INTEGER, max_size=4).map(tuple), st.lists(REAL, max_size=4).map(tuple)
 SEEN = st.lists(COUNT.flatmap(arrays), max_size=3).map(tuple)
 DRAWS = st.builds(Draw, SAMPLINGS, COUNT.flatmap(arrays), SEEN, st.booleans())
+WORDS = st.fixed_dictionaries({"slope": REAL, "offsets": st.lists(REAL, max_size=2)})
+LEARNT = st.dictionaries(st.text(), WORDS, max_size=2)
 CHOICES = st.lists(st.lists(st.tuples(TOKEN, REAL), max_size=3), max_size=3)
 EVENTS: dict[type, st.SearchStrategy[Any]] = {
     Started: st.builds(Started),
@@ -117,7 +119,7 @@ COMMANDS: dict[type, st.SearchStrategy[Any]] = {
     Wake: st.builds(Wake, REAL),
     Emit: st.builds(Emit, TUPLES, REALS),
     Finish: st.builds(Finish, st.text()),
-    Idle: st.builds(Idle, st.builds(Tally, *[COUNT] * 8, REAL)),
+    Idle: st.builds(Idle, st.builds(Tally, *[COUNT] * 8, REAL, COUNT, REAL, REAL, LEARNT)),
     Note: st.builds(Note, st.text()),
     Halt: st.builds(Halt),
 }
