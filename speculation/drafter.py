@@ -51,6 +51,10 @@ from speculation.schedule import UNLIMITED
 from speculation.tree import Node, Tree
 
 
+LEAST_SHARE = 1e-3
+"""No child less probable than this is worth a name, even where rows are free."""
+
+
 class Drafter:
     """The machine of one draft model. ``context`` is the most tokens a request may have, prompt included."""
 
@@ -301,7 +305,7 @@ class Drafter:
         if tree is None or not node.alive or node.position < tree.root.position:
             return []
         found, least = [], math.log(self._cutoff) if self._cutoff > 0 else -math.inf
-        worth = math.log(max(self._floor() / 4, 1e-9))  # even as a child of the root it would hardly ever be sent
+        worth = math.log(max(self._floor() / 4, LEAST_SHARE))  # less would hardly ever be sent, even after the root
         for rank, (token, claim) in enumerate(choices):
             if claim < least:
                 self._withheld.append((node, choices))

@@ -170,6 +170,7 @@ def _generate(model: Any, batch: Sequence[Asked]) -> list[Wanted]:
     prompts = torch.tensor([asked.prompt for asked in batch])
     processors, sampling = LogitsProcessorList(), exact(batch[0].sampling)
     if sampling != GREEDY:
+        assert sampling.temperature > 0, "a greedy choice has no noise"
         processors = theirs(sampling)
         processors.append(Noise(sampling.seed))
     out = model.generate(

@@ -1,0 +1,124 @@
+"""The governor: what it believes of costs, and that it ends where a token is cheapest."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from speculation.continuous import earns
+from speculation.governor import HYSTERESIS, SPELL_TOKENS, CostCurve, Governor
+
+TRIP_S = 8.0
+
+
+def curve_of(*passes: tuple[int, float]) -> CostCurve:
+    curve = CostCurve()
+    for rows, seconds in passes:
+        curve.observe(rows, seconds)
+    return curve
+
+
+def test_a_curve_is_the_line_through_what_was_measured() -> None:
+    curve = curve_of(*[(rows, 2.0 + 0.5 * rows) for rows in (1, 3, 8, 1, 5)])
+    assert curve.seconds(4) == pytest.approx(4.0, rel=0.01)
+    assert curve.growth(8, 1) == pytest.approx(6.0 / 2.5, rel=0.01)
+    assert not curve.is_flat(8)
+
+
+def test_what_is_unknown_is_not_called_free() -> None:
+    assert CostCurve().seconds(4) == 0.0
+    assert CostCurve().growth(8, 1) == 1.0
+    assert not curve_of((1, 2.0), (1, 2.0)).is_flat(8), "nobody has seen a wide pass"
+    assert curve_of((1, 2.0), (8, 2.0)).is_flat(8)
+
+
+def test_a_hiccup_bends_the_curve_only_so_far() -> None:
+    curve = curve_of(*[(1 + index % 8, 1.0) for index in range(80)])
+    curve.observe(8, 1000.0)
+    assert curve.seconds(8) < 2.0
+
+
+def test_the_line_never_falls_and_never_starts_below_nothing() -> None:
+    falling = curve_of((1, 5.0), (8, 1.0), (1, 5.0), (8, 1.0))
+    assert falling.growth(8, 1) == 1.0
+    steep = curve_of((1, 0.001), (2, 10.0), (1, 0.001), (2, 10.0))
+    assert steep.seconds(1) >= 0.0
+
+
+def test_a_row_earns_where_the_useful_rows_per_second_do_not_fall() -> None:
+    dear = curve_of(*[(rows, float(rows)) for rows in (1, 2, 4, 8)])
+    assert earns(1.0, 0.99, curve_of((1, 1.0), (8, 1.0)), 1)
+    assert not earns(1.0, 0.5, dear, 1)
+    assert earns(0.5, 0.6, dear, 1)
+
+
+def drive(
+    governor: Governor, cost_s: dict[int, float], tokens: int, rng: random.Random, row_cost: float = 0.0, now: float = 0.0
+) -> tuple[float, dict[int, int], list[str]]:
+    """Commit ``tokens`` at ``cost_s`` seconds a token in each gear, with a tenth of noise; returns when that was, how
+    many tokens fell into each gear, and the notes."""
+    spent: dict[int, int] = dict.fromkeys(cost_s, 0)
+    notes = []
+    for index in range(tokens):
+        rows = governor.rows
+        now += cost_s[rows] * rng.uniform(0.9, 1.1)
+        spent[rows] += 1
+        sent = max(1, rows if index % 3 else 1)
+        governor.returned(sent, 1.0 + row_cost * (sent - 1), TRIP_S * (1.0 + row_cost * (sent - 1)), index % 2 == 0)
+        if note := governor.accepted(1, now):
+            notes.append(note)
+    return now, spent, notes
+
+
+@pytest.mark.parametrize("best", [0, 1, 2, 4, 8])
+@pytest.mark.parametrize("seed", range(3))
+def test_it_ends_where_a_token_is_cheapest(best: int, seed: int) -> None:
+    governor = Governor(8)
+    assert governor.gears == [0, 1, 2, 4, 8]
+    place = governor.gears.index(best)
+    cost_s = {rows: TRIP_S * (1.0 + 0.25 * abs(index - place)) for index, rows in enumerate(governor.gears)}
+    if best:
+        cost_s = {rows: seconds / 2 for rows, seconds in cost_s.items()} | {0: TRIP_S}
+    rng = random.Random(seed)
+    now, _, _ = drive(governor, cost_s, 60 * SPELL_TOKENS, rng, row_cost=0.2)
+    _, spent, notes = drive(governor, cost_s, 60 * SPELL_TOKENS, rng, row_cost=0.2, now=now)
+    assert spent[best] > 0.7 * 60 * SPELL_TOKENS, (seed, spent, notes)
+
+
+def test_where_rows_are_free_and_guesses_good_nothing_else_is_tried() -> None:
+    governor = Governor(8)
+    cost_s = {0: 8.0, 1: 4.0, 2: 3.0, 4: 2.0, 8: 1.8}
+    _, spent, notes = drive(governor, cost_s, 100 * SPELL_TOKENS, random.Random(1))
+    assert notes[0].startswith("8 rows: by the cost curve")
+    assert len(notes) == 1
+    assert spent[0] == spent[1] == spent[2] == 0
+
+
+def test_it_comes_back_from_plain_decoding_when_guesses_are_good_again() -> None:
+    governor, rng = Governor(4), random.Random(2)
+    bad = {0: TRIP_S, 1: 1.3 * TRIP_S, 2: 1.4 * TRIP_S, 4: 1.6 * TRIP_S}
+    now, spent, _ = drive(governor, bad, 60 * SPELL_TOKENS, rng, row_cost=0.1)
+    assert governor.rows == 0
+    assert spent[0] > 0.7 * 60 * SPELL_TOKENS
+    good = {0: TRIP_S, 1: 0.5 * TRIP_S, 2: 0.4 * TRIP_S, 4: 0.3 * TRIP_S}
+    _, spent, notes = drive(governor, good, 100 * SPELL_TOKENS, rng, row_cost=0.1, now=now)
+    assert governor.rows > 0, notes
+    assert spent[0] < 0.8 * 100 * SPELL_TOKENS
+
+
+def test_noise_within_the_hysteresis_moves_nothing() -> None:
+    governor = Governor(2)
+    cost_s = {0: TRIP_S, 1: 4.0, 2: 4.0 * (1 - HYSTERESIS / 2)}
+    _, _, notes = drive(governor, cost_s, 200 * SPELL_TOKENS, random.Random(3), row_cost=1.0)
+    shifts = [note for note in notes if "instead of" in note]
+    assert len(shifts) <= 1, notes
+
+
+def test_a_request_s_prompt_counts_for_nobody() -> None:
+    governor = Governor(2)
+    governor.accepted(1, 1.0)
+    governor.accepted(1, 100.0)
+    governor.opened()
+    assert governor.accepted(1, 5000.0) == ""
+    assert governor._since is None or governor._since >= 5000.0
