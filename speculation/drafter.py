@@ -50,7 +50,6 @@ from speculation.policy import Policy
 from speculation.schedule import UNLIMITED
 from speculation.tree import Node, Tree
 
-
 LEAST_SHARE = 1e-3
 """No child less probable than this is worth a name, even where rows are free."""
 

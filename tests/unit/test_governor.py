@@ -54,7 +54,12 @@ def test_a_row_earns_where_the_useful_rows_per_second_do_not_fall() -> None:
 
 
 def drive(
-    governor: Governor, cost_s: dict[int, float], tokens: int, rng: random.Random, row_cost: float = 0.0, now: float = 0.0
+    governor: Governor,
+    cost_s: dict[int, float],
+    tokens: int,
+    rng: random.Random,
+    row_cost: float = 0.0,
+    now: float = 0.0,
 ) -> tuple[float, dict[int, int], list[str]]:
     """Commit ``tokens`` at ``cost_s`` seconds a token in each gear, with a tenth of noise; returns when that was, how
     many tokens fell into each gear, and the notes."""
