@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -146,10 +147,18 @@ def main() -> None:
     columns = "".join(f" {Path(name).stem:>17}" for name in names)
     print(f"# {'stages':>6} {'top1':>5} {'draft':>5}{columns} {'sd':>5} {'/ideal':>7} {'/best rival':>11}")
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        farm = Farm(pool, args.seeds)
-        for cell, asked in [(cell, [farm.ask(name, cell) for name in names]) for cell in cells(args)]:
-            found = dict(zip(names, [answer() for answer in asked], strict=True))
-            print(row(cell, found), flush=True)
+        farm, asked = Farm(pool, args.seeds), deque[tuple[Cell, list[Callable[[], list[float]]]]]()
+
+        def tell() -> None:
+            cell, answers = asked.popleft()
+            print(row(cell, dict(zip(names, [answer() for answer in answers], strict=True))), flush=True)
+
+        for cell in cells(args):
+            asked.append((cell, [farm.ask(name, cell) for name in names]))
+            if len(asked) > 2:  # while one cell is awaited the next ones keep the pool busy
+                tell()
+        while asked:
+            tell()
 
 
 def row(cell: Cell, found: dict[str, list[float]]) -> str:
