@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 @dataclass(slots=True)
 class Completion:
     """One answer. ``metrics`` are those of pipeinfer.metrics.measure; ``calibrations`` what has been learnt of the
-    sources' probabilities; ``ranks`` says who computed it; ``logprobs`` are
-    those of ``tokens`` (natural logarithm), by the model's logits before anything was done to them."""
+    sources' probabilities; ``ranks`` says who computed it; ``logprobs`` are those of ``tokens`` (natural logarithm), by
+    the model's logits before anything was done to them."""
 
     text: str = ""
     prompt_tokens: list[int] = field(default_factory=list)
@@ -63,13 +63,12 @@ class Engine:
 
     ranks: how many to start on this machine (default 1, which needs no MPI); inside mpirun or srun the job's own are
     used. policy: ``plain``, ``continuous`` (the default where there are several ranks) or a TOML file with a
-    policy's knobs; settings: changes to it, as ``knob=value``. dtype: ``fp32`` or
-    ``bf16``. context: most tokens of a request. comm: an mpi4py communicator to use instead of MPI_COMM_WORLD.
-    timeout_s: how long nothing may move before the job gives up and says who waits for whom. trace: a file name; each
-    rank N writes all that its roles are told and command to ``<trace>.rankN``, for ``pipeinfer replay``. calibration:
-    a file that ``pipeinfer calibrate`` wrote. check: called
-    on the head before any model is loaded; a UserError it raises refuses the job on all ranks. Raises UserError for
-    what cannot be done as asked.
+    policy's knobs; settings: changes to it, as ``knob=value``. dtype: ``fp32`` or ``bf16``. context: most tokens of a
+    request. comm: an mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may move before
+    the job gives up and says who waits for whom. trace: a file name; each rank N writes all that its roles are told and
+    command to ``<trace>.rankN``, for ``pipeinfer replay``. calibration: a file that ``pipeinfer calibrate`` wrote.
+    check: called on the head before any model is loaded; a UserError it raises refuses the job on all ranks. Raises
+    UserError for what cannot be done as asked.
     """
 
     def __init__(

@@ -135,7 +135,7 @@ class Orchestrator:
             context, cell_budget(policy, stages, context)[1] if guess_cells is None else guess_cells
         )
         self._schedule = make_schedule(policy)
-        self._sources = Sources(self._drafters, policy, context, self._say, calibrations or {})
+        self._sources = Sources(self._drafters, policy, context, self._send, calibrations or {})
         self._sampling = GREEDY
         self._deferred: deque[Message] = deque()  # results that the schedule does not hear yet
         self._now = 0.0
@@ -237,7 +237,7 @@ class Orchestrator:
         commands: list[Command] = []
         if request.sampling != self._sampling:  # what the stages know is what the last request said
             self._sampling = request.sampling
-            commands.append(self._say(Kind.REQUEST, FIRST_STAGE, Flag.NONE, 0, request.sampling.rows()))
+            commands.append(self._send(Kind.REQUEST, FIRST_STAGE, rows=request.sampling.rows()))
         self._schedule.opened()
         commands += self._sources.open(request, session.number, session.tree, session.last_position)
         return commands + self._proceed()
@@ -423,9 +423,6 @@ class Orchestrator:
 
     def _advice(self, dest: int, flags: Flag, rows: tuple[Row, ...]) -> Message:
         return Message(Kind.CANCEL, ORCHESTRATOR, dest, flags, self._requests, self._epoch, rows=rows)
-
-    def _say(self, kind: Kind, dest: int, flags: Flag, run: int, rows: tuple[AnyRow, ...]) -> Send:
-        return self._send(kind, dest, flags, run, rows)
 
     def _send(
         self, kind: Kind, dest: int, flags: Flag = Flag.NONE, run: int = 0, rows: tuple[AnyRow, ...] = ()

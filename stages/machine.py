@@ -70,7 +70,6 @@ class Stage:
         self._credits_early = credits_early
         self._cancelled: dict[int, set[int] | None] = {}  # the dead cells of a run; None: all of them
         self._sampling = GREEDY
-        self._began = 0.0
         self._current: Message | None = None
         self._abandoned = False
         self._now = 0.0
@@ -159,9 +158,8 @@ class Stage:
             alive = () if dead else self._cells.living(message.rows_as(Row), cancelled or ())
             if alive:
                 commands.append(self._compute(message, alive, event.payload))
-                self._began = self._now
+                due = self._pacer.begin(self._now, len(alive))
                 if self._is_first and self._credits_early:
-                    due = self._pacer.begin(self._now, len(alive))
                     commands += self._credit() if due is None else [Wake(due)]
             else:
                 commands += [*self._credit(), self._entomb(message)]
@@ -192,14 +190,13 @@ class Stage:
         if message is None or event.job != message.run:
             raise RemoteProtocolError(f"{address_name(self.address)} computed {event.job} unasked")
         credit = self._credit()
-        spent_us = min(MOST_US, max(0, round(1e6 * (self._now - self._began))))
+        is_abandoned = event.hidden is None and event.choices is None
+        spent_us = min(MOST_US, max(0, round(1e6 * self._pacer.end(self._now, is_abandoned))))
         message = replace(
             message,
             work_us=min(MOST_US, message.work_us + spent_us),
             slowest_us=max(message.slowest_us, spent_us),
         )
-        is_abandoned = event.hidden is None and event.choices is None
-        self._pacer.end(self._now, is_abandoned)
         if is_abandoned:
             command = self._entomb(message)
         elif self._is_last:

@@ -32,11 +32,12 @@ class Pacer:
             self._due = due if due > now else None
         return self._due
 
-    def end(self, now: float, is_abandoned: bool) -> None:
-        """The pass has ended; one that was abandoned teaches nothing."""
+    def end(self, now: float, is_abandoned: bool) -> float:
+        """The pass has ended; one that was abandoned teaches nothing. Returns how long it took."""
+        spent_s = now - self._began
         if not is_abandoned:
-            known = self._pass_s.get(self._rows)
-            self._pass_s[self._rows] = _blend(known, now - self._began)
+            self._pass_s[self._rows] = _blend(self._pass_s.get(self._rows), spent_s)
+        return spent_s
 
     def woke(self, now: float) -> None:
         """The alarm for the credit rang."""
