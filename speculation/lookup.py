@@ -94,26 +94,20 @@ class Lookup:
 
     def propose(self, count: int) -> list[Guess]:
         """The next tokens, ``count`` at most: a chain, each guess after the one before it. Empty without a match."""
-        return self.propose_after((), count)
-
-    def propose_after(self, tail: Sequence[int], count: int) -> list[Guess]:
-        """The same as if ``tail`` had been appended to the text, which it is not. Costs O(tail) more."""
-        text = self._text
-        committed = len(text)
-        text.extend(tail)  # for the time being: then a source may run past the text's end into the tail and the chain
+        committed = len(self._text)
         try:
-            return self._chain(committed, count)
+            return self._chain(count)
         finally:
-            del text[committed:]
+            del self._text[committed:]  # the chain stood there, so that a source may run past the text's end into it
 
-    def _chain(self, committed: int, count: int) -> list[Guess]:
+    def _chain(self, count: int) -> list[Guess]:
         """Follow the sources while they agree; where they part go with the most, and among equals with the latest.
 
         If a guess is right, the match behind the next one is a token longer, so the evidence grows along the chain.
         Sources that disagree take away from it: a match is worth its length times the share that goes on like this.
         """
         text = self._text
-        sources, length = self._sources(committed)
+        sources, length = self._sources()
         guesses: list[Guess] = []
         while sources and len(guesses) < count:
             said = [text[place + 1] for place in sources]
@@ -126,19 +120,17 @@ class Lookup:
             length += 1
         return guesses
 
-    def _sources(self, committed: int) -> tuple[list[int], int]:
+    def _sources(self) -> tuple[list[int], int]:
         """Where (indices into the text) the longest match ends, the latest first, and its length."""
         text = self._text
         last = len(text) - 1
-        oldest = max(0, committed - self._most)
+        oldest = max(0, len(text) - self._most)
         for length, heads, links in self._tables:
             first = oldest + length - 1  # the first index at which a gram can end
             if last <= first:
                 continue
             gram = text[-length:]
-            # Nothing that ends in the tail is indexed, but a tail is short.
-            tail = range(last - 1, max(first, committed) - 1, -1)
-            places = [place for place in tail if text[place - length + 1 : place + 1] == gram][:CANDIDATES]
+            places: list[int] = []
             position = heads[hash(tuple(gram)) & self._mask]
             for _ in range(2 * CANDIDATES):  # steps are bounded too, whatever else hashes to the same slot
                 place = position - self._base

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeinfer.cli.run import add_models, add_sampling, read_sampling, refuse_half_a_pair
+from pipeinfer.cli.run import add_models, add_sampling, open_engine, read_sampling, refuse_half_a_pair
 from pipeinfer.errors import refuse
 
 if TYPE_CHECKING:
@@ -42,27 +42,13 @@ def calibrate(args: argparse.Namespace) -> int:
     sampling, prompts = read_sampling(args), read_prompts(args.prompts)
     if not Path(args.out).resolve().parent.is_dir():
         refuse(f"{args.out} cannot be written", "name a file in a directory that exists")
-    from pipeinfer.config import BUILTIN
-    from pipeinfer.engine import Engine
     from speculation.calibration_file import write_calibrations
 
     def check(engine: Engine) -> None:
         for prompt in prompts:
             engine.tokenize(prompt, args.max_new_tokens)
 
-    opened = Engine(
-        target=args.target or BUILTIN,
-        draft=args.draft,
-        drafters=args.drafters,
-        ranks=args.ranks,
-        policy="continuous",
-        settings=args.set,
-        dtype=args.dtype,
-        context=args.context,
-        calibration=args.calibration,
-        check=check,
-    )
-    with opened as engine:
+    with open_engine(args, check, policy="continuous") as engine:
         if engine is None:
             return 0  # this rank has served
         for prompt in prompts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,9 @@ def add_parser(commands: Any) -> None:
     prompt.add_argument("--prompt-file", metavar="F", help="read the prompt from a file")
     what.add_argument("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
     what.add_argument("--max-new-tokens", type=int, default=128, metavar="K", help="stop after K tokens (default 128)")
+    what.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before the first TEXT (repeatable)"
+    )
     what.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
     add_sampling(parser.add_argument_group("sampling"))
     how = parser.add_argument_group("how")
@@ -70,7 +74,7 @@ def add_models(group: Any) -> None:
 
 
 def add_sampling(group: Any) -> None:
-    """Add what says how a token is chosen, and where the text ends, to the parser's ``group``."""
+    """Add what says how a token is chosen to the parser's ``group``."""
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (0: all)")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="... that together have probability P")
@@ -79,9 +83,6 @@ def add_sampling(group: Any) -> None:
         "--repetition-penalty", type=float, default=1.0, metavar="R", help="make tokens that were there less likely"
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, other tokens (default 0)")
-    group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before the first TEXT (repeatable)"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,8 +92,6 @@ def run(args: argparse.Namespace) -> int:
         refuse(f"--timeout {args.timeout:g}", "use seconds, or 0 to wait for ever")
     if args.logprobs and not args.json:
         refuse("--logprobs without --json", "say both")
-    from pipeinfer.config import BUILTIN
-    from pipeinfer.engine import Engine
     from pipeinfer.sampling import checked_stops
 
     sampling = read_sampling(args)
@@ -104,20 +103,7 @@ def run(args: argparse.Namespace) -> int:
         engine.tokenize(prompts[0], args.max_new_tokens, args.chat)
 
     with Progress("loading the models"):
-        opened = Engine(
-            target=args.target or BUILTIN,
-            draft=args.draft,
-            drafters=args.drafters,
-            ranks=args.ranks,
-            policy=args.policy,
-            settings=args.set,
-            dtype=args.dtype,
-            context=args.context,
-            timeout_s=args.timeout,
-            trace=args.trace,
-            calibration=args.calibration,
-            check=check,
-        )
+        opened = open_engine(args, check, policy=args.policy, timeout_s=args.timeout, trace=args.trace)
     with opened as engine:
         if engine is None:
             return 0  # this rank has served
@@ -134,6 +120,25 @@ def read_sampling(args: argparse.Namespace) -> Sampling:
 
     return exact(
         Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+    )
+
+
+def open_engine(args: argparse.Namespace, check: Callable[[Engine], object], **more: Any) -> Engine:
+    """The engine that ``args`` ask for, with what else is asked of it."""
+    from pipeinfer.config import BUILTIN
+    from pipeinfer.engine import Engine
+
+    return Engine(
+        target=args.target or BUILTIN,
+        draft=args.draft,
+        drafters=args.drafters,
+        ranks=args.ranks,
+        settings=args.set,
+        dtype=args.dtype,
+        context=args.context,
+        calibration=args.calibration,
+        check=check,
+        **more,
     )
 
 
