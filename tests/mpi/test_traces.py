@@ -4,6 +4,7 @@ was killed."""
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,7 +99,9 @@ def test_a_job_that_hung_leaves_the_reason(tmp_path: Path) -> None:
         assert replayed(path)[1].difference == ""
     difference = replayed(guilty)[1].difference
     assert "stage 2 answers event " in difference
-    assert " was None, is Compute(job=10, " in difference
+    # Whether the run was still wanted when it came, and so what ought to have followed, is a matter of timing.
+    followed = r" was None, is (Compute\(job=10, |Send\(.*flags=<Flag.TOMBSTONE.* run=10, )"
+    assert re.search(followed, difference), difference
 
 
 def test_ranks_that_were_killed_leave_what_they_did(tmp_path: Path) -> None:
