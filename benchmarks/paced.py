@@ -53,7 +53,7 @@ def measure_once(world: World, policy: Policy, args: argparse.Namespace, prompt:
     claims = tuple(args.claims) if args.claims else None
     spec = EmulatedSpec(layers=LAYERS_PER_STAGE * (world.size - 1), seed=args.seed, ranks=ranks, claims=claims)
     layer_s, draft_s = 1e-3 * args.stage_ms / LAYERS_PER_STAGE, 1e-3 * args.stage_ms * args.draft_time
-    pair = EmulatedPair(spec, lambda rows: layer_s, lambda rows: draft_s)
+    pair = EmulatedPair(spec, lambda rows, context: layer_s, lambda rows, context: draft_s)
     plan = plan_for(world.size, policy, args.equal_ranks)
     context = len(prompt) + args.tokens
     job = Job(Config(policy=policy.settings()), plan, context, pair, world, policy)

@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from launch.driver import Driver
+from launch.paced_links import PacedLinks
 from launch.roles import Plan, Role, count, homes
 from pipeinfer import __version__
 from pipeinfer.cast import Cast
 from pipeinfer.config import Config
 from pipeinfer.executor import Executor
+from pipeinfer.links import Link
 from pipeinfer.orchestrator import Orchestrator
 from pipeinfer.ports import (
     Closed,
@@ -27,6 +29,7 @@ from pipeinfer.ports import (
     Started,
     Submitted,
     Tally,
+    Transport,
     Withdrawn,
 )
 from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR
@@ -66,7 +69,10 @@ class RankFacts:
 
 
 class Job:
-    """This rank's part of the job that ``config`` and ``plan`` describe; ``world`` is None for a rank that is alone."""
+    """This rank's part of the job that ``config`` and ``plan`` describe; ``world`` is None for a rank that is alone.
+
+    ``link`` paces messages between ranks, for emulations. ``traffic``: messages and bytes that all ranks have sent each
+    other; the head knows it once the job is closed."""
 
     def __init__(
         self,
@@ -76,6 +82,7 @@ class Job:
         pair: Pair,
         world: World | None = None,
         policy: Policy | None = None,
+        link: Link | None = None,
     ) -> None:
         self._config = config
         self._world = world
@@ -89,11 +96,14 @@ class Job:
         )
         self._trace = _open_trace(config, plan, cast, rank) if config.trace is not None else None
         shards = make_shards(cast, plan[rank], pair)
-        self._transport = None
+        self._transport: Transport | None = None
+        self.traffic = (0, 0)
         if world is not None:
             from launch.mpi import MpiTransport
 
             self._transport = MpiTransport(world.comm, pair.pack, pair.unpack, cast.window)
+            if link is not None:
+                self._transport = PacedLinks(self._transport, link)
         self._driver = Driver(homes(plan), self._transport)
         machines = [cast.machine(role.address) for role in plan[rank]]
         self._orchestrator = next((machine for machine in machines if isinstance(machine, Orchestrator)), None)
@@ -173,6 +183,9 @@ class Job:
     def _end(self) -> None:
         if self._transport is not None:
             self._transport.close()
+            assert self._world is not None
+            sent = self._world.gather({"messages": self._transport.messages, "nbytes": self._transport.nbytes})
+            self.traffic = (sum(rank["messages"] for rank in sent), sum(rank["nbytes"] for rank in sent))
         if self._trace is not None:
             self._trace.close()
 

@@ -99,6 +99,7 @@ class MpiTransport:
         self._inbound: dict[int, deque[_Inbound]] = {}
         self._buffers: list[Bytes] = [np.empty(0, np.uint8) for _ in range(window + 1)]
         self._next_buffer = 0
+        self.messages = self.nbytes = 0
         self._sends: deque[tuple[MPI.Request, Any]] = deque()
 
     def send(self, rank: int, message: Message, payload: Payload | None) -> None:
@@ -107,6 +108,8 @@ class MpiTransport:
         if body is not None:
             message = replace(message, payload_nbytes=body.nbytes)
         header = encode(message)
+        self.messages += 1
+        self.nbytes += len(header) + (0 if body is None else body.nbytes)
         channel = self._control if message.is_control else self._stream
         self._sends.append((channel.Isend([header, MPI.BYTE], rank), header))
         if body is not None:

@@ -26,9 +26,10 @@ def measure(submitted_at: float, emitted_at: Sequence[tuple[float, int]], tally:
 
     acceptance_rate: accepted drafted tokens / drafted tokens sent to the target, each counted once. accept_length:
     tokens per correction, a correction being an emitted token that no row in flight held; 1.0 without speculation.
-    waste: rows sent after prefill that no emitted token needed / rows sent after prefill. cancel_latency_ms: from the
-    word that a run is dead to its return as a tombstone, on average. calibration_error: expected calibration error (Guo
-    et al. 2017) of the guesses' probabilities as the drafts claimed them and as they were believed, over all requests.
+    waste: rows sent after prefill that no emitted token needed / rows sent after prefill. bubble: the share of the time
+    after the first token in which a stage did not work, the mean of all. cancel_latency_ms: from the word that a run is
+    dead to its return as a tombstone, on average. calibration_error: expected calibration error (Guo et al. 2017) of
+    the guesses' probabilities as the drafts claimed them and as they were believed, over all requests.
     """
     tokens = sum(count for _, count in emitted_at)
     first, last = emitted_at[0][0], emitted_at[-1][0]
@@ -45,6 +46,7 @@ def measure(submitted_at: float, emitted_at: Sequence[tuple[float, int]], tally:
         "accept_length": tokens / tally.corrections if tally.corrections else float(tokens),
         "runs": tally.runs,
         "cancelled_runs": tally.cancelled_runs,
+        "bubble": max(0.0, 1.0 - 1e3 * tally.busy_s / (e2el_ms - ttft_ms)) if last > first else 0.0,
         "waste": 1.0 - needed / tally.rows if tally.rows else 0.0,
         "cancel_latency_ms": 1e3 * tally.cancel_s / tally.tombstones if tally.tombstones else 0.0,
         "calibration_error": {

@@ -361,6 +361,8 @@ class Orchestrator:
             self._schedule.returned(rows, 1e-6 * message.slowest_us, trip_s, run.carries_root)
         if session.is_over:
             return self._settle()
+        if not run.is_prefill:
+            session.tally.busy_s += 1e-6 * message.work_us / len(self._stages)
         choices = {row.slot: row for row in message.rows_as(ChoiceRow)}
         for node in run.nodes:
             choice = choices.get(node.row().slot)

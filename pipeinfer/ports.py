@@ -256,6 +256,7 @@ class Tally:
     corrections: int = 0  # emitted tokens that no row in flight held
     prefill_runs: int = 0
     cancel_s: float = 0.0  # seconds from the word that cancelled it to a tombstone's return, of all tombstones
+    busy_s: float = 0.0  # seconds that a stage worked on runs after prefill, the mean of all stages
     judged: int = 0  # guesses that the target judged, in all requests so far
     claimed_error: float = 0.0  # their expected calibration error as the drafts claimed them
     believed_error: float = 0.0  # and as the tree believed them
@@ -275,12 +276,26 @@ class Machine(Protocol):
 class Transport(Protocol):
     """Moves messages between ranks. Never blocks."""
 
+    @property
+    def messages(self) -> int:
+        """How many it has sent."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Their bytes, payloads included."""
+        ...
+
     def send(self, rank: int, message: Message, payload: Payload | None) -> None:
         """Hand over a message and its payload; both may be reused by the caller afterwards."""
         ...
 
     def poll(self) -> list[Received]:
         """Move everything forward; return what has arrived whole, in order per sender."""
+        ...
+
+    def close(self) -> None:
+        """Wait until everything sent is gone. Collective."""
         ...
 
 

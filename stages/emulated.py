@@ -26,6 +26,9 @@ from pipeinfer.ports import GREEDY, Batch, Choice, Draw, Sampling
 
 Words = npt.NDArray[np.uint64]
 
+Pace = Callable[[int, int], float]
+"""Seconds for so many rows, with so many cells in view."""
+
 
 _SHIFT, _FIRST, _SECOND = np.uint64(33), np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 
@@ -63,15 +66,15 @@ class EmulatedSpec:
 
 
 class EmulatedShard:
-    """Layers ``layers`` of ``spec`` with ``capacity`` cells; ``layer_s`` gives the pace of one layer for so many
-    rows."""
+    """Layers ``layers`` of ``spec`` with ``capacity`` cells; ``layer_s`` is the pace of one
+    layer."""
 
     def __init__(
         self,
         spec: EmulatedSpec,
         layers: range,
         capacity: int,
-        layer_s: Callable[[int], float] = lambda rows: 0.0,
+        layer_s: Pace = lambda rows, context: 0.0,
         is_draft: bool = False,
     ) -> None:
         self._spec = spec
@@ -88,7 +91,7 @@ class EmulatedShard:
 
     def forward(self, batch: Batch, hidden: Words | None) -> Generator[float, None, Words]:
         """See ShardModel; ``hidden``: uint64 [rows]."""
-        pace = self._layer_s(len(batch.tokens))
+        pace = self._layer_s(len(batch.tokens), int(batch.positions[-1]) + 1)
         words = mix(batch.tokens.astype(np.uint64) + np.uint64(self._spec.seed)) if hidden is None else hidden
         places = mix(batch.positions.astype(np.uint64) + np.uint64(0x9E3779B9))
         span = batch.visible.shape[1]
@@ -159,7 +162,7 @@ def _folded(words: Words) -> np.uint64:
 class EmulatedPair:
     """An emulated target and its draft, paced: seconds of one layer of the target and of one pass of the draft."""
 
-    def __init__(self, spec: EmulatedSpec, layer_s: Callable[[int], float], draft_s: Callable[[int], float]) -> None:
+    def __init__(self, spec: EmulatedSpec, layer_s: Pace, draft_s: Pace) -> None:
         self._spec = spec
         self._layer_s = layer_s
         self._draft_s = draft_s
@@ -171,9 +174,9 @@ class EmulatedPair:
 
     def draft(self, index: int, capacity: int) -> EmulatedShard:
         """See Pair."""
-        layers = self._spec.layers
+        layers, draft_s = self._spec.layers, self._draft_s
         return EmulatedShard(
-            self._spec, range(layers), capacity, lambda rows: self._draft_s(rows) / layers, is_draft=True
+            self._spec, range(layers), capacity, lambda rows, context: draft_s(rows, context) / layers, is_draft=True
         )
 
     def pack(self, hidden: Words) -> npt.NDArray[np.uint8]:

@@ -20,13 +20,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 
+from pipeinfer.links import Link
 from pipeinfer.ports import GREEDY, Request, Sampling
 from pipeinfer.sim.bounds import Bounds
 from pipeinfer.sim.cell_laws import Cells, Replicas
 from pipeinfer.sim.chronicle import Chronicle, LawBroken
 from pipeinfer.sim.draft_laws import Guessed
 from pipeinfer.sim.laws import Advice, EndsOnce, Exact, Forced, InOrder, Lively
-from pipeinfer.sim.network import Link
 from pipeinfer.sim.replay import Recorder, Wire, replay
 from pipeinfer.sim.schedule_laws import schedule_laws
 from pipeinfer.sim.world import Witness, World, WorldSpec

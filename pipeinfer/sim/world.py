@@ -11,10 +11,12 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 
 from pipeinfer.cast import Cast
 from pipeinfer.errors import StallError
 from pipeinfer.executor import Executor
+from pipeinfer.links import Link
 from pipeinfer.orchestrator import Orchestrator, cell_budget
 from pipeinfer.ports import (
     Closed,
@@ -34,15 +36,17 @@ from pipeinfer.ports import (
     Withdrawn,
 )
 from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR, Message, decode, drafter_address, encode, stage_address
-from pipeinfer.sim.network import Link, Network
+from pipeinfer.sim.network import Network
 from speculation.drafter import draft_cells
 from speculation.policy import Policy
-from stages.emulated import EmulatedShard, EmulatedSpec
+from stages.emulated import EmulatedShard, EmulatedSpec, Pace
 
 
 @dataclass(frozen=True, slots=True)
 class WorldSpec:
-    """Everything about a world. ``stage_s`` and ``draft_s``: seconds of one pass of a stage and of the draft model."""
+    """Everything about a world. ``stage_s`` and ``draft_s``: seconds of one pass of a stage and of the draft model;
+    or, where passes do not cost the same always, ``paces`` of one target layer and of a draft pass. Hosts are those of
+    launch/roles.py, unless the orchestrator has one for itself (``drafter_beside_orchestrator`` is False)."""
 
     seed: int
     policy: Policy
@@ -53,6 +57,8 @@ class WorldSpec:
     drafters: int = 1
     draft_s: float = 0.1
     row_cost: float = 0.0  # what each further row adds to a pass, as a fraction of the pass
+    paces: tuple[Pace, Pace] | None = None
+    shares: tuple[int, ...] = ()  # layers of each stage; by default they are dealt out evenly
     link: Link = field(default_factory=Link)
     context: int = 256
     drafter_beside_orchestrator: bool = True
@@ -169,9 +175,10 @@ class World:
     def _settle_hosts(self) -> None:
         spec = self.spec
         groups: list[list[Machine]] = []
+        drafts = any(machine.address >= FIRST_DRAFTER for machine in self.machines)
+        beside = drafter_address(0) if drafts else stage_address(0)
         for machine in self.machines:
-            beside = machine.address == drafter_address(0) and spec.drafter_beside_orchestrator
-            if beside:
+            if machine.address == beside and spec.drafter_beside_orchestrator:
                 groups[0].append(machine)
             else:
                 groups.append([machine])
@@ -213,14 +220,20 @@ class World:
     def _submit(self, now: float) -> None:
         if self._todo:
             self.answers.append(Answer(submitted_at=now))
-            self.hosts[0].executor.deliver(ORCHESTRATOR, Submitted(self._todo.popleft()), now)
+            self._tell(Submitted(self._todo.popleft()), now)
         else:
-            self.hosts[0].executor.deliver(ORCHESTRATOR, Closed(), now)
+            self._tell(Closed(), now)
 
     def _withdraw(self, now: float) -> None:
         if not self.hosts[0].executor.is_halted:
-            self.hosts[0].executor.deliver(ORCHESTRATOR, Withdrawn(), now)
-            self.hosts[0].run(now)
+            self._tell(Withdrawn(), now)
+
+    def _tell(self, event: Event, now: float) -> None:
+        """What the user says; a layer that is being computed there goes on."""
+        head = self.hosts[0]
+        head.executor.deliver(ORCHESTRATOR, event, now)
+        if not head.stepping:
+            head.run(now)
 
     def machine(self, address: int) -> Machine:
         """The role at ``address``."""
@@ -255,17 +268,22 @@ def make_machines(spec: WorldSpec) -> list[Machine]:
 
 
 def make_shards(spec: WorldSpec) -> dict[int, ShardModel]:
-    """Emulated shards for all stages and drafters; the layers are dealt out evenly."""
+    """Emulated shards for all stages and drafters."""
     accepted, guesses = cell_budget(spec.policy, spec.stages, spec.context)
     shards: dict[int, ShardModel] = {}
     layers = spec.model.layers
-    for index in range(spec.stages):
-        mine = range(layers * index // spec.stages, layers * (index + 1) // spec.stages)
+    cuts = [layers * index // spec.stages for index in range(spec.stages + 1)]
+    if spec.shares:
+        cuts = [0, *accumulate(spec.shares)]
+    for index, mine in enumerate(range(start, end) for start, end in pairwise(cuts)):
         stage_s = spec.stage_s[index % len(spec.stage_s)]
-        pace = _pace(stage_s / len(mine), spec.row_cost)
+        pace = spec.paces[0] if spec.paces else _pace(stage_s / len(mine), spec.row_cost)
         shards[stage_address(index)] = EmulatedShard(spec.model, mine, accepted + guesses, pace)
     capacity = draft_cells(spec.policy, spec.context)
     pace = _pace(spec.draft_s / layers, spec.row_cost)
+    if spec.paces:
+        draft_s = spec.paces[1]
+        pace = lambda rows, context: draft_s(rows, context) / layers  # noqa: E731
     for index in range(spec.drafters):
         ranks = spec.model.ranks
         turn = index % len(ranks)  # every drafter has its own idea of what is likely
@@ -274,5 +292,5 @@ def make_shards(spec: WorldSpec) -> dict[int, ShardModel]:
     return shards
 
 
-def _pace(layer_s: float, row_cost: float) -> Callable[[int], float]:
-    return lambda rows: layer_s * (1.0 + row_cost * (rows - 1))
+def _pace(layer_s: float, row_cost: float) -> Pace:
+    return lambda rows, context: layer_s * (1.0 + row_cost * (rows - 1))

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from pipeinfer.errors import StallError
+from pipeinfer.links import Link
 from pipeinfer.ports import Request, Sampling
 from pipeinfer.protocol import Kind
 from pipeinfer.sim.chronicle import oracle
-from pipeinfer.sim.network import Link, Network
+from pipeinfer.sim.network import Network
 from pipeinfer.sim.random_worlds import check_world, every_law
 from pipeinfer.sim.world import Answer, World, WorldSpec
 from speculation.policy import Policy, read_policy

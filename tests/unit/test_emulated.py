@@ -108,7 +108,7 @@ def test_spread_covers_what_it_says() -> None:
 
 
 def test_a_layer_rests_as_long_as_its_pace_says() -> None:
-    shard = EmulatedShard(SPEC, range(3), 8, lambda rows: 0.5 * rows)
+    shard = EmulatedShard(SPEC, range(3), 8, lambda rows, context: 0.5 * rows)
     assert list(shard.forward(prompt_batch([1, 2]), None)) == [1.0, 1.0, 1.0]
 
 

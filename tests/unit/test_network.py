@@ -5,8 +5,9 @@ import random
 import numpy as np
 import pytest
 
+from pipeinfer.links import Link
 from pipeinfer.protocol import Kind, Message, Row
-from pipeinfer.sim.network import Link, Network
+from pipeinfer.sim.network import Network
 
 RUN = Message(Kind.RUN, 0, 1, rows=(Row(1, 2, 3, 4),))  # 56 bytes
 ADVICE = Message(Kind.CANCEL, 0, 1, rows=(Row(0, 2, 0, 0),))

@@ -119,7 +119,7 @@ COMMANDS: dict[type, st.SearchStrategy[Any]] = {
     Wake: st.builds(Wake, REAL),
     Emit: st.builds(Emit, TUPLES, REALS),
     Finish: st.builds(Finish, st.text()),
-    Idle: st.builds(Idle, st.builds(Tally, *[COUNT] * 8, REAL, COUNT, REAL, REAL, LEARNT)),
+    Idle: st.builds(Idle, st.builds(Tally, *[COUNT] * 8, REAL, REAL, COUNT, REAL, REAL, LEARNT)),
     Note: st.builds(Note, st.text()),
     Halt: st.builds(Halt),
 }

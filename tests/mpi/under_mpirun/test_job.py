@@ -21,7 +21,7 @@ RELAY = Policy("continuous", rows=6, width=3, leaves=3, lead=24, cancel="relay",
 def decode(policy: Policy, spec: EmulatedSpec, requests: list[Request], layer_s: float = 0.0) -> list[list[int]]:
     """Every request's tokens, on the head; on the other ranks nothing."""
     world = World()
-    pair = EmulatedPair(spec, lambda rows: layer_s, lambda rows: layer_s)
+    pair = EmulatedPair(spec, lambda rows, context: layer_s, lambda rows, context: layer_s)
     plan = assign(world.size, spec.layers, policy.speculate)
     job = Job(Config(), plan, 256, pair, world, policy)
     answers: list[list[int]] = []
