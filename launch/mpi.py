@@ -19,13 +19,15 @@ ranks can share few cores, and a blocking MPI call that would burn one never app
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import sys
+import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -187,6 +189,34 @@ class World:
         politely(self.comm.Ibcast(word))
         return int(word[0])
 
+    def tell(self, words: dict[str, Any]) -> dict[str, Any]:
+        """What the head says in ``words`` (JSON), on every rank."""
+        text = np.frombuffer(json.dumps(words).encode(), np.uint8).copy()
+        if (size := self.agree(text.size)) != text.size:
+            text = np.empty(size, np.uint8)
+        politely(self.comm.Ibcast(text))
+        said: dict[str, Any] = json.loads(bytes(text))
+        return said
+
+    @property
+    def library(self) -> str:
+        """The MPI library, in its own words."""
+        return MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
+
+    @contextlib.contextmanager
+    def part(self, ranks: int) -> Iterator[World | None]:
+        """The first ``ranks`` ranks as a world of their own; the others get None, and wait at the end. Collective."""
+        inside = self.rank < ranks
+        comm = self.comm.Split(0 if inside else MPI.UNDEFINED, self.rank)
+        if inside:
+            world = World(comm)
+            comm.Free()
+            yield world
+            world.close()
+        else:
+            yield None
+        politely(self.comm.Ibarrier())
+
     def gather(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
         """Every rank's ``facts``, on the head; elsewhere an empty list."""
         mine = np.zeros(FACTS_NBYTES, np.uint8)
@@ -195,6 +225,26 @@ class World:
         everybody = np.zeros((self.size, FACTS_NBYTES), np.uint8)
         politely(self.comm.Igather(mine, everybody))
         return [json.loads(bytes(row).rstrip(b"\0")) for row in everybody] if self.is_head else []
+
+    def ping(self, nbytes: int, repeats: int) -> float:
+        """Seconds one way for a message of ``nbytes`` between the head and another rank: half the best of ``repeats``
+        round trips, of the slowest such pair; for the head to know. Collective. For once nobody sleeps between polls."""
+        slowest_s = 0.0
+        for peer in range(1, self.size):
+            if self.rank in (0, peer):
+                trips = [self._round_trip_s(peer, np.zeros(nbytes, np.uint8)) for _ in range(repeats)]
+                slowest_s = max(slowest_s, min(trips) / 2)
+            politely(self.comm.Ibarrier())
+        return slowest_s
+
+    def _round_trip_s(self, peer: int, buffer: Bytes) -> float:
+        began = time.perf_counter()
+        turns = (self.comm.Isend, self.comm.Irecv)
+        for post in turns if self.is_head else turns[::-1]:
+            request = post([buffer, MPI.BYTE], peer if self.is_head else 0)
+            while not request.Test():
+                pass
+        return time.perf_counter() - began
 
     def _fair_threads(self) -> int:
         """Threads for this rank's kernels: its share of the cores it may use, unless OMP_NUM_THREADS says otherwise."""

@@ -42,7 +42,10 @@ class RanksFailed(PipeinferError):
 
 
 class SpawnedJob:
-    """``ranks`` ranks on this machine serving ``config``; the same interface as Job on the head."""
+    """``ranks`` ranks on this machine serving ``config``; the same interface as Job on the head, but that nobody tells
+    their ``traffic``."""
+
+    traffic = (0, 0)
 
     def __init__(self, config: Config, ranks: int) -> None:
         self._held = contextlib.ExitStack()  # directory and sockets: let go together
@@ -99,7 +102,8 @@ class SpawnedJob:
             while tally is None:
                 said = self._hear()
                 tally = Tally(**said["tally"]) if said["tally"] else None
-                yield News(said["at_s"], tuple(said["tokens"]), said["reason"], tally, tuple(said["logps"]))
+                lists = {name: tuple(said[name]) for name in ("tokens", "logps", "pulse")}
+                yield News(said["at_s"], reason=said["reason"], tally=tally, **lists)
         except GeneratorExit:  # nobody wants the rest
             if tally is None:
                 self.withdraw()

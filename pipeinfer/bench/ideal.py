@@ -1,9 +1,10 @@
 """What ideal scheduling would give: a strong reference for continuous tree speculation, not a proven optimum.
 
-Every stage takes one unit of time for a run of up to ``rows`` nodes; messages and cancelling are free; the draft knows
-each child's probability. In every unit the most probable unsent nodes enter the pipeline, and what leaves it moves the
-root. Beside it the draft expands up to ``leaves`` of the most probable leaves per pass, until it is ``lead`` unsent
-nodes ahead. Synchronous speculation has closed forms: rounds of a trip and the draft passes before it.
+Every stage takes one unit of time for a run of up to ``rows`` nodes; cancelling is free, and so are messages, unless
+``depth`` is given what they take; the draft knows each child's probability. In every unit the most probable unsent
+nodes enter the pipeline, and what leaves it moves the root. Beside it the draft expands up to ``leaves`` of the most
+probable leaves per pass, until it is ``lead`` unsent nodes ahead. Synchronous speculation has closed forms: rounds of a
+trip and the draft passes before it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import heapq
 import math
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from speculation.tree import Node, Tree
 
@@ -22,7 +23,7 @@ LIMIT = 1_000_000
 
 
 def ideal(
-    depth: int, rows: int, ranks: Sequence[float], draft_time: float, *, leaves: int = 8, lead: int = 48,
+    depth: float, rows: int, ranks: Sequence[float], draft_time: float, *, leaves: int = 8, lead: int = 48,
     tokens: int = 1000, seed: int = 0,
 ) -> float:  # fmt: skip
     """Tokens per unit of time over ``depth`` stages; ``ranks[k]``: how often the draft's k-th choice is right."""
@@ -101,22 +102,25 @@ def _draw(rng: random.Random, ranks: Sequence[float]) -> int:
     return VOID
 
 
-def best_chain(depth: int, top1: float, draft_time: float, longest: int = 32) -> int:
-    """The length of synchronous chains that gives most tokens per time."""
+def best_chain(trip_s: Callable[[int], float], top1: float, draft_s: float, longest: int = 32) -> int:
+    """The length of synchronous chains that gives most tokens per time, where a trip through the pipeline takes
+    ``trip_s(rows)`` and a pass of the draft ``draft_s``."""
 
     def speed(length: int) -> float:
-        return sum(top1**level for level in range(length + 1)) / (depth + length * draft_time)
+        return sum(top1**level for level in range(length + 1)) / (trip_s(length + 1) + length * draft_s)
 
     return max(range(1, longest + 1), key=speed)
 
 
-def best_tree(depth: int, ranks: Sequence[float], draft_time: float, most_rows: int = 16) -> tuple[int, int]:
+def best_tree(
+    trip_s: Callable[[int], float], ranks: Sequence[float], draft_s: float, most_rows: int = 16
+) -> tuple[int, int]:
     """Draft passes and rows of the synchronous tree that gives most tokens per time, of at most ``most_rows`` rows."""
     heap, expected, levels, found = [(-1.0, 0)], 0.0, 0, []
     for rows in range(1, most_rows + 1):
         probability, level = heapq.heappop(heap)
         expected, levels = expected - probability, max(levels, level)
-        found.append((expected / (depth + levels * draft_time), max(1, levels), rows))
+        found.append((expected / (trip_s(rows) + levels * draft_s), max(1, levels), rows))
         for share in ranks:
             heapq.heappush(heap, (probability * share, level + 1))
     _, passes, rows = max(found)

@@ -1,0 +1,148 @@
+"""Suites on real weights over real ranks, on whatever machine this is; peers decode in the head's process."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import chain, cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeinfer.bench.entrants import Entrant, entrant
+from pipeinfer.bench.peers import Peer, is_peer, open_peer
+from pipeinfer.bench.places import BENCHMARKS
+from pipeinfer.bench.rows import make_row
+from pipeinfer.bench.sample import Sample, sample
+from pipeinfer.bench.suite import Point, Suite
+from pipeinfer.config import BUILTIN, model_directory
+from pipeinfer.engine import Engine
+from pipeinfer.errors import PipeinferError
+from pipeinfer.ports import Sampling, Tally
+
+if TYPE_CHECKING:
+    from launch.mpi import World
+
+WARM_TOKENS = 8
+"""Of the first prompt, before anything is measured."""
+HEAVY = f"{BUILTIN}*"
+
+
+def measure_point(world: World, suite: Suite, point: Point) -> list[dict[str, Any]]:
+    """The rows of all policies and peers at ``point``; none on ranks other than the head. Collective.
+
+    Raises PipeinferError where tokens differ."""
+    with models_of(world, point) as here:
+        found: dict[str, list[Sample]] = {name: [] for name in suite.policies}
+        peers: dict[str, Peer] = {}
+        facts: dict[str, dict[str, Any]] = {}
+        prompts: list[list[int]] = []
+        for _ in range(suite.repeats):
+            for name in suite.policies:
+                if not is_peer(name):
+                    samples = measure_engine(world, here, entrant(name, here.set), prompts, facts)
+                elif world.is_head:
+                    peers[name] = peers.get(name) or _open_peer(name, here, world.threads * world.size)
+                    samples = [measure_peer(peers[name], prompt, here.tokens) for prompt in prompts]
+                found[name] += samples if world.is_head else []
+        if not world.is_head:
+            return []
+        first = suite.policies[0]
+        for name, samples in found.items():
+            if [one.tokens for one in samples] != [one.tokens for one in found[first]]:
+                raise PipeinferError(f"the tokens of {name} are not those of {first}")
+        return [
+            make_row(suite, point, name, samples, _facts(world, point) | facts.get(name, {}), not is_peer(name))
+            for name, samples in found.items()
+        ]
+
+
+@contextmanager
+def models_of(world: World, point: Point) -> Iterator[Point]:
+    """``point`` with its models as directories that this rank can read; what is made for it is removed in the end."""
+    target, draft = point.target or BUILTIN, point.draft
+    with ExitStack() as held:
+        if target.startswith(HEAVY):
+            from pipeinfer.bench.heavy import heavy
+
+            def make() -> str:
+                place = held.enter_context(tempfile.TemporaryDirectory(prefix="pipeinfer-heavy-"))
+                heavy(target.removeprefix(HEAVY), Path(place) / "target")
+                return str(Path(place) / "target")
+
+            made = world.tell({"made": make() if world.is_head else ""})["made"]
+            target = made if Path(made).is_dir() else make()  # on a host of its own
+            draft = draft or BUILTIN
+        yield replace(point, target=target, draft=draft)
+        world.agree(0)  # nobody's files go before everybody is done with them
+
+
+def measure_engine(
+    world: World, point: Point, one: Entrant, prompts: list[list[int]], facts: dict[str, dict[str, Any]]
+) -> list[Sample]:
+    """One sample of ``one`` for each prompt; nothing on ranks other than the head. Leaves ``prompts`` as tokens and the
+    entrant's ``facts`` for others."""
+    with Engine(
+        point.target,
+        point.draft or None,
+        policy=one.source,
+        settings=one.changes,
+        dtype=point.dtype,
+        comm=world.comm,
+        forced_acceptance=point.acceptance or ((point.top1,) if point.top1 else ()),
+        random_weights=point.random_weights,
+    ) as engine:
+        if engine is None:
+            return []
+        prompts[:] = prompts or prompts_of(point, engine)
+        sampling = Sampling(temperature=point.temperature)
+        engine.generate(prompts[0], WARM_TOKENS, ignore_eos=True)
+        answers = [engine.generate(prompt, point.tokens, ignore_eos=True, sampling=sampling) for prompt in prompts]
+        weights = [rank["weight_nbytes"] for rank in engine.ranks]
+        stages = sum(rank["layers"] is not None for rank in engine.ranks)
+    facts[one.name] = {"settings": one.settings(), "stages": stages, "bytes_per_rank": max(weights)}
+    messages, nbytes = (sent / (WARM_TOKENS + len(prompts) * point.tokens) for sent in engine.traffic)
+    return [Sample(tuple(answer.tokens), answer.metrics, messages, nbytes) for answer in answers]
+
+
+def prompts_of(point: Point, engine: Engine) -> list[list[int]]:
+    """The prompts of ``point`` as tokens: the first of benchmarks/prompts, or texts of them as long as it asks."""
+    lines = (BENCHMARKS / "prompts" / "python.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["prompt"] for line in lines]
+    if not point.prompt_tokens:
+        return [engine.tokenize(text, point.tokens) for text in texts[: point.prompts]]
+    tokens = [engine.tokenize(text, 1) for text in texts]
+    turns = (tokens[index:] + tokens[:index] for index in range(point.prompts))
+    return [list(islice(chain.from_iterable(cycle(turn)), point.prompt_tokens)) for turn in turns]
+
+
+def _open_peer(name: str, point: Point, threads: int) -> Peer:
+    draft = model_directory(point.draft or BUILTIN, "draft")
+    return open_peer(name, model_directory(point.target, "target"), draft, point.dtype, threads)
+
+
+def measure_peer(peer: Peer, prompt: list[int], count: int) -> Sample:
+    """One sample of ``peer``; its thread count is for it alone."""
+    tokens, emitted_at, began_at = peer.generate(prompt, count)
+    return sample(tokens, began_at, emitted_at, Tally())
+
+
+def _facts(world: World, point: Point) -> dict[str, Any]:
+    forced = point.acceptance or ((point.top1,) if point.top1 else ())
+    return {
+        "ranks": world.size,
+        "stages": None,
+        "acceptance": {"top1": forced[0], "ranks": list(forced)} if forced else None,
+        "draft_time": None,
+        "hardware": None,
+        "target": point.target,
+        "draft": point.draft or None,
+        "dtype": point.dtype,
+        "prompt_tokens": point.prompt_tokens or None,
+        "set": list(point.set),
+        "settings": {},
+        "ideal_tokens_per_s": None,
+        "bytes_per_rank": None,
+    }

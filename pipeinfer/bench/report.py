@@ -1,0 +1,60 @@
+"""Reports: what a suite found, row by row, as a table or as JSON, and in a file that is whole at any time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeinfer.bench.rows import BANNERS, axes_of, heading, line
+from pipeinfer.bench.suite import Suite
+from pipeinfer.errors import refuse
+
+
+class Report:
+    """Says on standard output what ``suite`` found: a table, or one JSON object a line (``as_json``). ``directory``
+    gets the rows as <suite>.<execution>.jsonl."""
+
+    def __init__(self, suite: Suite, as_json: bool, directory: str | None) -> None:
+        self._as_json = as_json
+        self._axes = axes_of(suite.points)
+        self._rows: list[dict[str, Any]] = []
+        self._path = None
+        if directory is not None:
+            self._path = Path(directory) / f"{suite.name}.{suite.execution}.jsonl"
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._write()
+            except OSError as error:
+                refuse(f"{self._path} cannot be written ({error.strerror})", "name another directory with --out")
+        minutes = suite.minutes.get(suite.execution)
+        self.say(f"pipeinfer bench {suite.name}: {suite.title}")
+        self.say(BANNERS[suite.execution])
+        self.say(
+            f"{len(suite.points)} points, {len(suite.policies)} policies, {suite.repeats} repeats"
+            + (f"; took {minutes:g} min on two cores" if minutes else "")
+        )
+
+    def say(self, words: str) -> None:
+        """A comment; nothing where JSON is wanted."""
+        if not self._as_json:
+            print(f"# {words}", flush=True)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """The rows of a further point."""
+        if not self._rows and rows:
+            machine = rows[0]["fingerprint"]
+            self.say(f"{machine['cpu']}, {machine['cores']} cores; pipeinfer {machine['pipeinfer']} {machine['git']}")
+            if not self._as_json:
+                print(heading(self._axes), flush=True)
+        self._rows += rows
+        for row in rows:
+            print(json.dumps(row) if self._as_json else line(row, self._axes), flush=True)
+        self._write()
+
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        draft = self._path.with_suffix(".part")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
+        draft.replace(self._path)

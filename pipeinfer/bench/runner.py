@@ -1,0 +1,110 @@
+"""Running a suite: point by point, all policies in turn within each repeat, so that a disturbance meets all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any
+
+from pipeinfer.bench.entrants import Entrant, entrant, ideal_speed
+from pipeinfer.bench.fingerprint import fingerprint
+from pipeinfer.bench.report import Report
+from pipeinfer.bench.rows import make_row
+from pipeinfer.bench.sample import Sample
+from pipeinfer.bench.scene import Scene, scene
+from pipeinfer.bench.simulated import simulate_all, tuned
+from pipeinfer.bench.suite import Point, Suite
+
+if TYPE_CHECKING:
+    from launch.mpi import World
+
+CONFIG = (
+    "suite", "execution", "policy", "settings", "ranks", "acceptance", "draft_time", "hardware", "target", "draft",
+    "dtype", "prompt_tokens", "tokens", "set",
+)  # fmt: skip
+"""What a fingerprint's digest of the configuration is made of."""
+
+
+def run_simulated(suite: Suite, report: Report) -> None:
+    """Measure ``suite`` in virtual time, on all cores."""
+    with _pool() as pool:
+        for point in suite.points:
+            here = scene(point)
+            entrants = _entrants(suite, point)
+            entrants = tuned(here, entrants, pool) if suite.tune else entrants
+            samples = simulate_all(here, entrants, suite.repeats, pool)
+            report.add(_emulated_rows(suite, here, dict(zip(entrants, samples, strict=True)), mpi=""))
+
+
+def run_emulated(suite: Suite, report: Report | None, world: World) -> None:
+    """Measure ``suite`` on the ranks of ``world``; collective. ``report`` is None on ranks other than the head."""
+    with _pool() as pool:
+        for point in suite.points:
+            here = scene(point)
+            entrants = _entrants(suite, point)
+            if world.is_head and suite.tune:
+                entrants = tuned(here, entrants, pool)
+            told = world.tell({"entrants": [one.words() for one in entrants]})
+            entrants = [Entrant.of(words) for words in told["entrants"]]
+            found = _emulate(world, here, entrants, suite.repeats)
+            if report is not None:
+                report.add(_emulated_rows(suite, here, found, world.library))
+
+
+def _emulate(
+    world: World, here: Scene, entrants: Sequence[Entrant], repeats: int
+) -> dict[Entrant, list[Sample]]:
+    from pipeinfer.bench.emulated import emulate
+
+    found: dict[Entrant, list[Sample]] = {one: [] for one in entrants}
+    with world.part(here.point.ranks) as part:
+        if part is not None:
+            for seed in range(repeats):
+                for one in entrants:
+                    sample = emulate(part, here, one, seed)
+                    found[one] += [sample] if sample else []
+    return found
+
+
+def run_real(suite: Suite, report: Report | None, world: World) -> None:
+    """Measure ``suite`` on the ranks of ``world``; collective. ``report`` is None on ranks other than the head."""
+    from pipeinfer.bench.real import measure_point
+
+    for point in suite.points:
+        rows: list[dict[str, Any]] = []
+        with world.part(point.ranks or world.size) as part:
+            if part is not None:
+                rows = measure_point(part, suite, point)
+        if report is not None:
+            report.add(with_ratios(rows, world.library))
+
+
+def _pool() -> ProcessPoolExecutor:
+    # Fresh processes: forked ones would inherit MPI.
+    return ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"))
+
+
+def _entrants(suite: Suite, point: Point) -> list[Entrant]:
+    return [entrant(name, point.set) for name in suite.policies]
+
+
+def _emulated_rows(
+    suite: Suite, here: Scene, found: Mapping[Entrant, Sequence[Sample]], mpi: str
+) -> list[dict[str, Any]]:
+    ideal = ideal_speed(here)
+    rows = []
+    for one, samples in found.items():
+        facts = here.facts(one.policy) | {"settings": one.settings(), "ideal_tokens_per_s": ideal}
+        rows.append(make_row(suite, here.point, one.name, samples, facts))
+    return with_ratios(rows, mpi)
+
+
+def with_ratios(rows: list[dict[str, Any]], mpi: str) -> list[dict[str, Any]]:
+    """``rows`` of one point, each with its ratio to the plain one's speed and its fingerprint."""
+    plain = next((row["tokens_per_s"]["median"] for row in rows if row["policy"] == "plain"), None)
+    for row in rows:
+        row["ratio_to_plain"] = row["tokens_per_s"]["median"] / plain if plain else None
+        row["fingerprint"] = fingerprint({key: row[key] for key in CONFIG}, mpi)
+    return rows

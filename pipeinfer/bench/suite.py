@@ -1,0 +1,125 @@
+"""Suites: TOML files that say what is measured. Every list in a ``[[points]]`` table is an axis; a table stands for all
+combinations of its axes, in the order of its keys, the last one running fastest."""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from pipeinfer.bench.places import find
+from pipeinfer.errors import refuse
+
+EXECUTIONS = ("real", "emulated", "simulated")
+VECTORS = ("claims", "burst", "acceptance", "set")
+"""Keys of a point that are lists themselves; a list of lists is an axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One place at which all policies are measured.
+
+    ``ranks``: all of them, a drafter's too (0: as many as there are). Emulated and simulated: the draft's k-th choice
+    is right with ``acceptance[k]``, by default ``spread(top1)``; it believes ``claims`` and errs in ``burst`` (see
+    EmulatedSpec). Passes cost what ``hardware`` makes of ``target`` and ``draft`` (model shapes), or, without a
+    ``hardware``, ``stage_ms`` for any number of rows where a drafter has a rank, and ``draft_time`` times that for a
+    pass of the draft. Real: ``target`` and ``draft`` are models, ``builtin*300M`` for one as costly as that (see
+    heavy); an acceptance is forced upon them, weights may be random. ``prompt_tokens``: 0 for prompts as they come.
+    ``set``: changes to every policy that drafts, as ``knob=value``."""
+
+    ranks: int = 0
+    top1: float = 0.0
+    acceptance: tuple[float, ...] = ()
+    claims: tuple[float, ...] = ()
+    burst: tuple[float, ...] = ()
+    draft_time: float = 0.0
+    stage_ms: float = 20.0
+    hardware: str = ""
+    target: str = ""
+    draft: str = ""
+    dtype: str = "fp32"
+    prompt_tokens: int = 0
+    tokens: int = 128
+    prompts: int = 1
+    temperature: float = 0.0
+    random_weights: bool = False
+    set: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """What is measured, and how by default. ``minutes``: what it took on two cores, by execution."""
+
+    name: str
+    title: str
+    execution: str
+    policies: tuple[str, ...]
+    points: tuple[Point, ...]
+    repeats: int = 3
+    tune: bool = False  # rivals at their best sizes for each point
+    minutes: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_suite(name: str) -> Suite:
+    """The suite in the file ``name``, or of that name in benchmarks/suites. Raises UserError for what is no suite."""
+    path = find("suites", name)
+    try:
+        words = tomllib.loads(path.read_text(encoding="utf-8"))
+        return _suite(path.stem, words)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        refuse(f"{path} cannot be read ({error})", "mend it")
+    except (TypeError, ValueError, KeyError) as error:
+        refuse(f"{path} is no suite ({error})", "see docs/benchmarks.md, or take one of benchmarks/suites as a model")
+
+
+def _suite(name: str, words: dict[str, Any]) -> Suite:
+    points = [point for table in words.pop("points") for point in _points(table)]
+    _check_names(words, Suite)
+    suite = Suite(name, words.pop("title"), points=tuple(points), policies=tuple(words.pop("policies")), **words)
+    if suite.execution not in EXECUTIONS:
+        raise ValueError(f"execution {suite.execution!r}, not one of {', '.join(EXECUTIONS)}")
+    if suite.repeats < 1 or not suite.points or not suite.policies:
+        raise ValueError("it needs a point, a policy and a repeat at least")
+    return suite
+
+
+def _points(table: dict[str, Any]) -> Iterator[Point]:
+    if "stages" in table:  # those that a drafter leaves
+        table = {"ranks": [stages + 1 for stages in _axis("stages", table["stages"])], **table}
+        del table["stages"]
+    _check_names(table, Point)
+    for values in itertools.product(*(_axis(key, value) for key, value in table.items())):
+        yield checked(replace(Point(), **dict(zip(table, values, strict=True))))
+
+
+def _axis(key: str, value: Any) -> list[Any]:
+    if key not in VECTORS:
+        return value if isinstance(value, list) else [value]
+    rows = value if value and isinstance(value[0], list) else [value]
+    return [tuple(float(cell) if isinstance(cell, int) else cell for cell in row) for row in rows]
+
+
+def _check_names(table: Mapping[str, Any], kind: type) -> None:
+    known = {knob.name for knob in fields(kind)}
+    if odd := sorted(table.keys() - known):
+        raise ValueError(f"unknown key {odd[0]!r}; there are {', '.join(sorted(known))}")
+
+
+def checked(point: Point) -> Point:
+    """``point``, if its numbers can be meant; else ValueError."""
+    for knob in fields(Point):
+        value = getattr(point, knob.name)
+        if type(knob.default) is float and isinstance(value, int):
+            value = float(value)
+        if type(value) is not type(knob.default):
+            raise ValueError(f"{knob.name} must be of type {type(knob.default).__name__}, not {value!r}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(not isinstance(number, str) and number < 0 for number in numbers):
+            raise ValueError(f"{knob.name} must not be negative, not {value!r}")
+    if point.tokens < 2 or point.prompts < 1:
+        raise ValueError("a point needs a prompt and two tokens at least")
+    if point.top1 > 1 or sum(point.acceptance) > 1 + 1e-9:
+        raise ValueError("probabilities of a draft's choices exceed 1")
+    return point
