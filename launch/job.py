@@ -47,13 +47,14 @@ PROBE_S = 2.0
 @dataclass(frozen=True, slots=True)
 class News:
     """What the head hears of its request, at ``at_s`` (monotonic seconds): that it began, tokens with their
-    log-probabilities, how it ended."""
+    log-probabilities, how it ended. ``pulse``: the orchestrator's, for those who watch."""
 
     at_s: float
     tokens: tuple[int, ...] = ()
     reason: str = ""
     tally: Tally | None = None
     logps: tuple[float, ...] = ()
+    pulse: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,7 @@ class Job:
         """On the head: serve ``request``; yields its beginning, what happens as it happens, and last the tally.
 
         Raises StallError, after asking every role what it is doing, if nothing moves for the configured time."""
+        assert self._orchestrator is not None
         began = time.monotonic()
         self._driver.deliver(ORCHESTRATOR, Submitted(request))
         reason, is_idle = "", False
@@ -132,7 +134,7 @@ class Job:
             while not is_idle:
                 at_s, command = self._hear()
                 if isinstance(command, Emit):
-                    yield News(at_s, command.tokens, logps=command.logps)
+                    yield News(at_s, command.tokens, logps=command.logps, pulse=self._orchestrator.pulse)
                 elif isinstance(command, Finish):
                     reason = command.reason
                 else:

@@ -206,15 +206,12 @@ class World:
     @contextlib.contextmanager
     def part(self, ranks: int) -> Iterator[World | None]:
         """The first ``ranks`` ranks as a world of their own; the others get None, and wait at the end. Collective."""
-        inside = self.rank < ranks
-        comm = self.comm.Split(0 if inside else MPI.UNDEFINED, self.rank)
-        if inside:
-            world = World(comm)
-            comm.Free()
-            yield world
-            world.close()
-        else:
-            yield None
+        comm = self.comm.Split(int(self.rank >= ranks), self.rank)
+        assert isinstance(comm, MPI.Intracomm)
+        world = World(comm)
+        comm.Free()
+        yield world if self.rank < ranks else None
+        world.close()
         politely(self.comm.Ibarrier())
 
     def gather(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -228,7 +225,7 @@ class World:
 
     def ping(self, nbytes: int, repeats: int) -> float:
         """Seconds one way for a message of ``nbytes`` between the head and another rank: half the best of ``repeats``
-        round trips, of the slowest such pair; for the head to know. Collective. For once nobody sleeps between polls."""
+        round trips, of the slowest such pair; for the head to know. Collective; nobody sleeps between polls here."""
         slowest_s = 0.0
         for peer in range(1, self.size):
             if self.rank in (0, peer):

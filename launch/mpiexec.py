@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeinfer.errors import PipeinferError, refuse
@@ -44,6 +45,14 @@ def command(ranks: int, program: list[str], python: str = sys.executable) -> tup
         environ.setdefault("OMPI_MCA_btl", "self,sm")
         environ.setdefault("OMPI_MCA_osc", "^ucx")
     return [mpiexec, *flags, *program], environ
+
+
+def start_again(ranks: int, argv: Sequence[str]) -> int:
+    """Run ``pipeinfer ARGV`` on ``ranks`` local ranks; the exit code is mpiexec's."""
+    line, environ = command(ranks, [sys.executable, "-m", "pipeinfer", *argv])
+    root = str(Path(__file__).resolve().parents[1])  # a bare checkout works without being installed
+    environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environ.get("PYTHONPATH")]))
+    return subprocess.run(line, env=environ, check=False).returncode
 
 
 def main() -> int:

@@ -34,7 +34,7 @@ def play(world: World, path: str, config: Config) -> None:
 
     torch.set_num_threads(world.threads)
     cleared = clear(config, world.size)
-    pair = CheckpointPair(cleared.target, cleared.drafts, config.dtype)
+    pair = CheckpointPair(cleared.target, cleared.drafts, config.dtype, config.forced_acceptance)
     job = Job(config, cleared.plan, cleared.context, pair, world)
     if not world.is_head:
         job.serve()

@@ -24,7 +24,9 @@ class Config:
     included (0: what the target was made for, at most DEFAULT_CONTEXT). ``timeout_s``: how long nothing may move before
     the job gives up and says who waits for whom (0: for ever). ``trace``: what each rank's trace begins its name with
     (see pipeinfer.trace); None for no traces. ``calibrations``: what is known of each source's probabilities (see
-    speculation.calibration)."""
+    speculation.calibration). ``forced_acceptance``: the probabilities with which a draft's first choice, its second and
+    so on are to be right, whatever the models say (see stages.forced); nothing for the models' own words.
+    ``random_weights``: the directories' weights are not read but made up (see stages.random_weights)."""
 
     target: str = BUILTIN
     drafts: tuple[str, ...] = (BUILTIN,)
@@ -34,11 +36,13 @@ class Config:
     timeout_s: float = 120.0
     trace: str | None = None
     calibrations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    forced_acceptance: tuple[float, ...] = ()
+    random_weights: bool = False
 
     @classmethod
     def of(cls, words: Mapping[str, Any]) -> Config:
         """What ``dataclasses.asdict`` made of one, JSON in between or not."""
-        return cls(**{**words, "drafts": tuple(words["drafts"])})
+        return cls(**{**words, **{name: tuple(words[name]) for name in ("drafts", "forced_acceptance")}})
 
     def digest(self) -> int:
         """A number that ranks compare at HELLO: they must mean the same job and speak the same protocol. Where a rank

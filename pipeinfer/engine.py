@@ -24,14 +24,14 @@ from pipeinfer.metrics import measure
 from pipeinfer.ports import GREEDY, Request, Sampling
 from pipeinfer.preflight import Cleared, clear
 from pipeinfer.sampling import checked_stops, exact
-from pipeinfer.text import Text
+from pipeinfer.text import Numbers, Text
 from speculation.calibration_file import read_calibrations
 from speculation.policy import PLAIN, read_policy
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from launch.job import Job
+    from launch.job import Job, News
     from launch.mpi import World
     from launch.spawn import SpawnedJob
 
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 class Completion:
     """One answer. ``metrics`` are those of pipeinfer.metrics.measure; ``calibrations`` what has been learnt of the
     sources' probabilities; ``ranks`` says who computed it; ``logprobs`` are those of ``tokens`` (natural logarithm), by
-    the model's logits before anything was done to them."""
+    the model's logits before anything was done to them. ``meaningless``: acceptance was forced, the models did not say
+    these tokens."""
 
     text: str = ""
     prompt_tokens: list[int] = field(default_factory=list)
@@ -51,6 +52,7 @@ class Completion:
     config: dict[str, Any] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    meaningless: bool = False
 
 
 class RefusedElsewhere(UserError):
@@ -67,6 +69,9 @@ class Engine:
     request. comm: an mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may move before
     the job gives up and says who waits for whom. trace: a file name; each rank N writes all that its roles are told and
     command to ``<trace>.rankN``, for ``pipeinfer replay``. calibration: a file that ``pipeinfer calibrate`` wrote.
+    forced_acceptance: the probability that a draft's first choice is right, or those of its first, second, ...: the
+    models compute as always, but the tokens mean nothing and are shown as numbers, and no token ends a text.
+    random_weights: with it, the directories need only a config.json; without a tokenizer a prompt is its bytes.
     check: called on the head before any model is loaded; a UserError it raises refuses the job on all ranks. Raises
     UserError for what cannot be done as asked.
     """
@@ -85,12 +90,15 @@ class Engine:
         comm: MPI.Intracomm | None = None,
         trace: str | Path | None = None,
         calibration: str | Path | None = None,
+        forced_acceptance: float | Sequence[float] = (),
+        random_weights: bool = False,
         check: Callable[[Engine], object] | None = None,
     ) -> None:
         launch = launched()
         self._world: World | None = None
         self._job: Job | SpawnedJob | None = None
         self._text: Text | None = None
+        self.traffic = (0, 0)  # messages and bytes between the ranks, once the engine is closed
         if comm is not None or (launch is not None and launch.size > 1):
             from launch.mpi import World
 
@@ -104,7 +112,9 @@ class Engine:
             drafts = draft_names(str(target), draft, drafters)
             knobs, file = read_policy(name, settings).settings(), None if trace is None else str(trace)
             known = {} if calibration is None else read_calibrations(calibration)
-            return Config(str(target), drafts, knobs, dtype, context, timeout_s, file, known)
+            shares = forced_acceptance if isinstance(forced_acceptance, Sequence) else (forced_acceptance,)
+            more = (known, tuple(map(float, shares)), random_weights)
+            return Config(str(target), drafts, knobs, dtype, context, timeout_s, file, *more)
 
         cleared = self._clear(size, ranks, configure, check)
         if self._world is None and size > 1:
@@ -132,8 +142,9 @@ class Engine:
                 self.config = configure()
                 cleared = clear(self.config, size)
                 self.context = cleared.context
-                self._stop_tokens = frozenset(cleared.target[0].eos_tokens)
-                self._text = Text(self.config.target_directory)
+                forced = bool(self.config.forced_acceptance)
+                self._stop_tokens = frozenset(() if forced else cleared.target[0].eos_tokens)
+                self._text = (Numbers if forced else Text)(self.config.target_directory)
                 if check is not None:
                     check(self)
             except UserError as error:
@@ -168,10 +179,12 @@ class Engine:
         chat: bool = False,
         sampling: Sampling = GREEDY,
         stop: str | Sequence[str] = (),
+        watch: Callable[[News], None] | None = None,
     ) -> Generator[str | Completion, None, None]:
         """Decode ``prompt`` (text, or token ids): yields pieces of text as they become certain, then the Completion.
 
         ``stop``: strings before the first of which the text ends; ``tokens`` then ends with the one that completed it.
+        ``watch``: called with all that the job tells, before anything is yielded.
         Raises UserError for what cannot be served."""
         text = self._text
         if text is None or self._job is None:
@@ -181,11 +194,14 @@ class Engine:
         request = Request(tuple(tokens), max_new_tokens, stop_tokens, exact(sampling))
         stops = checked_stops(stop)
         asked = {"max_new_tokens": max_new_tokens, "sampling": asdict(request.sampling), "stop": list(stops)}
-        answer = Completion(prompt_tokens=tokens, config=asdict(self.config) | asked, ranks=self.ranks)
+        config, forced = asdict(self.config) | asked, bool(self.config.forced_acceptance)
+        answer = Completion(prompt_tokens=tokens, config=config, ranks=self.ranks, meaningless=forced)
         reader = text.reader(stop_tokens, stops)
         emitted_at: list[tuple[float, int]] = []
         submitted_at = None
         for news in self._job.submit(request):
+            if watch is not None:
+                watch(news)
             if submitted_at is None:
                 submitted_at = news.at_s  # the first word is that the request has begun
             if news.tokens and not reader.is_stopped:
@@ -275,6 +291,7 @@ class Engine:
         """On the head: let all ranks go."""
         if self._job is not None:
             self._job.close()
+            self.traffic = self._job.traffic
             self._end()
 
     def _end(self) -> None:
@@ -317,7 +334,7 @@ def _load(config: Config, cleared: Cleared, world: World | None) -> Job:
             import torch
 
             torch.set_num_threads(world.threads)
-        pair = CheckpointPair(cleared.target, cleared.drafts, config.dtype)
+        pair = CheckpointPair(cleared.target, cleared.drafts, config.dtype, config.forced_acceptance)
         return Job(config, cleared.plan, cleared.context, pair, world)
     except BaseException as error:
         if world is not None:

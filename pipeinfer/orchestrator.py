@@ -167,6 +167,11 @@ class Orchestrator:
             return []
         raise LocalProtocolError(f"the orchestrator cannot handle {type(event).__name__}")
 
+    @property
+    def pulse(self) -> tuple[int, int]:
+        """How many runs are in flight, and how many corrections the request being served has had."""
+        return len(self._flight), self._session.tally.corrections if self._session else 0
+
     def status(self) -> str:
         """One line for a person who asks why nothing moves."""
         if self._awaited:

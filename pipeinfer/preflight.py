@@ -9,20 +9,24 @@ from pathlib import Path
 from launch.roles import Plan, assign
 from pipeinfer.config import DEFAULT_CONTEXT, DTYPES, Config
 from pipeinfer.errors import refuse
-from pipeinfer.text import vocabulary
+from pipeinfer.text import has_tokenizer, vocabulary
 from pipeinfer.trace import refuse_unwritable
 from speculation.policy import Policy
-from stages.checkpoint import Checkpoint
+from stages.checkpoint import Checkpoint, Weights
+from stages.forced import FORCED_TOKENS
 from stages.generic_spec import GenericSpec
-from stages.spec import ModelSpec, is_llama_family
+from stages.random_weights import RandomCheckpoint
+from stages.spec import FAMILIES, ModelSpec, architecture_of, is_llama_family
+
+Model = tuple[ModelSpec | GenericSpec, Weights]
 
 
 @dataclass(frozen=True, slots=True)
 class Cleared:
-    """A job that may start: the models' specs and checked checkpoints, the plan, and the context it serves."""
+    """A job that may start: the models' specs and checked weights, the plan, and the context it serves."""
 
-    target: tuple[ModelSpec | GenericSpec, Checkpoint]
-    drafts: list[tuple[ModelSpec | GenericSpec, Checkpoint]]  # drafter by drafter
+    target: Model
+    drafts: list[Model]  # drafter by drafter
     plan: Plan
     context: int
 
@@ -35,15 +39,20 @@ def clear(config: Config, ranks: int) -> Cleared:
         refuse(f"{ranks} ranks", "use at least one")
     if config.trace is not None:
         refuse_unwritable(config.trace, ranks)
+    _refuse_forcing(config)
     policy = Policy(**config.policy)
     places = config.draft_directories if policy.speculate else []
     if policy.speculate and not places and (policy.schedule != "continuous" or not policy.lookup):
         refuse(f"policy {policy.name} needs a draft model", "give one with --draft DIR, or use --policy plain")
-    target = _model(config.target_directory)
-    models = {place: _model(place) for place in dict.fromkeys(places)}
-    for place in models:
-        _same_vocabulary(config.target_directory, place)
+    read = _random_model if config.random_weights else _model
+    target = read(config.target_directory)
+    models = {place: read(place) for place in dict.fromkeys(places)}
     spec, _ = target
+    if config.forced_acceptance:
+        _refuse_few_tokens(config.target_directory, {config.target_directory: target, **models})
+    else:
+        for place in models:
+            _same_vocabulary(config.target_directory, place)
     if config.context > spec.context:
         refuse(f"--context {config.context}, but the target was made for {spec.context} tokens", "ask for fewer")
     context = config.context or min(spec.context, DEFAULT_CONTEXT)
@@ -51,7 +60,37 @@ def clear(config: Config, ranks: int) -> Cleared:
     return Cleared(target, [models[place] for place in places], plan, context)
 
 
-def _model(directory: Path) -> tuple[ModelSpec | GenericSpec, Checkpoint]:
+def _refuse_forcing(config: Config) -> None:
+    """What acceptance cannot be forced to."""
+    shares = config.forced_acceptance
+    if not all(0 <= share <= 1 for share in shares) or sum(shares) > 1 + 1e-6:
+        refuse(
+            f"--forced-acceptance {','.join(f'{share:g}' for share in shares)}",
+            "give the probabilities that a draft's first choice, its second, ... is right: together at most 1",
+        )
+    if config.random_weights and not shares:
+        refuse("--random-weights without --forced-acceptance", "say both: random models agree on nothing")
+
+
+def _refuse_few_tokens(target_directory: Path, models: dict[Path, Model]) -> None:
+    """Where acceptance is forced vocabularies may differ, but each must have the prompt's tokens and the forced."""
+    spec, _ = models[target_directory]
+    named = vocabulary(target_directory).values() if has_tokenizer(target_directory) else (255,)
+    needed = max(FORCED_TOKENS, min(spec.vocab_size, 1 + max(named)))
+    for place, (spec, _) in models.items():
+        if spec.vocab_size < needed:
+            refuse(f"{place}: a vocabulary of {spec.vocab_size} tokens", f"forced acceptance needs {needed} here")
+
+
+def _random_model(directory: Path) -> Model:
+    if not is_llama_family(directory):
+        able = ", ".join(FAMILIES)
+        refuse(f"{directory}: no random weights are made for {architecture_of(directory)}", f"use one of {able}")
+    spec = ModelSpec.read(directory)
+    return spec, RandomCheckpoint(spec)
+
+
+def _model(directory: Path) -> Model:
     if not is_llama_family(directory):  # the only case that loads torch: such a model has to be looked at
         return GenericSpec.read(directory), Checkpoint(directory)
     spec = ModelSpec.read(directory)

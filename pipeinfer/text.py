@@ -53,6 +53,30 @@ class Text:
         return Reader(self.stream(), silent, stops)
 
 
+class Numbers(Text):
+    """For answers that mean nothing, which are shown as their tokens' numbers. A prompt is read by the tokenizer in
+    ``directory``; where there is none, its tokens are its bytes."""
+
+    def __init__(self, directory: Path) -> None:
+        self._reads_bytes = not has_tokenizer(directory)
+        if not self._reads_bytes:
+            super().__init__(directory)
+
+    def encode(self, text: str) -> list[int]:
+        """See Text."""
+        return list(text.encode()) if self._reads_bytes else super().encode(text)
+
+    def encode_chat(self, text: str) -> list[int]:
+        """See Text."""
+        if self._reads_bytes:
+            refuse("a chat template needs a tokenizer", "leave out --chat")
+        return super().encode_chat(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        """The numbers, with blanks between them."""
+        return " ".join(map(str, tokens))
+
+
 class TextStream:
     """Turns tokens to text as they come; holds back bytes that are not yet a whole character.
 
@@ -146,6 +170,11 @@ class Reader:
         piece = self._filter.push(self._stream.close()) + self._filter.close()
         self.shown += piece
         return piece
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a tokenizer comes with the model."""
+    return (directory / "tokenizer.json").is_file()
 
 
 def vocabulary(directory: Path) -> dict[str, int]:

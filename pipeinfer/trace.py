@@ -16,12 +16,13 @@ to 9 (in a loop 2; with a buffer, 1). A disk that is full ends the trace, not th
 from __future__ import annotations
 
 import base64
+import heapq
 import json
 import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
@@ -323,6 +324,28 @@ class Trace:
         if address not in self.header.roles:
             raise ValueError(f"no role {address} plays on this rank")
         return Step(address, _read(_EVENTS, event), float(now), tuple(_read(_COMMANDS, told) for told in commands))
+
+
+def in_order(traces: Sequence[Trace]) -> Iterator[tuple[float, Step]]:
+    """The events of all ``traces`` in the order of time, each with its time in seconds since the first one.
+
+    Ranks of one host share a clock. Those of others are compared by what their hosts took for the time of day."""
+    walls: dict[str, float] = {}
+    for trace in traces:
+        walls.setdefault(trace.header.host, trace.header.wall_s - traces[0].header.wall_s)
+    began: float | None = None
+    for at, _, step in heapq.merge(*(_dated(trace, walls[trace.header.host]) for trace in traces), key=_date):
+        began = at if began is None else began
+        yield at - began, step
+
+
+def _dated(trace: Trace, wall_s: float) -> Iterator[tuple[float, int, Step]]:
+    for step in trace.steps():
+        yield step.now + wall_s, trace.header.rank, step
+
+
+def _date(dated: tuple[float, int, Step]) -> tuple[float, int]:
+    return dated[:2]
 
 
 DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, zlib.error)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeinfer.errors import refuse
+from pipeinfer.files import write_whole
 from speculation.calibration import Calibration
 
 FORMAT = 1
@@ -31,11 +31,4 @@ def write_calibrations(
     path: str | Path, calibrations: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]
 ) -> None:
     """Write them to ``path``, whole or not at all, with ``about``: what they were learnt from. Raises UserError."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps({"format": FORMAT, **about, "calibrations": calibrations}, indent=2) + "\n")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        refuse(f"{path} cannot be written ({error.strerror})", "name a file in a directory of yours")
+    write_whole(path, json.dumps({"format": FORMAT, **about, "calibrations": calibrations}, indent=2) + "\n")

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from stages.spec import ModelSpec, refuse
 
@@ -85,6 +85,18 @@ class StoredTensor:
     path: Path
     dtype: str
     shape: tuple[int, ...]
+
+
+class Weights(Protocol):
+    """Where a shard gets its tensors from."""
+
+    def stored_name(self, name: str) -> str:
+        """The tensor that stands for ``name``, an end of a tied model."""
+        ...
+
+    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """These tensors and no others, as ``dtype``, in memory of their own. Raises CheckpointError."""
+        ...
 
 
 class Checkpoint:

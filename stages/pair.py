@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 
 from pipeinfer.ports import Payload, ShardModel
-from stages.checkpoint import Checkpoint
+from stages.checkpoint import Weights
+from stages.forced import ForcedShard
 from stages.generic_spec import GenericSpec
 from stages.llama import LlamaShard
 from stages.spec import ModelSpec
@@ -18,29 +19,35 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class CheckpointPair:
-    """The models in ``target`` and ``drafts``, each a checkpoint with its spec; see Pair."""
+    """The models in ``target`` and ``drafts``, each a spec and where its weights are; see Pair. ``forced``: how often a
+    draft's choices are right, if that is forced (see stages.forced)."""
 
     def __init__(
         self,
-        target: tuple[ModelSpec | GenericSpec, Checkpoint],
-        drafts: Sequence[tuple[ModelSpec | GenericSpec, Checkpoint]],
+        target: tuple[ModelSpec | GenericSpec, Weights],
+        drafts: Sequence[tuple[ModelSpec | GenericSpec, Weights]],
         dtype: str,
+        forced: Sequence[float] = (),
     ) -> None:
         self._target = target
         self._drafts = drafts
         self._dtype = DTYPES[dtype]
+        self._forced = forced
         self.layers = target[0].layer_count
 
     def stage(self, layers: range, capacity: int) -> ShardModel:
         """See Pair."""
-        return self._load(*self._target, layers, capacity)
+        shard = self._load(*self._target, layers, capacity)
+        chooses = layers.stop == self.layers
+        return ForcedShard(shard, self._forced, capacity) if self._forced and chooses else shard
 
     def draft(self, index: int, capacity: int) -> ShardModel:
         """See Pair."""
         spec, checkpoint = self._drafts[index]
-        return self._load(spec, checkpoint, range(spec.layer_count), capacity)
+        shard = self._load(spec, checkpoint, range(spec.layer_count), capacity)
+        return ForcedShard(shard, self._forced, capacity, is_draft=True) if self._forced else shard
 
-    def _load(self, spec: ModelSpec | GenericSpec, checkpoint: Checkpoint, layers: range, capacity: int) -> ShardModel:
+    def _load(self, spec: ModelSpec | GenericSpec, checkpoint: Weights, layers: range, capacity: int) -> ShardModel:
         if isinstance(spec, ModelSpec):
             return LlamaShard.load(spec, checkpoint, layers, self._dtype, capacity)
         from stages.generic import GenericShard  # transformers takes a second to import

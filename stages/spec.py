@@ -130,14 +130,19 @@ class ModelSpec:
         )
 
 
+def architecture_of(directory: str | Path) -> str | None:
+    """What ``config.json`` calls the model's architecture; None where it is missing or damaged."""
+    try:
+        names = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["architectures"]
+        return str(names[0])
+    except (OSError, ValueError, TypeError, KeyError, IndexError):
+        return None
+
+
 def is_llama_family(directory: str | Path) -> bool:
     """Whether ModelSpec and LlamaShard are for the model in ``directory``; also for one that is missing or damaged,
     for ModelSpec says so without loading torch."""
-    try:
-        names = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["architectures"]
-        return str(names[0]) in FAMILIES
-    except (OSError, ValueError, TypeError, KeyError, IndexError):
-        return True
+    return architecture_of(directory) in {None, *FAMILIES}
 
 
 class _Fields:

@@ -34,14 +34,15 @@ def _machine() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "torch": _version("torch"),
-        "transformers": _version("transformers"),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
         "pipeinfer": __version__,
         "git": _git(),
     }
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The installed version of ``package``; nothing where it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

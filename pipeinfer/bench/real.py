@@ -38,6 +38,7 @@ def measure_point(world: World, suite: Suite, point: Point) -> list[dict[str, An
         found: dict[str, list[Sample]] = {name: [] for name in suite.policies}
         peers: dict[str, Peer] = {}
         facts: dict[str, dict[str, Any]] = {}
+        bandwidth = _bandwidth(world.threads) if world.is_head else 0.0
         prompts: list[list[int]] = []
         for _ in range(suite.repeats):
             for name in suite.policies:
@@ -49,12 +50,14 @@ def measure_point(world: World, suite: Suite, point: Point) -> list[dict[str, An
                 found[name] += samples if world.is_head else []
         if not world.is_head:
             return []
+        weights = max((fact.pop("weight_nbytes") for fact in facts.values()), default=0)
+        common = _facts(world, point) | {"ceiling_tokens_per_s": bandwidth / weights if weights else None}
         first = suite.policies[0]
         for name, samples in found.items():
             if [one.tokens for one in samples] != [one.tokens for one in found[first]]:
                 raise PipeinferError(f"the tokens of {name} are not those of {first}")
         return [
-            make_row(suite, point, name, samples, _facts(world, point) | facts.get(name, {}), not is_peer(name))
+            make_row(suite, point, name, samples, common | facts.get(name, {}), not is_peer(name))
             for name, samples in found.items()
         ]
 
@@ -100,9 +103,13 @@ def measure_engine(
         sampling = Sampling(temperature=point.temperature)
         engine.generate(prompts[0], WARM_TOKENS, ignore_eos=True)
         answers = [engine.generate(prompt, point.tokens, ignore_eos=True, sampling=sampling) for prompt in prompts]
-        weights = [rank["weight_nbytes"] for rank in engine.ranks]
-        stages = sum(rank["layers"] is not None for rank in engine.ranks)
-    facts[one.name] = {"settings": one.settings(), "stages": stages, "bytes_per_rank": max(weights)}
+        holders = [rank for rank in engine.ranks if rank["layers"] is not None]
+    facts[one.name] = {
+        "settings": one.settings(),
+        "stages": len(holders),
+        "bytes_per_rank": max(rank["weight_nbytes"] for rank in holders),
+        "weight_nbytes": sum(rank["weight_nbytes"] for rank in holders),
+    }
     messages, nbytes = (sent / (WARM_TOKENS + len(prompts) * point.tokens) for sent in engine.traffic)
     return [Sample(tuple(answer.tokens), answer.metrics, messages, nbytes) for answer in answers]
 
@@ -127,6 +134,16 @@ def measure_peer(peer: Peer, prompt: list[int], count: int) -> Sample:
     """One sample of ``peer``; its thread count is for it alone."""
     tokens, emitted_at, began_at = peer.generate(prompt, count)
     return sample(tokens, began_at, emitted_at, Tally())
+
+
+def _bandwidth(threads: int) -> float:
+    """Bytes per second that ``threads`` threads of this host read: no plain decoding reads its weights faster."""
+    import torch
+
+    from pipeinfer.bench.measure import read_bandwidth
+
+    torch.set_num_threads(threads)
+    return read_bandwidth()
 
 
 def _facts(world: World, point: Point) -> dict[str, Any]:

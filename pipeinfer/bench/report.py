@@ -48,6 +48,8 @@ class Report:
             if not self._as_json:
                 print(heading(self._axes), flush=True)
         self._rows += rows
+        if rows:
+            self.say(_ceilings(rows[0]))
         for row in rows:
             print(json.dumps(row) if self._as_json else line(row, self._axes), flush=True)
         self._write()
@@ -58,3 +60,11 @@ class Report:
         draft = self._path.with_suffix(".part")
         draft.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
         draft.replace(self._path)
+
+
+def _ceilings(row: dict[str, Any]) -> str:
+    """What the machine, or its description, allows at the point of ``row``."""
+    plain, ideal = row["ceiling_tokens_per_s"], row["ideal_tokens_per_s"]
+    why = "its weights are read once a token" if row["execution"] == "real" else "a token is a trip through the stages"
+    words = f"plain decoding: at most {plain:.4g} tokens/s, {why}" if plain else "no ceiling is known"
+    return f"{words}; ideal speculation: {ideal:.4g}" if ideal else words

@@ -113,7 +113,7 @@ class Scene:
         }
         if self.costs is not None:
             cells = sum(cell_budget(policy, stages, self.prompt_tokens + point.tokens))
-            found["bytes_per_rank"] = self.costs.stage_nbytes(max(self.shares(policy)), cells)
+            found["bytes_per_rank"] = self.costs.stage_nbytes(max(self.shares(policy)), cells, ends=1)
         return found
 
     def model(self, seed: int) -> EmulatedSpec:

@@ -29,7 +29,7 @@ def say(message: str) -> None:
 
 def build_parser() -> Parser:
     """The parser of the whole command line."""
-    from pipeinfer.cli import calibrate, replay, run
+    from pipeinfer.cli import bench, calibrate, doctor, plot, replay, run, slurm_script
 
     parser = Parser(
         prog="pipeinfer", description="Decode large language models over MPI with asynchronous speculation."
@@ -39,6 +39,10 @@ def build_parser() -> Parser:
     run.add_parser(commands)
     calibrate.add_parser(commands)
     replay.add_parser(commands)
+    bench.add_parser(commands)
+    doctor.add_parser(commands)
+    plot.add_parser(commands)
+    slurm_script.add_parser(commands)
     return parser
 
 
@@ -47,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pipeinfer.errors import PipeinferError
 
     args = build_parser().parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
         return int(args.command(args))
     except PipeinferError as error:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.environment import launched, refuse_singletons
@@ -114,12 +110,9 @@ def wanted(args: argparse.Namespace) -> Suite:
 
 def start(suite: Suite, argv: list[str]) -> int:
     """Start the ranks that ``suite`` needs on this machine, each with the command line ``argv``."""
-    from launch.mpiexec import command
+    from launch.mpiexec import start_again
 
     ranks = max(point.ranks for point in suite.points)
     if not ranks:
         refuse(f"{suite.name} does not say how many ranks", "choose with --ranks, or start it with mpirun or srun")
-    line, environ = command(ranks, [sys.executable, "-m", "pipeinfer", *argv])
-    root = str(Path(__file__).resolve().parents[2])  # a bare checkout works without being installed
-    environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environ.get("PYTHONPATH")]))
-    return subprocess.run(line, env=environ, check=False).returncode
+    return start_again(ranks, argv)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import heapq
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,20 +89,16 @@ def check(trace: Trace) -> int:
 
 
 def show(traces: Sequence[Trace]) -> Iterator[str]:
-    """Whose ``traces`` they are, then their events in the order of time; times in milliseconds since the first one.
+    """Whose ``traces`` they are, then their events in the order of time; times in milliseconds since the first one."""
+    from pipeinfer.trace import in_order
 
-    Ranks of one host share a clock. Those of others are compared by what their hosts took for the time of day."""
-    walls: dict[str, float] = {}
     for trace in traces:
         header = trace.header
-        walls.setdefault(header.host, header.wall_s)
         layers = f", layers {header.layers[0]} to {header.layers[1] - 1}" if header.layers else ""
         policy = header.cast.get("policy", {}).get("name")
         yield f"rank {header.rank} of {header.ranks} on {header.host}: {role_names(trace)}{layers}, policy {policy}"
-    began: float | None = None
-    for at, _, step in heapq.merge(*(_dated(trace, walls[trace.header.host]) for trace in traces), key=_date):
-        began = at if began is None else began
-        yield from lines(step, 1e3 * (at - began))
+    for at_s, step in in_order(traces):
+        yield from lines(step, 1e3 * at_s)
 
 
 def role_names(trace: Trace) -> str:
@@ -111,15 +106,6 @@ def role_names(trace: Trace) -> str:
     from pipeinfer.protocol import address_name
 
     return ", ".join(address_name(address) for address in trace.header.roles)
-
-
-def _dated(trace: Trace, wall_s: float) -> Iterator[tuple[float, int, Step]]:
-    for step in trace.steps():
-        yield step.now + wall_s, trace.header.rank, step
-
-
-def _date(dated: tuple[float, int, Step]) -> tuple[float, int]:
-    return dated[:2]
 
 
 def lines(step: Step, at_ms: float) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -50,6 +51,19 @@ def add_parser(commands: Any) -> None:
         "--set", action="append", default=[], metavar="KNOB=VALUE", help="change one knob of the policy (repeatable)"
     )
     how.add_argument("--calibration", metavar="FILE", help="what `pipeinfer calibrate` learnt of the pair")
+    how.add_argument(
+        "--forced-acceptance",
+        type=probabilities,
+        default=(),
+        metavar="P[,P...]",
+        help="the models compute as always, but the draft's first choice is right with probability P, its second with "
+        "the next P, ...; the tokens mean nothing and are shown as numbers",
+    )
+    how.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="with --forced-acceptance: the models' directories need only a config.json",
+    )
     how.add_argument("--verify", action="store_true", help="decode again plainly in one process and compare the tokens")
     how.add_argument("--timeout", type=float, default=120.0, metavar="S", help="give up when nothing moves so long")
     how.add_argument(
@@ -103,14 +117,32 @@ def run(args: argparse.Namespace) -> int:
         engine.tokenize(prompts[0], args.max_new_tokens, args.chat)
 
     with Progress("loading the models"):
-        opened = open_engine(args, check, policy=args.policy, timeout_s=args.timeout, trace=args.trace)
+        opened = open_engine(
+            args,
+            check,
+            policy=args.policy,
+            timeout_s=args.timeout,
+            trace=args.trace,
+            forced_acceptance=args.forced_acceptance,
+            random_weights=args.random_weights,
+        )
     with opened as engine:
         if engine is None:
             return 0  # this rank has served
         completion = show(engine, prompts[0], args, sampling)
         if args.verify:
             verify(engine, completion, args, sampling)
+        hosts = {rank["host"] for rank in engine.ranks}
+    if args.trace is not None:
+        from pipeinfer.cli.plot import draw_traced
+
+        print(draw_traced(args.trace, hosts), file=sys.stderr, flush=True)  # now that every rank has closed its file
     return 0
+
+
+def probabilities(text: str) -> tuple[float, ...]:
+    """Probabilities with commas between them; argparse names this function where they are none."""
+    return tuple(map(float, text.split(",")))
 
 
 def read_sampling(args: argparse.Namespace) -> Sampling:
@@ -171,14 +203,19 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 def show(engine: Engine, prompt: str, args: argparse.Namespace, sampling: Sampling) -> Completion:
     """Stream the answer, then the table; or print it as JSON."""
+    from pipeinfer.cli.live import live
     from pipeinfer.engine import Completion
     from pipeinfer.metrics import table
 
-    for piece in engine.stream(prompt, args.max_new_tokens, args.ignore_eos, args.chat, sampling, args.stop):
-        if isinstance(piece, Completion):
-            completion = piece
-        elif not args.json:
-            print(piece, end="", flush=True)
+    if engine.config.forced_acceptance:
+        print("acceptance is forced: the numbers that follow are tokens without meaning", file=sys.stderr, flush=True)
+    asked = (prompt, args.max_new_tokens, args.ignore_eos, args.chat, sampling, args.stop)
+    with contextlib.nullcontext() if args.json else live(engine, args.max_new_tokens) as watch:
+        for piece in engine.stream(*asked, watch):
+            if isinstance(piece, Completion):
+                completion = piece
+            elif not args.json:
+                print(piece, end="", flush=True)
     if args.json:
         found = asdict(completion)
         del found["calibrations"]  # `pipeinfer calibrate` stores them
@@ -195,8 +232,10 @@ def describe(completion: Completion) -> str:
     """Who computed it, in one line."""
     config, ranks = completion.config, completion.ranks
     stages = sum(rank["layers"] is not None for rank in ranks)
+    forced = ",".join(f"{share:g}" for share in config["forced_acceptance"])
     hosts = len({rank["host"] for rank in ranks})
     return (
+        f"{f'meaningless text, acceptance forced to {forced}; ' if forced else ''}"
         f"policy {config['policy']['name']}, {config['dtype']}, {len(ranks)} ranks on {hosts} hosts, {stages} stages; "
         f"{len(completion.prompt_tokens)} prompt tokens, {len(completion.tokens)} new, "
         f"ended by {completion.finish_reason}"

@@ -6,12 +6,13 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from launch.mpiexec import command
 from pipeinfer import Engine
-from tests.cli.run import ROOT
+from tests.cli.run import ROOT, pipeinfer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -21,6 +22,7 @@ COMMANDS = [
     for line in block.splitlines()
     if re.match(r"(pipeinfer|mpirun|srun|python -m) ", line) and "venv" not in line
 ]
+SCRIPTS = [line for line in COMMANDS if line.startswith("pipeinfer slurm-script ")]
 INLINE = re.findall(r"`(python -m [^`]+)`", README)
 ELSEWHERE = {
     "srun": "needs Slurm",
@@ -35,7 +37,7 @@ def test_the_readme_has_commands() -> None:
     assert [info for info, _ in BLOCKS].count("python") == 1
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line not in SCRIPTS])
 def test_commands(line: str) -> None:
     for words, reason in ELSEWHERE.items():
         if words in line:
@@ -50,6 +52,15 @@ def test_commands(line: str) -> None:
     assert result.returncode == 0, result.stderr
     assert len(result.stdout) > 20
     assert "tokens/s" in result.stderr
+
+
+@pytest.mark.parametrize("line", SCRIPTS)
+def test_batch_scripts(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = pipeinfer(*shlex.split(line)[1:])
+    assert written.returncode == 0, written.stderr
+    checked = subprocess.run(["bash", "-n", tmp_path / "job.sbatch"], capture_output=True, timeout=30, check=False)
+    assert (checked.returncode, checked.stderr) == (0, b"")
 
 
 def test_the_python_program() -> None:

@@ -158,6 +158,37 @@ def test_different_vocabularies(pair: tuple[Path, Path], tmp_path: Path) -> None
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--forced-acceptance often", ["--forced-acceptance", "often"]),
+        ("--forced-acceptance 1.2", ["--forced-acceptance 1.2", "together at most 1"]),
+        ("--forced-acceptance 0.7,0.4", ["--forced-acceptance 0.7,0.4", "together at most 1"]),
+        ("--forced-acceptance nan", ["--forced-acceptance nan"]),
+        ("--random-weights", ["--random-weights without --forced-acceptance"]),
+    ],
+)
+def test_what_cannot_be_forced(words: str, says: list[str]) -> None:
+    refused("run", "--prompt", "x", *words.split(), says=says)
+
+
+def test_models_that_cannot_be_forced_together(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    target, draft = tmp_path / "target", tmp_path / "draft"
+    for place, other in ((target, pair[0]), (draft, pair[1])):
+        place.mkdir()
+        shutil.copy(other / "config.json", place)
+    words = ["--target", str(target), "--draft", str(draft), "--ranks", "3", "--forced-acceptance", "0.7"]
+    refused("run", *words, "--prompt", "x", says=["model.safetensors is missing"])
+    words.append("--random-weights")
+    refused("run", *words, "--prompt", "x", "--chat", says=["needs a tokenizer", "--chat"])
+    edit_config(vocab_size=100)(draft)
+    refused("run", *words, "--prompt", "x", says=["draft: a vocabulary of 100 tokens", "needs 512"])
+    shutil.copy(pair[0] / "tokenizer.json", target)
+    edit_config(vocab_size=700)(target)
+    edit_config(architectures=["GPT2LMHeadModel"])(draft)
+    refused("run", *words, "--prompt", "x", says=["no random weights are made for GPT2LMHeadModel", "LlamaFor"])
+
+
 @pytest.mark.parametrize("policy", ["benchmarks/baselines/sync-tree.toml", "continuous --set lookup=0"])
 def test_a_policy_that_cannot_do_without_a_draft(policy: str, tmp_path: Path) -> None:
     make_tiny(tmp_path / "alone", "LlamaForCausalLM")

@@ -33,10 +33,13 @@ def test_json_is_one_object_with_everything() -> None:
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     found = json.loads(result.stdout)
-    assert found.keys() == {"text", "prompt_tokens", "tokens", "finish_reason", "metrics", "config", "ranks"}
+    assert found.keys() == {
+        "text", "prompt_tokens", "tokens", "finish_reason", "metrics", "config", "ranks", "meaningless",
+    }  # fmt: skip
+    assert not found["meaningless"]
     assert found["metrics"].keys() == {
         "ttft_ms", "tpot_ms", "e2el_ms", "itl_ms", "output_throughput", "acceptance_rate", "accept_length", "runs",
-        "cancelled_runs", "waste", "cancel_latency_ms", "calibration_error",
+        "cancelled_runs", "waste", "bubble", "cancel_latency_ms", "calibration_error",
     }  # fmt: skip
     assert found["metrics"]["itl_ms"].keys() == {"p50", "p90", "p99"}
     assert (len(found["tokens"]), found["finish_reason"]) == (20, "length")
@@ -153,8 +156,42 @@ def test_a_chat_template_is_applied(tmp_path: Path) -> None:
     assert chat["prompt_tokens"] == same["prompt_tokens"]
 
 
+def test_forced_acceptance_is_labelled_wherever_its_words_are_shown() -> None:
+    arguments = ["run", "--prompt", PROMPT, "--max-new-tokens", "12", "--forced-acceptance", "0.7,0.1"]
+    plain = pipeinfer(*arguments, "--verify")
+    assert plain.returncode == 0, plain.stderr
+    assert re.fullmatch(r"(\d+ ){11}\d+\n", plain.stdout), "numbers of tokens, not text"
+    label, _, table, *_, verified = plain.stderr.splitlines()
+    assert "tokens without meaning" in label
+    assert table.startswith("meaningless text, acceptance forced to 0.7,0.1; policy plain")
+    assert verified == "verified: all 12 tokens equal plain decoding"
+    found = json.loads(pipeinfer(*arguments, "--json").stdout)
+    assert found["meaningless"]
+    assert found["config"]["forced_acceptance"] == [0.7, 0.1]
+    assert f"{found['text']}\n" == plain.stdout == f"{' '.join(map(str, found['tokens']))}\n"
+
+
+def test_a_config_is_enough_for_random_weights(tmp_path: Path) -> None:
+    """Of a target and a draft with vocabularies of their own; any text is a prompt."""
+    target, draft = make_tiny_pair(tmp_path, "Qwen2ForCausalLM", vocab_size=600)
+    for place in (target, draft):
+        for path in place.iterdir():
+            if path.name != "config.json":
+                path.unlink()
+    config = json.loads((draft / "config.json").read_text())
+    (draft / "config.json").write_text(json.dumps(config | {"vocab_size": 512}))
+    models = ["--target", str(target), "--draft", str(draft), "--random-weights", "--forced-acceptance", "0.8"]
+    arguments = ["--ranks", "3", "--dtype", "bf16", "--max-new-tokens", "24", "--verify", "--json", "--prompt", "né"]
+    result = pipeinfer("run", *models, *arguments)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["prompt_tokens"] == list("né".encode())
+    assert len(found["tokens"]) == 24
+    assert all(rank["weight_nbytes"] > 0 for rank in found["ranks"])
+
+
 def test_help_tells_every_flag() -> None:
     told = pipeinfer("run", "--help").stdout
     source = (ROOT / "pipeinfer/cli/run.py").read_text()
-    for flag in re.findall(r'add_argument\("(--[\w-]+)"', source):
+    for flag in re.findall(r'add_argument\(\s*"(--[\w-]+)"', source):
         assert flag in told

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from tests.house.source import PACKAGES, ROOT, imports, module_name, python_files, text, tree
 
-WORDS = {f"pipeinfer.{name}" for name in ("config", "errors", "metrics", "ports", "protocol", "trace")}
+WORDS = {f"pipeinfer.{name}" for name in ("config", "errors", "files", "metrics", "ports", "protocol", "trace")}
 GENERIC = {f"stages.generic{part}" for part in ("", "_cells", "_probe", "_skeleton")}
 SHARDS = {
     f"stages.{name}"
     for name in ("pair", "llama", "emulated", "checkpoint", "rope", "spec", "choices", "sampling", "generic_spec")
 }
-SHARDS |= GENERIC
+SHARDS |= GENERIC | {"stages.forced", "stages.random_weights"}
 HEAVY = {"torch", "transformers", "mpi4py"}
 SPEAKS_MPI = {"launch.mpi"}
 EAGER_TORCH = {
@@ -26,7 +26,7 @@ EAGER_TORCH = {
     "stages.choices",
     "stages.sampling",
 } | GENERIC  # what computes; whoever loads it imports it late
-LATE_TORCH = re.compile(r"(launch|stages)\.|pipeinfer\.(engine|text)$")  # may load it, inside functions
+LATE_TORCH = re.compile(r"(launch|stages|pipeinfer\.bench)\.|pipeinfer\.(engine|text)$")  # may load it inside functions
 
 
 def top(name: str) -> str:
@@ -80,6 +80,15 @@ def test_shards_know_only_ports_errors_and_each_other() -> None:
 def test_one_file_speaks_mpi() -> None:
     speakers = {module for module, path in modules().items() if "mpi4py" in map(top, imports(tree(path)))}
     assert speakers == SPEAKS_MPI
+
+
+def test_pictures_are_drawn_only_for_who_asks() -> None:
+    for module, path in modules().items():
+        if module.startswith("pipeinfer.plots"):
+            continue
+        eager = set(imports(tree(path), eager=True))
+        assert not {"matplotlib", "rich"} & set(map(top, eager)), f"{module} needs an extra when it is imported"
+        assert not any(name.startswith("pipeinfer.plots") for name in eager), f"{module} drags matplotlib in"
 
 
 def test_torch_is_loaded_late_and_only_where_models_are() -> None:

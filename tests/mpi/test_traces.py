@@ -3,6 +3,7 @@ was killed."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -66,6 +67,9 @@ def test_under_mpiexec_and_sampled(tmp_path: Path) -> None:
         4, "-m", "pipeinfer", "run", "--prompt", PROMPT, *how, "--trace", str(tmp_path / "run"), "--verify"
     )
     assert result.returncode == 0, result.stderr
+    spans = [event for event in json.loads((tmp_path / "run.json").read_text())["traceEvents"] if event["ph"] == "X"]
+    assert len({event["tid"] for event in spans}) == 5, "orchestrator, two stages, two drafters"
+    assert "unfinished" not in {event["cat"] for event in spans}, "every rank had written its last word"
     assert len(files(tmp_path)) == 4
     for path in files(tmp_path):
         trace, retold = replayed(path)

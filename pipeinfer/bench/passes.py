@@ -1,0 +1,67 @@
+"""Passes of real shards to be timed, of stored or of random weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from pipeinfer.ports import Batch, ShardModel
+from stages.checkpoint import Weights
+from stages.random_weights import RandomCheckpoint
+from stages.spec import ModelSpec, RopeSpec
+
+
+def clock(threads: int) -> Callable[[], float]:
+    """What times computing with so many ``threads``. One thread's processor time is what it would take on a core of its
+    own, whoever else is about; that of several would leave out how they wait for each other."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def random_model(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int) -> ModelSpec:
+    """A model of the Llama family that nobody has trained."""
+    return ModelSpec(
+        architecture="LlamaForCausalLM",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        layer_count=layers,
+        head_count=heads,
+        kv_head_count=kv_heads,
+        head_dim=hidden // heads,
+        context=4096,
+        norm_eps=1e-5,
+        tied=False,
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        rope=RopeSpec(),
+        eos_tokens=(),
+        dtype=None,
+    )
+
+
+def whole_shard(spec: ModelSpec, dtype: str, cells: int, weights: Weights | None = None) -> ShardModel:
+    """All layers of a model with ``cells`` cells; of random weights unless some are given."""
+    from stages.llama import LlamaShard
+    from stages.pair import DTYPES
+
+    return LlamaShard.load(spec, weights or RandomCheckpoint(spec), range(spec.layer_count), DTYPES[dtype], cells)
+
+
+def one_pass(shard: ShardModel, rows: int, context: int) -> Callable[[], object]:
+    """A pass of ``rows`` rows, the last of ``context`` positions, each seeing all before it; then their choices."""
+    positions = np.arange(context - rows, context)
+    batch = Batch(np.zeros(rows, np.int64), positions, positions, np.arange(context) <= positions[:, None])
+
+    def run() -> object:
+        passing = shard.forward(batch, None)
+        while True:
+            try:
+                next(passing)
+            except StopIteration as done:
+                return shard.choose(done.value, range(rows), 1)
+
+    return run

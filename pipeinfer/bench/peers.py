@@ -1,0 +1,126 @@
+"""Peers: other implementations that decode the same weights on this host, for measurements beside ours.
+
+``hf`` is transformers' generate. ``hf-assisted`` is its assisted generation as it is by default: 20 tokens of the
+draft, or fewer where it is unsure (what that means is adapted where scikit-learn is installed). ``hf-assisted-N``:
+always N. All are greedy and go on after an end-of-text token. In bf16 their tokens may differ from each other's and
+from ours, as those of any two ways to batch do.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeinfer.config import DTYPES, model_directory
+from pipeinfer.errors import refuse
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = re.compile(r"hf|hf-assisted(?:-([1-9]\d*))?")
+
+
+class Peer(Protocol):
+    """An implementation with its models loaded."""
+
+    name: str
+
+    def generate(self, prompt: list[int], count: int) -> tuple[list[int], list[tuple[float, int]], float]:
+        """Exactly ``count`` tokens after ``prompt``; the time of each emission and how many tokens it was; and when the
+        request began (monotonic seconds)."""
+        ...
+
+
+def is_peer(name: str) -> bool:
+    """Whether ``name`` is a peer's."""
+    return NAME.fullmatch(name) is not None
+
+
+def open_peer(name: str, target: str | Path, draft: str | Path | None, dtype: str, threads: int) -> Peer:
+    """The peer ``name`` with its models loaded: directories, or ``builtin``. From now on torch has ``threads`` threads
+    in this process. Raises UserError for a peer that is none, or that cannot be had as asked."""
+    found = NAME.fullmatch(name)
+    if not found:
+        refuse(f"unknown peer {name!r}", "use hf, hf-assisted or hf-assisted-N")
+    if dtype not in DTYPES:
+        refuse(f"unknown dtype {dtype!r}", f"use one of {', '.join(DTYPES)}")
+    if name != "hf" and draft is None:
+        refuse(f"{name} without a draft model", "name one, or use hf")
+    import torch
+
+    torch.set_num_threads(threads)
+    model, assistant = _load(model_directory(str(target), "target"), dtype), None
+    if name != "hf":
+        assistant = _load(model_directory(str(draft), "draft"), dtype)
+        if found[1]:
+            assistant.generation_config.num_assistant_tokens = int(found[1])
+            assistant.generation_config.assistant_confidence_threshold = 0.0
+    return TransformersPeer(name, model, assistant)
+
+
+def _load(directory: Path, dtype: str) -> Any:
+    """transformers' model in ``directory``, which never ends a text by itself. Raises UserError where there is none."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from stages.pair import DTYPES as TORCH_DTYPES
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # Assisted generation warns of how it calls generate itself.
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=TORCH_DTYPES[dtype],
+            attn_implementation="sdpa",
+            local_files_only=True,
+        )
+    except (OSError, ValueError) as error:
+        refuse(f"transformers cannot load {directory} ({str(error).splitlines()[0]})", "name a model that it knows")
+    model.generation_config.eos_token_id = None
+    return model
+
+
+class TransformersPeer:
+    """transformers' generate of ``model``, assisted by ``assistant`` if there is one."""
+
+    def __init__(self, name: str, model: Any, assistant: Any | None) -> None:
+        self.name = name
+        self._model = model
+        self._assistant = assistant
+
+    def generate(self, prompt: list[int], count: int) -> tuple[list[int], list[tuple[float, int]], float]:
+        """See Peer."""
+        import torch
+
+        watch = _Watch()
+        tokens = torch.tensor([prompt])
+        found = self._model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=count,
+            assistant_model=self._assistant,
+            streamer=watch,
+        )
+        return found[0, len(prompt) :].tolist(), watch.emitted_at, watch.began_at
+
+
+class _Watch:
+    """A streamer that only looks at the clock; the first it is given is the prompt."""
+
+    def __init__(self) -> None:
+        self.began_at = time.monotonic()
+        self.emitted_at: list[tuple[float, int]] = []
+        self._is_prompt = True
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """Called by transformers with tokens as they become final."""
+        if not self._is_prompt:
+            self.emitted_at.append((time.monotonic(), tokens.numel()))
+        self._is_prompt = False
+
+    def end(self) -> None:
+        """Called by transformers after the last token."""

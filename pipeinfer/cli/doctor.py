@@ -1,0 +1,104 @@
+"""``pipeinfer doctor``: what is here, how fast it is, and how well the cost model knows it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from launch.environment import launched
+from pipeinfer.errors import refuse
+
+SMALL_NBYTES, LARGE_NBYTES = 8, 1 << 22
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the parser's ``commands``."""
+    parser = commands.add_parser(
+        "doctor",
+        help="say what is here, or measure it",
+        description="Say which software, ranks and cores there are; or measure them as a hardware description for "
+        "`pipeinfer bench`; or compare the cost model with real passes.",
+    )
+    parser.set_defaults(command=doctor)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure memory, arithmetic and links and write a hardware description (a minute). Links are those "
+        "between rank 0 and the others: start it with mpirun or srun, one rank a node; otherwise two ranks start here",
+    )
+    what.add_argument(
+        "--validate", metavar="HARDWARE", help="compare the costs that HARDWARE predicts with passes on this host"
+    )
+    parser.add_argument("--out", metavar="FILE", help="with --measure: where to write it (default: standard output)")
+    parser.add_argument("--target", metavar="DIR", help="with --validate: the model (default: the built-in target)")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Do what ``args`` say."""
+    for name, given, needs in (("--out", args.out, args.measure), ("--target", args.target, args.validate)):
+        if given and not needs:
+            refuse(f"{name} without {'--measure' if name == '--out' else '--validate'}", "say both, or neither")
+    if args.json and args.measure:
+        refuse("--json with --measure", "a hardware description is TOML")
+    if args.measure:
+        return measure(args)
+    launch = launched()
+    if args.validate:
+        return validate(args) if launch is None or launch.leads else 0
+    from pipeinfer.doctor import facts, table, world
+
+    with world() as here:
+        found = facts(here)
+    if launch is None or launch.leads:
+        print(json.dumps(found) if args.json else "\n".join(table(found)), flush=True)
+    return 0
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Measure this host and its links, on the ranks of the job or on two of our own."""
+    if args.out and not Path(args.out).resolve().parent.is_dir():
+        refuse(f"{args.out} cannot be written", "name a file in a directory that exists")
+    if launched() is None:
+        from launch.mpiexec import start_again
+
+        return start_again(2, args.argv)
+    from pipeinfer.bench.fingerprint import fingerprint
+    from pipeinfer.bench.measure import describe
+    from pipeinfer.doctor import world
+    from pipeinfer.files import write_whole
+
+    with world() as here:
+        assert not isinstance(here, str), "a launcher means MPI"
+        if here.size < 2:
+            refuse("one rank has no link to measure", "start at least two")
+        latency_s, large_s = here.ping(SMALL_NBYTES, 1000), here.ping(LARGE_NBYTES, 50)
+        if here.is_head:
+            link = (latency_s, LARGE_NBYTES / (large_s - latency_s))
+            described = describe(fingerprint({}, "")["cpu"], here.threads, link)
+            if args.out:
+                write_whole(args.out, described)
+            else:
+                print(described, end="", flush=True)
+        here.agree(0)  # so long the other ranks sleep
+    return 0
+
+
+def validate(args: argparse.Namespace) -> int:
+    """Compare the cost model of a hardware with passes on this host."""
+    from pipeinfer.bench.hardware import read_hardware
+    from pipeinfer.bench.validate import compare, table
+    from pipeinfer.config import BUILTIN, model_directory
+
+    hardware = read_hardware(args.validate)
+    comparisons = compare(hardware, model_directory(args.target or BUILTIN, "target"))
+    if args.json:
+        for one in comparisons:
+            print(json.dumps(one.row()), flush=True)
+        return 0
+    print(f"# real passes on this host against {hardware.name}: {hardware.title}; {hardware.cores} threads")
+    print("\n".join(table(comparisons)), flush=True)
+    return 0

@@ -1,0 +1,115 @@
+"""A line at the foot of the terminal while tokens come: how fast, how well guessed, how much is under way.
+
+The terminal's last line is taken out of what scrolls. So the text streams above it as it would without it, whether it
+goes to the same terminal or elsewhere, and none of it passes through here. The line changes at most every DRAW_S, and
+only with news of the job, for that rank 0 has better things to do: there is no thread, no timer and no look at a clock.
+Drawing takes a millisecond; what takes longer, the first time, comes before the request does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from launch.job import News
+    from pipeinfer.engine import Engine
+
+DRAW_S = 0.5
+LEAST_LINES = 4
+"""A lower terminal is left alone."""
+SAVE, RESTORE, UP, CLEAR, SCROLL_ALL = "\x1b7", "\x1b8", "\x1b[1A", "\x1b[2K", "\x1b[r"
+
+
+@contextlib.contextmanager
+def live(engine: Engine, most_tokens: int) -> Iterator[Callable[[News], None] | None]:
+    """What wants to hear the news of an answer of up to ``most_tokens`` tokens; None where nobody would see it, or rich
+    is missing."""
+    terminal = sys.stderr
+    is_seen = terminal.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    if not is_seen or importlib.util.find_spec("rich") is None:
+        yield None
+        return
+    stages = sum(rank["layers"] is not None for rank in engine.ranks)
+    with contextlib.closing(Footline(terminal, most_tokens, stages)) as line:
+        yield line.watch
+
+
+class Footline:
+    """The last line of ``terminal``, about an answer of up to ``most_tokens`` tokens from ``stages`` stages."""
+
+    def __init__(self, terminal: TextIO, most_tokens: int, stages: int) -> None:
+        from rich.console import Console
+
+        from launch.job import News
+
+        self._terminal = terminal
+        self._console = Console(file=terminal)
+        self._most_tokens = most_tokens
+        self._stages = stages
+        self._tokens = 0
+        self._began: tuple[float, int] | None = None  # the first emission: when, tokens
+        self._drawn_s: float | None = None
+        self._size = os.terminal_size((0, 0))
+        self._draw(News(0.0))
+
+    def watch(self, news: News) -> None:
+        """Take what the job tells."""
+        self._tokens += len(news.tokens)
+        if news.tokens and self._began is None:
+            self._began = news.at_s, len(news.tokens)
+        if self._drawn_s is None:
+            self._drawn_s = news.at_s
+        elif news.tally is None and news.at_s - self._drawn_s >= DRAW_S:
+            self._drawn_s = news.at_s
+            self._draw(news)
+
+    def _words(self, news: News) -> list[str]:
+        began_s, first = self._began or (news.at_s, 0)
+        elapsed_s = news.at_s - began_s
+        runs, corrections = news.pulse
+        return [
+            f"{self._tokens}/{self._most_tokens} tokens",
+            f"{(self._tokens - first) / elapsed_s:.1f} tokens/s" if elapsed_s else "",
+            f"accept length {self._tokens / corrections:.1f}" if corrections else "",
+            f"{runs} run{'' if runs == 1 else 's'} in flight, {self._stages} stage{'' if self._stages == 1 else 's'}",
+        ]
+
+    def _draw(self, news: News) -> None:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        self._reserve()
+        if not self._size.lines:
+            return
+        words = self._words(news)
+        table = Table.grid(padding=(0, 3, 0, 0))
+        for _ in range(1 + len(words)):
+            table.add_column(no_wrap=True)
+        table.add_row(ProgressBar(self._most_tokens, self._tokens, width=20), *words)
+        self._console.width = self._size.columns
+        with self._console.capture() as drawn:
+            self._console.print(table, end="")
+        line = drawn.get().partition("\n")[0]
+        self._say(f"{SAVE}\x1b[{self._size.lines};1H{CLEAR}{line}{RESTORE}")
+
+    def _reserve(self) -> None:
+        """Keep the last line from scrolling, once for each size that the terminal has."""
+        size = os.get_terminal_size(self._terminal.fileno())
+        if size != self._size and size.lines >= LEAST_LINES:
+            self._size = size
+            # A new line first: what stands on the last one moves up. Setting the region moves the cursor.
+            self._say(f"\n{UP}{SAVE}\x1b[1;{size.lines - 1}r{RESTORE}")
+
+    def close(self) -> None:
+        """Give the line back, empty."""
+        if self._size.lines:
+            self._say(f"{SAVE}{SCROLL_ALL}\x1b[{self._size.lines};1H{CLEAR}{RESTORE}")
+
+    def _say(self, text: str) -> None:
+        self._terminal.write(text)
+        self._terminal.flush()

@@ -1,0 +1,29 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeinfer.errors import UserError
+from pipeinfer.files import write_whole
+
+
+def test_a_file_is_replaced_and_nothing_stays_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    write_whole(file, "old")
+    with file.open() as reading:
+        write_whole(file, "néw\n")
+        assert reading.read() == "old", "who had it open goes on with the old one"
+    assert file.read_bytes() == "néw\n".encode()
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for path in ("file/below", "nowhere/file", "folder", "x" * 300, "/"):
+        with pytest.raises(UserError, match="cannot be written"):
+            write_whole(tmp_path / path, "text")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}

@@ -1,0 +1,80 @@
+"""Scenes: equal ranks for all, shares of layers, times by hand, and rivals at sizes that a formula gives."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeinfer.bench.entrants import entrant, ideal_speed, variants
+from pipeinfer.bench.ideal import best_chain, best_tree
+from pipeinfer.bench.scene import scene
+from pipeinfer.bench.suite import Point
+from pipeinfer.errors import UserError
+from speculation.policy import CONTINUOUS, PLAIN
+
+FLAT = Point(ranks=9, top1=0.79, draft_time=0.5, stage_ms=20.0, tokens=64)
+DESCRIBED = Point(ranks=9, top1=0.79, hardware="dual-xeon-e5-1gbe", target="llama-2-70b", draft="tinyllama-1.1b")
+
+
+@pytest.mark.parametrize("point", [FLAT, DESCRIBED])
+def test_plain_decoding_gets_the_drafter_s_rank(point: Point) -> None:
+    here = scene(point)
+    assert (here.stages(PLAIN), here.stages(CONTINUOUS)) == (9, 8)
+    assert sum(here.shares(PLAIN)) == sum(here.shares(CONTINUOUS)) == here.layers == 80
+    assert here.trip_s(PLAIN, 1) == pytest.approx(here.trip_s(CONTINUOUS, 1), rel=2e-3), "only a hop more"
+
+
+def test_the_head_may_have_a_smaller_share() -> None:
+    shares = scene(FLAT).shares(CONTINUOUS, 0.5)
+    assert sum(shares) == 80
+    assert shares[0] == pytest.approx(shares[1] / 2, abs=1)
+
+
+def test_flat_times() -> None:
+    here = scene(FLAT)
+    assert here.stage_s(CONTINUOUS, 1) == here.stage_s(CONTINUOUS, 16) == pytest.approx(0.02)
+    assert here.draft_s(8, 100) == pytest.approx(0.01)
+    assert here.facts(CONTINUOUS)["draft_time"] == pytest.approx(0.5)
+    assert here.trip_s(PLAIN, 1) == pytest.approx(0.16, rel=0.01)
+
+
+def test_described_times_are_those_of_reading_the_weights() -> None:
+    here = scene(DESCRIBED)
+    weights_s = 68.5e9 * 3.85 / 8 / 75e9  # all layers and the head, at the node's bandwidth
+    assert here.trip_s(PLAIN, 1) == pytest.approx(weights_s, rel=0.05)
+    assert here.link.row_nbytes == 8192 * 4
+    assert here.facts(CONTINUOUS)["bytes_per_rank"] == pytest.approx(68.5e9 * 3.85 / 8 / 8, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("point", "word"),
+    [(Point(), "ranks"), (Point(ranks=3, hardware="h200"), "models"),
+     (Point(ranks=99, hardware="dual-xeon-e5-1gbe", target="llama-2-70b", draft="tinyllama-1.1b"), "80 layers")],
+)  # fmt: skip
+def test_points_that_say_too_little_are_refused(point: Point, word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        scene(point)
+
+
+def test_the_best_chain_and_tree_by_hand() -> None:
+    # A trip of 2, a pass of 1, every guess right: (length + 1) / (2 + length) grows for ever; half right: it does not.
+    assert best_chain(lambda rows: 2.0, 1.0, 1.0, longest=9) == 9
+    assert best_chain(lambda rows: 2.0, 0.5, 1.0) == 1  # 1.5 / 3 = 0.5; two: 1.75 / 4
+    # Rows that cost as much as the first one: the root alone.
+    assert best_tree(lambda rows: 2.0 * rows, (0.5, 0.2), 1.0)[1] == 1
+    assert best_tree(lambda rows: 2.0, (0.5, 0.4), 0.0, most_rows=3)[1] == 3
+
+
+def test_rivals_are_tuned_and_ours_is_not() -> None:
+    here = scene(FLAT)
+    assert len(variants(entrant("continuous"), here)) == 1
+    (chain,) = variants(entrant("sync-chain"), here)
+    assert chain.policy.rows == chain.policy.levels + 1
+    levels = best_chain(lambda rows: here.trip_s(CONTINUOUS, rows), 0.79, 0.01)
+    assert chain.settings()["levels"] == chain.policy.levels == levels
+    assert len(variants(entrant("pipeinfer"), here)) == 8
+    assert {one.head_share for one in variants(entrant("pipeinfer"), here)} == {1.0, 2 / 3}
+
+
+def test_ideal_is_above_plain_and_below_one_token_a_stage_time() -> None:
+    here = scene(FLAT)
+    assert 1 / 0.16 < ideal_speed(here) < 1 / 0.02
