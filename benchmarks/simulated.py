@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from benchmarks.ideal import best_chain, best_tree, ideal
+from pipeinfer.bench.ideal import ideal
 from pipeinfer.ports import Request
 from pipeinfer.sim.world import World, WorldSpec
 from speculation.policy import Policy, read_policy
