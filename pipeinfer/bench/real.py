@@ -159,6 +159,8 @@ def _facts(world: World, point: Point) -> dict[str, Any]:
         "dtype": point.dtype,
         "prompt_tokens": point.prompt_tokens or None,
         "set": list(point.set),
+        "claims": [],
+        "burst": [],
         "settings": {},
         "ideal_tokens_per_s": None,
         "bytes_per_rank": None,

@@ -19,6 +19,7 @@ class Report:
         self._as_json = as_json
         self._axes = axes_of(suite.points)
         self._rows: list[dict[str, Any]] = []
+        self._ceilings = ""
         self._path = None
         if directory is not None:
             self._path = Path(directory) / f"{suite.name}.{suite.execution}.jsonl"
@@ -48,8 +49,9 @@ class Report:
             if not self._as_json:
                 print(heading(self._axes), flush=True)
         self._rows += rows
-        if rows:
-            self.say(_ceilings(rows[0]))
+        if rows and (ceilings := _ceilings(rows[0])) != self._ceilings:
+            self._ceilings = ceilings
+            self.say(ceilings)
         for row in rows:
             print(json.dumps(row) if self._as_json else line(row, self._axes), flush=True)
         self._write()

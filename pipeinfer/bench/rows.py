@@ -14,7 +14,8 @@ MEDIANS = (
     "ttft_ms", "tpot_ms", "acceptance_rate", "accept_length", "waste", "bubble", "cancel_latency_ms",
 )  # fmt: skip
 AXES = (
-    "hardware", "target", "draft", "ranks", "stages", "top1", "draft_time", "prompt_tokens", "tokens", "dtype", "set",
+    "hardware", "target", "draft", "ranks", "stages", "top1", "claims", "burst", "draft_time", "prompt_tokens", "tokens",
+    "dtype", "set",
 )  # fmt: skip
 """What tells points apart in a table."""
 COLUMNS = {
@@ -55,6 +56,7 @@ def make_row(
         },
         "samples": speeds,
         **medians,
+        "calibration_error": metrics[-1]["calibration_error"] if is_ours else None,
         "messages_per_token": percentile([sample.messages for sample in samples], 0.5),
         "bytes_per_token": percentile([sample.nbytes for sample in samples], 0.5),
     }  # fmt: skip
@@ -82,13 +84,15 @@ def line(row: Mapping[str, Any], axes: Sequence[str]) -> str:
 
 
 def _width(axis: str) -> int:
-    return {"hardware": 22, "target": 14, "draft": 14, "set": 24}.get(axis, max(6, len(axis)))
+    return {"hardware": 22, "target": 14, "draft": 14, "set": 24, "claims": 16}.get(axis, max(6, len(axis)))
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
-    return ",".join(value) if isinstance(value, list | tuple) else "-" if value in (None, "") else str(value)
+    if isinstance(value, list | tuple):
+        value = ",".join(map(str, value))
+    return "-" if value in (None, "") else str(value)
 
 
 def _number(row: Mapping[str, Any], path: str) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CONFIG = (
     "suite", "execution", "policy", "settings", "ranks", "acceptance", "draft_time", "hardware", "target", "draft",
-    "dtype", "prompt_tokens", "tokens", "set",
+    "dtype", "prompt_tokens", "tokens", "set", "claims", "burst",
 )  # fmt: skip
 """What a fingerprint's digest of the configuration is made of."""
 

@@ -110,6 +110,8 @@ class Scene:
             "dtype": point.dtype,
             "prompt_tokens": self.prompt_tokens,
             "set": list(point.set),
+            "claims": list(point.claims),
+            "burst": list(point.burst),
         }
         if self.costs is not None:
             cells = sum(cell_budget(policy, stages, self.prompt_tokens + point.tokens))
