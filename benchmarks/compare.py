@@ -1,11 +1,11 @@
-"""Are two measurements different? Row by row: the ratio of the medians with its 95 % confidence interval (bootstrap), and
-the Mann-Whitney test of the samples, corrected for the number of rows (Benjamini and Hochberg). Needs scipy.
+"""Are two measurements different? Row by row: the ratio of the medians with its 95 % confidence interval (bootstrap),
+and the Mann-Whitney test of the samples, corrected for the number of rows (Benjamini and Hochberg). Needs scipy.
 
     python -m benchmarks.compare OLD.jsonl NEW.jsonl
     python -m benchmarks.compare --checkouts OLD NEW --rounds 6 throughput --emulate --repeats 1
 
-The second form measures a suite in two checkouts in turn, each in its own environment, so that a disturbance meets both.
-The exit code is 1 where a row is slower.
+The second form measures a suite in two checkouts in turn, each in its own environment, so that a disturbance meets
+both. The exit code is 1 where a row is slower.
 """
 
 from __future__ import annotations

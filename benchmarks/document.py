@@ -3,9 +3,9 @@
     python -m benchmarks.document            writes the blocks anew
     python -m benchmarks.document --check    says whether they are up to date; exit code 1 if not
 
-A block stands between ``<!-- result FILE VIEW -->`` and ``<!-- end -->``. FILE is a result without its ``.jsonl``, VIEW is
-``ratios`` (a line for each point, times plain, all policies beside each other), ``policies`` (a line for each policy) or
-``agreement`` (of an emulated result: its speeds, in those of the simulated result of the same suite).
+A block stands between ``<!-- result FILE VIEW [AXIS=VALUE ...] -->`` and ``<!-- end -->``. FILE is a result without its
+``.jsonl``, VIEW is ``ratios`` (a line for each point, times plain, all policies beside each other), ``policies`` (a
+line for each policy) or ``agreement`` (of an emulated result: its speeds, in those of the simulated one).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeinfer.bench.rows import AXES, BANNERS
 
 ROOT = BENCHMARKS.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-BLOCK = re.compile(r"(<!-- result (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- result (\S+) (\w+)((?: \w+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 TITLES = {"top1": "top-1", "draft_time": "draft pass", "prompt_tokens": "prompt", "tokens": "new tokens"}
 
 Row = dict[str, Any]
@@ -34,9 +34,11 @@ def read(name: str) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def block(name: str, view: str) -> str:
-    """What stands between the marks: where it was measured, and a table."""
+def block(name: str, view: str, wanted: str) -> str:
+    """What stands between the marks: where it was measured, and a table of the rows ``wanted``."""
     rows = read(name)
+    for axis, _, value in (word.partition("=") for word in wanted.split()):
+        rows = [row for row in rows if show(place(row)[axis]) == value]
     first = rows[0]
     machine, banner = first["fingerprint"], BANNERS[first["execution"]].partition(":")[0]
     samples = sorted({row["tokens_per_s"]["n"] for row in rows if row["policy"] != "plain"})
@@ -134,7 +136,7 @@ def table(lines: Sequence[Sequence[str]]) -> str:
 
 def refreshed(document: str) -> str:
     """``document`` with its blocks written anew."""
-    return BLOCK.sub(lambda found: f"{found[1]}{block(found[2], found[3])}{found[4]}", document)
+    return BLOCK.sub(lambda found: f"{found[1]}{block(found[2], found[3], found[4])}{found[5]}", document)
 
 
 def main() -> int:

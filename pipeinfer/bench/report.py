@@ -9,6 +9,7 @@ from typing import Any
 from pipeinfer.bench.rows import BANNERS, axes_of, heading, line
 from pipeinfer.bench.suite import Suite
 from pipeinfer.errors import refuse
+from pipeinfer.files import write_whole
 
 
 class Report:
@@ -25,9 +26,9 @@ class Report:
             self._path = Path(directory) / f"{suite.name}.{suite.execution}.jsonl"
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._write()
             except OSError as error:
-                refuse(f"{self._path} cannot be written ({error.strerror})", "name another directory with --out")
+                refuse(f"{directory} cannot be made ({error.strerror})", "name another directory with --out")
+            self._write()
         minutes = suite.minutes.get(suite.execution)
         self.say(f"pipeinfer bench {suite.name}: {suite.title}")
         self.say(BANNERS[suite.execution])
@@ -57,11 +58,8 @@ class Report:
         self._write()
 
     def _write(self) -> None:
-        if self._path is None:
-            return
-        draft = self._path.with_suffix(".part")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
-        draft.replace(self._path)
+        if self._path is not None:
+            write_whole(self._path, "".join(json.dumps(row) + "\n" for row in self._rows))
 
 
 def _ceilings(row: dict[str, Any]) -> str:

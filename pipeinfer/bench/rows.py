@@ -14,8 +14,8 @@ MEDIANS = (
     "ttft_ms", "tpot_ms", "acceptance_rate", "accept_length", "waste", "bubble", "cancel_latency_ms",
 )  # fmt: skip
 AXES = (
-    "hardware", "target", "draft", "ranks", "stages", "top1", "claims", "burst", "draft_time", "prompt_tokens", "tokens",
-    "dtype", "set",
+    "hardware", "target", "draft", "ranks", "stages", "top1", "claims", "burst", "draft_time", "prompt_tokens",
+    "tokens", "dtype", "set",
 )  # fmt: skip
 """What tells points apart in a table."""
 COLUMNS = {

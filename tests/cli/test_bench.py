@@ -1,4 +1,4 @@
-"""`pipeinfer bench` on the command line: a table or JSON, a file that is whole, and one clear line for what cannot be."""
+"""`pipeinfer bench` on the command line: a table or JSON, a whole file, and one clear line for what cannot be."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ draft_time = 0.2
 tokens = 24
 """
 KEYS = {
-    "suite", "policy", "execution", "ranks", "stages", "acceptance", "draft_time", "hardware", "tokens_per_s", "ttft_ms",
-    "tpot_ms", "itl_ms", "acceptance_rate", "accept_length", "waste", "bubble", "cancel_latency_ms",
+    "suite", "policy", "execution", "ranks", "stages", "acceptance", "draft_time", "hardware", "tokens_per_s",
+    "ttft_ms", "tpot_ms", "itl_ms", "acceptance_rate", "accept_length", "waste", "bubble", "cancel_latency_ms",
     "messages_per_token", "bytes_per_token", "ideal_tokens_per_s", "ratio_to_plain", "fingerprint", "samples",
 }  # fmt: skip
 
 
-@pytest.fixture()
+@pytest.fixture
 def suite(tmp_path: Path) -> str:
     path = tmp_path / "small.toml"
     path.write_text(SMALL)
@@ -66,7 +66,7 @@ def test_rows_as_a_table_and_as_json(suite: str, tmp_path: Path) -> None:
         (["throughput", "--policies", "hf", "--simulate"], "real weights"),
         (["throughput", "--repeats", "0"], "--repeats 0"),
         (["throughput", "--ranks", "0"], "--ranks 0"),
-        (["throughput", "--out", "/dev/null/there", "--simulate"], "cannot be written"),
+        (["throughput", "--out", "/dev/null/there", "--simulate"], "cannot be made"),
     ],
 )
 def test_refusals(arguments: list[str], word: str) -> None:

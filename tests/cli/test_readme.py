@@ -23,7 +23,6 @@ COMMANDS = [
     if re.match(r"(pipeinfer|mpirun|srun|python -m) ", line) and "venv" not in line
 ]
 SCRIPTS = [line for line in COMMANDS if line.startswith("pipeinfer slurm-script ")]
-INLINE = re.findall(r"`(python -m [^`]+)`", README)
 ELSEWHERE = {
     "srun": "needs Slurm",
     "--target Qwen": "needs weights that are not here",
@@ -70,38 +69,3 @@ def test_the_python_program() -> None:
     assert isinstance(scope["Engine"], type)
     assert scope["Engine"] is Engine
     assert scope["answer"].text  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("line", [line for line in INLINE if "simulated" in line and "--table" not in line])
-def test_simulated_commands(line: str) -> None:
-    """The simulated pipeline, only shorter."""
-    words = [sys.executable, *shlex.split(line)[1:], "--tokens", "60", "--seeds", "1"]  # the last word counts
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
-    assert result.returncode == 0, result.stderr
-    *_, header = [row.split()[1:] for row in result.stdout.splitlines() if row.startswith("#")]
-    rows = [row.split() for row in result.stdout.splitlines() if row and not row.startswith("#")]
-    assert rows
-    assert all(float(row[header.index("continuous")]) > 2 for row in rows)
-
-
-def under_mpiexec(line: str, *shorter: str) -> list[list[str]]:
-    """The rows that a command prints, with what makes it shorter."""
-    ranks, program = re.fullmatch(r"python -m launch.mpiexec -n (\d+) -- python (.*)", line).groups()  # type: ignore[union-attr]
-    started, environ = command(int(ranks), [sys.executable, *shlex.split(program), *shorter])
-    result = subprocess.run(started, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
-    assert result.returncode == 0, result.stderr
-    return [row.split() for row in result.stdout.splitlines() if row and not row.startswith("#")]
-
-
-@pytest.mark.parametrize("line", [line for line in INLINE if "benchmarks.paced" in line])
-def test_paced_commands(line: str) -> None:
-    rows = under_mpiexec(line, "--tokens", "24", "--repeats", "1")
-    assert [row[0] for row in rows] == ["plain", "continuous"]
-    assert float(rows[1][4]) > 2.5
-
-
-@pytest.mark.parametrize("line", [line for line in INLINE if "benchmarks.real" in line])
-def test_real_commands(line: str) -> None:
-    rows = under_mpiexec(line, "--tokens", "16", "--prompts", "1", "--repeats", "1")
-    assert rows[0][0] == "plain"
-    assert len(rows) > 5
