@@ -42,7 +42,7 @@ DIRECTIVES = (
 LAUNCHERS = {
     "srun": (
         "Slurm starts the ranks; --mpi is what their MPI speaks: pmix for Open MPI, pmi2 for MPICH.",
-        'srun --mpi={mpi} --cpus-per-task="$SLURM_CPUS_PER_TASK" --wait=30',
+        'SLURM_PMIX_FENCE=ring srun --mpi={mpi} --cpus-per-task="$SLURM_CPUS_PER_TASK" --wait=30',
     ),
     "mpirun": (
         "Open MPI's own launcher starts the ranks, on the nodes and tasks that it finds in the allocation.",
@@ -51,7 +51,8 @@ LAUNCHERS = {
 }
 """What to say of each launcher, and its line without the program. srun is told the cores again because a step does not
 inherit them from the batch script since Slurm 22.05. --wait is for lost ranks, which would otherwise hold the nodes:
---kill-on-bad-exit is quicker, but may kill the rank that is about to say why."""
+--kill-on-bad-exit is quicker, but may kill the rank that is about to say why. With Slurm's own choice of a fence some
+ranks leave MPI_Init before others have left its first barrier, and Open MPI crashes (docs/sharp-bits.md)."""
 
 
 class _Script(Template):
