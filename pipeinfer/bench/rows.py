@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -55,11 +56,17 @@ def make_row(
             "n": len(speeds),
         },
         "samples": speeds,
+        "tokens_digest": _digest(samples),
         **medians,
         "calibration_error": metrics[-1]["calibration_error"] if is_ours else None,
         "messages_per_token": percentile([sample.messages for sample in samples], 0.5),
         "bytes_per_token": percentile([sample.nbytes for sample in samples], 0.5),
     }  # fmt: skip
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    """Tells whether two rows have the same tokens."""
+    return hashlib.sha256(repr([sample.tokens for sample in samples]).encode()).hexdigest()[:16]
 
 
 def axes_of(points: Sequence[Point]) -> list[str]:

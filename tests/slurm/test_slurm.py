@@ -1,4 +1,4 @@
-"""Jobs under a real Slurm, on four virtual nodes: every way to start ranks there gives the same tokens."""
+"""Jobs under a real Slurm, on four virtual nodes: however its ranks start, a short bench gives the same tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.cli.run import ROOT, pipeinfer
 from tests.slurm.cluster import Cluster, cluster, missing
 
 RANKS = 4
-PROMPT = "def read_lines(path):\n    '''The \"$lines\" of path'''\n"  # and a test of quoting
-JOB = ("run", "--prompt", PROMPT, "--max-new-tokens", "48", "--json")
+SHORT = ("--prompts", "1", "--repeats", "1", "--tokens", "32", "--policies", "plain,continuous", "--json")
+JOB = ("bench", "real-builtin", *SHORT)
 JOB_S = 60.0
 OPEN_MPI, MPICH = ROOT / ".venv", ROOT / ".venv-mpich"
 
@@ -43,10 +43,12 @@ def expected() -> dict[str, Any]:
 
 
 def answer(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """What the rows say of tokens, by policy and ranks."""
     assert result.returncode == 0, result.stderr
-    found: dict[str, Any] = json.loads(result.stdout)
-    assert len(found["ranks"]) == RANKS
-    return {"tokens": found["tokens"], "roles": [rank["roles"] for rank in found["ranks"]]}
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert max(row["ranks"] for row in rows) == RANKS
+    assert len({row["tokens_digest"] for row in rows}) == 1
+    return {f"{row['policy']} on {row['ranks']}": (row["stages"], row["tokens_digest"]) for row in rows}
 
 
 def having(venv: Path, make: str) -> Path:
