@@ -15,7 +15,7 @@ from speculation.policy import CONTINUOUS, Policy, read_policy
 SHIPPED_HEAD_SHARE = 2 / 3
 """Layers of PipeInfer's first stage, in those of another, in its script for eight nodes."""
 IDEAL_ROWS = (1, 2, 4, 8, 16)
-IDEAL_TOKENS = 4000
+IDEAL_TOKENS = 2000
 
 
 @dataclass(frozen=True, slots=True)

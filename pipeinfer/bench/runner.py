@@ -33,10 +33,11 @@ def run_simulated(suite: Suite, report: Report) -> None:
     with _pool() as pool:
         for point in suite.points:
             here = scene(point)
+            ideal = pool.submit(ideal_speed, here)
             entrants = _entrants(suite, point)
             entrants = tuned(here, entrants, pool) if suite.tune else entrants
             samples = simulate_all(here, entrants, suite.repeats, pool)
-            report.add(_emulated_rows(suite, here, dict(zip(entrants, samples, strict=True)), mpi=""))
+            report.add(_emulated_rows(suite, here, dict(zip(entrants, samples, strict=True)), ideal.result(), ""))
 
 
 def run_emulated(suite: Suite, report: Report | None, world: World) -> None:
@@ -45,13 +46,15 @@ def run_emulated(suite: Suite, report: Report | None, world: World) -> None:
         for point in suite.points:
             here = scene(point)
             entrants = _entrants(suite, point)
-            if world.is_head and suite.tune:
-                entrants = tuned(here, entrants, pool)
+            ideal = 0.0
+            if world.is_head:
+                entrants = tuned(here, entrants, pool) if suite.tune else entrants
+                ideal = pool.submit(ideal_speed, here).result()
             told = world.tell({"entrants": [one.words() for one in entrants]})
             entrants = [Entrant.of(words) for words in told["entrants"]]
             found = _emulate(world, here, entrants, suite.repeats)
             if report is not None:
-                report.add(_emulated_rows(suite, here, found, world.library))
+                report.add(_emulated_rows(suite, here, found, ideal, world.library))
 
 
 def _emulate(
@@ -92,9 +95,8 @@ def _entrants(suite: Suite, point: Point) -> list[Entrant]:
 
 
 def _emulated_rows(
-    suite: Suite, here: Scene, found: Mapping[Entrant, Sequence[Sample]], mpi: str
+    suite: Suite, here: Scene, found: Mapping[Entrant, Sequence[Sample]], ideal: float, mpi: str
 ) -> list[dict[str, Any]]:
-    ideal = ideal_speed(here)
     rows = []
     for one, samples in found.items():
         facts = here.facts(one.policy) | {"settings": one.settings(), "ideal_tokens_per_s": ideal}
