@@ -2,17 +2,14 @@
 
 Whoever leads the stream (see partitions.py) names a slot for each row. A shard only replays: operations first, then the
 rows, in stream order. So all replicas agree without a word between them, and a row's attention mask follows from the
-table alone:
-
-    a row sees  its lineage: itself, its parent's cell, and so on up to the first canonical one
-           and  every canonical cell at that one's position or before it.
-
-Nothing is moved in memory: a cell becomes canonical by changing its state.
+table alone: it sees what its parent sees, and its own cell. That never changes: nothing is moved in memory, a cell
+becomes canonical by changing its state. Such a *sight* is a set of cells, kept as the bits of an integer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +24,16 @@ class CellTable:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.length = 0  # canonical positions are 0 .. length-1
-        self._canonical = np.zeros(capacity, dtype=np.bool_)
-        self._position = np.zeros(capacity, dtype=np.int64)
+        self._canonical: dict[int, int] = {}  # slot -> position, in the order of positions
+        self._text = 0  # the sight of the last canonical cell: all of them
+        self._leased: dict[int, tuple[int, int]] = {}  # slot -> position, sight
         self._token = np.zeros(capacity, dtype=np.int64)
-        self._leased: dict[int, int] = {}  # slot -> parent slot
         self._span = 0  # one past the highest cell ever used since it was last clear
+
+    @property
+    def length(self) -> int:
+        """Canonical positions are 0 .. length - 1."""
+        return len(self._canonical)
 
     def apply(self, ops: Sequence[CellOp]) -> None:
         """Carry out ``ops`` in order; raises RemoteProtocolError where a correct leader would not have asked."""
@@ -45,23 +46,23 @@ class CellTable:
                     self._commit(op.slot + index, op.position + index)
             elif op.kind is CellOpKind.RELEASE:
                 for slot in range(op.slot, last):
-                    if self._canonical[slot]:
+                    if slot in self._canonical:
                         raise RemoteProtocolError(f"release of canonical cell {slot}")
                     # A tombstone carries no rows, so a dead run's cells may never have been leased here.
                     self._leased.pop(slot, None)
             else:
-                self._canonical[:] = False
+                self._canonical.clear()
                 self._leased.clear()
-                self.length = self._span = 0
+                self._text = self._span = 0
 
     def _commit(self, slot: int, position: int) -> None:
         if position != self.length:
             raise RemoteProtocolError(f"commit of cell {slot} at position {position}, the next one is {self.length}")
-        if slot not in self._leased or self._position[slot] != position:
+        if slot not in self._leased or self._leased[slot][0] != position:
             raise RemoteProtocolError(f"commit of cell {slot}, which no row put at position {position}")
         del self._leased[slot]
-        self._canonical[slot] = True
-        self.length += 1
+        self._canonical[slot] = position
+        self._text |= 1 << slot
 
     def living(self, rows: Sequence[Row], dead: Collection[int] = ()) -> tuple[int, ...]:
         """The indices of the rows that are not at ``dead`` cells and whose ancestors are all here, in order. Death is
@@ -74,34 +75,51 @@ class CellTable:
                 row.parent == NO_SLOT
                 or row.parent in self._leased
                 or row.parent in here
-                or self._is_canonical(row.parent)
+                or row.parent in self._canonical
             ):
                 here.add(row.slot)
                 alive.append(index)
         return tuple(alive)
 
     def admit(self, rows: Sequence[Row], canonical: bool = False) -> Batch:
-        """Lease the rows' cells and say what each row sees; ``canonical`` rows become canonical at once."""
-        count = len(rows)
-        tokens = np.fromiter((row.token for row in rows), np.int64, count)
-        positions = np.fromiter((row.position for row in rows), np.int64, count)
-        slots = np.fromiter((row.slot for row in rows), np.int64, count)
+        """Lease the rows' cells, parents first, and say what each row sees; ``canonical`` rows become canonical at
+        once."""
+        sights = []
         for row in rows:
-            if row.slot >= self.capacity or row.slot in self._leased or self._canonical[row.slot]:
+            if row.slot >= self.capacity or row.slot in self._leased or row.slot in self._canonical:
                 raise RemoteProtocolError(f"row at cell {row.slot}, which is not free")
-            self._position[row.slot] = row.position
-            self._token[row.slot] = row.token
-            self._leased[row.slot] = row.parent
+            sight = self._sight_above(row) | 1 << row.slot
+            sights.append(sight)
+            self._leased[row.slot] = row.position, sight
             if canonical:
                 self._commit(row.slot, row.position)
-            self._span = max(self._span, row.slot + 1)
-        span = self._span
-        lineages = [] if canonical else [self._lineage(row) for row in rows]
-        joins = positions if canonical else positions - np.fromiter(map(len, lineages), np.int64, count)
-        visible = self._canonical[:span] & (self._position[:span] <= joins[:, None])
-        for index, lineage in enumerate(lineages):
-            visible[index, lineage] = True
-        return Batch(tokens, positions, slots, visible)
+        tokens, slots, _, positions = (np.array(column, np.int64) for column in zip(*rows, strict=True))
+        self._token[slots] = tokens
+        self._span = max(self._span, max(sights).bit_length())
+        return Batch(tokens, positions, slots, self._visible(sights))
+
+    def _sight_above(self, row: Row) -> int:
+        """What ``row``'s parent sees."""
+        if row.parent in self._leased:
+            position, sight = self._leased[row.parent]
+        elif row.parent == NO_SLOT:
+            position, sight = self.length - 1, self._text
+        elif row.parent in self._canonical:
+            position, sight = self._canonical[row.parent], self._text
+            for later in islice(reversed(self._canonical), self.length - 1 - position):
+                sight ^= 1 << later
+        else:
+            raise RemoteProtocolError(f"cell {row.slot} descends from cell {row.parent}, which is free")
+        if row.position != position + 1:
+            raise RemoteProtocolError(f"cell {row.slot} is at position {row.position}, its parent at {position}")
+        return sight
+
+    def _visible(self, sights: Sequence[int]) -> npt.NDArray[np.bool_]:
+        """``sights`` [rows] as a mask [rows, span]."""
+        nbytes = (self._span + 7) // 8
+        bits = np.frombuffer(b"".join(sight.to_bytes(nbytes, "little") for sight in sights), np.uint8)
+        mask = np.unpackbits(bits.reshape(-1, nbytes), axis=1, count=self._span, bitorder="little")
+        return mask.view(np.bool_)
 
     def draw(self, sampling: Sampling, batch: Batch, rows: Sequence[int], is_guess: bool = False) -> Draw:
         """How the tokens after ``rows`` of ``batch`` are drawn by ``sampling``."""
@@ -111,31 +129,13 @@ class CellTable:
             seen = tuple(np.unique(tokens[batch.visible[row]]) for row in rows)
         return Draw(sampling, batch.positions[list(rows)] + 1, seen, is_guess)
 
-    def _is_canonical(self, slot: int) -> bool:
-        return slot < self.capacity and bool(self._canonical[slot])
-
-    def _lineage(self, row: Row) -> list[int]:
-        """The leased cells from ``row`` up to, not including, the first canonical one."""
-        path, slot, position = [], row.slot, row.position
-        while slot in self._leased:
-            if self._position[slot] != position:
-                raise RemoteProtocolError(f"cell {slot} is at position {int(self._position[slot])}, not {position}")
-            path.append(slot)
-            slot, position = self._leased[slot], position - 1
-        if slot != NO_SLOT and not self._is_canonical(slot):
-            raise RemoteProtocolError(f"cell {row.slot} descends from cell {slot}, which is free")
-        joint = self._position[slot] if slot != NO_SLOT else self.length - 1
-        if position != joint:
-            raise RemoteProtocolError(f"cell {row.slot} joins the canonical sequence at {position}, not at {joint}")
-        return path
-
     def counts(self) -> tuple[int, int, int]:
         """How many cells are free, leased, canonical."""
-        canonical = int(self._canonical.sum())
-        return self.capacity - canonical - len(self._leased), len(self._leased), canonical
+        leased, canonical = len(self._leased), len(self._canonical)
+        return self.capacity - leased - canonical, leased, canonical
 
     def check(self) -> None:
         """Raise AssertionError where the table contradicts itself (law L3)."""
-        positions = sorted(self._position[self._canonical].tolist())
+        positions = list(self._canonical.values())
         assert positions == list(range(self.length)), f"canonical positions {positions}"
-        assert not any(self._canonical[slot] for slot in self._leased), "a cell is leased and canonical"
+        assert not self._leased.keys() & self._canonical.keys(), "a cell is leased and canonical"

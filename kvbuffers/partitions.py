@@ -100,7 +100,7 @@ class Partitions:
         while self._released:
             slot, last = self._released[-1], ops[-1] if ops else None
             if last and last.kind is CellOpKind.RELEASE and last.slot + last.cells == slot:
-                ops[-1] = last._replace(cells=last.cells + 1)
+                ops[-1] = CellOp(CellOpKind.RELEASE, last.slot, last.cells + 1)
             elif len(ops) < MAX_OPS:
                 ops.append(CellOp(CellOpKind.RELEASE, slot, 1))
             else:

@@ -334,12 +334,12 @@ class Orchestrator:
             if node is session.tree.root:
                 run.carries_root = True
                 self._ledger.commit(slot)  # it is accepted already
-        rows = [node.row()._replace(slot=slot) for node, slot in zip([*run.nodes, *run.copies], slots, strict=True)]
+        rows = [node.row(slot) for node, slot in zip([*run.nodes, *run.copies], slots, strict=True)]
         for slot in slots[len(run.nodes) :]:
             self._ledger.release(slot)  # nobody will ever look at a copy
         session.tally.runs += 1
         session.tally.rows += len(rows)
-        session.tally.drafted += sum(node is not session.tree.root for node in run.nodes)
+        session.tally.drafted += len(run.nodes) - run.carries_root
         return self._send_run(run, ops, sorted(rows, key=lambda row: row.position), Flag.NONE)
 
     def _new_run(self, is_prefill: bool = False, is_canonical: bool = False) -> Run:
@@ -356,7 +356,7 @@ class Orchestrator:
             expected = self._flight[0].number if self._flight else "none"
             raise RemoteProtocolError(f"result of run {message.run}, expected {expected}")
         run = self._flight.popleft()
-        if message.flags & Flag.TOMBSTONE:
+        if Flag.TOMBSTONE in message.flags:
             session.tally.tombstones += 1
             if run.cancelled_at is not None:
                 session.tally.cancel_s += self._now - run.cancelled_at
@@ -368,9 +368,9 @@ class Orchestrator:
             return self._settle()
         if not run.is_prefill:
             session.tally.busy_s += 1e-6 * message.work_us / len(self._stages)
-        choices = {row.slot: row for row in message.rows_as(ChoiceRow)}
+        choices: dict[int | None, ChoiceRow] = {row.slot: row for row in message.rows_as(ChoiceRow)}
         for node in run.nodes:
-            choice = choices.get(node.row().slot)
+            choice = choices.get(node.slot)
             if choice is not None:
                 node.choice, node.choice_logp = choice.token, choice.logp
             elif node.alive:

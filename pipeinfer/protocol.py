@@ -19,7 +19,7 @@ from __future__ import annotations
 import enum
 import struct
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 from pipeinfer.errors import LocalProtocolError, RemoteProtocolError
 
@@ -191,8 +191,8 @@ class Message:
         return self.kind in CONTROL_KINDS
 
     def rows_as(self, row_type: type[AnyRowT]) -> tuple[AnyRowT, ...]:
-        """The rows, which a message of this kind has of one type only."""
-        return tuple(row for row in self.rows if isinstance(row, row_type))
+        """The rows, which a message of this kind has of one type only; none if it is another."""
+        return cast("tuple[AnyRowT, ...]", self.rows) if self.rows and type(self.rows[0]) is row_type else ()
 
 
 def encode(message: Message) -> bytes:

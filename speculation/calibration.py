@@ -75,8 +75,9 @@ class Calibration:
 
         It never falls as ``claimed_logp`` (natural log) grows, and lies between LEAST_LOGP and log(MOST). A claim that
         is no number counts as hopeless."""
-        z = self.offsets[min(rank, self.ranks - 1)] + self.slope * _logit(claimed_logp)
-        return min(_MOST_LOGP, max(LEAST_LOGP, -math.log1p(math.exp(-z))))
+        z = self.offsets[rank if rank < self.ranks else -1] + self.slope * _logit(claimed_logp)
+        logp = -math.log1p(math.exp(-z))
+        return logp if LEAST_LOGP <= logp <= _MOST_LOGP else _within(logp, LEAST_LOGP, _MOST_LOGP)
 
     def observe(self, claimed: Sequence[float], hit: int | None) -> None:
         """Learn from one node whose following token the target has decided.

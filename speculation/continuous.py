@@ -19,7 +19,7 @@ class Continuous:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._governor = Governor(policy.rows) if policy.govern and policy.speculate else None
-        self._ordered: Order | None = None  # what drafters were last told
+        self._ordered: int | None = None  # how many leaves at a time drafters were last told to take
 
     def opened(self) -> None:
         """See Schedule."""
@@ -29,9 +29,10 @@ class Continuous:
 
     def next(self, now: Situation) -> Step | None:
         """See Schedule."""
-        if self._governor and (order := self._wanted_drafts(self._governor)) != self._ordered:
-            self._ordered = order
-            return order
+        # A chain wants one leaf at a time, a wide tree as many as the policy allows.
+        if self._governor and (leaves := min(self._policy.leaves, self._governor.rows)) != self._ordered:
+            self._ordered = leaves
+            return Order(UNLIMITED, leaves=leaves) if leaves else Order(0)
         # A new root is certain and goes at once, past whatever dead work still holds the credits.
         if now.slots <= 0 or (now.credits <= 0 and not now.tree.root.pending):
             return None
@@ -41,12 +42,6 @@ class Continuous:
             room = now.room if self._governor.rows else 0
             nodes = choose_rows(now.tree, self._policy, room, max(1, self._governor.rows), self._governor.curve)
         return Launch(nodes) if nodes else None
-
-    def _wanted_drafts(self, governor: Governor) -> Order:
-        if not governor.rows:
-            return Order(0)
-        # A chain wants one leaf at a time, a wide tree as many as the policy allows.
-        return Order(UNLIMITED, leaves=min(self._policy.leaves, governor.rows))
 
     def drafted(self, nodes: list[Node]) -> None:
         """See Schedule."""

@@ -117,7 +117,7 @@ class Drafter:
             self._open(message, rows)
         elif message.kind is Kind.ADVANCE:
             self._advance(rows)
-            if message.flags & Flag.RESTART:
+            if Flag.RESTART in message.flags:
                 self._restart()
         elif message.kind is Kind.ORDER:
             return self._order(message) + self._next()
@@ -142,7 +142,7 @@ class Drafter:
             self._ledger.clear()
             self._prefilled = self._names = 0
         self._prompt += [row.token for row in rows]
-        if message.flags & Flag.LAST:
+        if Flag.LAST in message.flags:
             position = len(self._prompt) - 1
             self._tree = Tree(self._prompt[-1], position, self._policy.most_nodes())
             self._tree.take(self._tree.root)
@@ -167,7 +167,7 @@ class Drafter:
         self._passes, self._cutoff = order.low, order.value
         self._most_leaves = min(order.high or self._policy.leaves, self._policy.leaves)
         self._is_ordered = self._policy.schedule != "continuous"
-        if message.flags & Flag.RESTART:
+        if Flag.RESTART in message.flags:
             self._restart()
         withheld, self._withheld = self._withheld, []
         found = [row for node, choices in withheld for row in self._children(node, choices)]
@@ -267,11 +267,11 @@ class Drafter:
         rows = []
         for node, slot in zip(nodes, self._ledger.lease(len(nodes)), strict=True):
             if node.slot is not None:
-                rows.append(node.row()._replace(slot=slot))
+                rows.append(node.row(slot))
                 self._ledger.release(slot)  # a second look: its first cell is the one that counts
                 continue
             node.slot = slot
-            rows.append(node.row())
+            rows.append(node.row(slot))
             if node.position <= root:
                 self._ledger.commit(slot)  # it is accepted already
         wanted = tuple(index for index, node in enumerate(nodes) if node.position >= root)

@@ -33,6 +33,7 @@ class CostCurve:
 
     def __init__(self) -> None:
         self._weight = self._rows = self._squares = self._seconds = self._products = 0.0
+        self._line = 0.0, 0.0, 0.0  # mean seconds, mean rows, seconds per further row
         self.least, self.most = 0, 0  # rows seen
 
     def observe(self, rows: int, seconds: float) -> None:
@@ -45,22 +46,22 @@ class CostCurve:
         self._seconds = FORGET * self._seconds + seconds
         self._products = FORGET * self._products + rows * seconds
         self.least, self.most = min(self.least or rows, rows), max(self.most, rows)
+        mean_s, mean_rows, slope = self._seconds / self._weight, self._rows / self._weight, 0.0
+        spread = self._weight * self._squares - self._rows * self._rows
+        if spread >= 1e-6 * self._weight * self._weight:
+            slope = max(0.0, (self._weight * self._products - self._rows * self._seconds) / spread)
+            slope = min(slope, mean_s / mean_rows)  # no line starts below zero
+        self._line = mean_s, mean_rows, slope
 
     def seconds(self, rows: int) -> float:
         """What a pass of ``rows`` takes; 0 while nothing is known."""
-        if not self._weight:
-            return 0.0
-        spread = self._weight * self._squares - self._rows * self._rows
-        mean = self._seconds / self._weight
-        if spread < 1e-6 * self._weight * self._weight:
-            return mean
-        slope = max(0.0, (self._weight * self._products - self._rows * self._seconds) / spread)
-        slope = min(slope, mean / (self._rows / self._weight))  # no line starts below zero
-        return mean + slope * (rows - self._rows / self._weight)
+        mean_s, mean_rows, slope = self._line
+        return mean_s + slope * (rows - mean_rows)
 
     def growth(self, rows: int, base: int) -> float:
         """How many times longer a pass of ``rows`` takes than one of ``base``."""
-        return self.seconds(rows) / self.seconds(base) if self.seconds(base) > 0 else 1.0
+        base_s = self.seconds(base)
+        return self.seconds(rows) / base_s if base_s > 0 else 1.0
 
     def is_flat(self, rows: int) -> bool:
         """Whether ``rows`` rows were seen to take as long as one."""

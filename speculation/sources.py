@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 from pipeinfer.ports import Request, Send, Tally
@@ -124,37 +126,34 @@ class Sources:
         served = self._served
         if served is None or message.request != served.number:
             return None
-        names, tree = served.names[message.source], served.tree
-        before, rank = None, 0
-        for row in message.rows_as(DraftRow):
-            rank = rank + 1 if row.parent == before else 0  # siblings come together, best first
-            before, parent = row.parent, names.get(row.parent)
-            if parent is None or parent.position >= served.last_position or row.token in served.request.stop_tokens:
+        source, tree = message.source, served.tree
+        names, calibration, stop_tokens = served.names[source], self._calibration(source), served.request.stop_tokens
+        for parent_name, siblings in groupby(message.rows_as(DraftRow), attrgetter("parent")):
+            parent = names.get(parent_name)
+            if parent is None or parent.position >= served.last_position:
                 continue
-            node = self._add(parent, row.token, message.source, rank, row.logp)
-            if node is not None:
-                names[row.node] = node
-                if served.awaited:
-                    served.found.append(node)
+            for rank, (token, name, _, claim) in enumerate(siblings):  # which come best first
+                if token in stop_tokens:
+                    continue
+                logp = calibration.logp(rank, claim) if calibration else claim
+                node = tree.add(parent, token, logp, source, rank, claim)
+                if node is not None:
+                    names[name] = node
+                    if served.awaited:
+                        served.found.append(node)
         # The drafter names no node above its own root any more (``run`` is that root's position).
         if len(names) > 4 * tree.max_nodes:
             keep = {name: node for name, node in names.items() if node.alive and node.position >= message.run}
-            served.names[message.source] = keep
-        if not message.flags & Flag.LAST or message.source not in served.awaited:
+            served.names[source] = keep
+        if source not in served.awaited or Flag.LAST not in message.flags:
             return None
-        served.awaited.discard(message.source)
+        served.awaited.discard(source)
         if served.awaited:
             return None
         return [node for node in served.found if node.alive and node.position > tree.root.position]
 
-    def _add(self, parent: Node, token: int, source: int, rank: int, claim: float) -> Node | None:
-        served = self._served
-        assert served is not None
-        logp = self.calibrations[source].logp(rank, claim) if self._policy.calibrate else claim
-        node = served.tree.add(parent, token, logp)
-        if node is not None and node.source is None:
-            node.source, node.rank, node.claim = source, rank, claim
-        return node
+    def _calibration(self, source: int) -> Calibration | None:
+        return self.calibrations[source] if self._policy.calibrate else None
 
     def judged(self, node: Node) -> None:
         """The target has judged ``node``, which is accepted: learn from what was guessed after it."""
@@ -193,10 +192,12 @@ class Sources:
         if self._lookup is None:
             return
         node: Node | None = served.tree.root
-        for guess in self._lookup.propose(self._policy.lookup):
-            if node is None or node.position >= served.last_position or guess.token in served.request.stop_tokens:
+        calibration = self._calibration(LOOKUP)
+        for token, rank in self._lookup.propose(self._policy.lookup):
+            if node is None or node.position >= served.last_position or token in served.request.stop_tokens:
                 break
-            node = self._add(node, guess.token, LOOKUP, guess.rank, CLAIMS[guess.rank])
+            logp = calibration.logp(rank, CLAIMS[rank]) if calibration else CLAIMS[rank]
+            node = served.tree.add(node, token, logp, LOOKUP, rank, CLAIMS[rank])
 
     def account(self, tally: Tally) -> None:
         """Write down how good the guesses' probabilities were, and what was learnt of them."""

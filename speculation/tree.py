@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
 
 from pipeinfer.protocol import NO_SLOT, Row
 
@@ -31,7 +30,16 @@ class Node:
         "run", "slot", "source", "token",
     )  # fmt: skip
 
-    def __init__(self, token: int, parent: Node | None, logp: float, position: int) -> None:
+    def __init__(
+        self,
+        token: int,
+        parent: Node | None,
+        logp: float,
+        position: int,
+        source: int | None = None,
+        rank: int = 0,
+        claim: float = 0.0,
+    ) -> None:
         self.token = token
         self.parent = parent
         self.logp = logp
@@ -44,17 +52,15 @@ class Node:
         self.choice: int | None = None
         self.choice_logp = 0.0
         self.name: int | None = None
-        self.rank = 0
-        self.claim = 0.0
-        self.source: int | None = None
+        self.source = source
+        self.rank = rank
+        self.claim = claim
 
-    def row(self) -> Row:
-        """The row of a run that carries this node; it has a cell by then, and so has its parent or the prompt's end."""
-        return Row(self.token, _cell(self), _cell(self.parent), self.position)
-
-
-def _cell(node: Node | None) -> int:
-    return NO_SLOT if node is None or node.slot is None else node.slot
+    def row(self, slot: int) -> Row:
+        """The row of a run that carries this node in cell ``slot``; its parent has a cell by then, or is the prompt's
+        end."""
+        parent = self.parent
+        return Row(self.token, slot, NO_SLOT if parent is None or parent.slot is None else parent.slot, self.position)
 
 
 class Tree:
@@ -72,23 +78,28 @@ class Tree:
         self._serial += 1
         heapq.heappush(self._frontier, (-node.logp, self._serial, node))
 
-    def add(self, parent: Node, token: int, logp: float) -> Node | None:
+    def add(
+        self, parent: Node, token: int, logp: float, source: int | None = None, rank: int = 0, claim: float = 0.0
+    ) -> Node | None:
         """The child of ``parent`` that holds ``token``, made if need be; None if ``parent`` is dead or the tree full.
 
-        ``logp`` is log P(token | parent)."""
+        ``logp`` is log P(token | parent). ``source``, ``rank``, ``claim``: see Node; whoever was first is kept."""
         if not parent.alive:
             return None
-        if token in parent.children:
-            return parent.children[token]
-        if parent.position < self.root.position:
-            return None  # the tree has passed it: only the branch that was accepted is left there
-        if self.size >= self.max_nodes:
-            return None
-        node = Node(token, parent, parent.logp + min(0.0, max(LEAST_LOGP, logp)), parent.position + 1)
-        parent.children[token] = node
-        self.size += 1
-        if not parent.pending:
-            self._push(node)
+        node = parent.children.get(token)
+        if node is None:
+            # Where the tree has passed the parent, only the branch that was accepted is left.
+            if parent.position < self.root.position or self.size >= self.max_nodes:
+                return None
+            if not LEAST_LOGP <= logp <= 0.0:
+                logp = min(0.0, max(LEAST_LOGP, logp))
+            node = Node(token, parent, parent.logp + logp, parent.position + 1, source, rank, claim)
+            parent.children[token] = node
+            self.size += 1
+            if not parent.pending:
+                self._push(node)
+        elif node.source is None:
+            node.source, node.rank, node.claim = source, rank, claim
         return node
 
     def best(self) -> Node | None:
@@ -114,14 +125,13 @@ class Tree:
     def advance(self, token: int) -> tuple[Node, list[Node]]:
         """Accept ``token`` after the root: the new root (made if nobody had guessed it) and the nodes that died."""
         old = self.root
-        heir = old.children.get(token)
+        heir = old.children.pop(token, None)
         if heir is None:
             heir = Node(token, old, old.logp, old.position + 1)
-            old.children[token] = heir
             self.size += 1
             if not old.pending:
                 self._push(heir)
-        dead = [node for child in old.children.values() if child is not heir for node in walk(child)]
+        dead = descendants(old)
         for node in dead:
             node.alive = False
         old.children = {token: heir}  # late words about the old root still find its heir
@@ -139,7 +149,7 @@ class Tree:
 
     def prune(self) -> list[Node]:
         """Forget every guess below the root; returns the nodes that died."""
-        dead = [node for child in self.root.children.values() for node in walk(child)]
+        dead = descendants(self.root)
         for node in dead:
             node.alive = False
         self.root.children = {}
@@ -154,10 +164,10 @@ class Tree:
             self._push(self.root)
 
 
-def walk(node: Node) -> Iterator[Node]:
-    """``node`` and all below it, parents first."""
-    stack = [node]
-    while stack:
-        node = stack.pop()
-        yield node
-        stack.extend(node.children.values())
+def descendants(node: Node) -> list[Node]:
+    """All nodes below ``node``, parents first."""
+    found = [*node.children.values()]
+    for child in found:  # which grows under way
+        if child.children:
+            found += child.children.values()
+    return found

@@ -12,7 +12,7 @@ leaves a finite mean behind, because hidden scores are the lowest finite number 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeinfer.ports import Batch, Choice, Draw, Payload
-from stages.checkpoint import EMBEDDING, HEAD, NORM, Checkpoint, layer_tensors
+from stages.checkpoint import EMBEDDING, HEAD, NORM, Weights, layer_tensors
 from stages.choices import best_choices
 from stages.rope import cosines_sines, inverse_frequencies
 from stages.spec import ModelSpec
@@ -53,8 +53,7 @@ class _Pass(NamedTuple):
 
     turns: Tensor  # complex64 [rows, 1, head_dim / 2]: multiplying rotates to the row's position
     slots: Tensor  # int64 [rows]
-    mask: Tensor  # [rows x heads per key head, span]: 0 where visible, else the lowest finite number
-    span: int
+    mask: Tensor  # [1, 1, rows x heads per key head, span]: 0 where visible, else the lowest finite number
 
 
 class LlamaShard:
@@ -66,10 +65,12 @@ class LlamaShard:
         self._spec = spec
         self._layers = weights
         self._embedding, self._norm, self._head = ends.get(EMBEDDING), ends.get(NORM), ends.get(HEAD)
-        self._cells = list(cells.unbind(0))
+        self._cells = cells.unbind(0)
+        self._keys, self._values = cells[:, None, : spec.kv_head_count], cells[:, None, spec.kv_head_count :]
         self._dtype, self._device = cells.dtype, cells.device
-        frequencies, self._rope_factor = inverse_frequencies(spec.rope, spec.head_dim, spec.context)
-        self._frequencies = frequencies.to(cells.device)
+        frequencies, factor = inverse_frequencies(spec.rope, spec.head_dim, spec.context)
+        turns = torch.complex(*cosines_sines(torch.arange(cells.shape[2]), frequencies, factor))
+        self._turns = turns[:, None].to(cells.device)  # complex64 [capacity, 1, head_dim / 2]: by position
         self._hidden_shape, self._head_shape = (spec.hidden_size,), (spec.head_dim,)
         self._eps = spec.norm_eps
         self._rotated = spec.head_count + spec.kv_head_count  # heads that carry a position: q's, then k's
@@ -80,7 +81,7 @@ class LlamaShard:
     def load(
         cls,
         spec: ModelSpec,
-        checkpoint: Checkpoint,
+        checkpoint: Weights,
         layers: range,
         dtype: torch.dtype,
         capacity: int,
@@ -113,45 +114,52 @@ class LlamaShard:
         else:
             assert self._embedding is not None, "only the first shard can embed"
             x = F.embedding(torch.from_numpy(batch.tokens).to(self._device), self._embedding)
-        for layer, cells in zip(self._layers, self._cells, strict=True):
+        for layer, cells in zip(self._layers, self._views(batch.visible.shape[1]), strict=True):
             x = x + self._attend(layer, cells, x, step)
             yield 0.0
             x = x + self._feed(layer, x)
             yield 0.0
         return x
 
+    def _views(self, span: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of each layer: all its cells, and the keys and the values [1, kv heads, span, head_dim] of the first ``span``
+        ones. Cut for all layers at once, as each cut takes a microsecond."""
+        keys, values = (half[:, :, :, :span].unbind(0) for half in (self._keys, self._values))
+        return zip(self._cells, keys, values, strict=True)
+
     def _prepare(self, batch: Batch) -> _Pass:
-        positions = torch.from_numpy(batch.positions).to(self._device)
-        cosines, sines = cosines_sines(positions, self._frequencies, self._rope_factor)
         hidden_cells = torch.from_numpy(~batch.visible).to(self._device)
         mask = torch.zeros(hidden_cells.shape, dtype=self._dtype, device=self._device)
         mask.masked_fill_(hidden_cells, torch.finfo(self._dtype).min)
         mask = mask.repeat_interleave(self._copies, 0)
         if mask.shape[0] == 1 and self._dtype is torch.bfloat16:
             mask = mask.expand(2, -1)  # a single row of bf16 queries takes four times as long as two
-        slots = torch.from_numpy(batch.slots).to(self._device)
-        return _Pass(torch.complex(cosines, sines)[:, None], slots, mask, hidden_cells.shape[1])
+        turns = self._turns[torch.from_numpy(batch.positions).to(self._device)]
+        return _Pass(turns, torch.from_numpy(batch.slots).to(self._device), mask[None, None])
 
-    def _attend(self, layer: _Layer, cells: Tensor, x: Tensor, step: _Pass) -> Tensor:
-        """The attention block's addition to ``x`` [rows, hidden_size]; writes the rows' keys and values."""
-        rows, queries, kv_heads, span = x.shape[0], self._spec.head_count, self._spec.kv_head_count, step.span
+    def _attend(self, layer: _Layer, cells: tuple[Tensor, Tensor, Tensor], x: Tensor, step: _Pass) -> Tensor:
+        """The attention block's addition to ``x`` [rows, hidden_size]; writes the rows' keys and values. ``cells``: see
+        _views."""
+        rows, size = x.shape[0], self._spec.head_dim
+        queries, kv_heads = self._spec.head_count, self._spec.kv_head_count
+        own, keys, values = cells
         normed = F.rms_norm(x, self._hidden_shape, layer.attention_norm, self._eps)
-        heads = F.linear(normed, layer.qkv, layer.qkv_bias).view(rows, self._heads, self._spec.head_dim)
+        heads = F.linear(normed, layer.qkv, layer.qkv_bias).view(rows, self._heads, size)
         rotated = heads[:, : self._rotated]
         if layer.head_norm is not None:
             torch.mul(F.rms_norm(rotated, self._head_shape, None, self._eps), layer.head_norm, out=rotated)
         _rotate(rotated, step.turns)
-        cells.index_copy_(1, step.slots, heads[:, queries:].transpose(0, 1))
+        own.index_copy_(1, step.slots, heads[:, queries:].transpose(0, 1))
         # The heads that share a key head stand as rows of one head: on CPUs that is faster than grouped attention, in
         # bf16 several times.
-        packed = heads[:, :queries].view(rows, kv_heads, -1, self._spec.head_dim).transpose(0, 1).flatten(1, 2)
-        if packed.shape[1] < step.mask.shape[0]:
-            packed = packed.expand(-1, 2, -1)
-        mixed = F.scaled_dot_product_attention(
-            packed[None], cells[None, :kv_heads, :span], cells[None, kv_heads:, :span], attn_mask=step.mask
-        )
-        mixed = mixed[0, :, : rows * queries // kv_heads].view(kv_heads, rows, -1).transpose(0, 1)
-        return F.linear(mixed.reshape(rows, -1), layer.output, layer.output_bias)
+        packed = heads[:, :queries].view(rows, kv_heads, -1, size).transpose(0, 1).reshape(1, kv_heads, -1, size)
+        if packed.shape[2] < step.mask.shape[2]:
+            packed = packed.expand(-1, -1, 2, -1)
+        mixed = F.scaled_dot_product_attention(packed, keys, values, attn_mask=step.mask)
+        if mixed.shape[2] > rows * self._copies:
+            mixed = mixed[:, :, :1]
+        mixed = mixed.view(kv_heads, rows, -1).transpose(0, 1).reshape(rows, -1)
+        return F.linear(mixed, layer.output, layer.output_bias)
 
     def _feed(self, layer: _Layer, x: Tensor) -> Tensor:
         """The feed-forward block's addition to ``x`` [rows, hidden_size]."""
@@ -172,11 +180,10 @@ class LlamaShard:
 
 def _rotate(heads: Tensor, turns: Tensor) -> None:
     """Rotate ``heads`` [rows, n, head_dim] in place, each pair of neighbours being one complex number."""
-    pairs = heads.view(*heads.shape[:-1], -1, 2)
     if heads.dtype == torch.float32:
-        torch.view_as_complex(pairs).mul_(turns)
+        heads.view(torch.complex64).mul_(turns)
     else:  # there is no complex bfloat16
-        pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * turns))
+        heads.copy_((heads.float().view(torch.complex64) * turns).view(torch.float32))
 
 
 def _pair(tensor: Tensor, head_dim: int) -> Tensor:
@@ -220,7 +227,7 @@ def _fuse(spec: ModelSpec, read: dict[str, Tensor], device: str) -> _Layer:
 
 
 def _read_ends(
-    spec: ModelSpec, checkpoint: Checkpoint, layers: range, dtype: torch.dtype, device: str
+    spec: ModelSpec, checkpoint: Weights, layers: range, dtype: torch.dtype, device: str
 ) -> dict[str, Tensor]:
     """The embedding for the first shard; norm and head for the last, the head being the embedding of a tied model."""
     sources = {EMBEDDING: EMBEDDING} if layers.start == 0 else {}

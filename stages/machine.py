@@ -125,7 +125,7 @@ class Stage:
             if row.slot > self._newest_done:
                 is_news |= self._mark(row.slot, row.parent)
         commands: list[Command] = []
-        if is_news and message.flags & Flag.RELAY and not self._is_first:  # a word that repeats must not multiply
+        if is_news and Flag.RELAY in message.flags and not self._is_first:  # a word that repeats must not multiply
             commands.append(Send(replace(message, source=self.address, dest=self.address - 1)))
         current = self._current
         if current and self._cancelled.get(current.run, ()) is None and not self._abandoned:
@@ -154,7 +154,7 @@ class Stage:
             if self._is_first:
                 self._owes_credit = message
             cancelled = self._cancelled.get(message.run, set())
-            dead = message.flags & Flag.TOMBSTONE or cancelled is None
+            dead = Flag.TOMBSTONE in message.flags or cancelled is None
             alive = () if dead else self._cells.living(message.rows_as(Row), cancelled or ())
             if alive:
                 commands.append(self._compute(message, alive, event.payload))
@@ -178,7 +178,7 @@ class Stage:
         if len(alive) < len(message.rows):
             message, keep = replace(message, rows=tuple(message.rows[index] for index in alive)), alive
         self._current = message
-        batch = self._cells.admit(message.rows_as(Row), canonical=bool(message.flags & Flag.CANONICAL))
+        batch = self._cells.admit(message.rows_as(Row), canonical=Flag.CANONICAL in message.flags)
         wanted = _wanted(message) if self._is_last else ()
         if not wanted:
             return Compute(message.run, batch, payload, keep, choices=int(self._is_last))
@@ -250,9 +250,9 @@ class Stage:
 
 
 def _wanted(message: Message) -> tuple[int, ...]:
-    if message.flags & Flag.SILENT:
+    if Flag.SILENT in message.flags:
         return ()
-    if message.flags & Flag.LAST:
+    if Flag.LAST in message.flags:
         return (len(message.rows) - 1,)
     return tuple(range(len(message.rows)))
 

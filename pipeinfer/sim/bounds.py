@@ -16,7 +16,7 @@ from pipeinfer.protocol import (
 from pipeinfer.sim.chronicle import LawBroken
 from pipeinfer.sim.world import Witness, World, WorldSpec
 from speculation.drafter import Drafter
-from speculation.tree import Tree, walk
+from speculation.tree import Tree, descendants
 from stages.machine import Stage
 
 STRIDE = 16
@@ -45,7 +45,7 @@ class Bounds(Witness):
         """A bound on a size is worth what the size is worth."""
         session = machine._session if isinstance(machine, Orchestrator) else None
         tree = session.tree if session else machine._tree if isinstance(machine, Drafter) else None
-        if tree is not None and tree.size != sum(1 for _ in walk(tree.root)):
+        if tree is not None and tree.size != 1 + len(descendants(tree.root)):
             raise LawBroken(f"L8: the tree of {address_name(machine.address)} is not of the size {tree.size}")
 
     def _check_rows(self, machine: Orchestrator, commands: list[Command]) -> None:

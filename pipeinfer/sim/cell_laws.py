@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from kvbuffers.cells import CellTable
 from kvbuffers.partitions import Partitions
 from pipeinfer.ports import Command, Compute, Event, Machine, Request, Send
@@ -135,7 +133,7 @@ class Replicas(Reader):
         _check(f"table of {name}", table)
         if run is None:
             return  # it has not heard of this request yet
-        tokens = [self.story._at[slot].token for slot in _canonical_slots(table)]
+        tokens = [self.story._at[slot].token for slot in table._canonical]
         wanted = self.story.text[: run.canonical]
         if self.story.over and not self.story.has_begun:
             wanted = wanted[: len(tokens)]  # withdrawn during its prompt: the rest of it was skipped, and rightly so
@@ -149,7 +147,7 @@ class Replicas(Reader):
         _check("drafter's ledger", drafter._ledger)
         _check("drafter's table", drafter._cells)
         if drafter._request == self.story.requests and drafter._prefilled:
-            tokens = [self._slots[drafter.address, slot] for slot in _canonical_slots(drafter._cells)]
+            tokens = [self._slots[drafter.address, slot] for slot in drafter._cells._canonical]
             if tokens != self.story.text[: len(tokens)]:
                 raise LawBroken(f"L3: the drafter holds {tokens}, accepted are {self.story.text}")
 
@@ -161,10 +159,3 @@ def _check(name: str, cells: CellTable | Partitions) -> None:
         raise LawBroken(f"L3: {name}: {error}") from error
     if sum(cells.counts()) != cells.capacity:
         raise LawBroken(f"L3: {name}: free, leased and canonical cells are {cells.counts()} of {cells.capacity}")
-
-
-def _canonical_slots(table: CellTable) -> list[int]:
-    """The canonical cells by position."""
-    slots = np.flatnonzero(table._canonical)
-    positions = table._position[slots]
-    return [int(slot) for slot in slots[np.argsort(positions)]]

@@ -57,7 +57,8 @@ def a_row_sees_a_dead_sibling(patch: pytest.MonkeyPatch) -> None:
     def admit(original: Any, table: CellTable, rows: Any, canonical: bool = False) -> Any:
         batch = original(table, rows, canonical)
         if not canonical:
-            for sibling in [slot for slot, parent in table._leased.items() if parent == rows[-1].parent]:
+            above = table._sight_above(rows[-1])
+            for sibling in [slot for slot, (_, sight) in table._leased.items() if sight == above | 1 << slot]:
                 batch.visible[-1, sibling] = True
         return batch
 
@@ -86,7 +87,8 @@ def the_last_layer_is_skipped_for_wide_runs(patch: pytest.MonkeyPatch) -> None:
 def a_row_sees_canonical_cells_beyond_its_joint(patch: pytest.MonkeyPatch) -> None:
     def admit(original: Any, table: CellTable, rows: Any, canonical: bool = False) -> Any:
         batch = original(table, rows, canonical)
-        return batch if canonical else replace(batch, visible=batch.visible | table._canonical[: table._span])
+        batch.visible[:, [] if canonical else list(table._canonical)] = True
+        return batch
 
     wrap(patch, CellTable, "admit", admit)
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from speculation.tree import Node, Tree, walk
+from speculation.tree import Node, Tree, descendants
 
 
 def grow(tree: Tree, parent: Node, token: int, logp: float) -> Node:
@@ -63,7 +63,7 @@ def test_advance_keeps_what_was_guessed_below_and_kills_the_rest() -> None:
     assert heir is a is tree.root
     assert set(dead) == {b, below_b}
     assert [node.alive for node in (a, below_a, b, below_b)] == [True, True, False, False]
-    assert tree.size == 2 == sum(1 for _ in walk(tree.root))
+    assert tree.size == 2 == 1 + len(descendants(tree.root))
     assert tree.probability(a) == 1.0
     assert drain(tree) == [1, 10]
 
@@ -119,16 +119,16 @@ def test_the_frontier_does_not_collect_the_dead() -> None:
         tree.take(tree.root)
         tree.advance(token % 7)
         assert len(tree._frontier) <= 64 + 3 * tree.max_nodes
-        assert tree.size == sum(1 for _ in walk(tree.root)) <= tree.max_nodes
+        assert tree.size == 1 + len(descendants(tree.root)) <= tree.max_nodes
 
 
 @pytest.mark.parametrize("depth", [1, 5])
-def test_walk_gives_parents_first(depth: int) -> None:
+def test_descendants_come_parents_first(depth: int) -> None:
     tree = taken_root()
     node = tree.root
     for token in range(depth):
         node = grow(tree, node, token, -0.1)
-    assert [seen.position for seen in walk(tree.root)] == list(range(4, 5 + depth))
+    assert [seen.position for seen in descendants(tree.root)] == list(range(5, 5 + depth))
 
 
 def test_prune_forgets_every_guess_and_nothing_else() -> None:

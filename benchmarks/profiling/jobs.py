@@ -1,0 +1,54 @@
+"""Recorded jobs: what happened to whom, to be told again to fresh machines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeinfer.cast import Cast
+from pipeinfer.ports import Event, Received, Request
+from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR
+from pipeinfer.sim.replay import Recorder
+from pipeinfer.sim.world import World, WorldSpec, make_cast
+from pipeinfer.trace import Step, Trace
+from speculation.policy import Policy
+from stages.emulated import EmulatedSpec, spread
+
+STAGES = 8
+PROMPT, TOKENS = 256, 256
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Who played, and all that happened."""
+
+    cast: Cast
+    steps: list[Step]
+
+
+def simulated(policy: Policy) -> Job:
+    """A request over 8 stages; a draft pass takes half a stage's time, its first choice is right 79 times in 100."""
+    model = EmulatedSpec(STAGES, 5000, 1, spread(0.79))
+    request = Request(tuple(range(PROMPT)), TOKENS)
+    spec = WorldSpec(1, policy, STAGES, (request,), model, draft_s=0.5, context=PROMPT + TOKENS)
+    recorder = Recorder()
+    World(spec, (recorder,)).run()
+    return Job(make_cast(spec), recorder.trace)
+
+
+def traced(path: Path) -> Job:
+    """What a rank of a real job wrote down (`pipeinfer run --trace`). Raises UserError."""
+    trace = Trace(path)
+    return Job(Cast.of(trace.header.cast), list(trace.steps()))
+
+
+def role_of(step: Step) -> str:
+    """Who was told."""
+    if step.address == ORCHESTRATOR:
+        return "orchestrator"
+    return "drafter" if step.address >= FIRST_DRAFTER else "stage"
+
+
+def kind_of(event: Event) -> str:
+    """What was told."""
+    return event.message.kind.name if isinstance(event, Received) else type(event).__name__
