@@ -57,7 +57,7 @@ def main(fault: str, trace: str | None = None) -> None:
         pair_type = RaisingPair if fault == "raise" else EmulatedPair
         if fault == "swallow":
             lose_runs(Stage)
-        pair = pair_type(SPEC, lambda rows: 0.0, lambda rows: 0.0)
+        pair = pair_type(SPEC, lambda rows, context: 0.0, lambda rows, context: 0.0)
         plan = assign(world.size, SPEC.layers, 1)
         job = Job(Config(timeout_s=2.0, trace=trace), plan, 200, pair, world, CONTINUOUS)
         if world.is_head:
