@@ -44,7 +44,9 @@ from pipeinfer.ports import (
     Started,
     Submitted,
     Tally,
+    Wake,
     Withdrawn,
+    Woke,
 )
 from pipeinfer.protocol import (
     FIRST_STAGE,
@@ -163,6 +165,8 @@ class Orchestrator:
         if isinstance(event, Stalled):
             self._reports.clear()
             return [Send(Message(Kind.PROBE, ORCHESTRATOR, dest)) for dest in self._stages + self._drafters]
+        if isinstance(event, Woke):
+            return self._proceed()
         if isinstance(event, Started):
             return []
         raise LocalProtocolError(f"the orchestrator cannot handle {type(event).__name__}")
@@ -278,6 +282,8 @@ class Orchestrator:
         commands: list[Command] = []
         while (step := self._step()) is not None:
             commands += step
+        if (at := self._schedule.wake_at) is not None:
+            commands.append(Wake(at))
         return commands
 
     def _step(self) -> list[Command] | None:

@@ -8,6 +8,7 @@ have and how much drafters do, and within that a row goes only if it earns more 
 from __future__ import annotations
 
 from speculation.governor import CostCurve, Governor
+from speculation.hold import Hold
 from speculation.policy import Policy
 from speculation.schedule import UNLIMITED, Launch, Order, Situation, Step
 from speculation.tree import Node, Tree
@@ -19,11 +20,14 @@ class Continuous:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._governor = Governor(policy.rows) if policy.govern and policy.speculate else None
+        self._hold = Hold()
+        self.wake_at: float | None = None
         self._ordered: int | None = None  # how many leaves at a time drafters were last told to take
 
     def opened(self) -> None:
         """See Schedule."""
         self._ordered = None
+        self._hold.opened()
         if self._governor:
             self._governor.opened()
 
@@ -33,9 +37,16 @@ class Continuous:
         if self._governor and (leaves := min(self._policy.leaves, self._governor.rows)) != self._ordered:
             self._ordered = leaves
             return Order(UNLIMITED, leaves=leaves) if leaves else Order(0)
-        # A new root is certain and goes at once, past whatever dead work still holds the credits.
+        self.wake_at = None
+        self._hold.look(now.tree, now.now)
+        # A new root is certain and needs no credit: what dead work still holds does not concern it.
         if now.slots <= 0 or (now.credits <= 0 and not now.tree.root.pending):
             return None
+        if self._governor is not None and now.tree.root.pending and self._governor.rows:
+            governor = self._governor
+            if self._hold.wants(governor.curve.seconds(1), governor.rows - 1, now.now):
+                self.wake_at = self._hold.until
+                return None
         if self._governor is None:
             nodes = choose_rows(now.tree, self._policy, now.room)
         else:
@@ -48,6 +59,7 @@ class Continuous:
 
     def accepted(self, tokens: int, now: float) -> str:
         """See Schedule."""
+        self._hold.accepted(tokens)
         return self._governor.accepted(tokens, now) if self._governor else ""
 
     def returned(self, rows: int, slowest_s: float, trip_s: float, carries_root: bool) -> None:

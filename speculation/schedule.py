@@ -53,7 +53,9 @@ Step = Launch | Order
 
 
 class Schedule(Protocol):
-    """Says what is to be done next."""
+    """Says what is to be done next. ``wake_at``: when to ask again even if nothing has changed by then."""
+
+    wake_at: float | None
 
     def opened(self) -> None:
         """A new request begins; its prompt is on its way."""

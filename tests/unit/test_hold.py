@@ -1,0 +1,77 @@
+"""A new root waits for drafts exactly where that was worked out to pay, and never for long."""
+
+from __future__ import annotations
+
+from speculation.hold import GRACE, Hold
+from speculation.tree import Tree
+
+LEVEL_S = 0.1
+
+
+def surprised(hold: Hold, tree: Tree, now: float) -> None:
+    """The target says what nobody guessed."""
+    tree.take(tree.root)
+    tree.advance(99)
+    hold.accepted(5)  # four of five tokens had been guessed
+    hold.look(tree, now)
+
+
+def drafted(tree: Tree, levels: int) -> None:
+    node = tree.root
+    for token in range(levels):
+        child = tree.add(node, token, -0.1)
+        assert child is not None
+        node = child
+
+
+def taught() -> tuple[Hold, Tree]:
+    """A hold that has seen twenty surprises, each with a level of drafts 0.1 s later."""
+    hold, tree = Hold(), Tree(0, 0, 1000)
+    for turn in range(20):
+        surprised(hold, tree, float(turn))
+        drafted(tree, 1)
+        hold.look(tree, turn + LEVEL_S)
+    surprised(hold, tree, 100.0)
+    return hold, tree
+
+
+def test_the_levels_waited_for_are_those_of_least_expected_delay() -> None:
+    for stage_s in (0.05, 0.3, 0.5, 1.0, 2.0, 5.0):
+        hold, tree = taught()
+
+        def delay(levels: int, n: float = stage_s / LEVEL_S, t: float = stage_s) -> float:
+            return levels * LEVEL_S + t * 0.8 ** (levels + 1) / (1 - 0.8**n)
+
+        best = min(range(16), key=delay) if stage_s > LEVEL_S else 0
+        waited = 0
+        while hold.wants(stage_s, 15, 100.0):
+            waited += 1
+            drafted(tree, waited)
+        assert abs(waited - best) <= 1, (stage_s, waited, best)  # what was seen is not four of five exactly
+        assert abs(delay(waited) - delay(best)) < 0.02 * delay(best)
+
+
+def test_it_waits_no_longer_than_promised_and_learns_from_silence() -> None:
+    hold, _ = taught()
+    assert hold.wants(1.0, 2, 100.0)
+    assert abs(hold.until - (100.0 + GRACE * 2 * LEVEL_S)) < 0.01
+    assert not hold.wants(1.0, 2, hold.until)
+    hold, tree = taught()
+    waited = []
+    for turn in range(20):  # the drafter has fallen silent
+        began = now = 200.0 + 10 * turn
+        surprised(hold, tree, now)
+        while hold.wants(1.0, 7, now):
+            now = hold.until
+        waited.append(now - began)
+    assert waited[0] > 0.3
+    assert waited[-1] == 0.0, "it has given up waiting"
+
+
+def test_without_experience_or_without_a_gain_it_goes_at_once() -> None:
+    hold, tree = Hold(), Tree(0, 0, 10)
+    surprised(hold, tree, 0.0)
+    assert not hold.wants(1.0, 7, 0.0), "it knows nothing yet"
+    hold, _ = taught()
+    assert not hold.wants(LEVEL_S, 7, 100.0), "drafts are as slow as stages"
+    assert not hold.wants(1.0, 0, 100.0), "runs of one row"
