@@ -63,5 +63,6 @@ class Cast:
             return Orchestrator(*numbers, self.calibrations)
         if address >= FIRST_DRAFTER:
             return Drafter(address, self.policy, self.context, self.digest)
-        credits_early = self.policy.schedule != "frontier"
+        # Where one stage is all, its result is the best there is to know for the next run.
+        credits_early = self.policy.schedule != "frontier" and self.stages > 1
         return Stage(address, self.stages, sum(self.cells), self.window, self.digest, credits_early)

@@ -2,12 +2,13 @@
 
 Plain decoding is the case without guesses. Runs leave just in time (stages/pacer.py), so each is chosen from all that
 is known by then, and what is in flight is never sent again. With ``govern`` a governor says how many rows a run may
-have and how much drafters do, and within that a row goes only if it earns more than it costs.
+have and how much drafters do, and within that as many go as give the most useful rows per second.
 """
 
 from __future__ import annotations
 
-from speculation.governor import CostCurve, Governor
+from speculation.cost_curve import CostCurve
+from speculation.governor import Governor
 from speculation.hold import Hold
 from speculation.policy import Policy
 from speculation.schedule import UNLIMITED, Launch, Order, Situation, Step
@@ -78,29 +79,25 @@ def choose_rows(
     """Take the nodes of the next run, best first, parents before children: at most ``most`` (the policy's ``rows``),
     and no more guesses than there are cells (``room``).
 
-    The root is no guess and always goes. A guess goes if its path is probable enough (``policy.floor``); where the cost
-    ``curve`` is known, if the run's useful rows per second do not fall by it, and however improbable if it is free."""
+    The root is no guess and always goes. A guess goes if its path is probable enough (``policy.floor``), or however
+    improbable where rows are free; where the cost ``curve`` is known, as many go as give the most useful rows per
+    second."""
     chosen: list[Node] = []
-    useful = 0.0
     most = policy.rows if most is None else most
     floor = 0.0 if curve and curve.is_flat(most) else policy.floor
-    while len(chosen) < most:
-        node = tree.best()
-        if node is None:
+    useful: list[float] = []
+    for node in tree.ranked():
+        if len(chosen) == most:
             break
         probability = tree.probability(node)
         if node is not tree.root:
             if not policy.speculate or room == 0 or probability < floor:
                 break
-            if chosen and curve and not earns(useful, probability, curve, len(chosen)):
-                break
             room -= 1
-        useful += probability
-        tree.take(node)
+        useful.append(probability)
         chosen.append(node)
+    if curve:
+        del chosen[curve.best_count(useful) :]
+    for node in chosen:
+        tree.take(node)
     return chosen
-
-
-def earns(useful: float, probability: float, curve: CostCurve, rows: int) -> bool:
-    """Whether a pass of ``rows`` rows, of which ``useful`` are expected to count, gains by one of ``probability``."""
-    return useful + probability >= useful * curve.growth(rows + 1, rows)

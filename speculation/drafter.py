@@ -44,8 +44,7 @@ from pipeinfer.protocol import (
     address_name,
 )
 from speculation.calibration import Calibration
-from speculation.continuous import earns
-from speculation.governor import CostCurve
+from speculation.cost_curve import CostCurve
 from speculation.policy import Policy
 from speculation.schedule import UNLIMITED
 from speculation.tree import Node, Tree
@@ -233,29 +232,30 @@ class Drafter:
         return 0.0 if self._curve and self._curve.is_flat(self._most_leaves) else self._policy.floor
 
     def _leaves(self) -> list[Node]:
-        """Take the nodes of the next pass: every accepted one that it has not seen, and the best ``leaves`` guesses, as
-        far as each earns more than it costs."""
-        tree, nodes, guesses, useful = self._tree, list[Node](), 0, 0.0
-        floor = self._floor()
-        while tree is not None and len(nodes) < self._policy.prefill_chunk:
-            node = tree.best()
-            if node is None or node.position >= self._last_position:
+        """Take the nodes of the next pass: every accepted one that it has not seen, and of the best ``leaves`` guesses
+        as many as give the most useful ones per second."""
+        tree, nodes, useful = self._tree, list[Node](), list[float]()
+        if tree is None:
+            return nodes
+        floor, guesses, ahead = self._floor(), 0, len(self._ahead)
+        for node in tree.ranked():
+            if node.position >= self._last_position or len(nodes) == self._policy.prefill_chunk:
                 break
+            probability = 1.0
             if node.position > tree.root.position:
-                if guesses >= self._most_leaves or len(self._ahead) >= self._policy.lead:
-                    break
                 probability = tree.probability(node)
-                if probability < floor:
+                if guesses >= self._most_leaves or ahead >= self._policy.lead or probability < floor:
                     break
-                if nodes and self._curve and not earns(useful, probability, self._curve, len(nodes)):
-                    break
-                self._ahead.add(node)
-                useful += probability
-            else:
-                useful += 1.0
+                ahead += 1
             guesses += node.position >= tree.root.position
-            tree.take(node)
+            useful.append(probability)
             nodes.append(node)
+        if self._curve:
+            del nodes[self._curve.best_count(useful) :]
+        for node in nodes:
+            tree.take(node)
+            if node.position > tree.root.position:
+                self._ahead.add(node)
         return nodes
 
     def _evaluate(self, nodes: list[Node]) -> Compute:

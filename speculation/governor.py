@@ -16,56 +16,14 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from speculation.cost_curve import CostCurve
+
 SPELL_TOKENS = 32
 HYSTERESIS = 0.04
 """What a probed gear must be better by."""
-FREE = 1.02
-NEARLY_FREE = 1.2
-"""Rows are nearly free while a pass takes at most so many times the time of a single row."""
 MOST_SPELLS = 64
 """The longest wait for a second look at a gear that disappointed."""
-FORGET = 0.98
 TRIPS = 32
-
-
-class CostCurve:
-    """Seconds of a pass of so many rows: a straight line through what was measured, the newest counting most."""
-
-    def __init__(self) -> None:
-        self._weight = self._rows = self._squares = self._seconds = self._products = 0.0
-        self._line = 0.0, 0.0, 0.0  # mean seconds, mean rows, seconds per further row
-        self.least, self.most = 0, 0  # rows seen
-
-    def observe(self, rows: int, seconds: float) -> None:
-        """A pass of ``rows`` took ``seconds``; what is far off the line counts as four times the line."""
-        if known := self.seconds(rows):
-            seconds = min(seconds, 4 * known)
-        self._weight = FORGET * self._weight + 1.0
-        self._rows = FORGET * self._rows + rows
-        self._squares = FORGET * self._squares + rows * rows
-        self._seconds = FORGET * self._seconds + seconds
-        self._products = FORGET * self._products + rows * seconds
-        self.least, self.most = min(self.least or rows, rows), max(self.most, rows)
-        mean_s, mean_rows, slope = self._seconds / self._weight, self._rows / self._weight, 0.0
-        spread = self._weight * self._squares - self._rows * self._rows
-        if spread >= 1e-6 * self._weight * self._weight:
-            slope = max(0.0, (self._weight * self._products - self._rows * self._seconds) / spread)
-            slope = min(slope, mean_s / mean_rows)  # no line starts below zero
-        self._line = mean_s, mean_rows, slope
-
-    def seconds(self, rows: int) -> float:
-        """What a pass of ``rows`` takes; 0 while nothing is known."""
-        mean_s, mean_rows, slope = self._line
-        return mean_s + slope * (rows - mean_rows)
-
-    def growth(self, rows: int, base: int) -> float:
-        """How many times longer a pass of ``rows`` takes than one of ``base``."""
-        base_s = self.seconds(base)
-        return self.seconds(rows) / base_s if base_s > 0 else 1.0
-
-    def is_flat(self, rows: int) -> bool:
-        """Whether ``rows`` rows were seen to take as long as one."""
-        return self.most > self.least and self.growth(rows, 1) <= FREE
 
 
 @dataclass(slots=True)
@@ -82,9 +40,8 @@ class Governor:
     def __init__(self, most_rows: int) -> None:
         self.gears = [0, *(1 << power for power in range(most_rows.bit_length()) if 1 << power < most_rows), most_rows]
         self.curve = CostCurve()
-        self._home = min(len(self.gears) - 1, 3)
+        self._home = len(self.gears) - 1  # within it the cost curve says how many rows go
         self._probe: int | None = None
-        self._is_cold = True  # until the cost curve has been seen
         self._home_s = 0.0  # seconds per token at home
         self._patience = [_Patience() for _ in self.gears]
         self._trips: deque[float] = deque(maxlen=TRIPS)
@@ -114,9 +71,6 @@ class Governor:
 
     def accepted(self, tokens: int, now: float) -> str:
         """So many tokens were committed at ``now``. Returns what was decided, in words, if anything was."""
-        if self._is_cold and self.curve.most > 2 * self.curve.least:
-            self._is_cold = False
-            return self._shift_home(self._widest_free(), now, "by the cost curve")
         if self._since is None:
             # A spell begins when what the last gear sent is back: one trip later.
             if self._settled_at is None:
@@ -128,10 +82,6 @@ class Governor:
         if self._tokens < SPELL_TOKENS:
             return ""
         return self._judge((now - self._since) / self._tokens, now)
-
-    def _widest_free(self) -> int:
-        free = [index for index, rows in enumerate(self.gears) if rows and self.curve.growth(rows, 1) <= NEARLY_FREE]
-        return max(free, default=1)
 
     def _judge(self, token_s: float, now: float) -> str:
         """A spell is over, in which a token took ``token_s``."""
@@ -163,7 +113,7 @@ class Governor:
         """The neighbours of home that might be better, plain decoding last."""
         here, found = self._home, list[int]()
         if here == 0:
-            found.append(self._widest_free())
+            found.append(len(self.gears) - 1)
         elif here + 1 < len(self.gears):
             found.append(here + 1)
         narrower = [index for index in range(1, here) if self._saves(index)]

@@ -18,6 +18,8 @@ from speculation.tree import Node, Tree
 WEIGHT = 0.25
 """How much one measurement counts against those before it."""
 FORGET = 0.98
+TRIAL = 0.5
+"""Stage times that the first new root waits, so that something is known."""
 GRACE = 1.5
 """How many times the expected time of its drafts a root is held; then it goes without them."""
 
@@ -35,6 +37,7 @@ class Hold:
         self._root: Node | None = None
         self._since = 0.0
         self._is_measured = True
+        self._is_held = False
         self.until = 0.0
 
     def accepted(self, tokens: int) -> None:
@@ -50,6 +53,7 @@ class Hold:
             self._root, self._since = root, now
             self._surprises += root.pending
             self._is_measured = not root.pending or bool(root.children)
+            self._is_held = False
         elif not self._is_measured and root.children:
             self._learn(now - self._since)
 
@@ -57,20 +61,24 @@ class Hold:
         """Whether the root, which no run holds, should wait for drafts; at most for ``most_levels``."""
         assert self._root is not None
         levels, wanted = _levels(self._root), min(most_levels, self._worth_waiting_for(stage_s))
-        if self._level_s is None or levels >= wanted:
+        wait_s = TRIAL * stage_s if self._level_s is None else GRACE * wanted * self._level_s
+        if levels >= (wanted if self._level_s is not None else 1):
             return False
-        until = self._since + GRACE * wanted * self._level_s
-        if now >= until:
-            if not levels:
-                self._learn(2 * (now - self._since))  # nobody drafts, or slowly
+        self.until = self._since + wait_s
+        if now >= self.until:
+            if self._is_held and not levels:
+                self._learn(2 * wait_s)  # nobody drafts, or slowly
             return False
-        self.until = until
+        self._is_held = True
         return True
 
     def _learn(self, level_s: float) -> None:
         self._is_measured = True
         known = self._level_s
-        self._level_s = level_s if known is None else known + WEIGHT * (level_s - known)
+        if known is None:
+            self._level_s = level_s if self._is_held else None
+        elif self._is_held or level_s < known:  # of a root that has left: the draft may have waited for its stage
+            self._level_s = known + WEIGHT * (level_s - known)
 
     def _worth_waiting_for(self, stage_s: float) -> int:
         """The levels that give the least expected delay."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterator
 
 from pipeinfer.protocol import NO_SLOT, Row
 
@@ -110,6 +111,21 @@ class Tree:
                 return node
             heapq.heappop(self._frontier)
         return None
+
+    def ranked(self) -> Iterator[Node]:
+        """The pending nodes by falling path probability, each after its parent if that has not been taken; all stay
+        pending. Nothing may change meanwhile."""
+        heap, serial, seen = [*self._frontier], self._serial, set[Node]()
+        while heap:
+            node = heapq.heappop(heap)[2]
+            if not (node.alive and node.pending) or node in seen:
+                continue
+            yield node
+            seen.add(node)
+            for child in node.children.values():
+                if child.pending:
+                    serial += 1
+                    heapq.heappush(heap, (-child.logp, serial, child))
 
     def take(self, node: Node) -> None:
         """Mark ``node``, which ``best`` gave, as taken: its children may follow."""

@@ -189,7 +189,8 @@ class Stage:
         message, self._current, self._abandoned = self._current, None, False
         if message is None or event.job != message.run:
             raise RemoteProtocolError(f"{address_name(self.address)} computed {event.job} unasked")
-        credit = self._credit()
+        # The next run's credit comes first, but where one stage is all, a result is worth knowing before that choice.
+        commands: list[Command] = [] if self._is_last else self._credit()
         is_abandoned = event.hidden is None and event.choices is None
         spent_us = min(MOST_US, max(0, round(1e6 * self._pacer.end(self._now, is_abandoned))))
         message = replace(
@@ -198,14 +199,14 @@ class Stage:
             slowest_us=max(message.slowest_us, spent_us),
         )
         if is_abandoned:
-            command = self._entomb(message)
+            commands.append(self._entomb(message))
         elif self._is_last:
             self._done(message)
-            command = self._send(Kind.RESULT, message, rows=_choice_rows(message, event))
+            commands.append(self._send(Kind.RESULT, message, rows=_choice_rows(message, event)))
         else:
             self._done(message)
-            command = self._pass_on(message, event.hidden)
-        return [*credit, command, *self._next()]
+            commands.append(self._pass_on(message, event.hidden))
+        return [*commands, *self._credit(), *self._next()]
 
     def _pass_on(self, message: Message, hidden: Payload) -> Send:
         return self._send(Kind.RUN, message, flags=message.flags, ops=True, rows=message.rows, payload=hidden)

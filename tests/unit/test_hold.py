@@ -29,6 +29,7 @@ def taught() -> tuple[Hold, Tree]:
     hold, tree = Hold(), Tree(0, 0, 1000)
     for turn in range(20):
         surprised(hold, tree, float(turn))
+        hold.wants(1.0, 7, float(turn))
         drafted(tree, 1)
         hold.look(tree, turn + LEVEL_S)
     surprised(hold, tree, 100.0)
@@ -71,7 +72,9 @@ def test_it_waits_no_longer_than_promised_and_learns_from_silence() -> None:
 def test_without_experience_or_without_a_gain_it_goes_at_once() -> None:
     hold, tree = Hold(), Tree(0, 0, 10)
     surprised(hold, tree, 0.0)
-    assert not hold.wants(1.0, 7, 0.0), "it knows nothing yet"
+    assert hold.wants(1.0, 7, 0.0), "it knows nothing yet and tries"
+    assert not hold.wants(1.0, 7, hold.until)
+    assert hold.until == 0.5
     hold, _ = taught()
     assert not hold.wants(LEVEL_S, 7, 100.0), "drafts are as slow as stages"
     assert not hold.wants(1.0, 0, 100.0), "runs of one row"

@@ -1,0 +1,74 @@
+"""What a pass of so many rows takes, as measured, and how many rows are therefore worth sending.
+
+Kernels are no straight lines: where two or three rows take nearly twice as long as one, eight may take hardly longer.
+So every number of rows is remembered for itself; between two that are known the curve is straight, beyond them it is
+flat, which is hopeful: what has not been tried is tried once. What was not seen for long is forgotten.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+WEIGHT = 0.25
+"""How much one pass counts against those before it."""
+FORGET = 0.99
+LEAST_WEIGHT = 0.1
+"""What is left of a measurement that is forgotten."""
+FREE = 1.02
+
+
+class CostCurve:
+    """Seconds by rows. ``least`` and ``most``: the rows that were ever seen."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+        self._weights: dict[int, float] = {}
+        self._known: list[int] = []  # numbers of rows, ascending
+        self.least, self.most = 0, 0
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """A pass of ``rows`` took ``seconds``; what is far off the curve counts as four times the curve."""
+        if expected := self.seconds(rows):
+            seconds = min(seconds, 4 * expected)
+        before = self._seconds.get(rows)
+        self._seconds[rows] = seconds if before is None else before + WEIGHT * (seconds - before)
+        self._weights = {known: FORGET * weight for known, weight in self._weights.items()} | {rows: 1.0}
+        for forgotten in [known for known, weight in self._weights.items() if weight < LEAST_WEIGHT]:
+            del self._weights[forgotten], self._seconds[forgotten]
+        self._known = sorted(self._seconds)
+        self.least, self.most = min(self.least or rows, rows), max(self.most, rows)
+
+    def seconds(self, rows: int) -> float:
+        """What a pass of ``rows`` takes; 0 while nothing is known."""
+        known = self._known
+        if rows in self._seconds or not known:
+            return self._seconds.get(rows, 0.0)
+        place = bisect_left(known, rows)
+        if place in (0, len(known)):
+            return self._seconds[known[min(place, len(known) - 1)]]
+        low, high = known[place - 1], known[place]
+        share = (rows - low) / (high - low)
+        return self._seconds[low] + share * (self._seconds[high] - self._seconds[low])
+
+    def growth(self, rows: int, base: int) -> float:
+        """How many times longer a pass of ``rows`` takes than one of ``base``."""
+        base_s = self.seconds(base)
+        return self.seconds(rows) / base_s if base_s > 0 else 1.0
+
+    def is_flat(self, rows: int) -> bool:
+        """Whether ``rows`` rows were seen to take as long as one."""
+        return self.most > self.least and self.growth(rows, 1) <= FREE
+
+    def best_count(self, useful: Sequence[float]) -> int:
+        """How many rows give the most useful ones per second; ``useful``: how much each is expected to count, in the
+        order in which they go. The most of them, where several are equally good."""
+        best, best_rate, total = 0, -1.0, 0.0
+        for count, share in enumerate(useful, 1):
+            total += share
+            seconds = self.seconds(count)
+            if seconds <= 0:
+                return len(useful)
+            if total / seconds >= best_rate:
+                best, best_rate = count, total / seconds
+        return best

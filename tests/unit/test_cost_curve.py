@@ -1,0 +1,63 @@
+"""What is believed of costs, and how many rows are worth sending."""
+
+from __future__ import annotations
+
+import pytest
+
+from speculation.cost_curve import LEAST_WEIGHT, CostCurve
+
+CPU = {1: 45.0, 2: 78.0, 3: 102.0, 4: 74.0, 8: 88.0}
+"""Milliseconds of real fp32 layers by rows: two and three are the dearest."""
+
+
+def curve_of(*passes: tuple[int, float]) -> CostCurve:
+    curve = CostCurve()
+    for rows, seconds in passes:
+        curve.observe(rows, seconds)
+    return curve
+
+
+def test_measured_numbers_stand_and_between_them_it_is_straight() -> None:
+    curve = curve_of(*CPU.items())
+    assert [curve.seconds(rows) for rows in CPU] == list(CPU.values())
+    assert curve.seconds(6) == pytest.approx(81.0)
+    assert curve.growth(8, 1) == pytest.approx(88 / 45)
+    assert not curve.is_flat(8)
+
+
+def test_what_is_unknown_is_tried_but_not_called_free() -> None:
+    assert CostCurve().seconds(4) == 0.0
+    assert CostCurve().growth(8, 1) == 1.0
+    assert CostCurve().best_count([1.0, 0.1]) == 2
+    assert curve_of((1, 2.0)).seconds(8) == 2.0
+    assert not curve_of((1, 2.0), (1, 2.0)).is_flat(8), "nobody has seen a wide pass"
+    assert curve_of((1, 2.0), (8, 2.0)).is_flat(8)
+
+
+def test_a_hiccup_bends_the_curve_only_so_far() -> None:
+    curve = curve_of(*[(1 + index % 8, 1.0) for index in range(80)])
+    curve.observe(8, 1000.0)
+    assert curve.seconds(8) < 2.0
+
+
+def test_what_was_not_seen_for_long_is_forgotten() -> None:
+    curve = curve_of((8, 50.0), *[(1, 1.0)] * 300)
+    assert 0.99**300 < LEAST_WEIGHT
+    assert curve.seconds(8) == 1.0, "it may be tried again"
+    assert curve.most == 8
+
+
+def test_the_count_gives_the_most_useful_rows_per_second_over_any_dip() -> None:
+    curve = curve_of(*CPU.items())
+    guesses = [1.0, 0.6, 0.4, 0.25, 0.2, 0.15, 0.1, 0.1]
+
+    def rate(count: int) -> float:
+        return sum(guesses[:count]) / curve.seconds(count)
+
+    assert rate(2) < rate(1), "the second row alone would not pay"
+    assert curve.best_count(guesses) == max(range(1, 9), key=rate) == 6
+    assert curve.best_count([1.0, 0.1, 0.1]) == 1
+    dear = curve_of(*[(rows, float(rows)) for rows in (1, 2, 4, 8)])
+    assert dear.best_count([1.0, 0.99]) == 1
+    assert dear.best_count([0.5, 0.6]) == 2
+    assert curve_of((1, 1.0), (8, 1.0)).best_count([1.0, 0.01, 0.0]) == 3, "free rows are welcome, whatever they are"
