@@ -64,5 +64,6 @@ class Cast:
         if address >= FIRST_DRAFTER:
             return Drafter(address, self.policy, self.context, self.digest)
         # Where one stage is all, its result is the best there is to know for the next run.
-        credits_early = self.policy.schedule != "frontier" and self.stages > 1
-        return Stage(address, self.stages, sum(self.cells), self.window, self.digest, credits_early)
+        result_first = self.policy.schedule == "continuous" and self.stages == 1
+        credits_early = self.policy.schedule != "frontier" and not result_first
+        return Stage(address, self.stages, sum(self.cells), self.window, self.digest, credits_early, result_first)

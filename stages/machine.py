@@ -54,10 +54,18 @@ MOST_US = 0xFFFFFFFF
 class Stage:
     """The machine of stage ``address`` of ``stages``; ``capacity`` cells, at most ``window`` runs in flight.
 
-    ``credits_early``: whether the first stage's credit leaves before the run has ended, just in time for the next."""
+    ``credits_early``: whether the first stage's credit leaves before the run has ended, just in time for the next.
+    ``result_first``: of a stage that is first and last, whether it leaves after the result."""
 
     def __init__(
-        self, address: int, stages: int, capacity: int, window: int, digest: int = 0, credits_early: bool = True
+        self,
+        address: int,
+        stages: int,
+        capacity: int,
+        window: int,
+        digest: int = 0,
+        credits_early: bool = True,
+        result_first: bool = False,
     ) -> None:
         self.address = address
         self._is_first = address == FIRST_STAGE
@@ -68,6 +76,7 @@ class Stage:
         self._cells = CellTable(capacity)
         self._queue: deque[Received] = deque()
         self._credits_early = credits_early
+        self._result_first = result_first
         self._cancelled: dict[int, set[int] | None] = {}  # the dead cells of a run; None: all of them
         self._sampling = GREEDY
         self._current: Message | None = None
@@ -189,8 +198,7 @@ class Stage:
         message, self._current, self._abandoned = self._current, None, False
         if message is None or event.job != message.run:
             raise RemoteProtocolError(f"{address_name(self.address)} computed {event.job} unasked")
-        # The next run's credit comes first, but where one stage is all, a result is worth knowing before that choice.
-        commands: list[Command] = [] if self._is_last else self._credit()
+        commands = [] if self._result_first else self._credit()
         is_abandoned = event.hidden is None and event.choices is None
         spent_us = min(MOST_US, max(0, round(1e6 * self._pacer.end(self._now, is_abandoned))))
         message = replace(

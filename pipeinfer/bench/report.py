@@ -34,7 +34,7 @@ class Report:
         self.say(BANNERS[suite.execution])
         self.say(
             f"{len(suite.points)} points, {len(suite.policies)} policies, {suite.repeats} repeats"
-            + (f"; took {minutes:g} min on two cores" if minutes else "")
+            + (f"; expect {minutes:g} min on two cores" if minutes else "")
         )
 
     def say(self, words: str) -> None:

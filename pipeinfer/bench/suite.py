@@ -50,7 +50,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """What is measured, and how by default. ``minutes``: what it took on two cores, by execution."""
+    """What is measured, and how by default. ``minutes``: what to expect on two cores, by execution."""
 
     name: str
     title: str
