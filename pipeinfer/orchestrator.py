@@ -66,7 +66,7 @@ from pipeinfer.protocol import (
 )
 from speculation.accept import Acceptance, accept
 from speculation.policy import Policy
-from speculation.schedule import UNLIMITED, Launch, Order, Situation
+from speculation.schedule import UNLIMITED, Launch, Order, Situation, Wait
 from speculation.schedules import make_schedule
 from speculation.sources import Sources
 from speculation.tree import Node, Tree
@@ -282,8 +282,6 @@ class Orchestrator:
         commands: list[Command] = []
         while (step := self._step()) is not None:
             commands += step
-        if (at := self._schedule.wake_at) is not None:
-            commands.append(Wake(at))
         return commands
 
     def _step(self) -> list[Command] | None:
@@ -307,6 +305,8 @@ class Orchestrator:
         if session.prefilled < len(session.request.prompt):
             return [self._launch_prefill(session)] if self._credits > 0 and situation.slots > 0 else None
         step = self._schedule.next(situation)
+        if isinstance(step, Wait):
+            return [Wake(step.until)]
         if isinstance(step, Launch):
             return [self._launch(session, step)]
         return self._order(step) if isinstance(step, Order) else step

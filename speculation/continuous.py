@@ -11,7 +11,7 @@ from speculation.cost_curve import CostCurve
 from speculation.governor import Governor
 from speculation.hold import Hold
 from speculation.policy import Policy
-from speculation.schedule import UNLIMITED, Launch, Order, Situation, Step
+from speculation.schedule import UNLIMITED, Launch, Order, Situation, Step, Wait
 from speculation.tree import Node, Tree
 
 
@@ -21,46 +21,54 @@ class Continuous:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._governor = Governor(policy.rows) if policy.govern and policy.speculate else None
-        self._hold = Hold()
-        self.wake_at: float | None = None
+        self._hold = Hold() if policy.hold else None
+        self._until: float | None = None  # when somebody was last told to ask again
         self._ordered: int | None = None  # how many leaves at a time drafters were last told to take
 
     def opened(self) -> None:
         """See Schedule."""
-        self._ordered = None
-        self._hold.opened()
+        self._ordered = self._until = None
+        if self._hold:
+            self._hold.opened()
         if self._governor:
             self._governor.opened()
 
     def next(self, now: Situation) -> Step | None:
         """See Schedule."""
+        governor = self._governor
         # A chain wants one leaf at a time, a wide tree as many as the policy allows.
-        if self._governor and (leaves := min(self._policy.leaves, self._governor.rows)) != self._ordered:
+        if governor and (leaves := min(self._policy.leaves, governor.rows)) != self._ordered:
             self._ordered = leaves
             return Order(UNLIMITED, leaves=leaves) if leaves else Order(0)
-        self.wake_at = None
-        self._hold.look(now.tree, now.now)
+        if self._hold:
+            self._hold.look(now.tree, now.now)
         # A new root is certain and needs no credit: what dead work still holds does not concern it.
         if now.slots <= 0 or (now.credits <= 0 and not now.tree.root.pending):
             return None
-        if self._governor is not None and now.tree.root.pending and self._governor.rows:
-            governor = self._governor
-            if self._hold.wants(governor.curve.seconds(1), governor.rows - 1, now.now):
-                self.wake_at = self._hold.until
-                return None
-        if self._governor is None:
+        if governor is None:
             nodes = choose_rows(now.tree, self._policy, now.room)
+        elif now.tree.root.pending and self._is_held(governor, now.now):
+            return self._wait()
         else:
-            room = now.room if self._governor.rows else 0
-            nodes = choose_rows(now.tree, self._policy, room, max(1, self._governor.rows), self._governor.curve)
+            room = now.room if governor.rows else 0
+            nodes = choose_rows(now.tree, self._policy, room, max(1, governor.rows), governor.curve)
         return Launch(nodes) if nodes else None
+
+    def _is_held(self, governor: Governor, now: float) -> bool:
+        return self._hold is not None and self._hold.wants(governor.curve.seconds(1), governor.rows - 1, now)
+
+    def _wait(self) -> Wait | None:
+        assert self._hold is not None
+        before, self._until = self._until, self._hold.until
+        return Wait(self._until) if self._until != before else None
 
     def drafted(self, nodes: list[Node]) -> None:
         """See Schedule."""
 
     def accepted(self, tokens: int, now: float) -> str:
         """See Schedule."""
-        self._hold.accepted(tokens)
+        if self._hold:
+            self._hold.accepted(tokens)
         return self._governor.accepted(tokens, now) if self._governor else ""
 
     def returned(self, rows: int, slowest_s: float, trip_s: float, carries_root: bool) -> None:

@@ -19,13 +19,12 @@ FREE = 1.02
 
 
 class CostCurve:
-    """Seconds by rows. ``least`` and ``most``: the rows that were ever seen."""
+    """Seconds by rows."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
         self._weights: dict[int, float] = {}
         self._known: list[int] = []  # numbers of rows, ascending
-        self.least, self.most = 0, 0
 
     def observe(self, rows: int, seconds: float) -> None:
         """A pass of ``rows`` took ``seconds``; what is far off the curve counts as four times the curve."""
@@ -37,7 +36,6 @@ class CostCurve:
         for forgotten in [known for known, weight in self._weights.items() if weight < LEAST_WEIGHT]:
             del self._weights[forgotten], self._seconds[forgotten]
         self._known = sorted(self._seconds)
-        self.least, self.most = min(self.least or rows, rows), max(self.most, rows)
 
     def seconds(self, rows: int) -> float:
         """What a pass of ``rows`` takes; 0 while nothing is known."""
@@ -58,7 +56,7 @@ class CostCurve:
 
     def is_flat(self, rows: int) -> bool:
         """Whether ``rows`` rows were seen to take as long as one."""
-        return self.most > self.least and self.growth(rows, 1) <= FREE
+        return len(self._known) > 1 and self.growth(rows, 1) <= FREE
 
     def best_count(self, useful: Sequence[float]) -> int:
         """How many rows give the most useful ones per second; ``useful``: how much each is expected to count, in the

@@ -26,8 +26,6 @@ from speculation.tree import Node
 class Frontier:
     """See Schedule; the roots' lock-step is in ``is_deaf``."""
 
-    wake_at: float | None = None
-
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self.opened()

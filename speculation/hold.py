@@ -60,9 +60,13 @@ class Hold:
     def wants(self, stage_s: float, most_levels: int, now: float) -> bool:
         """Whether the root, which no run holds, should wait for drafts; at most for ``most_levels``."""
         assert self._root is not None
-        levels, wanted = _levels(self._root), min(most_levels, self._worth_waiting_for(stage_s))
-        wait_s = TRIAL * stage_s if self._level_s is None else GRACE * wanted * self._level_s
-        if levels >= (wanted if self._level_s is not None else 1):
+        levels = _levels(self._root)
+        if self._level_s is None:
+            wanted, wait_s = min(most_levels, 1), TRIAL * stage_s
+        else:
+            wanted = min(most_levels, self._worth_waiting_for(stage_s))
+            wait_s = GRACE * wanted * self._level_s
+        if levels >= wanted:
             return False
         self.until = self._since + wait_s
         if now >= self.until:

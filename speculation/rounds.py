@@ -26,8 +26,6 @@ class _Phase(enum.Enum):
 class Rounds:
     """One round after another; see Schedule."""
 
-    wake_at: float | None = None
-
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._phase = _Phase.VERIFYING

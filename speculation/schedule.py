@@ -47,15 +47,20 @@ class Order:
     leaves: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Ask again at time ``until``, even if nothing has changed by then. Said once for each such time."""
+
+    until: float
+
+
 UNLIMITED = 0xFFFFFFFF
 
-Step = Launch | Order
+Step = Launch | Order | Wait
 
 
 class Schedule(Protocol):
-    """Says what is to be done next. ``wake_at``: when to ask again even if nothing has changed by then."""
-
-    wake_at: float | None
+    """Says what is to be done next."""
 
     def opened(self) -> None:
         """A new request begins; its prompt is on its way."""

@@ -164,6 +164,7 @@ def draw_policy(rng: random.Random, schedule: str = "") -> Policy:
         reuse=rng.random() < 0.85,
         calibrate=rng.random() < 0.5,
         govern=rng.random() < 0.4,
+        hold=rng.random() < 0.7,
         lookup=lookup,
         prefill_chunk=chunk,
     )

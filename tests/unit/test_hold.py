@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from speculation.continuous import Continuous
 from speculation.hold import GRACE, Hold
+from speculation.policy import CONTINUOUS
+from speculation.schedule import Launch, Order, Situation, Wait
 from speculation.tree import Tree
 
 LEVEL_S = 0.1
@@ -78,3 +83,17 @@ def test_without_experience_or_without_a_gain_it_goes_at_once() -> None:
     hold, _ = taught()
     assert not hold.wants(LEVEL_S, 7, 100.0), "drafts are as slow as stages"
     assert not hold.wants(1.0, 0, 100.0), "runs of one row"
+
+
+def test_the_schedule_asks_to_be_woken_once_and_then_sends_the_root() -> None:
+    """Who is woken in vain, the request being over, asks for nothing more: else it would be woken for ever."""
+    schedule, tree = Continuous(CONTINUOUS), Tree(0, 0, 100)
+    schedule.opened()
+    now = Situation(tree, credits=1, in_flight=0, slots=4, room=8, now=10.0)
+    assert isinstance(schedule.next(now), Order)
+    schedule.returned(1, 1.0, 8.0, carries_root=True)
+    assert schedule.next(now) == Wait(10.5)
+    assert [schedule.next(now) for _ in range(3)] == [None] * 3
+    launch = schedule.next(replace(now, now=10.5))
+    assert isinstance(launch, Launch)
+    assert launch.nodes == [tree.root]
