@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -46,10 +47,14 @@ def assign(ranks: int, layers: int, drafters: int, head_cost: float = 0.0) -> Pl
             f"{ranks} ranks make {stages} stages, but the target has {layers} layers",
             f"use at most {layers + drafters} ranks",
         )
-    shares = split_layers(layers, stages, head_cost)
+    return seat(split_layers(layers, stages, head_cost), drafters, is_alone=ranks == 1)
+
+
+def seat(shares: Sequence[range], drafters: int, is_alone: bool = False) -> Plan:
+    """The plan of stages with these ``shares`` of the layers and so many drafters; see assign."""
     stage_roles = [Role(stage_address(index), share) for index, share in enumerate(shares)]
     drafter_roles = [Role(drafter_address(index)) for index in range(drafters)]
-    if ranks == 1:
+    if is_alone:
         return ((Role(ORCHESTRATOR), *drafter_roles, *stage_roles),)
     beside = drafter_roles[:1] or stage_roles[:1]
     others = [role for role in (*stage_roles, *drafter_roles) if role not in beside]

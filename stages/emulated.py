@@ -159,6 +159,11 @@ def _folded(words: Words) -> np.uint64:
     return np.uint64(mix(words ^ places).sum(dtype=np.uint64))
 
 
+def per_layer(pass_s: Pace, layers: int) -> Pace:
+    """The pace of one of ``layers`` layers that take ``pass_s`` together."""
+    return lambda rows, context: pass_s(rows, context) / layers
+
+
 class EmulatedPair:
     """An emulated target and its draft, paced: seconds of one layer of the target and of one pass of the draft."""
 
@@ -174,10 +179,8 @@ class EmulatedPair:
 
     def draft(self, index: int, capacity: int) -> EmulatedShard:
         """See Pair."""
-        layers, draft_s = self._spec.layers, self._draft_s
-        return EmulatedShard(
-            self._spec, range(layers), capacity, lambda rows, context: draft_s(rows, context) / layers, is_draft=True
-        )
+        layers = self._spec.layers
+        return EmulatedShard(self._spec, range(layers), capacity, per_layer(self._draft_s, layers), is_draft=True)
 
     def pack(self, hidden: Words) -> npt.NDArray[np.uint8]:
         """See Pair."""

@@ -6,26 +6,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from launch.job import Job
-from launch.roles import Plan, Role
+from launch.roles import seat
 from pipeinfer.bench.entrants import Entrant
 from pipeinfer.bench.sample import Sample, sample
 from pipeinfer.bench.scene import Scene, ranges
 from pipeinfer.config import Config
 from pipeinfer.ports import Tally
-from pipeinfer.protocol import ORCHESTRATOR, drafter_address, stage_address
 from stages.emulated import EmulatedPair, plain_tokens
 
 if TYPE_CHECKING:
     from launch.mpi import World
-
-
-def plan_of(scene: Scene, entrant: Entrant) -> Plan:
-    """Who plays what: rank 0 leads, and drafts or is the first stage (as launch.roles.assign has it)."""
-    shares = ranges(scene.shares(entrant.policy, entrant.head_share))
-    stages = [Role(stage_address(index), share) for index, share in enumerate(shares)]
-    if entrant.policy.speculate:
-        return ((Role(ORCHESTRATOR), Role(drafter_address(0))), *((stage,) for stage in stages))
-    return ((Role(ORCHESTRATOR), stages[0]), *((stage,) for stage in stages[1:]))
 
 
 def emulate(world: World, scene: Scene, entrant: Entrant, seed: int) -> Sample | None:
@@ -34,8 +24,9 @@ def emulate(world: World, scene: Scene, entrant: Entrant, seed: int) -> Sample |
     pair = EmulatedPair(model, scene.layer_s, scene.draft_s)
     context = len(request.prompt) + request.max_new_tokens
     config = Config(policy=policy.settings())
+    plan = seat(ranges(scene.shares(policy, entrant.head_share)), drafters=int(policy.speculate))
     link = scene.link if scene.point.hardware else None  # between ranks of one host the real ones will do
-    job = Job(config, plan_of(scene, entrant), context, pair, world, policy, link)
+    job = Job(config, plan, context, pair, world, policy, link)
     if not world.is_head:
         job.serve()
         return None

@@ -14,11 +14,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from pipeinfer.bench.places import find
 from pipeinfer.bench.tables import Table
 from pipeinfer.config import DTYPES
+from pipeinfer.links import Link
 
 KINDS = ("nominal", "sustained", "assumed")
 CURVES = ("linear", "attention")
@@ -30,13 +30,6 @@ GROUPS = {
     **dict.fromkeys(DTYPES, OF_DTYPE),
 }
 NEEDED = ("processor.cores", "memory.capacity", "memory.bandwidth", "link.latency", "link.bandwidth")
-
-
-class Wire(NamedTuple):
-    """A link: seconds that any message takes, and bytes per second beyond them."""
-
-    delay_s: float
-    bandwidth: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +74,7 @@ class Hardware:
     cores: int
     memory_nbytes: int
     bandwidth: float
-    link: Wire
+    link: Link
     arithmetic: Mapping[str, Arithmetic]  # by dtype
 
 
@@ -104,7 +97,7 @@ def read_hardware(name: str) -> Hardware:
         cores=figures["processor.cores"].count("value"),
         memory_nbytes=int(value("memory.capacity")),
         bandwidth=value("memory.bandwidth"),
-        link=Wire(value("link.latency"), value("link.bandwidth")),
+        link=Link(value("link.latency"), bandwidth=value("link.bandwidth")),
         arithmetic={dtype: _arithmetic(dtype, figures) for dtype in dtypes},
     )
 

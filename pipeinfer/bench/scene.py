@@ -6,7 +6,7 @@ uses that rank as a further stage, of fewer layers each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +112,7 @@ class Scene:
             "set": list(point.set),
             "claims": list(point.claims),
             "burst": list(point.burst),
+            "bytes_per_rank": None,
         }
         if self.costs is not None:
             cells = sum(cell_budget(policy, stages, self.prompt_tokens + point.tokens))
@@ -153,5 +154,5 @@ def scene(point: Point) -> Scene:
     costs = Costs(hardware, target, read_shape(point.draft))
     if target.layers < point.ranks:
         refuse(f"{point.ranks} ranks for the {target.layers} layers of {point.target}", "use fewer ranks")
-    link = Link(hardware.link.delay_s, bandwidth=hardware.link.bandwidth, row_nbytes=costs.activation_nbytes(1))
+    link = replace(hardware.link, row_nbytes=costs.activation_nbytes(1))
     return Scene(point, acceptance, target.layers, Roofline(costs, target.layers), costs.draft_s, link, costs)

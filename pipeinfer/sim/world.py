@@ -39,7 +39,7 @@ from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR, Message, decode, dra
 from pipeinfer.sim.network import Network
 from speculation.drafter import draft_cells
 from speculation.policy import Policy
-from stages.emulated import EmulatedShard, EmulatedSpec, Pace
+from stages.emulated import EmulatedShard, EmulatedSpec, Pace, per_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,13 +277,10 @@ def make_shards(spec: WorldSpec) -> dict[int, ShardModel]:
         cuts = [0, *accumulate(spec.shares)]
     for index, mine in enumerate(range(start, end) for start, end in pairwise(cuts)):
         stage_s = spec.stage_s[index % len(spec.stage_s)]
-        pace = spec.paces[0] if spec.paces else _pace(stage_s / len(mine), spec.row_cost)
+        pace = spec.paces[0] if spec.paces else per_layer(_pace(stage_s, spec.row_cost), len(mine))
         shards[stage_address(index)] = EmulatedShard(spec.model, mine, accepted + guesses, pace)
     capacity = draft_cells(spec.policy, spec.context)
-    pace = _pace(spec.draft_s / layers, spec.row_cost)
-    if spec.paces:
-        draft_s = spec.paces[1]
-        pace = lambda rows, context: draft_s(rows, context) / layers  # noqa: E731
+    pace = per_layer(spec.paces[1] if spec.paces else _pace(spec.draft_s, spec.row_cost), layers)
     for index in range(spec.drafters):
         ranks = spec.model.ranks
         turn = index % len(ranks)  # every drafter has its own idea of what is likely
@@ -292,5 +289,5 @@ def make_shards(spec: WorldSpec) -> dict[int, ShardModel]:
     return shards
 
 
-def _pace(layer_s: float, row_cost: float) -> Pace:
-    return lambda rows, context: layer_s * (1.0 + row_cost * (rows - 1))
+def _pace(pass_s: float, row_cost: float) -> Pace:
+    return lambda rows, context: pass_s * (1.0 + row_cost * (rows - 1))

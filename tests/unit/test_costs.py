@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from pipeinfer.bench.costs import Costs, ModelCosts
-from pipeinfer.bench.hardware import Arithmetic, Curve, Hardware, Wire, read_hardware
+from pipeinfer.bench.hardware import Arithmetic, Curve, Hardware, read_hardware
 from pipeinfer.bench.shapes import Shape, read_shape
 from pipeinfer.errors import UserError
+from pipeinfer.links import Link
 
 # A layer of 1000 * (2 * 100 * 12 + 3 * 2000) = 8.4e6 weights, 33.6 MB; a cell of it is 2 * 2 * 100 * 4 = 1600 bytes.
 SHAPE = Shape(
@@ -17,7 +18,7 @@ SHAPE = Shape(
     tied=False, weight_bits=32.0, dtype="fp32", cell_bits=32.0,
 )  # fmt: skip
 ROOFLINE = Arithmetic(peak=33.6e9, overhead_s=1e-3)
-HARDWARE = Hardware("host", "a host", 1, 10**9, 16.8e9, Wire(1e-3, 1e6), {"fp32": ROOFLINE})
+HARDWARE = Hardware("host", "a host", 1, 10**9, 16.8e9, Link(1e-3, bandwidth=1e6), {"fp32": ROOFLINE})
 
 
 def with_(**changes: object) -> Hardware:

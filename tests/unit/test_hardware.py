@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeinfer.bench.hardware import KINDS, Arithmetic, Curve, Wire, read_hardware
+from pipeinfer.bench.hardware import KINDS, Arithmetic, Curve, read_hardware
 from pipeinfer.bench.places import BENCHMARKS
 from pipeinfer.errors import UserError
+from pipeinfer.links import Link
 
 SHIPPED = sorted((BENCHMARKS / "hardware").glob("*.toml"))
 NUMBERS = {
@@ -46,7 +47,7 @@ def test_every_number_is_read(tmp_path: Path) -> None:
     found = read_hardware(written(tmp_path, *more))
     assert (found.name, found.title, found.cores) == ("mine", "a machine", 4)
     assert (found.memory_nbytes, found.bandwidth) == (8_000_000_000, 50e9)
-    assert found.link == Wire(delay_s=2e-5, bandwidth=1e9)
+    assert found.link == Link(delay_s=2e-5, bandwidth=1e9)
     assert found.arithmetic == {
         "fp32": Arithmetic(peak=1e11, overhead_s=1e-5),
         "bf16": Arithmetic(peak=4e11, overhead_s=2e-5, attention=Curve((1, 8), (4e9, 2e9))),
