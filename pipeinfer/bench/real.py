@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -41,11 +42,11 @@ def measure_point(world: World, suite: Suite, point: Point) -> list[dict[str, An
         bandwidth = _bandwidth(world.threads) if world.is_head else 0.0
         prompts: list[list[int]] = []
         for _ in range(suite.repeats):
-            for name in suite.policies:
+            for name in sorted(suite.policies, key=is_peer):  # an engine of ours reads the prompts
                 if not is_peer(name):
                     samples = measure_engine(world, here, entrant(name, here.set), prompts, facts)
                 elif world.is_head:
-                    peers[name] = peers.get(name) or _open_peer(name, here, world.threads * world.size)
+                    peers[name] = peers.get(name) or _open_peer(name, here, _threads(world))
                     samples = [measure_peer(peers[name], prompt, here.tokens) for prompt in prompts]
                 found[name] += samples if world.is_head else []
         if not world.is_head:
@@ -123,6 +124,12 @@ def prompts_of(point: Point, engine: Engine) -> list[list[int]]:
     tokens = [engine.tokenize(text, 1) for text in texts]
     turns = (tokens[index:] + tokens[:index] for index in range(point.prompts))
     return [list(islice(chain.from_iterable(cycle(turn)), point.prompt_tokens)) for turn in turns]
+
+
+def _threads(world: World) -> int:
+    """What a peer gets in its one process: as many threads as the ranks of ``world`` have together, if there are cores
+    for them."""
+    return min(world.threads * world.size, len(os.sched_getaffinity(0)))
 
 
 def _open_peer(name: str, point: Point, threads: int) -> Peer:

@@ -16,7 +16,6 @@ from pipeinfer.bench.sample import Sample
 from pipeinfer.bench.scene import Scene, scene
 from pipeinfer.bench.simulated import simulate_all, tuned
 from pipeinfer.bench.suite import Point, Suite
-from speculation.policy import PLAIN
 
 if TYPE_CHECKING:
     from launch.mpi import World
@@ -100,7 +99,6 @@ def _emulated_rows(
     rows = []
     for one, samples in found.items():
         facts = here.facts(one.policy) | {"settings": one.settings(), "ideal_tokens_per_s": ideal}
-        facts["ceiling_tokens_per_s"] = 1 / here.trip_s(PLAIN, 1)
         rows.append(make_row(suite, here.point, one.name, samples, facts))
     return with_ratios(rows, mpi)
 

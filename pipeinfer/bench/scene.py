@@ -15,7 +15,7 @@ from pipeinfer.errors import refuse
 from pipeinfer.links import Link
 from pipeinfer.orchestrator import cell_budget
 from pipeinfer.ports import Request
-from speculation.policy import CONTINUOUS, Policy
+from speculation.policy import CONTINUOUS, PLAIN, Policy
 from stages.emulated import EmulatedSpec, Pace, spread
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class Scene:
             "claims": list(point.claims),
             "burst": list(point.burst),
             "bytes_per_rank": None,
+            "ceiling_tokens_per_s": 1 / self.trip_s(PLAIN, 1),
         }
         if self.costs is not None:
             cells = sum(cell_budget(policy, stages, self.prompt_tokens + point.tokens))

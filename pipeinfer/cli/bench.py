@@ -105,6 +105,8 @@ def wanted(args: argparse.Namespace) -> Suite:
             entrant(name)
         elif suite.execution != "real":
             refuse(f"{name} decodes real weights only", "leave it out with --policies, or use --real")
+    if all(map(is_peer, suite.policies)):
+        refuse("only peers", "name a policy of ours too: they are measured beside it")
     return suite
 
 

@@ -64,6 +64,7 @@ def test_rows_as_a_table_and_as_json(suite: str, tmp_path: Path) -> None:
         (["nowhere"], "benchmarks/suites"),
         (["throughput", "--policies", "nobody"], "nobody"),
         (["throughput", "--policies", "hf", "--simulate"], "real weights"),
+        (["real-builtin", "--policies", "hf,hf-assisted"], "only peers"),
         (["throughput", "--repeats", "0"], "--repeats 0"),
         (["throughput", "--ranks", "0"], "--ranks 0"),
         (["throughput", "--out", "/dev/null/there", "--simulate"], "cannot be made"),

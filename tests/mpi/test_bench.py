@@ -66,7 +66,7 @@ def test_with_no_guess_right_it_is_as_fast_as_plain_decoding(tmp_path: Path) -> 
 
 def test_real_weights_beside_transformers(tmp_path: Path) -> None:
     arguments = ["--ranks", "3", "--repeats", "1", "--prompts", "2", "--tokens", "24"]
-    names = "plain,continuous,hf,hf-assisted"
+    names = "hf,plain,continuous,hf-assisted"
     result = pipeinfer("bench", "real-builtin", "--json", *arguments, "--policies", names, timeout_s=110)
     assert result.returncode == 0, result.stderr
     rows = {row["policy"]: row for row in map(json.loads, result.stdout.splitlines())}
