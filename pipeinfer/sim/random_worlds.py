@@ -104,6 +104,7 @@ def _busy_world(rng: random.Random, seed: int) -> WorldSpec:
         link=Link(delay_s=rng.choice((1e-4, 0.1)), control_repeat=rng.choice((0.0, 0.2))),
         context=64,
         drafter_beside_orchestrator=rng.random() < 0.5,
+        withdraw_s=rng.uniform(0, 12 * stages) if rng.random() < 0.25 else None,
     )
 
 
