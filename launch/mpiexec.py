@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from pipeinfer.errors import PipeinferError, refuse
 
+OPEN_MPI_BEFORE_5 = re.compile(r"\((Open MPI|OpenRTE)\) [1-4]\.")  # shared memory had another name there
 OUTER_JOB = ("OMPI_COMM_WORLD_", "PMIX_", "PMI_")
 
 
@@ -42,7 +44,7 @@ def command(ranks: int, program: list[str], python: str = sys.executable) -> tup
             flags += ["--allow-run-as-root"]
         # All ranks are on this host: shared memory, and none of the fabrics that would be probed in vain.
         environ.setdefault("OMPI_MCA_pml", "ob1")
-        environ.setdefault("OMPI_MCA_btl", "self,sm")
+        environ.setdefault("OMPI_MCA_btl", f"self,{'vader' if OPEN_MPI_BEFORE_5.search(told) else 'sm'}")
         environ.setdefault("OMPI_MCA_osc", "^ucx")
     return [mpiexec, *flags, *program], environ
 

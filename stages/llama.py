@@ -158,7 +158,7 @@ class LlamaShard:
         mixed = F.scaled_dot_product_attention(packed, keys, values, attn_mask=step.mask)
         if mixed.shape[2] > rows * self._copies:
             mixed = mixed[:, :, :1]
-        mixed = mixed.view(kv_heads, rows, -1).transpose(0, 1).reshape(rows, -1)
+        mixed = mixed.reshape(kv_heads, rows, -1).transpose(0, 1).reshape(rows, -1)
         return F.linear(mixed, layer.output, layer.output_bias)
 
     def _feed(self, layer: _Layer, x: Tensor) -> Tensor:

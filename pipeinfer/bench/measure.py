@@ -1,4 +1,5 @@
-"""Measuring this host, as a hardware description: how fast it reads and computes, and what torch's kernels make of it.
+"""Measuring a host or its GPU, as a hardware description: how fast it reads and computes, and what torch's kernels make
+of it.
 
 Each number is the median of many. Kernels are given what they are given in a shard: one matrix after the other, so that
 weights come from memory.
@@ -10,6 +11,7 @@ import datetime
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -22,38 +24,64 @@ if TYPE_CHECKING:
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
 PACKED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)  # rows times heads that share a key head
-MATRIX = (4096, 1536)
-STREAM_NBYTES = 128_000_000  # of weights, more than most caches hold; of keys and values a quarter of that
-CONTEXT, KV_HEADS, HEAD_DIM = 1024, 8, 64
+KV_HEADS = 8
 TINY_LAYERS = 16
 
 
-def describe(cpu: str, threads: int, link: tuple[float, float]) -> str:
-    """A description of this host, stages having ``threads`` threads each; ``link``: seconds and bytes per second
-    between ranks. Takes about a minute."""
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How large the things are that a device is measured with: more than its caches hold, and long beside a call."""
+
+    part_nbytes: int  # of ten parts that are read
+    square: int  # side of a matrix whose product takes long
+    matrix: tuple[int, int]
+    stream_nbytes: int  # of weights; of keys and values a quarter of that
+    context: int
+    head_dim: int
+
+
+PROCESSOR = Sizes(40_000_000, 2048, (4096, 1536), 128_000_000, 1024, 64)
+GPU = Sizes(1_000_000_000, 8192, (28672, 8192), 4_000_000_000, 16384, 128)
+
+
+def describe(cpu: str, threads: int, link: tuple[float, float], device: str = "cpu") -> str:
+    """A description of this host, stages having ``threads`` threads each, or a ``device`` as torch names it; ``link``:
+    seconds and bytes per second between ranks. Takes about a minute."""
     import torch
 
     torch.set_num_threads(threads)
     with torch.inference_mode():
-        return "\n".join(_describe(cpu, threads, link))
+        return "\n".join(_describe(cpu, threads, link, device))
 
 
-def _describe(cpu: str, threads: int, link: tuple[float, float]) -> Iterator[str]:
-    by = f"pipeinfer doctor --measure, {datetime.datetime.now(datetime.UTC).date()}"
-    cores, memory = len(os.sched_getaffinity(0)), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    yield f'title = "{cpu}, {cores} cores, {threads} to a stage, torch {metadata.version("torch")}"\n'
-    yield _figure("processor.cores", threads, "threads of each rank", "nominal")
-    yield _figure("memory.capacity", memory, "physical memory, as the kernel tells it", "nominal")
-    yield _figure("memory.bandwidth", read_bandwidth(), f"{by}: sum of 400 MB")
+def _describe(cpu: str, threads: int, link: tuple[float, float], device: str) -> Iterator[str]:
+    asked = "--measure" if device == "cpu" else f"--measure --device {device}"
+    by = f"pipeinfer doctor {asked}, {datetime.datetime.now(datetime.UTC).date()}"
+    here, version = Probe(device), f"torch {metadata.version('torch')}"
+    sizes = here.sizes
+    if device == "cpu":
+        cores, memory = len(os.sched_getaffinity(0)), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        yield f'title = "{cpu}, {cores} cores, {threads} to a stage, {version}"\n'
+        yield _figure("processor.cores", threads, "threads of each rank", "nominal")
+        yield _figure("memory.capacity", memory, "physical memory, as the kernel tells it", "nominal")
+    else:
+        import torch
+
+        gpu = torch.cuda.get_device_properties(device)
+        yield f'title = "{gpu.name}, one to a stage, {version}"\n'
+        yield _figure("processor.cores", gpu.multi_processor_count, "multiprocessors, as torch reports them", "nominal")
+        yield _figure("memory.capacity", gpu.total_memory, "as torch reports it", "nominal")
+    yield _figure("memory.bandwidth", here.read_bandwidth(), f"{by}: sum of {10 * sizes.part_nbytes / 1e6:.0f} MB")
     yield _figure("link.latency", link[0], f"{by}: 8 bytes over MPI, half a round trip")
     yield _figure("link.bandwidth", link[1], f"{by}: 4 MiB over MPI, beyond the latency")
     for dtype in DTYPES:
-        yield _figure(f"{dtype}.peak", peak(dtype), f"{by}: product of two 2048 x 2048 matrices")
-        yield _figure(f"{dtype}.overhead", overhead_s(dtype), f"{by}: a layer of 64 hidden units")
-        weights = f"{by}: {STREAM_NBYTES // 10**6} MB of {MATRIX[0]} x {MATRIX[1]} weights in turn"
-        yield _curve(f"{dtype}.linear", ROWS, linear(dtype), weights)
-        cells = f"{by}: {CONTEXT} cells, {KV_HEADS} key heads of {HEAD_DIM}, layers in turn"
-        yield _curve(f"{dtype}.attention", PACKED_ROWS, attention(dtype), cells)
+        square = f"{by}: product of two {sizes.square} x {sizes.square} matrices"
+        yield _figure(f"{dtype}.peak", here.peak(dtype), square)
+        yield _figure(f"{dtype}.overhead", here.overhead_s(dtype), f"{by}: a layer of 64 hidden units")
+        weights = f"{by}: {sizes.stream_nbytes // 10**6} MB of {sizes.matrix[0]} x {sizes.matrix[1]} weights in turn"
+        yield _curve(f"{dtype}.linear", ROWS, here.linear(dtype), weights)
+        cells = f"{by}: {sizes.context} cells, {KV_HEADS} key heads of {sizes.head_dim}, layers in turn"
+        yield _curve(f"{dtype}.attention", PACKED_ROWS, here.attention(dtype), cells)
 
 
 def _figure(name: str, value: float, source: str, kind: str = "sustained") -> str:
@@ -69,79 +97,95 @@ def _short(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
-def usual_s(calls: Sequence[Callable[[], object]], budget_s: float = 0.4) -> float:
-    """The median time of each of ``calls``, summed up; made in turn for ``budget_s`` seconds, at least thrice."""
-    import torch
+class Probe:
+    """Measures ``device``, as torch names it."""
 
-    now = clock(torch.get_num_threads())
-    taken: list[list[float]] = [[] for _ in calls]
-    end = time.monotonic() + budget_s
-    while len(taken[0]) < 3 or time.monotonic() < end:
-        for call, times in zip(calls, taken, strict=True):
-            began = now()
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.sizes = PROCESSOR if device == "cpu" else GPU
+
+    def usual_s(self, calls: Sequence[Callable[[], object]], budget_s: float = 0.4) -> float:
+        """The median time of each of ``calls``, summed up; made in turn for ``budget_s`` seconds, at least thrice. A
+        GPU works on while the processor calls, so there the median time of all in turn."""
+        import torch
+
+        now = clock(torch.get_num_threads())
+        if self.device != "cpu":
+            now, calls = time.perf_counter, [lambda calls=calls: self._finish(calls)]  # type: ignore[misc]
+        taken: list[list[float]] = [[] for _ in calls]
+        end = time.monotonic() + budget_s
+        while len(taken[0]) < 3 or time.monotonic() < end:
+            for call, times in zip(calls, taken, strict=True):
+                began = now()
+                call()
+                times.append(now() - began)
+        return sum(percentile(times, 0.5) for times in taken)
+
+    def _finish(self, calls: Sequence[Callable[[], object]]) -> None:
+        import torch
+
+        for call in calls:
             call()
-            times.append(now() - began)
-    return sum(percentile(times, 0.5) for times in taken)
+        torch.cuda.synchronize(self.device)
 
+    def read_bandwidth(self) -> float:
+        """Bytes per second that a sum over fp32 numbers reads."""
+        import torch
 
-def read_bandwidth() -> float:
-    """Bytes per second that a sum over fp32 numbers reads."""
-    import torch
+        parts = torch.ones(10, self.sizes.part_nbytes // 4, device=self.device).unbind()
+        return 10 * self.sizes.part_nbytes / self.usual_s([part.sum for part in parts])
 
-    parts = torch.ones(10, 10_000_000).unbind()
-    return 4e8 / usual_s([part.sum for part in parts])
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of a large matrix product."""
+        size = self.sizes.square
+        left, right = self._random(dtype, size, size), self._random(dtype, size, size)
+        return float(2 * size**3 / self.usual_s([lambda: left @ right]))
 
+    def overhead_s(self, dtype: str) -> float:
+        """Seconds of a layer that has next to nothing to compute."""
+        tiny = random_model(TINY_LAYERS, hidden=64, intermediate=128, heads=4, kv_heads=2, vocab=256)
+        shard = whole_shard(tiny, dtype, 16, device=self.device)
+        return self.usual_s([one_pass(shard, 1, 16)]) / TINY_LAYERS
 
-def peak(dtype: str) -> float:
-    """FLOP/s of a large matrix product."""
-    left, right = _random(dtype, 2048, 2048), _random(dtype, 2048, 2048)
-    return float(2 * 2048**3 / usual_s([lambda: left @ right]))
+    def linear(self, dtype: str) -> list[float]:
+        """Bytes of weights per second for each of ROWS."""
+        import torch.nn.functional as F
 
+        matrix = self.sizes.matrix
+        pair = [self._random(dtype, *size) for size in (matrix, matrix[::-1])]
+        nbytes = sum(weight.nbytes for weight in pair)
+        weights = [weight.clone() for _ in range(self.sizes.stream_nbytes // nbytes) for weight in pair]
+        found = []
+        for rows in ROWS:
+            x = {width: self._random(dtype, rows, width) for width in matrix}
+            calls = [lambda w=weight, x=x[weight.shape[1]]: F.linear(x, w) for weight in weights]
+            found.append(sum(weight.nbytes for weight in weights) / self.usual_s(calls))
+        return found
 
-def overhead_s(dtype: str) -> float:
-    """Seconds of a layer that has next to nothing to compute."""
-    tiny = random_model(TINY_LAYERS, hidden=64, intermediate=128, heads=4, kv_heads=2, vocab=256)
-    return usual_s([one_pass(whole_shard(tiny, dtype, 16), 1, 16)]) / TINY_LAYERS
+    def attention(self, dtype: str) -> list[float]:
+        """Bytes of keys and values per second for each of PACKED_ROWS, computed as stages.llama does."""
+        import torch
+        import torch.nn.functional as F
 
+        context, head_dim = self.sizes.context, self.sizes.head_dim
+        layer = self._random(dtype, 1, 2 * KV_HEADS, context, head_dim)
+        cells = [layer.clone() for _ in range(self.sizes.stream_nbytes // 4 // layer.nbytes)]
+        found = []
+        for rows in PACKED_ROWS:
+            shown = max(rows, 2 if dtype == "bf16" else 1)  # as the shard does
+            queries = self._random(dtype, 1, KV_HEADS, shown, head_dim)
+            mask = torch.zeros(shown, context, dtype=queries.dtype, device=self.device)
 
-def linear(dtype: str) -> list[float]:
-    """Bytes of weights per second for each of ROWS."""
-    import torch.nn.functional as F
+            def call(held: torch.Tensor, queries: torch.Tensor = queries, mask: torch.Tensor = mask) -> object:
+                return F.scaled_dot_product_attention(queries, held[:, :KV_HEADS], held[:, KV_HEADS:], attn_mask=mask)
 
-    pairs = STREAM_NBYTES // (2 * _random(dtype, *MATRIX).nbytes)
-    weights = [_random(dtype, *size) for size in (MATRIX, MATRIX[::-1]) * pairs]
-    found = []
-    for rows in ROWS:
-        x = {width: _random(dtype, rows, width) for width in MATRIX}
-        calls = [lambda w=weight, x=x[weight.shape[1]]: F.linear(x, w) for weight in weights]
-        found.append(sum(weight.nbytes for weight in weights) / usual_s(calls))
-    return found
+            calls = [lambda held=held, call=call: call(held) for held in cells]
+            found.append(sum(held.nbytes for held in cells) / self.usual_s(calls))
+        return found
 
+    def _random(self, dtype: str, *shape: int) -> torch.Tensor:
+        import torch
 
-def attention(dtype: str) -> list[float]:
-    """Bytes of keys and values per second for each of PACKED_ROWS, computed as the shard does (see stages.llama)."""
-    import torch
-    import torch.nn.functional as F
+        from stages.pair import DTYPES as TORCH
 
-    layer = (1, 2 * KV_HEADS, CONTEXT, HEAD_DIM)
-    layers = STREAM_NBYTES // 4 // _random(dtype, *layer).nbytes
-    cells = [_random(dtype, *layer) for _ in range(layers)]
-    found = []
-    for rows in PACKED_ROWS:
-        shown = max(rows, 2 if dtype == "bf16" else 1)  # as the shard does
-        queries, mask = _random(dtype, 1, KV_HEADS, shown, HEAD_DIM), torch.zeros(shown, CONTEXT, dtype=cells[0].dtype)
-
-        def call(held: torch.Tensor, queries: torch.Tensor = queries, mask: torch.Tensor = mask) -> object:
-            return F.scaled_dot_product_attention(queries, held[:, :KV_HEADS], held[:, KV_HEADS:], attn_mask=mask)
-
-        calls = [lambda held=held, call=call: call(held) for held in cells]
-        found.append(sum(held.nbytes for held in cells) / usual_s(calls))
-    return found
-
-
-def _random(dtype: str, *shape: int) -> torch.Tensor:
-    import torch
-
-    from stages.pair import DTYPES as TORCH
-
-    return torch.rand(shape, dtype=TORCH[dtype])
+        return torch.rand(shape, dtype=TORCH[dtype], device=self.device)

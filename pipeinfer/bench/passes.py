@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pipeinfer.errors import refuse
 from pipeinfer.ports import Batch, ShardModel
 from stages.checkpoint import Weights
 from stages.random_weights import RandomCheckpoint
@@ -17,6 +18,15 @@ def clock(threads: int) -> Callable[[], float]:
     """What times computing with so many ``threads``. One thread's processor time is what it would take on a core of its
     own, whoever else is about; that of several would leave out how they wait for each other."""
     return time.process_time if threads == 1 else time.perf_counter
+
+
+def check_device(name: str) -> None:
+    """Raise UserError if torch finds no ``name`` here."""
+    import torch
+
+    known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if name not in known and not (name == "cuda" and known[1:]):
+        refuse(f"torch finds no device {name} here", f"name one of {', '.join(known)}")
 
 
 def random_model(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int) -> ModelSpec:
@@ -43,12 +53,15 @@ def random_model(layers: int, hidden: int, intermediate: int, heads: int, kv_hea
     )
 
 
-def whole_shard(spec: ModelSpec, dtype: str, cells: int, weights: Weights | None = None) -> ShardModel:
-    """All layers of a model with ``cells`` cells; of random weights unless some are given."""
+def whole_shard(
+    spec: ModelSpec, dtype: str, cells: int, weights: Weights | None = None, device: str = "cpu"
+) -> ShardModel:
+    """All layers of a model with ``cells`` cells on ``device``; of random weights unless some are given."""
     from stages.llama import LlamaShard
     from stages.pair import DTYPES
 
-    return LlamaShard.load(spec, weights or RandomCheckpoint(spec), range(spec.layer_count), DTYPES[dtype], cells)
+    weights = weights or RandomCheckpoint(spec)
+    return LlamaShard.load(spec, weights, range(spec.layer_count), DTYPES[dtype], cells, device)
 
 
 def one_pass(shard: ShardModel, rows: int, context: int) -> Callable[[], object]:

@@ -16,6 +16,6 @@ def find(kind: str, name: str) -> Path:
         return path
     path = BENCHMARKS / kind / f"{name}.toml"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.toml")))
+        known = ", ".join(sorted(file.stem for file in (BENCHMARKS / kind).glob("*.toml")))
         refuse(f"there is no {name} in benchmarks/{kind}", f"name a file, or one of {known}")
     return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain, cycle, islice
@@ -29,30 +29,40 @@ if TYPE_CHECKING:
 WARM_TOKENS = 8
 """Of the first prompt, before anything is measured."""
 HEAVY = f"{BUILTIN}*"
+Opened = Callable[[Entrant, dict[str, Any]], None]
+"""Called with what is known of an entrant before it decodes."""
 
 
-def measure_point(world: World, suite: Suite, point: Point) -> list[dict[str, Any]]:
-    """The rows of all policies and peers at ``point``; none on ranks other than the head. Collective.
+def measure_point(world: World, suite: Suite, point: Point, announce: Callable[[float], None]) -> list[dict[str, Any]]:
+    """The rows of all policies and peers at ``point``; none on ranks other than the head. Collective. ``announce`` is
+    told once, before anything is measured, how many tokens per second plain decoding can have on this machine.
 
     Raises PipeinferError where tokens differ."""
     with models_of(world, point) as here:
         found: dict[str, list[Sample]] = {name: [] for name in suite.policies}
         peers: dict[str, Peer] = {}
         facts: dict[str, dict[str, Any]] = {}
+        common = _facts(world, point)
         bandwidth = _bandwidth(world.threads) if world.is_head else 0.0
         prompts: list[list[int]] = []
+
+        def opened(one: Entrant, known: dict[str, Any]) -> None:
+            weight_nbytes = known.pop("weight_nbytes")
+            if not facts:
+                common["ceiling_tokens_per_s"] = bandwidth / weight_nbytes
+                announce(common["ceiling_tokens_per_s"])
+            facts[one.name] = known
+
         for _ in range(suite.repeats):
             for name in sorted(suite.policies, key=is_peer):  # an engine of ours reads the prompts
                 if not is_peer(name):
-                    samples = measure_engine(world, here, entrant(name, here.set), prompts, facts)
+                    samples = measure_engine(world, here, entrant(name, here.set), prompts, opened)
                 elif world.is_head:
                     peers[name] = peers.get(name) or _open_peer(name, here, _threads(world))
                     samples = [measure_peer(peers[name], prompt, here.tokens) for prompt in prompts]
                 found[name] += samples if world.is_head else []
         if not world.is_head:
             return []
-        weights = max((fact.pop("weight_nbytes") for fact in facts.values()), default=0)
-        common = _facts(world, point) | {"ceiling_tokens_per_s": bandwidth / weights if weights else None}
         first = suite.policies[0]
         for name, samples in found.items():
             if [one.tokens for one in samples] != [one.tokens for one in found[first]]:
@@ -83,11 +93,9 @@ def models_of(world: World, point: Point) -> Iterator[Point]:
         world.agree(0)  # nobody's files go before everybody is done with them
 
 
-def measure_engine(
-    world: World, point: Point, one: Entrant, prompts: list[list[int]], facts: dict[str, dict[str, Any]]
-) -> list[Sample]:
-    """One sample of ``one`` for each prompt; nothing on ranks other than the head. Leaves ``prompts`` as tokens and the
-    entrant's ``facts`` for others."""
+def measure_engine(world: World, point: Point, one: Entrant, prompts: list[list[int]], opened: Opened) -> list[Sample]:
+    """One sample of ``one`` for each prompt; nothing on ranks other than the head. Leaves ``prompts`` as tokens for
+    others."""
     with Engine(
         point.target,
         point.draft or None,
@@ -100,17 +108,17 @@ def measure_engine(
     ) as engine:
         if engine is None:
             return []
+        holders = [rank for rank in engine.ranks if rank["layers"] is not None]
+        opened(one, {
+            "settings": one.settings(),
+            "stages": len(holders),
+            "bytes_per_rank": max(rank["weight_nbytes"] for rank in holders),
+            "weight_nbytes": sum(rank["weight_nbytes"] for rank in holders),
+        })  # fmt: skip
         prompts[:] = prompts or prompts_of(point, engine)
         sampling = Sampling(temperature=point.temperature)
         engine.generate(prompts[0], WARM_TOKENS, ignore_eos=True)
         answers = [engine.generate(prompt, point.tokens, ignore_eos=True, sampling=sampling) for prompt in prompts]
-        holders = [rank for rank in engine.ranks if rank["layers"] is not None]
-    facts[one.name] = {
-        "settings": one.settings(),
-        "stages": len(holders),
-        "bytes_per_rank": max(rank["weight_nbytes"] for rank in holders),
-        "weight_nbytes": sum(rank["weight_nbytes"] for rank in holders),
-    }
     messages, nbytes = (sent / (WARM_TOKENS + len(prompts) * point.tokens) for sent in engine.traffic)
     return [Sample(tuple(answer.tokens), answer.metrics, messages, nbytes) for answer in answers]
 
@@ -147,10 +155,10 @@ def _bandwidth(threads: int) -> float:
     """Bytes per second that ``threads`` threads of this host read: no plain decoding reads its weights faster."""
     import torch
 
-    from pipeinfer.bench.measure import read_bandwidth
+    from pipeinfer.bench.measure import Probe
 
     torch.set_num_threads(threads)
-    return read_bandwidth()
+    return Probe("cpu").read_bandwidth()
 
 
 def _facts(world: World, point: Point) -> dict[str, Any]:
@@ -170,5 +178,6 @@ def _facts(world: World, point: Point) -> dict[str, Any]:
         "burst": [],
         "settings": {},
         "ideal_tokens_per_s": None,
+        "ceiling_tokens_per_s": None,
         "bytes_per_rank": None,
     }

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeinfer.bench.fingerprint import fingerprint
 from pipeinfer.bench.rows import BANNERS, axes_of, heading, line
 from pipeinfer.bench.suite import Suite
 from pipeinfer.errors import refuse
@@ -20,7 +21,9 @@ class Report:
         self._as_json = as_json
         self._axes = axes_of(suite.points)
         self._rows: list[dict[str, Any]] = []
-        self._ceilings = ""
+        self._is_real = suite.execution == "real"
+        self._announced = ""
+        self._has_heading = False
         self._path = None
         if directory is not None:
             self._path = Path(directory) / f"{suite.name}.{suite.execution}.jsonl"
@@ -36,23 +39,31 @@ class Report:
             f"{len(suite.points)} points, {len(suite.policies)} policies, {suite.repeats} repeats"
             + (f"; expect {minutes:g} min on two cores" if minutes else "")
         )
+        machine = fingerprint({}, "")
+        self.say(f"{machine['cpu']}, {machine['cores']} cores; pipeinfer {machine['pipeinfer']} {machine['git']}")
 
     def say(self, words: str) -> None:
         """A comment; nothing where JSON is wanted."""
         if not self._as_json:
             print(f"# {words}", flush=True)
 
+    def announce(self, ceiling: float, ideal: float | None = None) -> None:
+        """What is allowed at the next point, in tokens per second: ``ceiling`` by the machine or its description, to
+        plain decoding; ``ideal`` by the drafts. Said before anything is measured there, unless the last point had it
+        too."""
+        if not self._has_heading and not self._as_json:
+            print(heading(self._axes), flush=True)
+            self._has_heading = True
+        why = "its weights are read once a token" if self._is_real else "a token is a trip through the stages"
+        words = f"plain decoding: at most {ceiling:.4g} tokens/s, {why}"
+        words += f"; ideal speculation: {ideal:.4g}" if ideal else ""
+        if words != self._announced:
+            self._announced = words
+            self.say(words)
+
     def add(self, rows: list[dict[str, Any]]) -> None:
         """The rows of a further point."""
-        if not self._rows and rows:
-            machine = rows[0]["fingerprint"]
-            self.say(f"{machine['cpu']}, {machine['cores']} cores; pipeinfer {machine['pipeinfer']} {machine['git']}")
-            if not self._as_json:
-                print(heading(self._axes), flush=True)
         self._rows += rows
-        if rows and (ceilings := _ceilings(rows[0])) != self._ceilings:
-            self._ceilings = ceilings
-            self.say(ceilings)
         for row in rows:
             print(json.dumps(row) if self._as_json else line(row, self._axes), flush=True)
         self._write()
@@ -60,11 +71,3 @@ class Report:
     def _write(self) -> None:
         if self._path is not None:
             write_whole(self._path, "".join(json.dumps(row) + "\n" for row in self._rows))
-
-
-def _ceilings(row: dict[str, Any]) -> str:
-    """What the machine, or its description, allows at the point of ``row``."""
-    plain, ideal = row["ceiling_tokens_per_s"], row["ideal_tokens_per_s"]
-    why = "its weights are read once a token" if row["execution"] == "real" else "a token is a trip through the stages"
-    words = f"plain decoding: at most {plain:.4g} tokens/s, {why}" if plain else "no ceiling is known"
-    return f"{words}; ideal speculation: {ideal:.4g}" if ideal else words

@@ -35,6 +35,7 @@ def run_simulated(suite: Suite, report: Report) -> None:
             ideal = pool.submit(ideal_speed, here)
             entrants = _entrants(suite, point)
             entrants = tuned(here, entrants, pool) if suite.tune else entrants
+            report.announce(here.ceiling, ideal.result())
             samples = simulate_all(here, entrants, suite.repeats, pool)
             report.add(_emulated_rows(suite, here, dict(zip(entrants, samples, strict=True)), ideal.result(), ""))
 
@@ -49,6 +50,8 @@ def run_emulated(suite: Suite, report: Report | None, world: World) -> None:
             if world.is_head:
                 entrants = tuned(here, entrants, pool) if suite.tune else entrants
                 ideal = pool.submit(ideal_speed, here).result()
+            if report is not None:
+                report.announce(here.ceiling, ideal)
             told = world.tell({"entrants": [one.words() for one in entrants]})
             entrants = [Entrant.of(words) for words in told["entrants"]]
             found = _emulate(world, here, entrants, suite.repeats)
@@ -79,7 +82,8 @@ def run_real(suite: Suite, report: Report | None, world: World) -> None:
         rows: list[dict[str, Any]] = []
         with world.part(point.ranks or world.size) as part:
             if part is not None:
-                rows = measure_point(part, suite, point)
+                announce = report.announce if report is not None else lambda ceiling: None
+                rows = measure_point(part, suite, point, announce)
         if report is not None:
             report.add(with_ratios(rows, world.library))
 

@@ -95,6 +95,11 @@ class Scene:
         hop_s = self.link.delay_s + rows * self.link.row_nbytes / self.link.bandwidth
         return self.layers * self.layer_s(rows, self.context) + (self.stages(policy) + 1) * hop_s
 
+    @property
+    def ceiling(self) -> float:
+        """Tokens per second of plain decoding, at most."""
+        return 1 / self.trip_s(PLAIN, 1)
+
     def facts(self, policy: Policy) -> dict[str, Any]:
         """What a row says of the scene."""
         point = self.point
@@ -113,7 +118,7 @@ class Scene:
             "claims": list(point.claims),
             "burst": list(point.burst),
             "bytes_per_rank": None,
-            "ceiling_tokens_per_s": 1 / self.trip_s(PLAIN, 1),
+            "ceiling_tokens_per_s": self.ceiling,
         }
         if self.costs is not None:
             cells = sum(cell_budget(policy, stages, self.prompt_tokens + point.tokens))

@@ -62,9 +62,9 @@ class Comparison:
         }
 
 
-def compare(hardware: Hardware, target: Path) -> list[Comparison]:
-    """Time the model in the directory ``target`` and larger ones of random weights, in every dtype that ``hardware``
-    knows, with as many threads as its stages have. Takes a minute or two. Raises CheckpointError."""
+def compare(hardware: Hardware, target: Path, device: str = "cpu") -> list[Comparison]:
+    """Time the model in the directory ``target`` and larger ones of random weights on ``device``, in every dtype that
+    ``hardware`` knows, with as many threads as its stages have. Takes a minute or two. Raises CheckpointError."""
     import torch
 
     torch.set_num_threads(hardware.cores)
@@ -76,7 +76,7 @@ def compare(hardware: Hardware, target: Path) -> list[Comparison]:
         models = [(target.name, spec, checkpoint), *((name, model, None) for name, model in LARGE.items())]
         for name, model, weights in models:
             costs = ModelCosts(hardware, of_spec(model, name).held_in(dtype))
-            shard = whole_shard(model, dtype, max(CONTEXTS), weights)
+            shard = whole_shard(model, dtype, max(CONTEXTS), weights, device)
             points = [(rows, context) for context in CONTEXTS for rows in ROWS if context <= model.context]
             here = [Comparison(name, dtype, *point, costs.pass_s(*point)) for point in points]
             passes = [one_pass(shard, *point) for point in points]

@@ -32,6 +32,12 @@ def add_parser(commands: Any) -> None:
     what.add_argument(
         "--validate", metavar="HARDWARE", help="compare the costs that HARDWARE predicts with passes on this host"
     )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="NAME",
+        help="with --measure or --validate: what computes, as torch names it, for instance cuda (default: cpu)",
+    )
     parser.add_argument("--out", metavar="FILE", help="with --measure: where to write it (default: standard output)")
     parser.add_argument("--target", metavar="DIR", help="with --validate: the model (default: the built-in target)")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
@@ -42,6 +48,12 @@ def doctor(args: argparse.Namespace) -> int:
     for name, given, needs in (("--out", args.out, args.measure), ("--target", args.target, args.validate)):
         if given and not needs:
             refuse(f"{name} without {'--measure' if name == '--out' else '--validate'}", "say both, or neither")
+    if args.device != "cpu":
+        from pipeinfer.bench.passes import check_device
+
+        if not (args.measure or args.validate):
+            refuse("--device without --measure or --validate", "say one of them too, or leave it out")
+        check_device(args.device)
     if args.json and args.measure:
         refuse("--json with --measure", "a hardware description is TOML")
     if args.measure:
@@ -78,7 +90,7 @@ def measure(args: argparse.Namespace) -> int:
         latency_s, large_s = here.ping(SMALL_NBYTES, 1000), here.ping(LARGE_NBYTES, 50)
         if here.is_head:
             link = (latency_s, LARGE_NBYTES / (large_s - latency_s))
-            described = describe(fingerprint({}, "")["cpu"], here.threads, link)
+            described = describe(fingerprint({}, "")["cpu"], here.threads, link, args.device)
             if args.out:
                 write_whole(args.out, described)
             else:
@@ -94,7 +106,7 @@ def validate(args: argparse.Namespace) -> int:
     from pipeinfer.config import BUILTIN, model_directory
 
     hardware = read_hardware(args.validate)
-    comparisons = compare(hardware, model_directory(args.target or BUILTIN, "target"))
+    comparisons = compare(hardware, model_directory(args.target or BUILTIN, "target"), args.device)
     if args.json:
         for one in comparisons:
             print(json.dumps(one.row()), flush=True)

@@ -65,6 +65,8 @@ def test_it_measures_this_host_and_two_ranks_of_it(tmp_path: Path) -> None:
         ("--target x", "--target without --validate"),
         ("--measure --json", "--json with --measure"),
         ("--measure --validate h200", "not allowed with"),
+        ("--device cuda", "--device without --measure or --validate"),
+        ("--measure --device abacus", "torch finds no device abacus here; name one of cpu"),
         ("--measure --out nowhere/x.toml", "nowhere/x.toml cannot be written"),
         ("--validate cray", "there is no cray in benchmarks/hardware"),
         ("--validate dual-xeon-e5-1gbe --target nowhere", "nowhere: no such model directory"),

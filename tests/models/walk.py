@@ -20,14 +20,18 @@ CAPACITY = 160
 
 
 def load_shards(
-    directory: Path, shards: int = 1, dtype: torch.dtype = torch.float32, capacity: int = CAPACITY
+    directory: Path,
+    shards: int = 1,
+    dtype: torch.dtype = torch.float32,
+    capacity: int = CAPACITY,
+    device: str = "cpu",
 ) -> list[LlamaShard]:
     """The whole model in ``shards`` consecutive pieces, as even as they go."""
     spec, checkpoint = ModelSpec.read(directory), Checkpoint(directory)
     checkpoint.validate(spec)
     cuts = [spec.layer_count * index // shards for index in range(shards + 1)]
     pieces = [range(start, stop) for start, stop in pairwise(cuts)]
-    return [LlamaShard.load(spec, checkpoint, layers, dtype, capacity) for layers in pieces]
+    return [LlamaShard.load(spec, checkpoint, layers, dtype, capacity, device) for layers in pieces]
 
 
 def make_batch(

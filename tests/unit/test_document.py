@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from benchmarks.document import BLOCK, DOCUMENTS, refreshed, show
+from benchmarks.document import BLOCK, DOCUMENTS, refreshed
+from benchmarks.views import show
 from pipeinfer.bench.places import BENCHMARKS
 
 

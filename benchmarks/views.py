@@ -1,0 +1,179 @@
+"""What a block of a document can show of a result: each view makes a table in Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pipeinfer.bench.places import BENCHMARKS
+from pipeinfer.bench.rows import AXES
+from pipeinfer.metrics import percentile
+
+TITLES = {"top1": "top-1", "draft_time": "draft pass", "prompt_tokens": "prompt", "tokens": "new tokens"}
+
+Row = dict[str, Any]
+
+
+def read(name: str) -> list[Row]:
+    """The rows of benchmarks/results/``name``.jsonl."""
+    path = BENCHMARKS / "results" / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def axes(rows: Sequence[Row]) -> list[str]:
+    """What differs among ``rows`` besides the policy."""
+    places = [place(row) for row in rows]
+    varying = [axis for axis in AXES if axis != "stages" and len({str(one[axis]) for one in places}) > 1]
+    return varying or ["ranks"]
+
+
+def place(row: Row) -> Row:
+    """Where ``row`` stands on each axis."""
+    return {axis: row.get(axis) for axis in AXES} | {"top1": (row["acceptance"] or {}).get("top1")}
+
+
+def ratios(rows: Sequence[Row]) -> str:
+    """A line for each point: plain's speed, and all others in times of it."""
+    varying = axes(rows)
+    names = list(dict.fromkeys(row["policy"] for row in rows))
+    has_ideal = all(row["ideal_tokens_per_s"] for row in rows)
+    rivals = [name for name in names if name not in ("plain", "continuous")]
+    extra = (["ideal", "of ideal"] if has_ideal else []) + (["over best rival"] if rivals else [])
+    others = [name for name in names if name != "plain"]
+    lines = [[TITLES.get(axis, axis) for axis in varying] + ["plain, tokens/s", *others, *extra]]
+    for found in by_point(rows):
+        plain, ours = speed(found["plain"]), speed(found["continuous"])
+        line = [show(place(found["plain"])[axis]) for axis in varying] + [f"{plain:.2f}"]
+        line += [f"{speed(found[name]) / plain:.2f}" for name in others]
+        if has_ideal:
+            ideal = found["plain"]["ideal_tokens_per_s"]
+            line += [f"{ideal / plain:.2f}", f"{ours / ideal:.3f}"]
+        if rivals:
+            line.append(f"{ours / max(speed(found[name]) for name in rivals):.2f}")
+        lines.append(line)
+    return table(lines)
+
+
+def latencies(rows: Sequence[Row]) -> str:
+    """A line for each point: speeds over the better synchronous policy, TTFT and ITL (p50 and p99) in milliseconds."""
+    varying = axes(rows)
+    heads = ["pipeinfer over sync", "continuous over sync", "TTFT plain", "sync", "continuous"]
+    heads += ["ITL plain", "sync", "continuous"]
+    lines = [[TITLES.get(axis, axis) for axis in varying] + heads]
+    for found in by_point(rows):
+        three = [found["plain"], better_sync(found), found["continuous"]]
+        line = [show(place(found["plain"])[axis]) for axis in varying]
+        line += [f"{over_sync(found, name):.2f}" for name in ("pipeinfer", "continuous")]
+        line += [f"{row['ttft_ms']:.0f}" for row in three]
+        lines.append(line + [f"{row['itl_ms']['p50']:.0f}, {row['itl_ms']['p99']:.0f}" for row in three])
+    return table(lines)
+
+
+def claims(rows: Sequence[Row]) -> str:
+    """What the PipeInfer study says of its speed over synchronous speculation, beside ours."""
+    points = by_point(rows)
+    usual = float(show(max({place(row)["top1"] for row in rows}, key=[place(row)["top1"] for row in rows].count)))
+    pairs = [found for found in points if place(found["plain"])["top1"] == usual]
+
+    def where(**wanted: Any) -> list[dict[str, Row]]:
+        return [found for found in points if all(place(found["plain"])[key] == value for key, value in wanted.items())]
+
+    def said(name: str, found: Sequence[dict[str, Row]]) -> str:
+        speeds = sorted(over_sync(one, name) for one in found)
+        return f"{speeds[0]:.2f} to {speeds[-1]:.2f}, median {percentile(speeds, 0.5):.2f}"
+
+    lines = [["over synchronous speculation", "published", "its schedule here", "continuous"]]
+    questions = [("all pairs and nodes", "1.5 to 2.15", pairs)]
+    questions += [
+        (f"{name}, pairs and nodes", note, [one for one in pairs if one["plain"]["hardware"] == hardware])
+        for name, note, hardware in (
+            ("1 Gb/s Ethernet", "more than on InfiniBand", "dual-xeon-e5-1gbe"),
+            ("InfiniBand", "", "dual-xeon-gold-ib"),
+        )
+    ]
+    others = sorted({place(row)["top1"] for row in rows} - {usual})
+    notes = {others[0]: "up to 2.15 (poorly aligned pairs)", others[-1]: "up to 1.7 (well aligned pairs)"}
+    questions += [(f"top-1 {show(top1)}, 8 nodes", notes.get(top1, ""), where(top1=top1)) for top1 in others]
+    lines += [[name, note, said("pipeinfer", found), said("continuous", found)] for name, note, found in questions]
+    slowest = min(found["continuous"]["ratio_to_plain"] for found in points)
+    theirs = min(found["pipeinfer"]["ratio_to_plain"] for found in points)
+    lines.append(["least, in times plain", "never slower", f"{theirs:.2f}", f"{slowest:.2f}"])
+    return table(lines)
+
+
+def by_point(rows: Sequence[Row]) -> list[dict[str, Row]]:
+    """The rows of each point, by policy."""
+    points: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        where = [value for axis, value in place(row).items() if axis != "stages"]  # plain has one more
+        points.setdefault(str(where), {})[row["policy"]] = row
+    return list(points.values())
+
+
+def better_sync(found: dict[str, Row]) -> Row:
+    """The quicker of a point's synchronous policies."""
+    return max((found["sync-chain"], found["sync-tree"]), key=speed)
+
+
+def over_sync(found: dict[str, Row], name: str) -> float:
+    """The speed of a point's policy ``name``, over the better synchronous one's."""
+    return speed(found[name]) / speed(better_sync(found))
+
+
+def speed(row: Row) -> float:
+    """The usual tokens per second."""
+    median: float = row["tokens_per_s"]["median"]
+    return median
+
+
+def agreement(rows: Sequence[Row]) -> str:
+    """A line for each point: emulated speeds, in simulated ones."""
+    varying = axes(rows)
+    simulated = {(row["policy"], str(place(row))): row for row in read(f"{rows[0]['suite']}.simulated")}
+    names = list(dict.fromkeys(row["policy"] for row in rows))
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        where = [show(place(row)[axis]) for axis in varying]
+        twin = simulated[row["policy"], str(place(row))]
+        lines.setdefault(str(where), where).append(f"{speed(row) / speed(twin):.3f}")
+    return table([[TITLES.get(axis, axis) for axis in varying] + names, *lines.values()])
+
+
+def policies(rows: Sequence[Row]) -> str:
+    """A line for each policy at each point, with what it did."""
+    varying = axes(rows)
+    columns = ("ttft_ms", "acceptance_rate", "accept_length", "waste", "bubble", "cancel_latency_ms")
+    heads = ["policy", "tokens/s", "p10 to p90", "times plain", *columns]
+    lines = [[TITLES.get(axis, axis) for axis in varying] + heads]
+    for row in rows:
+        found = row["tokens_per_s"]
+        ratio = "" if row["ratio_to_plain"] is None else f"{row['ratio_to_plain']:.2f}"
+        line = [show(place(row)[axis]) for axis in varying]
+        line += [row["policy"], f"{found['median']:.1f}", f"{found['p10']:.1f} to {found['p90']:.1f}", ratio]
+        lines.append(line + [show(row[column]) for column in columns])
+    return table(lines)
+
+
+VIEWS: dict[str, Callable[[Sequence[Row]], str]] = {
+    "ratios": ratios,
+    "policies": policies,
+    "agreement": agreement,
+    "latencies": latencies,
+    "claims": claims,
+}
+
+
+def show(value: Any) -> str:
+    """A cell."""
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Markdown; the first line is the head."""
+    head, *body = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([head, "|--" * len(lines[0]) + "|", *body])
