@@ -6,10 +6,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from launch.backoff import Backoff
+from launch.backoff import sleep_until
 from pipeinfer.errors import StallError
 from pipeinfer.executor import Executor
 from pipeinfer.ports import Emit, Event, Finish, Idle, Send, Transport
+
+MOST_IDLE_S = 5e-3
+"""Whoever waits looks up as often as this."""
 
 
 class Driver:
@@ -19,8 +22,7 @@ class Driver:
         self._homes = homes
         self._transport = transport
         self._due = 0.0  # when the current layer's rest is over
-        self._resting = False
-        self._backoff = Backoff()
+        self._overslept_s = 0.0
         self.moved_at = 0.0
         self.executor: Executor  # set by whoever casts the roles
         self.news: deque[tuple[float, Emit | Finish | Idle]] = deque()
@@ -51,19 +53,30 @@ class Driver:
         if alarm is not None and now >= alarm:
             self.executor.ring(now)
             moved = True
-        if now >= self._due:
-            rest = self.executor.step(now)
-            if rest is not None:
-                moved = True
-                # A paced layer begins when the last one should have ended: oversleeping must not add up.
-                self._due = (self._due if self._resting else now) + rest
-            self._resting = bool(rest)
+        moved |= self._step(time.monotonic())
         if moved:
             self.moved_at = now
-            self._backoff.reset()
+            return
+        idle_s = MOST_IDLE_S if alarm is None else min(MOST_IDLE_S, max(0.0, alarm - now))
+        if self._transport is not None:
+            self._transport.wait(idle_s)
         else:
-            times = [self._due] if alarm is None else [self._due, alarm]
-            self._backoff.wait(min((at - now for at in times if at > now), default=1.0))
+            time.sleep(idle_s)
+
+    def _step(self, now: float) -> bool:
+        """Compute the next layer; whether there was one. A paced one is slept through, as deaf as a real one computes;
+        it begins when the last one should have ended, also across passes, for no real machine oversleeps."""
+        rest_s = self.executor.step(now)
+        if rest_s is None:
+            self._overslept_s = self._due = 0.0
+            return False
+        if rest_s:
+            self._due = (self._due or now - self._overslept_s) + rest_s
+            sleep_until(self._due)
+        else:
+            self._overslept_s = now - self._due if self._due else 0.0
+            self._due = 0.0
+        return True
 
     def run(self, until: Callable[[], bool], deadline_s: float = 0.0, explain: Callable[[], str] = str) -> None:
         """Turn until ``until()``; StallError, saying ``explain()``, if nothing moves for ``deadline_s`` (0: never)."""

@@ -13,8 +13,8 @@ Everything is non-blocking. A message whose tensor has not arrived holds back th
 are kept, buffers and all, until MPI is done with them. Received tensors land in a fixed rotation of buffers: as a run
 is one of at most ``window`` in flight, its buffer is free again before its turn comes round.
 
-Nobody spins: who has nothing to do sleeps between polls, 20 microseconds at first, then longer (see Backoff). So many
-ranks can share few cores, and a blocking MPI call that would burn one never appears.
+Nobody spins: who has nothing to do sleeps until a neighbour rings (see Doorbell) or between polls (see Backoff). So
+many ranks can share few cores, and a blocking MPI call that would burn one never appears.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import mpi4py
 import numpy as np
@@ -40,11 +40,13 @@ mpi4py.rc.thread_level = "funneled"  # one thread; must be said before MPI is lo
 from mpi4py import MPI  # noqa: E402
 
 from launch.backoff import Backoff  # noqa: E402
+from launch.doorbell import Doorbell  # noqa: E402
 from pipeinfer.errors import LocalProtocolError, PipeinferError, StallError, UserError  # noqa: E402
 from pipeinfer.ports import Payload, Received  # noqa: E402
 from pipeinfer.protocol import MAX_NBYTES, Message, decode, encode  # noqa: E402
 
 Bytes = npt.NDArray[np.uint8]
+T = TypeVar("T")
 RING = 8
 MOST_PENDING_SENDS = 4096
 FACTS_NBYTES = 1024
@@ -103,6 +105,10 @@ class MpiTransport:
         self._next_buffer = 0
         self.messages = self.nbytes = 0
         self._sends: deque[tuple[MPI.Request, Any]] = deque()
+        self._bell = Doorbell()
+        self._bell.meet(dict(_on_this_host(comm, (comm.Get_rank(), self._bell.name))))
+        self._is_heard_by_all = self._bell.known == comm.Get_size()
+        self._backoff = Backoff()
 
     def send(self, rank: int, message: Message, payload: Payload | None) -> None:
         """See Transport."""
@@ -116,6 +122,8 @@ class MpiTransport:
         self._sends.append((channel.Isend([header, MPI.BYTE], rank), header))
         if body is not None:
             self._sends.append((self._tensor.Isend([body, MPI.BYTE], rank), (body, payload)))
+        self._bell.ring(rank)
+        self._backoff.reset()
         if len(self._sends) > MOST_PENDING_SENDS:
             raise LocalProtocolError(f"{len(self._sends)} sends wait for their receivers")
 
@@ -136,7 +144,17 @@ class MpiTransport:
                 arrived.append(Received(message, payload))
         while self._sends and self._sends[0][0].Test():
             self._sends.popleft()
+        if arrived:
+            self._backoff.reset()
         return arrived
+
+    def wait(self, most_s: float) -> None:
+        """See Transport. Where everybody can ring the bell nobody needs to poll, but for what is half sent or half
+        here: MPI moves that on only while it is called."""
+        is_half_way = self._sends or any(self._inbound.values())
+        if is_half_way or not self._is_heard_by_all:
+            most_s = min(most_s, self._backoff.next_s())
+        self._bell.wait(most_s)
 
     def _expect(self, source: int, message: Message) -> _Inbound:
         """Post the receive for the tensor that ``message`` announces, if it does."""
@@ -160,6 +178,7 @@ class MpiTransport:
             ring.close()
         for channel in (self._stream, self._tensor, self._control):
             channel.Free()
+        self._bell.close()
 
 
 def politely(request: MPI.Request) -> None:
@@ -169,14 +188,36 @@ def politely(request: MPI.Request) -> None:
         backoff.wait()
 
 
+def _asked_threads() -> int:
+    """What OMP_NUM_THREADS says; 0 if nothing."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, int(asked)) if asked.isdigit() else 0
+
+
+def _fair_threads(comm: MPI.Intracomm) -> int:
+    """This rank's share of the cores that it may use: others may use them too unless ranks are bound."""
+    mine = os.sched_getaffinity(0)
+    sharers = sum(not mine.isdisjoint(others) for others in _on_this_host(comm, mine))
+    return max(1, len(mine) // sharers)
+
+
+def _on_this_host(comm: MPI.Intracomm, word: T) -> list[T]:
+    """What each rank of this host says. Collective."""
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    words: list[T] = node.allgather(word)
+    node.Free()
+    return words
+
+
 class World:
     """The job this process is part of: its own duplicate of MPI_COMM_WORLD or of a communicator it was given."""
 
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
+        """``threads``: this rank's share of the cores it may use, unless OMP_NUM_THREADS says otherwise."""
         self.comm = (comm or MPI.COMM_WORLD).Dup()
         self.rank = self.comm.Get_rank()
         self.size = self.comm.Get_size()
-        self.threads = self._fair_threads()
+        self.threads = _asked_threads() or _fair_threads(self.comm)
 
     @property
     def is_head(self) -> bool:
@@ -242,17 +283,6 @@ class World:
             while not request.Test():
                 pass
         return time.perf_counter() - began
-
-    def _fair_threads(self) -> int:
-        """Threads for this rank's kernels: its share of the cores it may use, unless OMP_NUM_THREADS says otherwise."""
-        if os.environ.get("OMP_NUM_THREADS", "").isdigit():
-            return max(1, int(os.environ["OMP_NUM_THREADS"]))
-        node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
-        neighbours = node.Get_size()
-        node.Free()
-        mine = len(os.sched_getaffinity(0))
-        is_bound = mine < (os.cpu_count() or 1)
-        return mine if is_bound else max(1, mine // neighbours)
 
     def fail(self, error: BaseException) -> NoReturn:
         """Say what went wrong here and take every rank of the job down, now."""

@@ -43,6 +43,11 @@ class PacedLinks:
         self._release(time.monotonic())
         return self._transport.poll()
 
+    def wait(self, most_s: float) -> None:
+        """See Transport."""
+        dues = [held[0].due for held in (self._control, *self._streams.values()) if held]
+        self._transport.wait(min([most_s, *(max(0.0, due - time.monotonic()) for due in dues)]))
+
     def _release(self, now: float) -> None:
         for held in (self._control, *self._streams.values()):
             while held and held[0].due <= now:

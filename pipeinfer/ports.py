@@ -274,7 +274,7 @@ class Machine(Protocol):
 
 
 class Transport(Protocol):
-    """Moves messages between ranks. Never blocks."""
+    """Moves messages between ranks. Only ``wait`` and ``close`` take their time."""
 
     @property
     def messages(self) -> int:
@@ -292,6 +292,10 @@ class Transport(Protocol):
 
     def poll(self) -> list[Received]:
         """Move everything forward; return what has arrived whole, in order per sender."""
+        ...
+
+    def wait(self, most_s: float) -> None:
+        """Sleep until something may have arrived, or for ``most_s`` seconds."""
         ...
 
     def close(self) -> None:

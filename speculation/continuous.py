@@ -87,12 +87,11 @@ def choose_rows(
     """Take the nodes of the next run, best first, parents before children: at most ``most`` (the policy's ``rows``),
     and no more guesses than there are cells (``room``).
 
-    The root is no guess and always goes. A guess goes if its path is probable enough (``policy.floor``), or however
-    improbable where rows are free; where the cost ``curve`` is known, as many go as give the most useful rows per
-    second."""
+    The root is no guess and always goes. A guess goes if its path is probable enough for what a row costs by the
+    ``curve`` (without one: ``policy.floor``), and as many go as give the most useful rows per second."""
     chosen: list[Node] = []
     most = policy.rows if most is None else most
-    floor = 0.0 if curve and curve.is_flat(most) else policy.floor
+    floor = curve.least_probability(most, policy.floor) if curve else policy.floor
     useful: list[float] = []
     for node in tree.ranked():
         if len(chosen) == most:

@@ -25,6 +25,8 @@ import numpy.typing as npt
 from pipeinfer.ports import GREEDY, Batch, Choice, Draw, Sampling
 
 Words = npt.NDArray[np.uint64]
+DRAFT_RESTS = 16
+"""In so many parts, or a few more, a pass of a draft goes; what a draft's layers are."""
 
 Pace = Callable[[int, int], float]
 """Seconds for so many rows, with so many cells in view."""
@@ -66,8 +68,8 @@ class EmulatedSpec:
 
 
 class EmulatedShard:
-    """Layers ``layers`` of ``spec`` with ``capacity`` cells; ``layer_s`` is the pace of one
-    layer."""
+    """Layers ``layers`` of ``spec`` with ``capacity`` cells; ``layer_s`` is the pace of one layer. A draft rests for
+    several layers at once: real ones have fewer."""
 
     def __init__(
         self,
@@ -95,8 +97,10 @@ class EmulatedShard:
         words = mix(batch.tokens.astype(np.uint64) + np.uint64(self._spec.seed)) if hidden is None else hidden
         places = mix(batch.positions.astype(np.uint64) + np.uint64(0x9E3779B9))
         span = batch.visible.shape[1]
+        at_once = max(1, len(self._layers) // DRAFT_RESTS) if self._is_draft else 1
         for index in range(len(self._layers)):
-            yield pace
+            if index % at_once == 0:
+                yield pace * min(at_once, len(self._layers) - index)
             keys = self._cells[index]
             keys[batch.slots] = mix(words ^ self._salts[index] ^ places)
             words = mix(words + (batch.visible * keys[:span]).sum(axis=1, dtype=np.uint64))

@@ -21,14 +21,15 @@ from stages.emulated import EmulatedSpec, Pace, spread
 if TYPE_CHECKING:
     from pipeinfer.bench.costs import Costs
 
-LAYERS_PER_STAGE = 10
-"""Of a point without a hardware: news of death is heard between layers."""
+LAYERS = 80
+"""Of a point without a hardware, about: news of death is heard between layers. Each stage has at least three."""
 DRAFT_ROWS = 8
 """Leaves that a pass of the draft has, for closed forms."""
 PROMPT_TOKENS = 16
 """Where a point does not say."""
-LOCAL_LINK = Link(delay_s=2e-5, bandwidth=5e9)
-"""Between ranks of one host, where a point has no hardware: about what shared memory takes, polling included."""
+LOCAL_LINK = Link(delay_s=6e-4, bandwidth=5e9)
+"""Between ranks of one host, where a point has no hardware: what a stage adds to a token of plain decoding where 9 to
+33 ranks share two cores. Most of it is Python that the caches have forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +148,10 @@ def scene(point: Point) -> Scene:
         refuse(f"a point with {point.ranks} ranks", "say `stages` (at least 1) or `ranks` (at least 2) in the suite")
     acceptance = point.acceptance or spread(point.top1)
     if not point.hardware:
-        layers = LAYERS_PER_STAGE * (point.ranks - 1)
-        layer_s, draft_s = 1e-3 * point.stage_ms / LAYERS_PER_STAGE, 1e-3 * point.stage_ms * point.draft_time
-        return Scene(point, acceptance, layers, Flat(layer_s), Flat(draft_s), LOCAL_LINK)
+        stages = point.ranks - 1
+        each = max(3, round(LAYERS / stages))
+        layer_s, draft_s = 1e-3 * point.stage_ms / each, 1e-3 * point.stage_ms * point.draft_time
+        return Scene(point, acceptance, each * stages, Flat(layer_s), Flat(draft_s), LOCAL_LINK)
     if not point.target or not point.draft:
         refuse(f"a point with hardware {point.hardware} but no models", "name `target` and `draft` shapes in the suite")
     from pipeinfer.bench.costs import Costs

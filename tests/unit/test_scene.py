@@ -20,7 +20,7 @@ def test_plain_decoding_gets_the_drafter_s_rank(point: Point) -> None:
     here = scene(point)
     assert (here.stages(PLAIN), here.stages(CONTINUOUS)) == (9, 8)
     assert sum(here.shares(PLAIN)) == sum(here.shares(CONTINUOUS)) == here.layers == 80
-    assert here.trip_s(PLAIN, 1) == pytest.approx(here.trip_s(CONTINUOUS, 1), rel=2e-3), "only a hop more"
+    assert here.trip_s(PLAIN, 1) == pytest.approx(here.trip_s(CONTINUOUS, 1), rel=5e-3), "only a hop more"
 
 
 def test_the_head_may_have_a_smaller_share() -> None:
@@ -34,7 +34,7 @@ def test_flat_times() -> None:
     assert here.stage_s(CONTINUOUS, 1) == here.stage_s(CONTINUOUS, 16) == pytest.approx(0.02)
     assert here.draft_s(8, 100) == pytest.approx(0.01)
     assert here.facts(CONTINUOUS)["draft_time"] == pytest.approx(0.5)
-    assert here.trip_s(PLAIN, 1) == pytest.approx(0.16, rel=0.01)
+    assert here.trip_s(PLAIN, 1) == pytest.approx(0.16 + 10 * here.link.delay_s, rel=1e-3)
 
 
 def test_described_times_are_those_of_reading_the_weights() -> None:
