@@ -50,6 +50,7 @@ T = TypeVar("T")
 RING = 8
 MOST_PENDING_SENDS = 4096
 FACTS_NBYTES = 1024
+REST_S = 10e-3
 
 
 @dataclass(slots=True)
@@ -229,6 +230,12 @@ class World:
         word = np.array([verdict], np.int64)
         politely(self.comm.Ibcast(word))
         return int(word[0])
+
+    def rest(self) -> None:
+        """Wait for the head, which works alone, and leave the cores to it: only every few milliseconds a look."""
+        request = self.comm.Ibarrier()
+        while not request.Test():
+            time.sleep(REST_S)
 
     def tell(self, words: dict[str, Any]) -> dict[str, Any]:
         """What the head says in ``words`` (JSON), on every rank."""

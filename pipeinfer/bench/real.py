@@ -57,9 +57,11 @@ def measure_point(world: World, suite: Suite, point: Point, announce: Callable[[
             for name in sorted(suite.policies, key=is_peer):  # an engine of ours reads the prompts
                 if not is_peer(name):
                     samples = measure_engine(world, here, entrant(name, here.set), prompts, opened)
-                elif world.is_head:
-                    peers[name] = peers.get(name) or _open_peer(name, here, _threads(world))
-                    samples = [measure_peer(peers[name], prompt, here.tokens) for prompt in prompts]
+                else:
+                    if world.is_head:
+                        peers[name] = peers.get(name) or _open_peer(name, here, _threads(world))
+                        samples = [measure_peer(peers[name], prompt, here.tokens) for prompt in prompts]
+                    world.rest()
                 found[name] += samples if world.is_head else []
         if not world.is_head:
             return []
