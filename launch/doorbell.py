@@ -30,11 +30,6 @@ class Doorbell:
         """The names of this host's ranks, the own one included."""
         self._names = {rank: name for rank, name in names.items() if name}
 
-    @property
-    def known(self) -> int:
-        """How many ranks have a bell here."""
-        return len(self._names)
-
     def ring(self, rank: int) -> None:
         """Wake ``rank``, if it is a neighbour."""
         name = self._names.get(rank)
@@ -42,14 +37,17 @@ class Doorbell:
             with contextlib.suppress(OSError):  # its queue is full: it will wake anyway; or it is gone
                 self._socket.sendto(b"", name)
 
-    def wait(self, seconds: float) -> None:
-        """Sleep until somebody rings, ``seconds`` at most."""
+    def wait(self, seconds: float) -> bool:
+        """Sleep until somebody rings, ``seconds`` at most; whether somebody did."""
         if self._socket is None:
             time.sleep(seconds)
-        elif select.select([self._socket], [], [], seconds)[0]:
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    self._socket.recv(1)
+            return False
+        if not select.select([self._socket], [], [], seconds)[0]:
+            return False
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._socket.recv(1)
+        return True
 
     def close(self) -> None:
         """Take it down."""

@@ -88,6 +88,16 @@ class _Ring:
             request.Wait()
 
 
+def _hang(bell: Doorbell, comm: MPI.Intracomm) -> bool:
+    """Make ``bell`` known to this host's ranks; whether all of ``comm`` can ring it. Containers may share a host and
+    not hear each other, so it is tried: everyone rings the next one. Collective."""
+    rank, size = comm.Get_rank(), comm.Get_size()
+    bell.meet(dict(_on_this_host(comm, (rank, bell.name))))
+    bell.ring((rank + 1) % size)
+    politely(comm.Ibarrier())
+    return bool(comm.allreduce(bell.wait(0.0), MPI.LAND))
+
+
 class MpiTransport:
     """Messages between the ranks of ``comm``; ``pack`` and ``unpack`` turn activations to bytes [n] and back."""
 
@@ -98,6 +108,7 @@ class MpiTransport:
         unpack: Callable[[Bytes, int], Payload],
         window: int,
     ) -> None:
+        politely(comm.Ibarrier())  # some are still loading; the calls that follow would spin so long
         self._stream, self._tensor, self._control = comm.Dup(), comm.Dup(), comm.Dup()
         self._pack, self._unpack = pack, unpack
         self._rings = (_Ring(self._stream), _Ring(self._control))
@@ -107,8 +118,7 @@ class MpiTransport:
         self.messages = self.nbytes = 0
         self._sends: deque[tuple[MPI.Request, Any]] = deque()
         self._bell = Doorbell()
-        self._bell.meet(dict(_on_this_host(comm, (comm.Get_rank(), self._bell.name))))
-        self._is_heard_by_all = self._bell.known == comm.Get_size()
+        self._is_heard_by_all = _hang(self._bell, comm)
         self._backoff = Backoff()
 
     def send(self, rank: int, message: Message, payload: Payload | None) -> None:
