@@ -98,8 +98,10 @@ class Scene:
 
     @property
     def ceiling(self) -> float:
-        """Tokens per second of plain decoding, at most."""
-        return 1 / self.trip_s(PLAIN, 1)
+        """Tokens per second of plain decoding, at most: all layers one after the other, and the links if they are
+        described."""
+        layers_s = self.layers * self.layer_s(1, self.context)
+        return 1 / (self.trip_s(PLAIN, 1) if self.point.hardware else layers_s)
 
     def facts(self, policy: Policy) -> dict[str, Any]:
         """What a row says of the scene."""
