@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeinfer.bench.places import BENCHMARKS
-from pipeinfer.bench.rows import AXES
+from pipeinfer.bench.rows import AXES, of_ideal
 from pipeinfer.metrics import percentile
 
 TITLES = {"top1": "top-1", "draft_time": "draft pass", "prompt_tokens": "prompt", "tokens": "new tokens"}
@@ -48,7 +48,7 @@ def ratios(rows: Sequence[Row]) -> str:
         line += [f"{speed(found[name]) / plain:.2f}" for name in others]
         if has_ideal:
             ideal = found["plain"]["ideal_tokens_per_s"]
-            line += [f"{ideal / plain:.2f}", f"{ours / ideal:.3f}"]
+            line += [f"{ideal / plain:.2f}", f"{of_ideal(found['continuous']) or 0:.3f}"]
         if rivals:
             line.append(f"{ours / max(speed(found[name]) for name in rivals):.2f}")
         lines.append(line)

@@ -203,8 +203,32 @@ def plain_tokens(
     sampling: Sampling = GREEDY,
 ) -> list[int]:
     """What the emulated target says after ``prompt``, computed token by token with no tree, table or message."""
+    emitted = list[int]()
+    for token, _ in _plain(spec, prompt, count, sampling):
+        emitted.append(token)
+        if token in stop_tokens:
+            break
+    return emitted
+
+
+def right_choices(spec: EmulatedSpec, prompt: Sequence[int], count: int) -> list[int]:
+    """Which of the draft's choices is the target's token, greedily, at each of ``count`` positions after ``prompt``; -1
+    where none is."""
+    draft = EmulatedShard(spec, range(0), 0, is_draft=True)
+    found = list[int]()
+    for index, (token, hidden) in enumerate(_plain(spec, prompt, count, GREEDY)):
+        draw = Draw(GREEDY, np.array([len(prompt) + index]))
+        named = [choice for choice, _ in draft.choose(hidden, (0,), len(spec.ranks), draw)[0]]
+        found.append(named.index(token) if token in named else -1)
+    return found
+
+
+def _plain(
+    spec: EmulatedSpec, prompt: Sequence[int], count: int, sampling: Sampling
+) -> Generator[tuple[int, Words], None, None]:
+    """The target's next ``count`` tokens, each with the activations that it was chosen from."""
     shard = EmulatedShard(spec, range(spec.layers), len(prompt) + count)
-    tokens, emitted = list(prompt), list[int]()
+    tokens = list(prompt)
     for position in range(len(prompt) + count - 1):
         here = np.array([position])
         hidden = finish(
@@ -212,11 +236,8 @@ def plain_tokens(
         )
         if position >= len(prompt) - 1:
             draw = None if sampling == GREEDY else Draw(sampling, here + 1, (np.unique(tokens),))
-            emitted.append(shard.choose(hidden, (0,), 1, draw)[0][0][0])
-            tokens.append(emitted[-1])
-            if emitted[-1] in stop_tokens:
-                break
-    return emitted
+            tokens.append(shard.choose(hidden, (0,), 1, draw)[0][0][0])
+            yield tokens[-1], hidden
 
 
 def finish(passes: Generator[float, None, Words]) -> Words:

@@ -11,11 +11,11 @@ from pipeinfer.bench.ideal import best_chain, best_tree, ideal
 from pipeinfer.bench.places import BENCHMARKS
 from pipeinfer.bench.scene import DRAFT_ROWS, Scene
 from speculation.policy import CONTINUOUS, Policy, read_policy
+from stages.emulated import right_choices
 
 SHIPPED_HEAD_SHARE = 2 / 3
 """Layers of PipeInfer's first stage, in those of another, in its script for eight nodes."""
 IDEAL_ROWS = (1, 2, 4, 8, 16)
-IDEAL_TOKENS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +76,14 @@ def variants(untuned: Entrant, scene: Scene) -> list[Entrant]:
     return [untuned]
 
 
-def ideal_speed(scene: Scene) -> float:
-    """Tokens per second of ideal scheduling (see ideal) on the stages that a drafter leaves: at eight rows where rows
-    are free, else at the best number of rows."""
+def ideal_speed(scene: Scene, seed: int) -> float:
+    """Tokens per second of ideal scheduling (see ideal) on the stages that a drafter leaves, for the text of ``seed``:
+    at eight rows where rows are free, else at the best number of rows."""
+    text = right_choices(scene.model(seed), scene.request(seed).prompt, scene.point.tokens)
 
     def speed(rows: int) -> float:
         stage_s, draft_s = scene.stage_s(CONTINUOUS, rows), scene.draft_s(DRAFT_ROWS, scene.context)
         depth = scene.trip_s(CONTINUOUS, rows) / stage_s
-        return ideal(depth, rows, scene.acceptance, draft_s / stage_s, tokens=IDEAL_TOKENS) / stage_s
+        return ideal(depth, rows, scene.acceptance, draft_s / stage_s, text) / stage_s
 
     return speed(8) if scene.stage_s(CONTINUOUS, 8) == scene.stage_s(CONTINUOUS, 1) else max(map(speed, IDEAL_ROWS))

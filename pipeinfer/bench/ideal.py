@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import random
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -23,25 +22,26 @@ LIMIT = 1_000_000
 
 
 def ideal(
-    depth: float, rows: int, ranks: Sequence[float], draft_time: float, *, leaves: int = 8, lead: int = 48,
-    tokens: int = 1000, seed: int = 0,
+    depth: float, rows: int, ranks: Sequence[float], draft_time: float, text: Sequence[int], *, leaves: int = 8,
+    lead: int = 48,
 ) -> float:  # fmt: skip
-    """Tokens per unit of time over ``depth`` stages; ``ranks[k]``: how often the draft's k-th choice is right."""
-    rng = random.Random(seed)
+    """Tokens per unit of time after the first, over ``depth`` stages. ``ranks[k]``: how often the draft's k-th choice
+    is right; ``text``: which one is right at each position of this text, VOID for none."""
     tree = Tree(VOID, 0, LIMIT)
     drafted = Drafting(tree, ranks, leaves, lead)
     flight: deque[tuple[float, list[Node]]] = deque()
-    now = entry_free_at = 0.0
+    now = entry_free_at = first_at = 0.0
     draft_done_at = draft_time
     accepted = 0
-    while accepted < tokens:
+    while accepted < len(text):
         now = min(entry_free_at, draft_done_at, flight[0][0] if flight else math.inf)
         if flight and flight[0][0] <= now:
             for node in flight.popleft()[1]:
-                node.choice = _draw(rng, ranks)
-            while tree.root.choice is not None:
+                node.choice = text[node.position] if node.position < len(text) else VOID
+            while tree.root.choice is not None and accepted < len(text):
                 tree.advance(tree.root.choice)
                 accepted += 1
+                first_at = first_at or now
         elif draft_done_at <= now:
             drafted.finish()
             draft_done_at = now + draft_time
@@ -50,7 +50,7 @@ def ideal(
             entry_free_at = now + 1.0
         else:
             entry_free_at = min(draft_done_at, flight[0][0] if flight else math.inf)
-    return accepted / now
+    return (accepted - 1) / (now - first_at)
 
 
 class Drafting:
@@ -91,15 +91,6 @@ def _take(tree: Tree, rows: int) -> list[Node]:
         tree.take(node)
         run.append(node)
     return run
-
-
-def _draw(rng: random.Random, ranks: Sequence[float]) -> int:
-    lot = rng.random()
-    for rank, share in enumerate(ranks):
-        lot -= share
-        if lot < 0:
-            return rank
-    return VOID
 
 
 def best_chain(trip_s: Callable[[int], float], top1: float, draft_s: float, longest: int = 32) -> int:

@@ -180,6 +180,7 @@ def _facts(world: World, point: Point) -> dict[str, Any]:
         "burst": [],
         "settings": {},
         "ideal_tokens_per_s": None,
+        "ideal_samples": [],
         "ceiling_tokens_per_s": None,
         "bytes_per_rank": None,
     }

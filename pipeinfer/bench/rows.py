@@ -69,6 +69,14 @@ def _digest(samples: Sequence[Sample]) -> str:
     return hashlib.sha256(repr([sample.tokens for sample in samples]).encode()).hexdigest()[:16]
 
 
+def of_ideal(row: Mapping[str, Any]) -> float | None:
+    """The usual share of what ideal scheduling gives, each sample beside that of its own text."""
+    if not row["ideal_tokens_per_s"]:
+        return None
+    ideals = row.get("ideal_samples") or [row["ideal_tokens_per_s"]] * len(row["samples"])
+    return percentile([speed / ideal for speed, ideal in zip(row["samples"], ideals, strict=True)], 0.5)
+
+
 def axes_of(points: Sequence[Point]) -> list[str]:
     """What differs among ``points``, or cannot be left out of a table."""
     varying = {knob.name for knob in fields(Point) if len({getattr(point, knob.name) for point in points}) > 1}
@@ -104,7 +112,7 @@ def _cell(value: Any) -> str:
 
 def _number(row: Mapping[str, Any], path: str) -> str:
     if not path:
-        return f"{row['tokens_per_s']['median'] / row['ideal_tokens_per_s']:.3f}" if row["ideal_tokens_per_s"] else "-"
+        return "-" if (share := of_ideal(row)) is None else f"{share:.3f}"
     value: Any = row
     for key in path.split("."):
         value = value[key]

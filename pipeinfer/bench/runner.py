@@ -16,6 +16,7 @@ from pipeinfer.bench.sample import Sample
 from pipeinfer.bench.scene import Scene, scene
 from pipeinfer.bench.simulated import simulate_all, tuned
 from pipeinfer.bench.suite import Point, Suite
+from pipeinfer.metrics import percentile
 
 if TYPE_CHECKING:
     from launch.mpi import World
@@ -32,12 +33,12 @@ def run_simulated(suite: Suite, report: Report) -> None:
     with _pool() as pool:
         for point in suite.points:
             here = scene(point)
-            ideal = pool.submit(ideal_speed, here)
+            ideals = _ideals(here, suite.repeats, pool)
             entrants = _entrants(suite, point)
             entrants = tuned(here, entrants, pool) if suite.tune else entrants
-            report.announce(here.ceiling, ideal.result())
+            report.announce(here.ceiling, percentile(ideals, 0.5))
             samples = simulate_all(here, entrants, suite.repeats, pool)
-            report.add(_emulated_rows(suite, here, dict(zip(entrants, samples, strict=True)), ideal.result(), ""))
+            report.add(_emulated_rows(suite, here, dict(zip(entrants, samples, strict=True)), ideals, ""))
 
 
 def run_emulated(suite: Suite, report: Report | None, world: World) -> None:
@@ -46,17 +47,16 @@ def run_emulated(suite: Suite, report: Report | None, world: World) -> None:
         for point in suite.points:
             here = scene(point)
             entrants = _entrants(suite, point)
-            ideal = 0.0
-            if world.is_head:
-                entrants = tuned(here, entrants, pool) if suite.tune else entrants
-                ideal = pool.submit(ideal_speed, here).result()
+            ideals: list[float] = []
             if report is not None:
-                report.announce(here.ceiling, ideal)
+                entrants = tuned(here, entrants, pool) if suite.tune else entrants
+                ideals = _ideals(here, suite.repeats, pool)
+                report.announce(here.ceiling, percentile(ideals, 0.5))
             told = world.tell({"entrants": [one.words() for one in entrants]})
             entrants = [Entrant.of(words) for words in told["entrants"]]
             found = _emulate(world, here, entrants, suite.repeats)
             if report is not None:
-                report.add(_emulated_rows(suite, here, found, ideal, world.library))
+                report.add(_emulated_rows(suite, here, found, ideals, world.library))
 
 
 def _emulate(
@@ -93,16 +93,25 @@ def _pool() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"))
 
 
+def _ideals(here: Scene, repeats: int, pool: ProcessPoolExecutor) -> list[float]:
+    """What ideal scheduling gives on each of the texts that are measured."""
+    return [job.result() for job in [pool.submit(ideal_speed, here, seed) for seed in range(repeats)]]
+
+
 def _entrants(suite: Suite, point: Point) -> list[Entrant]:
     return [entrant(name, point.set) for name in suite.policies]
 
 
 def _emulated_rows(
-    suite: Suite, here: Scene, found: Mapping[Entrant, Sequence[Sample]], ideal: float, mpi: str
+    suite: Suite, here: Scene, found: Mapping[Entrant, Sequence[Sample]], ideals: list[float], mpi: str
 ) -> list[dict[str, Any]]:
     rows = []
     for one, samples in found.items():
-        facts = here.facts(one.policy) | {"settings": one.settings(), "ideal_tokens_per_s": ideal}
+        facts = here.facts(one.policy) | {
+            "settings": one.settings(),
+            "ideal_tokens_per_s": percentile(ideals, 0.5),
+            "ideal_samples": ideals,
+        }
         rows.append(make_row(suite, here.point, one.name, samples, facts))
     return with_ratios(rows, mpi)
 

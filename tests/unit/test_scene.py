@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from pipeinfer.bench.entrants import entrant, ideal_speed, variants
-from pipeinfer.bench.ideal import best_chain, best_tree
+from pipeinfer.bench.ideal import VOID, best_chain, best_tree, ideal
 from pipeinfer.bench.scene import scene
 from pipeinfer.bench.suite import Point
 from pipeinfer.errors import UserError
 from speculation.policy import CONTINUOUS, PLAIN
+from stages.emulated import right_choices
 
 FLAT = Point(ranks=9, top1=0.79, draft_time=0.5, stage_ms=20.0, tokens=64)
 DESCRIBED = Point(ranks=9, top1=0.79, hardware="dual-xeon-e5-1gbe", target="llama-2-70b", draft="tinyllama-1.1b")
@@ -76,6 +77,19 @@ def test_rivals_are_tuned_and_ours_is_not() -> None:
     assert {one.head_share for one in variants(entrant("pipeinfer"), here)} == {1.0, 2 / 3}
 
 
+def test_ideal_of_texts_that_are_always_or_never_guessed() -> None:
+    assert ideal(4, 8, (0.9,), 0.1, [0] * 400) == pytest.approx(8.0, rel=0.03), "eight rows enter per stage time"
+    assert ideal(4, 8, (0.9,), 0.5, [0] * 400) == pytest.approx(2.0, rel=0.03), "the draft finds two"
+    assert ideal(4, 8, (0.9,), 0.5, [VOID] * 40) == pytest.approx(0.25, rel=0.15), "a token a trip"
+
+
+def test_texts_are_as_right_as_the_point_says() -> None:
+    here = scene(FLAT)
+    text = right_choices(here.model(3), here.request(3).prompt, 600)
+    assert text.count(0) / 600 == pytest.approx(0.79, abs=0.05)
+    assert text.count(VOID) / 600 == pytest.approx(0.03, abs=0.03)
+
+
 def test_ideal_is_above_plain_and_below_one_token_a_stage_time() -> None:
     here = scene(FLAT)
-    assert 1 / 0.16 < ideal_speed(here) < 1 / 0.02
+    assert 1 / 0.16 < ideal_speed(here, 0) < 1 / 0.02
