@@ -15,6 +15,7 @@ WEIGHT = 0.25
 FORGET = 0.99
 LEAST_WEIGHT = 0.1
 """What is left of a measurement that is forgotten."""
+FREE = 1.02
 WORTH = 0.12
 """How probable a guess must be, in what its row costs: 0.012 for a row that lengthens a pass by a tenth. Found by
 trying, see docs/log.md."""
@@ -55,6 +56,10 @@ class CostCurve:
         """How many times longer a pass of ``rows`` takes than one of ``base``."""
         base_s = self.seconds(base)
         return self.seconds(rows) / base_s if base_s > 0 else 1.0
+
+    def is_flat(self, rows: int) -> bool:
+        """Whether ``rows`` rows were seen to take as long as one."""
+        return len(self._known) > 1 and self.growth(rows, 1) <= FREE
 
     def least_probability(self, rows: int, most: float) -> float:
         """How probable a guess must be to be worth a row of up to ``rows``, never more than ``most``. Rows that cost

@@ -228,9 +228,9 @@ class Drafter:
         return self._compute(rows, canonical=True, wanted=(len(rows) - 1,) if ends else ())
 
     def _floor(self) -> float:
-        """The least path probability that is worth a pass."""
-        floor = self._policy.floor
-        return self._curve.least_probability(self._most_leaves, floor) if self._curve else floor
+        """The least path probability that is worth a pass: none is too small where passes cost the same anyway. (As fine
+        a rule as for the target's rows makes real drafters busy with what is never sent.)"""
+        return 0.0 if self._curve and self._curve.is_flat(self._most_leaves) else self._policy.floor
 
     def _leaves(self) -> list[Node]:
         """Take the nodes of the next pass: every accepted one that it has not seen, and of the best ``leaves`` guesses

@@ -33,6 +33,8 @@ def test_what_is_unknown_is_tried_but_not_called_free() -> None:
     assert curve_of((1, 2.0)).seconds(8) == 2.0
     assert curve_of((1, 2.0), (1, 2.0)).least_probability(8, most=0.02) == 0.02, "nobody has seen a wide pass"
     assert curve_of((1, 2.0), (8, 2.0)).least_probability(8, most=0.02) == 0
+    assert not curve_of((1, 2.0), (1, 2.0)).is_flat(8), "nobody has seen a wide pass"
+    assert curve_of((1, 2.0), (8, 2.0)).is_flat(8)
 
 
 def test_a_hiccup_bends_the_curve_only_so_far() -> None:
