@@ -228,8 +228,8 @@ class Drafter:
         return self._compute(rows, canonical=True, wanted=(len(rows) - 1,) if ends else ())
 
     def _floor(self) -> float:
-        """The least path probability that is worth a pass: none is too small where passes cost the same anyway. (As fine
-        a rule as for the target's rows makes real drafters busy with what is never sent.)"""
+        """The least path probability that is worth a pass: none is too small where passes cost the same anyway. A rule
+        as fine as that for the target's rows makes real drafters busy with what is never sent."""
         return 0.0 if self._curve and self._curve.is_flat(self._most_leaves) else self._policy.floor
 
     def _leaves(self) -> list[Node]:
