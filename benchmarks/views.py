@@ -8,7 +8,6 @@ from typing import Any
 
 from pipeinfer.bench.places import BENCHMARKS
 from pipeinfer.bench.rows import AXES, of_ideal
-from pipeinfer.metrics import percentile
 
 TITLES = {"top1": "top-1", "draft_time": "draft pass", "prompt_tokens": "prompt", "tokens": "new tokens"}
 
@@ -55,53 +54,6 @@ def ratios(rows: Sequence[Row]) -> str:
     return table(lines)
 
 
-def latencies(rows: Sequence[Row]) -> str:
-    """A line for each point: speeds over the better synchronous policy, TTFT and ITL (p50 and p99) in milliseconds."""
-    varying = axes(rows)
-    heads = ["pipeinfer over sync", "continuous over sync", "TTFT plain", "sync", "continuous"]
-    heads += ["ITL plain", "sync", "continuous"]
-    lines = [[TITLES.get(axis, axis) for axis in varying] + heads]
-    for found in by_point(rows):
-        three = [found["plain"], better_sync(found), found["continuous"]]
-        line = [show(place(found["plain"])[axis]) for axis in varying]
-        line += [f"{over_sync(found, name):.2f}" for name in ("pipeinfer", "continuous")]
-        line += [f"{row['ttft_ms']:.0f}" for row in three]
-        lines.append(line + [f"{row['itl_ms']['p50']:.0f}, {row['itl_ms']['p99']:.0f}" for row in three])
-    return table(lines)
-
-
-def claims(rows: Sequence[Row]) -> str:
-    """What the PipeInfer study says of its speed over synchronous speculation, beside ours."""
-    points = by_point(rows)
-    usual = float(show(max({place(row)["top1"] for row in rows}, key=[place(row)["top1"] for row in rows].count)))
-    pairs = [found for found in points if place(found["plain"])["top1"] == usual]
-
-    def where(**wanted: Any) -> list[dict[str, Row]]:
-        return [found for found in points if all(place(found["plain"])[key] == value for key, value in wanted.items())]
-
-    def said(name: str, found: Sequence[dict[str, Row]]) -> str:
-        speeds = sorted(over_sync(one, name) for one in found)
-        return f"{speeds[0]:.2f} to {speeds[-1]:.2f}, median {percentile(speeds, 0.5):.2f}"
-
-    lines = [["over synchronous speculation", "published", "its schedule here", "continuous"]]
-    questions = [("all pairs and nodes", "1.5 to 2.15", pairs)]
-    questions += [
-        (f"{name}, pairs and nodes", note, [one for one in pairs if one["plain"]["hardware"] == hardware])
-        for name, note, hardware in (
-            ("1 Gb/s Ethernet", "more than on InfiniBand", "dual-xeon-e5-1gbe"),
-            ("InfiniBand", "", "dual-xeon-gold-ib"),
-        )
-    ]
-    others = sorted({place(row)["top1"] for row in rows} - {usual})
-    notes = {others[0]: "up to 2.15 (poorly aligned pairs)", others[-1]: "up to 1.7 (well aligned pairs)"}
-    questions += [(f"top-1 {show(top1)}, 8 nodes", notes.get(top1, ""), where(top1=top1)) for top1 in others]
-    lines += [[name, note, said("pipeinfer", found), said("continuous", found)] for name, note, found in questions]
-    slowest = min(found["continuous"]["ratio_to_plain"] for found in points)
-    theirs = min(found["pipeinfer"]["ratio_to_plain"] for found in points)
-    lines.append(["least, in times plain", "never slower", f"{theirs:.2f}", f"{slowest:.2f}"])
-    return table(lines)
-
-
 def by_point(rows: Sequence[Row]) -> list[dict[str, Row]]:
     """The rows of each point, by policy."""
     points: dict[str, dict[str, Row]] = {}
@@ -109,16 +61,6 @@ def by_point(rows: Sequence[Row]) -> list[dict[str, Row]]:
         where = [value for axis, value in place(row).items() if axis != "stages"]  # plain has one more
         points.setdefault(str(where), {})[row["policy"]] = row
     return list(points.values())
-
-
-def better_sync(found: dict[str, Row]) -> Row:
-    """The quicker of a point's synchronous policies."""
-    return max((found["sync-chain"], found["sync-tree"]), key=speed)
-
-
-def over_sync(found: dict[str, Row], name: str) -> float:
-    """The speed of a point's policy ``name``, over the better synchronous one's."""
-    return speed(found[name]) / speed(better_sync(found))
 
 
 def speed(row: Row) -> float:
@@ -159,8 +101,6 @@ VIEWS: dict[str, Callable[[Sequence[Row]], str]] = {
     "ratios": ratios,
     "policies": policies,
     "agreement": agreement,
-    "latencies": latencies,
-    "claims": claims,
 }
 
 
