@@ -3,12 +3,14 @@
 Theory of operation. Gears are ways to work, from plain decoding (gear 0) over chains of single rows to the widest
 runs that the policy allows. What counts is the measured time per committed token; acceptance alone misleads, for rows
 may be free on one machine and dear on another. A *spell* is some dozens of tokens in one gear. Now and then the
-governor probes a neighbour for one spell and stays there if a token was cheaper by more than the noise (hysteresis); a
-neighbour that disappointed is probed half as often, up to a limit, because texts change.
+governor probes a neighbour for one spell and stays there if a token was cheaper by more than the noise (hysteresis); it
+gives up as soon as the probe has lost some tokens' time, and probes a neighbour that disappointed half as often, up to
+a limit, because texts change.
 
-Two things are known without probing. Where further rows are nearly free by the cost curve, a narrower gear has nothing
-to offer. And plain decoding costs a trip through the pipeline for each token: while a token takes clearly less than the
-quickest trip that was seen, plain decoding cannot be better.
+Some things are known without probing. Where further rows cost little by the cost curve, a narrower gear has nothing to
+offer: runs may have fewer rows in any gear, and have as many as are worth their time. Nor has one whose pass of r rows
+takes longer than r tokens do at home. And plain decoding costs a trip through the pipeline for each token: while a
+token takes clearly less than the quickest trip that was seen, plain decoding cannot be better.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ from speculation.cost_curve import CostCurve
 SPELL_TOKENS = 32
 HYSTERESIS = 0.04
 """What a probed gear must be better by."""
+STAKE = 6
+"""How many tokens' time a probe may lose before it is given up."""
+SHORTER = 1.1
+"""How many times longer a pass must take than that of a narrower gear, for that gear to be probed."""
 MOST_SPELLS = 64
 """The longest wait for a second look at a gear that disappointed."""
 TRIPS = 32
@@ -79,9 +85,10 @@ class Governor:
                 self._since, self._tokens = now, 0
             return ""
         self._tokens += tokens
-        if self._tokens < SPELL_TOKENS:
+        spent_s = now - self._since
+        if self._tokens < SPELL_TOKENS and (self._probe is None or spent_s < (self._tokens + STAKE) * self._home_s):
             return ""
-        return self._judge((now - self._since) / self._tokens, now)
+        return self._judge(spent_s / self._tokens, now)
 
     def _judge(self, token_s: float, now: float) -> str:
         """A spell is over, in which a token took ``token_s``."""
@@ -123,8 +130,11 @@ class Governor:
         return found
 
     def _saves(self, gear: int) -> bool:
-        """Whether a pass in the narrower ``gear`` is clearly shorter."""
-        return self.curve.growth(self.gears[self._home], self.gears[gear]) > 1.0 + HYSTERESIS
+        """Whether a pass in the narrower ``gear`` is clearly shorter, and commits enough if all its rows are right."""
+        rows = self.gears[gear]
+        if self.curve.seconds(rows) > rows * self._home_s:
+            return False
+        return self.curve.growth(self.gears[self._home], rows) > SHORTER
 
     def _shift_home(self, gear: int, now: float, why: str) -> str:
         self._home, self._since, self._settled_at, self._tokens = gear, None, None, 0

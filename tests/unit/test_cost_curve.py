@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from speculation.cost_curve import LEAST_WEIGHT, WORTH, CostCurve
+from speculation.cost_curve import FIXED, LEAST_WEIGHT, WORTH, CostCurve
 
 CPU = {1: 45.0, 2: 78.0, 3: 102.0, 4: 74.0, 8: 88.0}
 """Milliseconds of real fp32 layers by rows: two and three are the dearest."""
@@ -31,6 +31,8 @@ def test_what_is_unknown_is_tried_but_not_called_free() -> None:
     assert CostCurve().growth(8, 1) == 1.0
     assert CostCurve().best_count([1.0, 0.1]) == 2
     assert curve_of((1, 2.0)).seconds(8) == 2.0
+    assert curve_of((8, 2.0)).seconds(4) == 2.0 * (1 + FIXED) / 2
+    assert curve_of((8, 2.0)).best_count([1.0, 0.3, 0.2, 0.1, 0.05, 0.05, 0.05, 0.05]) == 3, "eight may be dear"
     assert curve_of((1, 2.0), (1, 2.0)).least_probability(8, most=0.02) == 0.02, "nobody has seen a wide pass"
     assert curve_of((1, 2.0), (8, 2.0)).least_probability(8, most=0.02) == 0
     assert not curve_of((1, 2.0), (1, 2.0)).is_flat(8), "nobody has seen a wide pass"

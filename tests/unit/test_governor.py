@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from speculation.governor import HYSTERESIS, SPELL_TOKENS, Governor
+from speculation.governor import HYSTERESIS, SPELL_TOKENS, STAKE, Governor
 
 TRIP_S = 8.0
 
@@ -67,6 +67,16 @@ def test_it_comes_back_from_plain_decoding_when_guesses_are_good_again() -> None
     _, spent, notes = drive(governor, good, 100 * SPELL_TOKENS, rng, row_cost=0.1, now=now)
     assert governor.rows > 0, notes
     assert spent[0] < 0.8 * 100 * SPELL_TOKENS
+
+
+def test_a_bad_probe_is_given_up_after_a_few_tokens() -> None:
+    governor = Governor(8)
+    cost_s = {0: 8.0, 1: 8.0, 2: 8.0, 4: 8.0, 8: 2.0}
+    _, spent, notes = drive(governor, cost_s, 20 * SPELL_TOKENS, random.Random(4), row_cost=0.2)
+    probes = sum("not better" in note for note in notes)
+    assert probes > 1
+    lost = sum(spent[rows] for rows in (1, 2, 4))  # at four times home's cost, and a trip of four more in each probe
+    assert lost <= probes * (STAKE / 3 + 2 + TRIP_S / 2.0), (lost, notes)
 
 
 def test_noise_within_the_hysteresis_moves_nothing() -> None:
