@@ -22,11 +22,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from kvbuffers.partitions import Partitions
 from pipeinfer.errors import LocalProtocolError, RemoteProtocolError
+from pipeinfer.flight import Flight, Run
 from pipeinfer.ports import (
     GREEDY,
     Closed,
@@ -43,7 +43,6 @@ from pipeinfer.ports import (
     Stalled,
     Started,
     Submitted,
-    Tally,
     Wake,
     Withdrawn,
     Woke,
@@ -64,51 +63,16 @@ from pipeinfer.protocol import (
     drafter_address,
     stage_address,
 )
-from speculation.accept import Acceptance, accept
+from pipeinfer.session import Session
+from speculation.accept import accept
 from speculation.policy import Policy
 from speculation.schedule import UNLIMITED, Launch, Order, Situation, Wait
 from speculation.schedules import make_schedule
 from speculation.sources import Sources
-from speculation.tree import Node, Tree
+from speculation.tree import Tree
 
 RUNS_AHEAD = 1
 """Runs that may wait at the first stage: enough to keep it busy, and no more, so that choices stay fresh."""
-
-
-@dataclass(slots=True)
-class Run:
-    """A run in flight: the nodes it carries, and those that it carries once more (see Launch)."""
-
-    number: int
-    nodes: list[Node] = field(default_factory=list)
-    copies: list[Node] = field(default_factory=list)
-    is_prefill: bool = False
-    is_canonical: bool = False
-    carries_root: bool = False
-    launched_at: float = 0.0
-    cancelled_at: float | None = None
-
-    def is_of_use(self, root: Node) -> bool:
-        """Whether any of its rows may still tell what nobody knows, the tree being at ``root``."""
-        return any(node.alive and node.position >= root.position for node in (*self.nodes, *self.copies))
-
-
-@dataclass(slots=True)
-class Session:
-    """The request being served."""
-
-    request: Request
-    number: int
-    tree: Tree
-    tally: Tally = field(default_factory=Tally)
-    prefilled: int = 0
-    emitted: int = 0
-    is_over: bool = False
-
-    @property
-    def last_position(self) -> int:
-        """The last position whose choice may still be emitted."""
-        return len(self.request.prompt) + self.request.max_new_tokens - 2
 
 
 class Orchestrator:
@@ -142,9 +106,8 @@ class Orchestrator:
         self._deferred: deque[Message] = deque()  # results that the schedule does not hear yet
         self._now = 0.0
         self._awaited = set(self._stages + self._drafters)
-        self._flight: deque[Run] = deque()
+        self._flight = Flight()
         self._credits = RUNS_AHEAD
-        self._runs = 0
         self._requests = 0
         self._epoch = 0
         self._session: Session | None = None
@@ -182,9 +145,7 @@ class Orchestrator:
             return "waiting for HELLO from " + ", ".join(address_name(address) for address in sorted(self._awaited))
         if self._session is None:
             return "idle"
-        runs = [run.number for run in self._flight]
-        flight = f"runs {runs[0]} to {runs[-1]} in flight" if runs else "nothing in flight"
-        return f"{flight}, {self._credits} credits, {self._session.emitted} tokens emitted"
+        return f"{self._flight}, {self._credits} credits, {self._session.emitted} tokens emitted"
 
     def report(self) -> list[str]:
         """What each role answered to the last Stalled, one line each; the silent ones are named too."""
@@ -321,7 +282,7 @@ class Orchestrator:
         prompt = session.request.prompt
         ops, rows = self._ledger.prompt_rows(prompt[session.prefilled :][: self._policy.prefill_chunk])
         session.prefilled += len(rows)
-        run = self._new_run(is_prefill=True)
+        run = self._flight.launch(self._now, is_prefill=True)
         flags = Flag.CANONICAL | Flag.SILENT
         if session.prefilled == len(prompt):
             flags = Flag.CANONICAL | Flag.LAST
@@ -331,7 +292,7 @@ class Orchestrator:
         return self._send_run(run, ops, rows, flags)
 
     def _launch(self, session: Session, launch: Launch) -> Send:
-        run = self._new_run(is_canonical=launch.is_canonical)
+        run = self._flight.launch(self._now, is_canonical=launch.is_canonical)
         run.nodes, run.copies = launch.nodes, launch.copies
         ops = self._ledger.operations()
         slots = self._ledger.lease(len(run.nodes) + len(run.copies))
@@ -348,20 +309,10 @@ class Orchestrator:
         session.tally.drafted += len(run.nodes) - run.carries_root
         return self._send_run(run, ops, sorted(rows, key=lambda row: row.position), Flag.NONE)
 
-    def _new_run(self, is_prefill: bool = False, is_canonical: bool = False) -> Run:
-        self._runs += 1
-        self._credits -= 1
-        run = Run(self._runs, is_prefill=is_prefill, is_canonical=is_canonical, launched_at=self._now)
-        self._flight.append(run)
-        return run
-
     # Results come back.
 
     def _result(self, message: Message, session: Session) -> list[Command]:
-        if not self._flight or self._flight[0].number != message.run:
-            expected = self._flight[0].number if self._flight else "none"
-            raise RemoteProtocolError(f"result of run {message.run}, expected {expected}")
-        run = self._flight.popleft()
+        run = self._flight.land(message.run)
         if Flag.TOMBSTONE in message.flags:
             session.tally.tombstones += 1
             if run.cancelled_at is not None:
@@ -409,18 +360,9 @@ class Orchestrator:
             return commands + self._finish(session, "stop" if outcome.stopped else "length")
         if decided := self._schedule.accepted(len(outcome.accepted), self._now):
             commands.append(Note(decided))
-        commands += self._cancel(*self._losses(session.tree.root, outcome), session)
+        runs, rows = self._flight.losses(session.tree.root, outcome.died)
+        commands += self._cancel(runs, rows if self._policy.cancel_rows else [], session)
         return commands + list(self._sources.advance(outcome.accepted, restarts))
-
-    def _losses(self, root: Node, outcome: Acceptance) -> tuple[list[Run], list[Row]]:
-        """The runs that are of no use any more, and the dead rows of runs that still are."""
-        living = [run for run in self._flight if run.cancelled_at is None and not run.is_prefill]
-        dead = [run for run in living if not run.is_canonical and not run.is_of_use(root)]
-        if not self._policy.cancel_rows:
-            return dead, []
-        numbers = {run.number for run in living} - {run.number for run in dead}
-        lost = [node for node in outcome.died if node.run in numbers and node.slot is not None]
-        return dead, [Row(0, node.run or 0, node.slot or 0, 0) for node in lost]
 
     def _cancel(self, runs: list[Run], rows: list[Row], session: Session) -> list[Command]:
         """Advise the stages to skip ``runs``, and ``rows`` of others."""
@@ -444,6 +386,7 @@ class Orchestrator:
         return Send(Message(kind, ORCHESTRATOR, dest, flags, self._requests, self._epoch, txn, run, (), rows))
 
     def _send_run(self, run: Run, ops: tuple[CellOp, ...], rows: list[Row], flags: Flag) -> Send:
+        self._credits -= 1
         txn = self._edges.stamp(FIRST_STAGE)
         message = Message(
             Kind.RUN, ORCHESTRATOR, FIRST_STAGE, flags, self._requests, self._epoch, txn, run.number, ops, tuple(rows)

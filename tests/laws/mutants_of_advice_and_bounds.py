@@ -17,6 +17,7 @@ import stages.machine
 from kvbuffers.cells import CellTable
 from pipeinfer import protocol
 from pipeinfer.executor import Executor
+from pipeinfer.flight import Flight
 from pipeinfer.orchestrator import Orchestrator
 from pipeinfer.protocol import ChoiceRow, Flag, Kind, Row
 from pipeinfer.sim.network import Network
@@ -71,14 +72,14 @@ def a_stage_drops_a_living_row(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L6")
 def the_cancel_of_a_row_names_a_living_one(patch: pytest.MonkeyPatch) -> None:
-    def losses(original: Any, machine: Orchestrator, root: Any, outcome: Any) -> Any:
-        runs, rows = original(machine, root, outcome)
+    def losses(original: Any, flight: Flight, root: Any, died: Any) -> Any:
+        runs, rows = original(flight, root, died)
         if rows:
-            living = [node for run in machine._flight for node in run.nodes if node.alive and node is not root]
+            living = [node for run in flight for node in run.nodes if node.alive and node is not root]
             rows += [Row(0, node.run or 0, node.slot or 0, 0) for node in living[-1:]]
         return runs, rows
 
-    wrap(patch, Orchestrator, "_losses", losses)
+    wrap(patch, Flight, "losses", losses)
 
 
 @mutant("L6")

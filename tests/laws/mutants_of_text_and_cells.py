@@ -171,13 +171,13 @@ def the_wrong_cell_is_committed(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L3")
 def a_living_cell_is_released(patch: pytest.MonkeyPatch) -> None:
-    def losses(original: Any, machine: Orchestrator, root: Any, outcome: Any) -> Any:
+    def cancel(original: Any, machine: Orchestrator, runs: Any, rows: Any, session: Any) -> Any:
         living = [node for run in machine._flight for node in run.nodes if node.alive and node.slot is not None]
-        if outcome.died and living and living[-1].slot in machine._ledger._leased:
+        if (runs or rows) and living and living[-1].slot in machine._ledger._leased:
             machine._ledger.release(living[-1].slot)
-        return original(machine, root, outcome)
+        return original(machine, runs, rows, session)
 
-    wrap(patch, Orchestrator, "_losses", losses)
+    wrap(patch, Orchestrator, "_cancel", cancel)
 
 
 @mutant("L3")
