@@ -57,6 +57,10 @@ class CostCurve:
         share = (rows - low) / (high - low)
         return self._seconds[low] + share * (self._seconds[high] - self._seconds[low])
 
+    def knows(self, rows: int) -> bool:
+        """Whether what a pass of ``rows`` takes is more than hope."""
+        return bool(self._known) and self._known[0] <= rows <= self._known[-1]
+
     def growth(self, rows: int, base: int) -> float:
         """How many times longer a pass of ``rows`` takes than one of ``base``."""
         base_s = self.seconds(base)

@@ -132,7 +132,7 @@ class Governor:
     def _saves(self, gear: int) -> bool:
         """Whether a pass in the narrower ``gear`` is clearly shorter, and commits enough if all its rows are right."""
         rows = self.gears[gear]
-        if self.curve.seconds(rows) > rows * self._home_s:
+        if not self.curve.knows(rows) or self.curve.seconds(rows) > rows * self._home_s:
             return False
         return self.curve.growth(self.gears[self._home], rows) > SHORTER
 
