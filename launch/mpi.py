@@ -242,7 +242,7 @@ class World:
         return int(word[0])
 
     def rest(self) -> None:
-        """Wait for the head, which works alone, and leave the cores to it: only every few milliseconds a look."""
+        """Wait for ranks that still work, and leave the cores to them: only every few milliseconds a look."""
         request = self.comm.Ibarrier()
         while not request.Test():
             time.sleep(REST_S)
@@ -270,7 +270,7 @@ class World:
         comm.Free()
         yield world if self.rank < ranks else None
         world.close()
-        politely(self.comm.Ibarrier())
+        self.rest()
 
     def gather(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
         """Every rank's ``facts``, on the head; elsewhere an empty list."""

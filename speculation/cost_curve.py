@@ -18,10 +18,9 @@ LEAST_WEIGHT = 0.1
 """What is left of a measurement that is forgotten."""
 FIXED = 0.5
 """The share of a pass that fewer rows than any that was seen would not save."""
-FREE = 1.02
-WORTH = 0.12
-"""How probable a guess must be, in what its row costs: 0.012 for a row that lengthens a pass by a tenth. Found by
-trying, see docs/log.md."""
+ROW_WORTH, LEAF_WORTH = 0.12, 0.5
+"""How probable a guess must be, in what it costs to verify it (0.012 for a row that lengthens a pass by a tenth) and to
+evaluate it in the draft. Found by trying, see docs/log.md."""
 
 
 class CostCurve:
@@ -66,16 +65,13 @@ class CostCurve:
         base_s = self.seconds(base)
         return self.seconds(rows) / base_s if base_s > 0 else 1.0
 
-    def is_flat(self, rows: int) -> bool:
-        """Whether ``rows`` rows were seen to take as long as one."""
-        return len(self._known) > 1 and self.growth(rows, 1) <= FREE
-
-    def least_probability(self, rows: int, most: float) -> float:
+    def least_probability(self, rows: int, most: float, worth: float = ROW_WORTH) -> float:
         """How probable a guess must be to be worth a row of up to ``rows``, never more than ``most``. Rows that cost
-        nothing are worth sending however improbable; where nobody knows what they cost it is ``most``."""
+        nothing are worth sending however improbable; where nobody knows what they cost it is ``most``. ``worth``: see
+        ROW_WORTH."""
         if len(self._known) < 2:
             return most
-        return min(most, WORTH * max(0.0, self.growth(rows, 1) - 1.0) / max(1, rows - 1))
+        return min(most, worth * max(0.0, self.growth(rows, 1) - 1.0) / max(1, rows - 1))
 
     def best_count(self, useful: Sequence[float]) -> int:
         """How many rows give the most useful ones per second; ``useful``: how much each is expected to count, in the

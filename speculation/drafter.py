@@ -44,7 +44,7 @@ from pipeinfer.protocol import (
     address_name,
 )
 from speculation.calibration import Calibration
-from speculation.cost_curve import CostCurve
+from speculation.cost_curve import LEAF_WORTH, CostCurve
 from speculation.policy import Policy
 from speculation.schedule import UNLIMITED
 from speculation.tree import Node, Tree
@@ -228,9 +228,9 @@ class Drafter:
         return self._compute(rows, canonical=True, wanted=(len(rows) - 1,) if ends else ())
 
     def _floor(self) -> float:
-        """The least path probability that is worth a pass: none is too small where passes cost the same anyway. A rule
-        as fine as that for the target's rows makes real drafters busy with what is never sent."""
-        return 0.0 if self._curve and self._curve.is_flat(self._most_leaves) else self._policy.floor
+        """The least path probability that is worth evaluating: none is too small where leaves cost nothing."""
+        floor = self._policy.floor
+        return self._curve.least_probability(self._most_leaves, floor, LEAF_WORTH) if self._curve else floor
 
     def _leaves(self) -> list[Node]:
         """Take the nodes of the next pass: every accepted one that it has not seen, and of the best ``leaves`` guesses
