@@ -4,7 +4,7 @@
     python -m benchmarks.document --check    says whether they are up to date; exit code 1 if not
 
 A block stands between ``<!-- result FILE VIEW [AXIS=VALUE ...] -->`` and ``<!-- end -->``: FILE is a result without its
-``.jsonl``, VIEW one of benchmarks.views.
+``.jsonl``, VIEW a function of benchmarks.views or benchmarks.study by name.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import argparse
 import re
 import sys
 
-from benchmarks.views import VIEWS, place, read, show
+from benchmarks.study import claims, latencies
+from benchmarks.views import agreement, place, policies, ratios, read, show
 from pipeinfer.bench.places import BENCHMARKS
 from pipeinfer.bench.rows import BANNERS
 
 ROOT = BENCHMARKS.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+VIEWS = {view.__name__: view for view in (ratios, policies, agreement, claims, latencies)}
 BLOCK = re.compile(r"(<!-- result (\S+) (\w+)((?: \w+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

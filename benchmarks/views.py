@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pipeinfer.bench.places import BENCHMARKS
@@ -95,13 +95,6 @@ def policies(rows: Sequence[Row]) -> str:
         line += [row["policy"], f"{found['median']:.1f}", f"{found['p10']:.1f} to {found['p90']:.1f}", ratio]
         lines.append(line + [show(row[column]) for column in columns])
     return table(lines)
-
-
-VIEWS: dict[str, Callable[[Sequence[Row]], str]] = {
-    "ratios": ratios,
-    "policies": policies,
-    "agreement": agreement,
-}
 
 
 def show(value: Any) -> str:
