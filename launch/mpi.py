@@ -41,6 +41,7 @@ from mpi4py import MPI  # noqa: E402
 
 from launch.backoff import Backoff  # noqa: E402
 from launch.doorbell import Doorbell  # noqa: E402
+from launch.last_words import let_it_be_read  # noqa: E402
 from pipeinfer.errors import LocalProtocolError, PipeinferError, StallError, UserError  # noqa: E402
 from pipeinfer.ports import Payload, Received  # noqa: E402
 from pipeinfer.protocol import MAX_NBYTES, Message, decode, encode  # noqa: E402
@@ -312,7 +313,7 @@ class World:
         elif not isinstance(error, KeyboardInterrupt):
             print(f"pipeinfer: {where} failed and takes the job down:", file=sys.stderr)
             traceback.print_exception(error)
-        sys.stderr.flush()
+        let_it_be_read(sys.stderr)
         self.comm.Abort(code)
         raise SystemExit(code)
 
