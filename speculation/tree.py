@@ -19,6 +19,8 @@ from pipeinfer.protocol import NO_SLOT, Row
 
 LEAST_LOGP = -100.0
 """What counts as impossible; also what a number that is none counts as."""
+SLACK = 32
+"""How many entries more than living nodes the frontier may have before it is swept."""
 
 
 class Node:
@@ -115,6 +117,7 @@ class Tree:
     def ranked(self) -> Iterator[Node]:
         """The pending nodes by falling path probability, each after its parent if that has not been taken; all stay
         pending. Nothing may change meanwhile."""
+        self.best()  # what is in front and no longer counts is dropped once, not by everybody who asks
         heap, serial, seen = [*self._frontier], self._serial, set[Node]()
         while heap:
             node = heapq.heappop(heap)[2]
@@ -155,8 +158,8 @@ class Tree:
             old.parent = None  # nobody asks any more; a passed node still to be evaluated needs its parent's cell
         self.size -= 1 + len(dead)
         self.root = heir
-        if len(self._frontier) > 64 + 2 * self.max_nodes:
-            self._sweep()
+        if len(self._frontier) > SLACK + self.size:
+            self._sweep()  # else whoever asks next would wade through the dead, which were the most probable
         return heir, dead
 
     def _sweep(self) -> None:
