@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeinfer.orchestrator import Orchestrator, cell_budget
+from pipeinfer.orchestrator import Orchestrator
 from pipeinfer.ports import Machine
 from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR, drafter_address, stage_address
 from speculation.drafter import Drafter
@@ -52,8 +52,8 @@ class Cast:
     @property
     def cells(self) -> tuple[int, int]:
         """Cells of every stage: for accepted tokens, and for guesses in flight."""
-        accepted, guesses = cell_budget(self.policy, self.stages, self.context)
-        return accepted, guesses if self.guess_cells is None else min(guesses, self.guess_cells)
+        guesses = self.policy.most_guesses(self.stages)
+        return self.context, guesses if self.guess_cells is None else min(guesses, self.guess_cells)
 
     def machine(self, address: int) -> Machine:
         """The brain of the role at ``address``, as it is before anything has happened."""

@@ -97,9 +97,7 @@ class Orchestrator:
         self._digest = digest
         self._window = policy.most_runs(stages)
         self._edges = Edges(ORCHESTRATOR)
-        self._ledger = Partitions(
-            context, cell_budget(policy, stages, context)[1] if guess_cells is None else guess_cells
-        )
+        self._ledger = Partitions(context, policy.most_guesses(stages) if guess_cells is None else guess_cells)
         self._schedule = make_schedule(policy)
         self._sources = Sources(self._drafters, policy, context, self._send, calibrations or {})
         self._sampling = GREEDY
@@ -392,9 +390,3 @@ class Orchestrator:
             Kind.RUN, ORCHESTRATOR, FIRST_STAGE, flags, self._requests, self._epoch, txn, run.number, ops, tuple(rows)
         )
         return Send(message)
-
-
-def cell_budget(policy: Policy, stages: int, context: int) -> tuple[int, int]:
-    """Cells of every target shard: for accepted tokens, and for guesses in flight. Memory is bounded by their sum."""
-    guesses = policy.rows * policy.most_runs(stages) if policy.speculate else 0
-    return context, guesses

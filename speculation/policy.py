@@ -76,6 +76,10 @@ class Policy:
         """A bound on the runs in flight over ``stages`` stages."""
         return self.window or 2 * stages + 2
 
+    def most_guesses(self, stages: int) -> int:
+        """Cells for guesses in flight that every target shard has beside those for accepted tokens."""
+        return self.rows * self.most_runs(stages) if self.speculate else 0
+
     def settings(self) -> dict[str, Any]:
         """All knobs by name, as they travel in a Config."""
         return asdict(self)

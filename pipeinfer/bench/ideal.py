@@ -43,11 +43,8 @@ def ideal(
                 accepted += 1
                 first_at = first_at or now
         elif draft_done_at <= now:
-            passes = 1
-            if not drafted.finish():  # it looks again when something has changed
-                change = min(entry_free_at, flight[0][0] if flight else math.inf)
-                passes = max(1, math.ceil((change - now) / draft_time)) if change < math.inf else 1
-            draft_done_at = now + passes * draft_time
+            drafted.finish()
+            draft_done_at = now + draft_time
         elif run := _take(tree, rows):
             flight.append((now + depth, run))
             entry_free_at = now + 1.0
@@ -65,15 +62,14 @@ class Drafting:
         self._expanded: set[Node] = {tree.root}
         self._pass = [tree.root]
 
-    def finish(self) -> bool:
-        """End a pass, and choose the leaves of the next one, if there are any."""
+    def finish(self) -> None:
+        """End a pass, and choose the leaves of the next one."""
         for node in self._pass:
             if node.alive and node.position >= self._tree.root.position:
                 for token, logp in enumerate(self._logps):
                     self._tree.add(node, token, logp)
         self._pass = self._choose()
         self._expanded.update(self._pass)
-        return bool(self._pass)
 
     def _choose(self) -> list[Node]:
         chosen, ahead, serial = list[Node](), 0, 0

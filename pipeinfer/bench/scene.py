@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from pipeinfer.bench.suite import Point
 from pipeinfer.errors import refuse
 from pipeinfer.links import Link
-from pipeinfer.orchestrator import cell_budget
 from pipeinfer.ports import Request
 from speculation.policy import CONTINUOUS, PLAIN, Policy
 from stages.emulated import EmulatedSpec, Pace, spread
@@ -124,7 +123,7 @@ class Scene:
             "ceiling_tokens_per_s": self.ceiling,
         }
         if self.costs is not None:
-            cells = sum(cell_budget(policy, stages, self.prompt_tokens + point.tokens))
+            cells = self.prompt_tokens + point.tokens + policy.most_guesses(stages)
             found["bytes_per_rank"] = self.costs.stage_nbytes(max(self.shares(policy)), cells, ends=1)
         return found
 

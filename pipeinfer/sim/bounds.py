@@ -16,7 +16,7 @@ from pipeinfer.protocol import (
 from pipeinfer.sim.chronicle import LawBroken
 from pipeinfer.sim.world import Witness, World, WorldSpec
 from speculation.drafter import Drafter
-from speculation.tree import Tree, descendants
+from speculation.tree import SLACK, Tree, descendants
 from stages.machine import Stage
 
 STRIDE = 16
@@ -89,7 +89,7 @@ def _bounds(machine: Machine, spec: WorldSpec) -> Iterator[Limit]:
 def _tree_bounds(tree: Tree) -> Iterator[Limit]:
     yield "tree", tree.size, tree.max_nodes
     # A living node is pushed once; entries of the dead are swept when an advance finds too many.
-    yield "frontier", len(tree._frontier), 64 + 3 * tree.max_nodes + 1
+    yield "frontier", len(tree._frontier), SLACK + 2 * tree.max_nodes + 1
 
 
 def _ledger_bounds(ledger: Partitions) -> Iterator[Limit]:

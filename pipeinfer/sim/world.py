@@ -17,7 +17,7 @@ from pipeinfer.cast import Cast
 from pipeinfer.errors import StallError
 from pipeinfer.executor import Executor
 from pipeinfer.links import Link
-from pipeinfer.orchestrator import Orchestrator, cell_budget
+from pipeinfer.orchestrator import Orchestrator
 from pipeinfer.ports import (
     Closed,
     Command,
@@ -269,7 +269,7 @@ def make_machines(spec: WorldSpec) -> list[Machine]:
 
 def make_shards(spec: WorldSpec) -> dict[int, ShardModel]:
     """Emulated shards for all stages and drafters."""
-    accepted, guesses = cell_budget(spec.policy, spec.stages, spec.context)
+    cells = spec.context + spec.policy.most_guesses(spec.stages)
     shards: dict[int, ShardModel] = {}
     layers = spec.model.layers
     cuts = [layers * index // spec.stages for index in range(spec.stages + 1)]
@@ -278,7 +278,7 @@ def make_shards(spec: WorldSpec) -> dict[int, ShardModel]:
     for index, mine in enumerate(range(start, end) for start, end in pairwise(cuts)):
         stage_s = spec.stage_s[index % len(spec.stage_s)]
         pace = spec.paces[0] if spec.paces else per_layer(_pace(stage_s, spec.row_cost), len(mine))
-        shards[stage_address(index)] = EmulatedShard(spec.model, mine, accepted + guesses, pace)
+        shards[stage_address(index)] = EmulatedShard(spec.model, mine, cells, pace)
     capacity = draft_cells(spec.policy, spec.context)
     pace = per_layer(spec.paces[1] if spec.paces else _pace(spec.draft_s, spec.row_cost), layers)
     for index in range(spec.drafters):

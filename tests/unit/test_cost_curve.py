@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from speculation.cost_curve import FIXED, LEAST_WEIGHT, ROW_WORTH, CostCurve
+from speculation.cost_curve import FIXED, LEAF_WORTH, LEAST_WEIGHT, ROW_WORTH, CostCurve
 
 CPU = {1: 45.0, 2: 78.0, 3: 102.0, 4: 74.0, 8: 88.0}
 """Milliseconds of real fp32 layers by rows: two and three are the dearest."""
@@ -23,7 +23,9 @@ def test_measured_numbers_stand_and_between_them_it_is_straight() -> None:
     assert curve.seconds(6) == pytest.approx(81.0)
     assert curve.growth(8, 1) == pytest.approx(88 / 45)
     assert curve.least_probability(8, most=1.0) == pytest.approx(ROW_WORTH * (88 / 45 - 1) / 7)
+    assert curve.least_probability(8, most=1.0, worth=LEAF_WORTH) == pytest.approx(LEAF_WORTH * (88 / 45 - 1) / 7)
     assert curve.least_probability(8, most=0.01) == 0.01
+    assert [curve.knows(rows) for rows in (1, 6, 8, 9)] == [True, True, True, False]
 
 
 def test_what_is_unknown_is_tried_but_not_called_free() -> None:

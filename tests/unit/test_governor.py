@@ -79,6 +79,15 @@ def test_a_bad_probe_is_given_up_after_a_few_tokens() -> None:
     assert lost <= probes * (STAKE / 3 + 2 + TRIP_S / 2.0), (lost, notes)
 
 
+def test_a_gear_is_not_probed_in_hope_alone() -> None:
+    governor, now = Governor(8), 0.0
+    for _ in range(20 * SPELL_TOKENS):
+        now += 2.0
+        governor.returned(8, 1.0, TRIP_S, carries_root=False)
+        assert governor.accepted(1, now) == ""
+    assert governor.curve.growth(8, 1) > 1.5, "one row looks quick, but nobody has seen one"
+
+
 def test_noise_within_the_hysteresis_moves_nothing() -> None:
     governor = Governor(2)
     cost_s = {0: TRIP_S, 1: 4.0, 2: 4.0 * (1 - HYSTERESIS / 2)}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from speculation.tree import Node, Tree, descendants
+from speculation.tree import SLACK, Node, Tree, descendants
 
 
 def grow(tree: Tree, parent: Node, token: int, logp: float) -> Node:
@@ -118,7 +118,7 @@ def test_the_frontier_does_not_collect_the_dead() -> None:
             tree.add(tree.root, child, -1.0)
         tree.take(tree.root)
         tree.advance(token % 7)
-        assert len(tree._frontier) <= 64 + 3 * tree.max_nodes
+        assert len(tree._frontier) <= SLACK + tree.size
         assert tree.size == 1 + len(descendants(tree.root)) <= tree.max_nodes
 
 
