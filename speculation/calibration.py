@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from math import exp, expm1, log1p
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,13 +56,16 @@ class Calibration:
         if ranks < 1:
             raise ValueError(f"a draft has at least one rank, not {ranks}")
         self.ranks = ranks
-        self.slope = 1.0
-        self.offsets = [0.0] * ranks
+        self._adopt(1.0, [0.0] * ranks)
         self.revision = 0
         self.outcomes = 0
         self._prior_slope, self._prior_offsets = self.slope, np.zeros(ranks)
         self._seen = np.zeros((3, WINDOW, ranks))  # claimed logits; hits; which ranks were named
         self._fresh = 0  # outcomes in the window, which restarts where words were loaded
+
+    def _adopt(self, slope: float, offsets: list[float]) -> None:
+        self.slope, self.offsets = slope, offsets
+        self._against = [exp(-offset) for offset in offsets]  # what the odds against a claim are multiplied by
 
     def __repr__(self) -> str:
         offsets = ", ".join(f"{offset:.2f}" for offset in self.offsets)
@@ -75,8 +79,9 @@ class Calibration:
 
         It never falls as ``claimed_logp`` (natural log) grows, and lies between LEAST_LOGP and log(MOST). A claim that
         is no number counts as hopeless."""
-        z = self.offsets[rank if rank < self.ranks else -1] + self.slope * _logit(claimed_logp)
-        logp = -math.log1p(math.exp(-z))
+        # Odds instead of logits, as every guess comes by here: (1 - q) / q = exp(-offset) * ((1 - p) / p) ** slope
+        odds = expm1(-claimed_logp) if _HOPELESS < claimed_logp < _SURE else exp(-_logit(claimed_logp))
+        logp = -log1p(self._against[rank if rank < self.ranks else -1] * odds**self.slope)
         return logp if LEAST_LOGP <= logp <= _MOST_LOGP else _within(logp, LEAST_LOGP, _MOST_LOGP)
 
     def observe(self, claimed: Sequence[float], hit: int | None) -> None:
@@ -123,8 +128,9 @@ class Calibration:
         share = min(1.0, _LONGEST_STEP / longest) if longest > 0.0 else 1.0
         # In 32 bits, as they travel: numpy's sums and exponentials differ in the last bits from processor to processor,
         # and a trace from one must replay on another (law L9).
-        self.slope = float(np.float32(_within(self.slope + share * tilt, _LEAST_SLOPE, _MOST_SLOPE)))
-        self.offsets = np.clip(offsets + share * shift, -_MOST_OFFSET, _MOST_OFFSET).astype(np.float32).tolist()
+        slope = float(np.float32(_within(self.slope + share * tilt, _LEAST_SLOPE, _MOST_SLOPE)))
+        offsets = np.clip(offsets + share * shift, -_MOST_OFFSET, _MOST_OFFSET)
+        self._adopt(slope, offsets.astype(np.float32).tolist())
         self.revision += 1
 
     def to_words(self) -> dict[str, Any]:
@@ -165,7 +171,8 @@ class Calibration:
         if not sound or revision < 0 or outcomes < 0:
             raise ValueError(f"these words describe no calibration: {dict(words)}")
         made = cls(len(offsets))
-        made.slope, made.offsets, made.revision, made.outcomes = slope, offsets, revision, outcomes
+        made._adopt(slope, offsets)
+        made.revision, made.outcomes = revision, outcomes
         made._prior_slope, made._prior_offsets = slope, np.array(offsets)
         return made
 

@@ -93,18 +93,17 @@ def choose_rows(
     most = policy.rows if most is None else most
     floor = curve.least_probability(most, policy.floor) if curve else policy.floor
     useful: list[float] = []
-    for node in tree.ranked():
-        if len(chosen) == most:
-            break
+    while len(chosen) < most and (node := tree.best()) is not None:
         probability = tree.probability(node)
         if node is not tree.root:
             if not policy.speculate or room == 0 or probability < floor:
                 break
             room -= 1
+        tree.take(node)
         useful.append(probability)
         chosen.append(node)
     if curve:
-        del chosen[curve.best_count(useful) :]
-    for node in chosen:
-        tree.take(node)
+        count = curve.best_count(useful)
+        tree.give_back(chosen[count:])
+        del chosen[count:]
     return chosen

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 WEIGHT = 0.25
 """How much one pass counts against those before it."""
+MOST_LATE = 1.25
+"""How many times what is known of a number of rows one pass of it may count as."""
 FORGET = 0.99
 LEAST_WEIGHT = 0.1
 """What is left of a measurement that is forgotten."""
@@ -32,10 +34,11 @@ class CostCurve:
         self._known: list[int] = []  # numbers of rows, ascending
 
     def observe(self, rows: int, seconds: float) -> None:
-        """A pass of ``rows`` took ``seconds``; what is far off the curve counts as four times the curve."""
-        if expected := self.seconds(rows):
-            seconds = min(seconds, 4 * expected)
+        """A pass of ``rows`` took ``seconds``. It may be late for many reasons and is never early: what is far above
+        what is known counts as MOST_LATE times that; where only the curve is known, as four times the curve."""
         before = self._seconds.get(rows)
+        if expected := self.seconds(rows):
+            seconds = min(seconds, (4 if before is None else MOST_LATE) * expected)
         self._seconds[rows] = seconds if before is None else before + WEIGHT * (seconds - before)
         self._weights = {known: FORGET * weight for known, weight in self._weights.items()} | {rows: 1.0}
         for forgotten in [known for known, weight in self._weights.items() if weight < LEAST_WEIGHT]:

@@ -239,8 +239,8 @@ class Drafter:
         if tree is None:
             return nodes
         floor, guesses, ahead = self._floor(), 0, len(self._ahead)
-        for node in tree.ranked():
-            if node.position >= self._last_position or len(nodes) == self._policy.prefill_chunk:
+        while len(nodes) < self._policy.prefill_chunk and (node := tree.best()) is not None:
+            if node.position >= self._last_position:
                 break
             probability = 1.0
             if node.position > tree.root.position:
@@ -249,14 +249,14 @@ class Drafter:
                     break
                 ahead += 1
             guesses += node.position >= tree.root.position
+            tree.take(node)
             useful.append(probability)
             nodes.append(node)
         if self._curve:
-            del nodes[self._curve.best_count(useful) :]
-        for node in nodes:
-            tree.take(node)
-            if node.position > tree.root.position:
-                self._ahead.add(node)
+            count = self._curve.best_count(useful)
+            tree.give_back(nodes[count:])
+            del nodes[count:]
+        self._ahead.update(node for node in nodes if node.position > tree.root.position)
         return nodes
 
     def _evaluate(self, nodes: list[Node]) -> Compute:

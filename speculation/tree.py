@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 from pipeinfer.protocol import NO_SLOT, Row
 
@@ -29,8 +29,8 @@ class Node:
     ``rank``, ``claim`` and ``source``: whose k-th guess it was, and the log-probability that was claimed for it."""
 
     __slots__ = (
-        "alive", "children", "choice", "choice_logp", "claim", "logp", "name", "parent", "pending", "position", "rank",
-        "run", "slot", "source", "token",
+        "alive", "children", "choice", "choice_logp", "claim", "is_open", "logp", "name", "parent", "pending",
+        "position", "rank", "run", "slot", "source", "token",
     )  # fmt: skip
 
     def __init__(
@@ -49,6 +49,7 @@ class Node:
         self.position = position
         self.children: dict[int, Node] = {}
         self.pending = True
+        self.is_open = False  # whether its children are in the frontier
         self.alive = True
         self.slot: int | None = None
         self.run: int | None = None
@@ -99,7 +100,7 @@ class Tree:
             node = Node(token, parent, parent.logp + logp, parent.position + 1, source, rank, claim)
             parent.children[token] = node
             self.size += 1
-            if not parent.pending:
+            if parent.is_open:
                 self._push(node)
         elif node.source is None:
             node.source, node.rank, node.claim = source, rank, claim
@@ -107,35 +108,31 @@ class Tree:
 
     def best(self) -> Node | None:
         """The pending node of the highest path probability whose parent has been taken; it stays pending."""
-        while self._frontier:
-            node = self._frontier[0][2]
+        frontier = self._frontier
+        while frontier:
+            node = frontier[0][2]
             if node.alive and node.pending:
                 return node
-            heapq.heappop(self._frontier)
+            heapq.heappop(frontier)
         return None
 
-    def ranked(self) -> Iterator[Node]:
-        """The pending nodes by falling path probability, each after its parent if that has not been taken; all stay
-        pending. Nothing may change meanwhile."""
-        self.best()  # what is in front and no longer counts is dropped once, not by everybody who asks
-        heap, serial, seen = [*self._frontier], self._serial, set[Node]()
-        while heap:
-            node = heapq.heappop(heap)[2]
-            if not (node.alive and node.pending) or node in seen:
-                continue
-            yield node
-            seen.add(node)
-            for child in node.children.values():
-                if child.pending:
-                    serial += 1
-                    heapq.heappush(heap, (-child.logp, serial, child))
-
     def take(self, node: Node) -> None:
-        """Mark ``node``, which ``best`` gave, as taken: its children may follow."""
+        """Mark ``node``, as a rule the one that ``best`` gave, as taken: its children may follow."""
         node.pending = False
-        for child in node.children.values():
-            if child.pending:
+        if self._frontier and self._frontier[0][2] is node:
+            heapq.heappop(self._frontier)
+        if not node.is_open:
+            node.is_open = True
+            for child in node.children.values():
                 self._push(child)
+
+    def give_back(self, nodes: Sequence[Node]) -> None:
+        """Make ``nodes``, taken last and in this order, pending again. Their children wait behind them, being no more
+        probable."""
+        for node in reversed(nodes):
+            node.pending = True
+            self._serial += 1
+            heapq.heappush(self._frontier, (-node.logp, -self._serial, node))  # before its equals
 
     def probability(self, node: Node) -> float:
         """The path probability of ``node``: that the target will accept every token from the root down to it."""
@@ -148,7 +145,7 @@ class Tree:
         if heir is None:
             heir = Node(token, old, old.logp, old.position + 1)
             self.size += 1
-            if not old.pending:
+            if old.is_open:
                 self._push(heir)
         dead = descendants(old)
         for node in dead:

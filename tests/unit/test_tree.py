@@ -41,6 +41,26 @@ def test_equals_leave_in_the_order_they_came() -> None:
     assert drain(tree) == [5, 3, 9]
 
 
+@pytest.mark.parametrize("logp", [0.0, -0.5], ids=["as probable as its parent", "less probable"])
+def test_what_is_given_back_leaves_again_in_the_same_order(logp: float) -> None:
+    tree = Tree(0, 0, 100)
+    for parent in (tree.root, grow(tree, tree.root, 1, logp)):
+        for token in (2, 3):
+            grow(tree, grow(tree, parent, token, logp), 10 * token, logp)
+    entries = set()
+    for count in (9, 3, 1, 5) * 5:
+        taken = []
+        while len(taken) < count and (node := tree.best()) is not None:
+            tree.take(node)
+            taken.append(node)
+        assert all(node.parent is None or node.parent in taken[:index] for index, node in enumerate(taken))
+        tree.give_back(taken)
+        assert tree.best() is tree.root
+        entries.add(len(tree._frontier))
+    assert max(entries) <= tree.size, "nobody stands in it twice"
+    assert sorted(drain(tree)) == [0, 1, 2, 2, 3, 3, 20, 20, 30, 30]
+
+
 def test_a_child_is_never_more_probable_than_its_parent() -> None:
     tree = taken_root()
     node = grow(tree, tree.root, 1, 0.5)
