@@ -15,19 +15,22 @@ from stages.emulated import right_choices
 
 SHIPPED_HEAD_SHARE = 2 / 3
 """Layers of PipeInfer's first stage, in those of another, in its script for eight nodes."""
+SHIPPED = "-shipped"
+"""Ends the name of a rival that stays as its authors ship it where others are tuned."""
 IDEAL_ROWS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True, slots=True)
 class Entrant:
     """A policy under the name it has in the suite, read from ``source`` with ``changes`` (see read_policy).
-    ``head_share``: see Scene.shares."""
+    ``head_share``: see Scene.shares. ``is_shipped``: it is not to be tuned."""
 
     name: str
     policy: Policy
     source: str
     changes: tuple[str, ...] = ()
     head_share: float = 1.0
+    is_shipped: bool = False
 
     def settings(self) -> dict[str, Any]:
         """What was changed for the point, by tuning or by its own words."""
@@ -46,18 +49,25 @@ class Entrant:
 
 
 def entrant(name: str, changes: Sequence[str] = ()) -> Entrant:
-    """The entrant ``name``: a built-in policy, one of benchmarks/baselines, or a file. Raises UserError."""
-    path = BENCHMARKS / "baselines" / f"{name}.toml"
-    source = str(path) if path.is_file() else name
+    """The entrant ``name``: a built-in policy, one of benchmarks/baselines, or a file, with SHIPPED or without. Raises
+    UserError."""
+    plain_name = name.removesuffix(SHIPPED)
+    path = BENCHMARKS / "baselines" / f"{plain_name}.toml"
+    source = str(path) if path.is_file() else plain_name
     policy = read_policy(source)
     if policy.speculate and changes:
         policy = read_policy(source, changes)
-    return Entrant(Path(name).stem, policy, source, tuple(changes) if policy.speculate else ())
+    changes = tuple(changes) if policy.speculate else ()
+    is_shipped = plain_name != name
+    head_share = SHIPPED_HEAD_SHARE if is_shipped and policy.schedule == "frontier" else 1.0
+    return Entrant(Path(name).stem, policy, source, changes, head_share, is_shipped)
 
 
 def variants(untuned: Entrant, scene: Scene) -> list[Entrant]:
     """The sizes among which the best one of a rival for ``scene`` is; whoever tunes itself has one."""
     policy = untuned.policy
+    if untuned.is_shipped:
+        return [untuned]
     draft_s = scene.draft_s(DRAFT_ROWS, scene.context)
 
     def trip_s(rows: int) -> float:

@@ -75,6 +75,9 @@ def test_rivals_are_tuned_and_ours_is_not() -> None:
     assert chain.settings()["levels"] == chain.policy.levels == levels
     assert len(variants(entrant("pipeinfer"), here)) == 8
     assert {one.head_share for one in variants(entrant("pipeinfer"), here)} == {1.0, 2 / 3}
+    shipped = entrant("pipeinfer-shipped")
+    assert variants(shipped, here) == [shipped]
+    assert (shipped.policy, shipped.head_share) == (entrant("pipeinfer").policy, 2 / 3)
 
 
 def test_ideal_of_texts_that_are_always_or_never_guessed() -> None:
