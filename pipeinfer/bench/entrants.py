@@ -23,14 +23,13 @@ IDEAL_ROWS = (1, 2, 4, 8, 16)
 @dataclass(frozen=True, slots=True)
 class Entrant:
     """A policy under the name it has in the suite, read from ``source`` with ``changes`` (see read_policy).
-    ``head_share``: see Scene.shares. ``is_shipped``: it is not to be tuned."""
+    ``head_share``: see Scene.shares."""
 
     name: str
     policy: Policy
     source: str
     changes: tuple[str, ...] = ()
     head_share: float = 1.0
-    is_shipped: bool = False
 
     def settings(self) -> dict[str, Any]:
         """What was changed for the point, by tuning or by its own words."""
@@ -58,15 +57,14 @@ def entrant(name: str, changes: Sequence[str] = ()) -> Entrant:
     if policy.speculate and changes:
         policy = read_policy(source, changes)
     changes = tuple(changes) if policy.speculate else ()
-    is_shipped = plain_name != name
-    head_share = SHIPPED_HEAD_SHARE if is_shipped and policy.schedule == "frontier" else 1.0
-    return Entrant(Path(name).stem, policy, source, changes, head_share, is_shipped)
+    head_share = SHIPPED_HEAD_SHARE if plain_name != name and policy.schedule == "frontier" else 1.0
+    return Entrant(Path(name).stem, policy, source, changes, head_share)
 
 
 def variants(untuned: Entrant, scene: Scene) -> list[Entrant]:
     """The sizes among which the best one of a rival for ``scene`` is; whoever tunes itself has one."""
     policy = untuned.policy
-    if untuned.is_shipped:
+    if untuned.name.endswith(SHIPPED):
         return [untuned]
     draft_s = scene.draft_s(DRAFT_ROWS, scene.context)
 

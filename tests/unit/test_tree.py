@@ -42,7 +42,7 @@ def test_equals_leave_in_the_order_they_came() -> None:
 
 
 @pytest.mark.parametrize("logp", [0.0, -0.5], ids=["as probable as its parent", "less probable"])
-def test_what_is_given_back_leaves_again_in_the_same_order(logp: float) -> None:
+def test_what_is_given_back_leaves_again_parents_first(logp: float) -> None:
     tree = Tree(0, 0, 100)
     for parent in (tree.root, grow(tree, tree.root, 1, logp)):
         for token in (2, 3):
