@@ -59,6 +59,7 @@ from pipeinfer.protocol import (
     Kind,
     Message,
     Row,
+    SettingRow,
     address_name,
     drafter_address,
     stage_address,
@@ -160,6 +161,8 @@ class Orchestrator:
             return self._proceed()
         if message.kind is Kind.CREDIT:
             self._credits += 1
+            for measured in message.rows_as(SettingRow):
+                self._schedule.computed(measured.low, 1e-6 * measured.high)
             return self._proceed()
         if message.kind is Kind.NODES:
             found = self._sources.grow(message)

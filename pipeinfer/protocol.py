@@ -64,7 +64,7 @@ class Kind(enum.IntEnum):
     HELLO = 1  # stage, drafter -> orchestrator: I am ready; ``run`` holds my configuration digest
     RUN = 2  # orchestrator -> first stage -> ... -> last stage: cell operations, rows, activations
     RESULT = 3  # last stage -> orchestrator: the target's choice after each row
-    CREDIT = 4  # first stage -> orchestrator: run ``run`` has started, the next one may come
+    CREDIT = 4  # first stage -> orchestrator: run ``run`` has started, the next one may come; its row: what one took
     CANCEL = 5  # orchestrator -> stages: these runs, or single rows of them, are dead (advice)
     PROMPT = 6  # orchestrator -> drafter: the next tokens of the prompt; LAST ends it
     NODES = 7  # drafter -> orchestrator: new nodes of the draft tree; ``run`` is its root position; LAST ends an order
@@ -153,6 +153,7 @@ _ROW_TYPES: dict[Kind, tuple[struct.Struct, type[Row] | type[ChoiceRow] | type[D
     Kind.NODES: (REAL_ROW, DraftRow),
     Kind.ADVANCE: (REAL_ROW, DraftRow),
     Kind.REQUEST: (REAL_ROW, SettingRow),
+    Kind.CREDIT: (REAL_ROW, SettingRow),  # ``low``: rows of a run, ``high``: the microseconds they took
     Kind.ORDER: (REAL_ROW, SettingRow),
     Kind.CALIBRATE: (REAL_ROW, SettingRow),
 }

@@ -71,6 +71,11 @@ class Continuous:
             self._hold.accepted(tokens)
         return self._governor.accepted(tokens, now) if self._governor else ""
 
+    def computed(self, rows: int, seconds: float) -> None:
+        """See Schedule."""
+        if self._governor:
+            self._governor.curve.expect(rows, seconds)
+
     def returned(self, rows: int, slowest_s: float, trip_s: float, carries_root: bool) -> None:
         """See Schedule."""
         if self._governor:

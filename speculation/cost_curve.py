@@ -35,8 +35,8 @@ class CostCurve:
 
     def observe(self, rows: int, seconds: float) -> None:
         """A pass of ``rows`` took ``seconds``. It may be late for many reasons and is never early: what is far above
-        what is known counts as MOST_LATE times that; where only the curve is known, as four times the curve."""
-        before = self._seconds.get(rows)
+        what is known counts as MOST_LATE times that; where this is the first of so many, as four times the curve."""
+        before = self._seconds.get(rows) if rows in self._weights else None
         if expected := self.seconds(rows):
             seconds = min(seconds, (4 if before is None else MOST_LATE) * expected)
         self._seconds[rows] = seconds if before is None else before + WEIGHT * (seconds - before)
@@ -44,6 +44,13 @@ class CostCurve:
         for forgotten in [known for known, weight in self._weights.items() if weight < LEAST_WEIGHT]:
             del self._weights[forgotten], self._seconds[forgotten]
         self._known = sorted(self._seconds)
+
+    def expect(self, rows: int, seconds: float) -> None:
+        """One stage took ``seconds`` for ``rows``: believed until a run of as many is back. Where rows are dear it is
+        known after one pass, not after a trip during which every run is too large."""
+        if rows not in self._weights:
+            self._seconds[rows] = seconds
+            self._known = sorted(self._seconds)
 
     def seconds(self, rows: int) -> float:
         """What a pass of ``rows`` takes; 0 while nothing is known."""

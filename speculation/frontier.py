@@ -105,6 +105,9 @@ class Frontier:
                 self._batch.append(node)
         self._is_refused = not self._batch
 
+    def computed(self, rows: int, seconds: float) -> None:
+        """See Schedule."""
+
     def returned(self, rows: int, slowest_s: float, trip_s: float, carries_root: bool) -> None:
         """See Schedule."""
 

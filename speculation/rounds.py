@@ -50,6 +50,9 @@ class Rounds:
         if self._phase is _Phase.DRAFTING:
             self._phase = _Phase.READY
 
+    def computed(self, rows: int, seconds: float) -> None:
+        """See Schedule."""
+
     def returned(self, rows: int, slowest_s: float, trip_s: float, carries_root: bool) -> None:
         """See Schedule."""
 

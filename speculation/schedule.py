@@ -78,6 +78,10 @@ class Schedule(Protocol):
         """The tree has a new root, so many ``tokens`` below the old one. Returns what that decided, in words."""
         ...
 
+    def computed(self, rows: int, seconds: float) -> None:
+        """The first stage spent ``seconds`` on ``rows`` rows: an early word of what a run costs, often told again."""
+        ...
+
     def returned(self, rows: int, slowest_s: float, trip_s: float, carries_root: bool) -> None:
         """A run of ``rows`` rows was computed: seconds of the slowest stage, and from its launch to its result."""
         ...

@@ -85,6 +85,7 @@ class Stage:
         self._newest_done = 0  # runs are numbered in stream order
         self._pacer = Pacer()
         self._owes_credit: Message | None = None
+        self._measured: tuple[SettingRow, ...] = ()  # what the last run took, the prompt aside
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event; see Machine."""
@@ -180,7 +181,7 @@ class Stage:
         if message is None:
             return []
         self._pacer.credited(self._now)
-        return [self._send(Kind.CREDIT, message)]
+        return [self._send(Kind.CREDIT, message, rows=self._measured)]
 
     def _compute(self, message: Message, alive: tuple[int, ...], payload: Payload | None) -> Compute:
         keep = None
@@ -201,6 +202,8 @@ class Stage:
         commands = [] if self._result_first else self._credit()
         is_abandoned = event.hidden is None and event.choices is None
         spent_us = min(MOST_US, max(0, round(1e6 * self._pacer.end(self._now, is_abandoned))))
+        if self._is_first and not is_abandoned and Flag.CANONICAL not in message.flags:
+            self._measured = (SettingRow(0, len(message.rows), spent_us, 0.0),)
         message = replace(
             message,
             work_us=min(MOST_US, message.work_us + spent_us),

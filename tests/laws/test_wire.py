@@ -61,6 +61,10 @@ GOLDEN = {
     Message(Kind.CREDIT, 1, 0, request=2, txn=9, run=5): (
         "50490204010000000000020000000000 00000000090000000500000000000000 0000000000000000"
     ),
+    Message(Kind.CREDIT, 1, 0, request=2, txn=10, run=6, rows=(SettingRow(0, 8, 70_000, 0.0),)): (
+        "50490204010000000000020001000000 000000000a0000000600000000000000 0000000000000000 "
+        "00000000080000007011010000000000"
+    ),
     Message(Kind.CANCEL, 0, 2, Flag.RELAY, request=2, epoch=1, rows=(Row(0, 6, NO_SLOT, 0), Row(0, 7, 3, 0))): (
         "50490205000002001000020002000000 01000000000000000000000000000000 0000000000000000 "
         "0000000006000000ffffffff00000000 "
@@ -135,7 +139,8 @@ ROWS: dict[Kind, st.SearchStrategy[Any]] = {
     Kind.RESULT: st.builds(ChoiceRow, TOKEN, WORD, WORD, REAL),
 }
 ROWS |= {kind: st.builds(DraftRow, TOKEN, WORD, WORD, REAL) for kind in (Kind.PROMPT, Kind.NODES, Kind.ADVANCE)}
-ROWS |= {kind: st.builds(SettingRow, TOKEN, WORD, WORD, REAL) for kind in (Kind.REQUEST, Kind.ORDER, Kind.CALIBRATE)}
+SETTING_KINDS = Kind.REQUEST, Kind.CREDIT, Kind.ORDER, Kind.CALIBRATE
+ROWS |= {kind: st.builds(SettingRow, TOKEN, WORD, WORD, REAL) for kind in SETTING_KINDS}
 OPS = st.builds(CellOp, st.sampled_from(CellOpKind), WORD, SHORT, WORD)
 FLAGS = st.integers(0, sum(Flag)).map(Flag)
 

@@ -56,6 +56,20 @@ def test_what_was_not_seen_for_long_is_forgotten() -> None:
     assert curve.seconds(8) == 1.0, "it may be tried again"
 
 
+def test_an_early_word_stands_until_a_run_is_back() -> None:
+    curve = curve_of((1, 1.0))
+    curve.expect(8, 6.0)
+    assert curve.knows(8)
+    guesses = [1.0, *[0.3] * 7]
+    assert curve.best_count(guesses) < 8 == curve_of((1, 1.0)).best_count(guesses)
+    curve.expect(8, 3.0)
+    curve.expect(1, 9.0)
+    assert (curve.seconds(8), curve.seconds(1)) == (3.0, 1.0), "the newest word, but never over what is measured"
+    curve.observe(8, 4.0)
+    curve.expect(8, 3.0)
+    assert curve.seconds(8) == 4.0
+
+
 def test_the_count_gives_the_most_useful_rows_per_second_over_any_dip() -> None:
     curve = curve_of(*CPU.items())
     guesses = [1.0, 0.6, 0.4, 0.25, 0.2, 0.15, 0.1, 0.1]

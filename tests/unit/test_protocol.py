@@ -50,7 +50,7 @@ def test_accepted_names_never_meet_a_drafters_own() -> None:
         Message(Kind.RUN, 0, 1, rows=(Row(1, -1, 3, 4),)),
         Message(Kind.RUN, 0, 1, txn=1 << 32),
         Message(Kind.RUN, 0, 1 << 16),
-        Message(Kind.CREDIT, 1, 0, rows=(Row(1, 2, 3, 4),)),
+        Message(Kind.HELLO, 1, 0, rows=(Row(1, 2, 3, 4),)),
         Message(Kind.RESULT, 1, 0, work_us=1 << 32),
         Message(Kind.ORDER, 0, 0x8000, rows=(SettingRow(0, -1, 0, 0.5),)),
         Message(Kind.ORDER, 0, 0x8000, rows=(SettingRow(0, 1, 0, 1e39),)),

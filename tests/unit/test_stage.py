@@ -276,6 +276,21 @@ def test_a_credit_leaves_early_or_when_the_run_is_through(is_early: bool) -> Non
     assert (len(at_once), len(at_the_end)) == ((1, 0) if is_early else (0, 1))
 
 
+def test_a_credit_tells_what_the_last_run_took_but_not_the_prompt_or_one_that_was_given_up() -> None:
+    around = Neighbours(FIRST)
+    (credit,) = sent(around.run(2, *TREE), Kind.CREDIT)
+    assert credit.rows == ()
+    around.now = 0.25
+    around.computed(2, rows=4)
+    (credit,) = sent(around.run(3, Row(14, 6, 5, 5)), Kind.CREDIT)
+    assert credit.rows == (SettingRow(0, 4, 250_000, 0.0),)
+    around.cancel((3, NO_SLOT))
+    around.now = 0.5
+    around.stage.handle(Computed(3), around.now)
+    (credit,) = sent(around.run(4, Row(15, 7, 5, 5)), Kind.CREDIT)
+    assert credit.rows == (SettingRow(0, 4, 250_000, 0.0),)
+
+
 def test_a_foreign_message_is_refused() -> None:
     around = Neighbours()
     message = Message(Kind.ORDER, ORCHESTRATOR, MIDDLE, txn=1, rows=(SettingRow(0, 1, 0, 0.0),))
