@@ -97,15 +97,12 @@ class Partitions:
         Releases that do not fit wait for the next run, and so do their cells."""
         ops, self._ops = self._ops, []
         self._released.sort(reverse=True)
-        while self._released:
-            slot, last = self._released[-1], ops[-1] if ops else None
-            if last and last.kind is CellOpKind.RELEASE and last.slot + last.cells == slot:
-                ops[-1] = CellOp(CellOpKind.RELEASE, last.slot, last.cells + 1)
-            elif len(ops) < MAX_OPS:
-                ops.append(CellOp(CellOpKind.RELEASE, slot, 1))
-            else:
-                break
-            heapq.heappush(self._free, self._released.pop())
+        while self._released and len(ops) < MAX_OPS:
+            first, cells = self._released[-1], 0
+            while self._released and self._released[-1] == first + cells:
+                heapq.heappush(self._free, self._released.pop())
+                cells += 1
+            ops.append(CellOp(CellOpKind.RELEASE, first, cells))
         return tuple(ops)
 
     def counts(self) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 from kvbuffers.partitions import Partitions
@@ -49,6 +50,7 @@ from pipeinfer.ports import (
 )
 from pipeinfer.protocol import (
     FIRST_STAGE,
+    MAX_ROWS,
     NO_SLOT,
     ORCHESTRATOR,
     AnyRow,
@@ -308,7 +310,7 @@ class Orchestrator:
         session.tally.runs += 1
         session.tally.rows += len(rows)
         session.tally.drafted += len(run.nodes) - run.carries_root
-        return self._send_run(run, ops, sorted(rows, key=lambda row: row.position), Flag.NONE)
+        return self._send_run(run, ops, sorted(rows, key=attrgetter("position")), Flag.NONE)
 
     # Results come back.
 
@@ -373,12 +375,13 @@ class Orchestrator:
         advice = (*(Row(0, run.number, NO_SLOT, 0) for run in runs), *rows)
         if not advice or self._policy.cancel == "off":
             return []
+        parts = [advice[start : start + MAX_ROWS] for start in range(0, len(advice), MAX_ROWS)]
         if self._policy.cancel == "relay":
-            return [Send(self._advice(self._stages[-1], Flag.RELAY, advice))]
-        return [Send(self._advice(stage, Flag.NONE, advice)) for stage in self._stages]
+            return [self._advise(self._stages[-1], Flag.RELAY, part) for part in parts]
+        return [self._advise(stage, Flag.NONE, part) for stage in self._stages for part in parts]
 
-    def _advice(self, dest: int, flags: Flag, rows: tuple[Row, ...]) -> Message:
-        return Message(Kind.CANCEL, ORCHESTRATOR, dest, flags, self._requests, self._epoch, rows=rows)
+    def _advise(self, dest: int, flags: Flag, rows: tuple[Row, ...]) -> Send:
+        return Send(Message(Kind.CANCEL, ORCHESTRATOR, dest, flags, self._requests, self._epoch, rows=rows))
 
     def _send(
         self, kind: Kind, dest: int, flags: Flag = Flag.NONE, run: int = 0, rows: tuple[AnyRow, ...] = ()

@@ -96,7 +96,10 @@ def choose_rows(
     ``curve`` (without one: ``policy.floor``), and as many go as give the most useful rows per second."""
     chosen: list[Node] = []
     most = policy.rows if most is None else most
-    floor = curve.least_probability(most, policy.floor) if curve else policy.floor
+    floor = policy.floor
+    if curve:
+        most = min(most, curve.reach)
+        floor = curve.least_probability(most, floor)
     useful: list[float] = []
     while len(chosen) < most and (node := tree.best()) is not None:
         probability = tree.probability(node)

@@ -2,12 +2,14 @@
 
 Kernels are no straight lines: where two or three rows take nearly twice as long as one, eight may take hardly longer.
 So every number of rows is remembered for itself, and between two that are known the curve is straight. Beyond them it
-is hopeful, so that what has not been tried is tried: more rows take no longer, and of what fewer take only half is
-taken to be fixed. What was not seen for long is forgotten.
+goes on as over the last doubling, and twice as many rows may be tried as are known: runs grow from few, and where rows
+are dear nobody learns it from a run of many. Of what fewer rows take half is taken to be fixed. What was not seen for
+long is forgotten.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -16,8 +18,12 @@ WEIGHT = 0.25
 MOST_LATE = 1.25
 """How many times what is known of a number of rows one pass of it may count as."""
 FORGET = 0.99
+LEAST_S = 1e-6
+"""What a pass takes at least: runs say what they cost in microseconds."""
 LEAST_WEIGHT = 0.1
 """What is left of a measurement that is forgotten."""
+BLIND = 4
+"""How many rows may be tried while none are known."""
 FIXED = 0.5
 """The share of a pass that fewer rows than any that was seen would not save."""
 ROW_WORTH, LEAF_WORTH = 0.12, 0.5
@@ -36,6 +42,7 @@ class CostCurve:
     def observe(self, rows: int, seconds: float) -> None:
         """A pass of ``rows`` took ``seconds``. It may be late for many reasons and is never early: what is far above
         what is known counts as MOST_LATE times that; where this is the first of so many, as four times the curve."""
+        seconds = max(seconds, LEAST_S)
         before = self._seconds.get(rows) if rows in self._weights else None
         if expected := self.seconds(rows):
             seconds = min(seconds, (4 if before is None else MOST_LATE) * expected)
@@ -49,22 +56,37 @@ class CostCurve:
         """One stage took ``seconds`` for ``rows``: believed until a run of as many is back. Where rows are dear it is
         known after one pass, not after a trip during which every run is too large."""
         if rows not in self._weights:
-            self._seconds[rows] = seconds
+            self._seconds[rows] = max(seconds, LEAST_S)
             self._known = sorted(self._seconds)
+
+    @property
+    def reach(self) -> int:
+        """How many rows may be tried."""
+        return max(BLIND, 2 * self._known[-1]) if self._known else BLIND
 
     def seconds(self, rows: int) -> float:
         """What a pass of ``rows`` takes; 0 while nothing is known."""
-        known = self._known
-        if rows in self._seconds or not known:
+        if rows in self._seconds or not self._known:
             return self._seconds.get(rows, 0.0)
+        base, base_s, slope, _ = self._line(rows)
+        return base_s + slope * (rows - base)
+
+    def _line(self, rows: int) -> tuple[int, float, float, float]:
+        """The straight piece of the curve that holds ``rows``: a number of rows, what they take, what each further one
+        does, and the last number for which this is so."""
+        known, seconds = self._known, self._seconds
         place = bisect_left(known, rows)
         if place == 0:
-            return self._seconds[known[0]] * (FIXED + (1.0 - FIXED) * rows / known[0])
-        if place == len(known):
-            return self._seconds[known[-1]]
-        low, high = known[place - 1], known[place]
-        share = (rows - low) / (high - low)
-        return self._seconds[low] + share * (self._seconds[high] - self._seconds[low])
+            first = known[0]
+            return first, seconds[first], seconds[first] * (1.0 - FIXED) / first, first
+        low = known[place - 1]
+        if place < len(known):
+            high = known[place]
+            return low, seconds[low], (seconds[high] - seconds[low]) / (high - low), high
+        half, rise = low // 2, 0.0
+        if low >= BLIND and self.knows(half):
+            rise = max(0.0, seconds[low] - self.seconds(half)) / (low - half)
+        return low, seconds[low], rise, math.inf
 
     def knows(self, rows: int) -> bool:
         """Whether what a pass of ``rows`` takes is more than hope."""
@@ -86,12 +108,15 @@ class CostCurve:
     def best_count(self, useful: Sequence[float]) -> int:
         """How many rows give the most useful ones per second; ``useful``: how much each is expected to count, in the
         order in which they go. The most of them, where several are equally good."""
+        if not self._known:
+            return len(useful)
         best, best_rate, total = 0, -1.0, 0.0
+        base, base_s, slope, last = 0, 0.0, 0.0, 0.0
         for count, share in enumerate(useful, 1):
             total += share
-            seconds = self.seconds(count)
-            if seconds <= 0:
-                return len(useful)
-            if total / seconds >= best_rate:
-                best, best_rate = count, total / seconds
+            if count > last:
+                base, base_s, slope, last = self._line(count)
+            rate = total / (base_s + slope * (count - base))
+            if rate >= best_rate:
+                best, best_rate = count, rate
         return best

@@ -49,8 +49,8 @@ from speculation.policy import Policy
 from speculation.schedule import UNLIMITED
 from speculation.tree import Node, Tree
 
-LEAST_SHARE = 1e-3
-"""No child less probable than this is worth a name, even where rows are free."""
+LEAST_PATH = math.log(3e-4)
+"""No child whose path is less probable than this is worth a name, even where rows are free; first choices are."""
 
 
 class Drafter:
@@ -305,7 +305,9 @@ class Drafter:
         if tree is None or not node.alive or node.position < tree.root.position:
             return []
         found, least = [], math.log(self._cutoff) if self._cutoff > 0 else -math.inf
-        worth = math.log(max(self._floor() / 4, LEAST_SHARE))  # less would hardly ever be sent, even after the root
+        worth = LEAST_PATH - (node.logp - tree.root.logp)
+        if floor := self._floor():
+            worth = max(worth, math.log(floor / 4))  # less would hardly ever be sent, even after the root
         for rank, (token, claim) in enumerate(choices):
             if claim < least:
                 self._withheld.append((node, choices))

@@ -28,13 +28,14 @@ class Hold:
     """Says whether a new root waits, and ``until`` when at most."""
 
     def __init__(self) -> None:
-        self._tokens = self._surprises = 0.0  # of late
+        self._tokens, self._surprises = 2.0, 1.0  # of late, where somebody had guessed; at first what is supposed
         self._level_s: float | None = None  # what a level of drafts takes
         self.opened()
 
     def opened(self) -> None:
         """A new request."""
         self._root: Node | None = None
+        self._is_guessed = False  # whether the root has guesses below it
         self._since = 0.0
         self._is_measured = True
         self._is_held = False
@@ -50,12 +51,16 @@ class Hold:
         for a level of drafts."""
         root = tree.root
         if root is not self._root:
+            if root.pending and self._is_guessed:
+                self._surprises += 1
+            elif root.pending and self._root is not None:
+                self._tokens -= 1  # nobody had guessed anything
             self._root, self._since = root, now
-            self._surprises += root.pending
             self._is_measured = not root.pending or bool(root.children)
             self._is_held = False
         elif not self._is_measured and root.children:
             self._learn(now - self._since)
+        self._is_guessed = bool(root.children)
 
     def wants(self, stage_s: float, most_levels: int, now: float) -> bool:
         """Whether the root, which no run holds, should wait for drafts; at most for ``most_levels``."""

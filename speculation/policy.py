@@ -87,7 +87,7 @@ class Policy:
 
 PLAIN = Policy("plain", speculate=False)
 CONTINUOUS = Policy(
-    "continuous", rows=8, width=8, leaves=8, lead=224, floor=0.02, govern=True, hold=True, calibrate=True, lookup=16
+    "continuous", rows=32, width=8, leaves=8, lead=224, floor=0.02, govern=True, hold=True, calibrate=True, lookup=16
 )
 POLICIES = {policy.name: policy for policy in (PLAIN, CONTINUOUS)}
 

@@ -17,7 +17,7 @@ SHIPPED_HEAD_SHARE = 2 / 3
 """Layers of PipeInfer's first stage, in those of another, in its script for eight nodes."""
 SHIPPED = "-shipped"
 """Ends the name of a rival that stays as its authors ship it where others are tuned."""
-IDEAL_ROWS = (1, 2, 4, 8, 16)
+IDEAL_ROWS = [rows for rows in (1, 2, 4, 8, 16, 32) if rows <= CONTINUOUS.rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def variants(untuned: Entrant, scene: Scene) -> list[Entrant]:
 
 def ideal_speed(scene: Scene, seed: int) -> float:
     """Tokens per second of ideal scheduling (see ideal) on the stages that a drafter leaves, for the text of ``seed``:
-    at eight rows where rows are free, else at the best number of rows."""
+    at the number of rows that is best for it, never more than continuous may send."""
     text = right_choices(scene.model(seed), scene.request(seed).prompt, scene.point.tokens)
 
     def speed(rows: int) -> float:
@@ -94,4 +94,6 @@ def ideal_speed(scene: Scene, seed: int) -> float:
         depth = scene.trip_s(CONTINUOUS, rows) / stage_s
         return ideal(depth, rows, scene.acceptance, draft_s / stage_s, text) / stage_s
 
-    return speed(8) if scene.stage_s(CONTINUOUS, 8) == scene.stage_s(CONTINUOUS, 1) else max(map(speed, IDEAL_ROWS))
+    most = IDEAL_ROWS[-1]
+    is_free = scene.stage_s(CONTINUOUS, most) == scene.stage_s(CONTINUOUS, 1)
+    return speed(most) if is_free else max(map(speed, IDEAL_ROWS))

@@ -3,8 +3,8 @@
 Every stage takes one unit of time for a run of up to ``rows`` nodes; cancelling is free, and so are messages, unless
 ``depth`` is given what they take; the draft knows each child's probability. In every unit the most probable unsent
 nodes enter the pipeline, and what leaves it moves the root. Beside it the draft expands up to ``leaves`` of the most
-probable leaves per pass, until it is ``lead`` unsent nodes ahead. Synchronous speculation has closed forms: rounds of a
-trip and the draft passes before it.
+probable leaves per pass, until it has guesses for LEAD_RUNS further runs. Synchronous speculation has closed forms:
+rounds of a trip and the draft passes before it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from speculation.tree import Node, Tree
 VOID = -1
 """What the target says where no choice of the draft is right."""
 LIMIT = 1_000_000
+LEAD_RUNS = 6
 
 
 def ideal(
-    depth: float, rows: int, ranks: Sequence[float], draft_time: float, text: Sequence[int], *, leaves: int = 8,
-    lead: int = 48,
-) -> float:  # fmt: skip
+    depth: float, rows: int, ranks: Sequence[float], draft_time: float, text: Sequence[int], *, leaves: int = 8
+) -> float:
     """Tokens per unit of time after the first, over ``depth`` stages. ``ranks[k]``: how often the draft's k-th choice
     is right; ``text``: which one is right at each position of this text, VOID for none."""
     tree = Tree(VOID, 0, LIMIT)
-    drafted = Drafting(tree, ranks, leaves, lead)
+    drafted = Drafting(tree, ranks, leaves, LEAD_RUNS * rows)
     flight: deque[tuple[float, list[Node]]] = deque()
     now = entry_free_at = first_at = 0.0
     draft_done_at = draft_time
@@ -104,7 +104,7 @@ def best_chain(trip_s: Callable[[int], float], top1: float, draft_s: float, long
 
 
 def best_tree(
-    trip_s: Callable[[int], float], ranks: Sequence[float], draft_s: float, most_rows: int = 16
+    trip_s: Callable[[int], float], ranks: Sequence[float], draft_s: float, most_rows: int = 32
 ) -> tuple[int, int]:
     """Draft passes and rows of the synchronous tree that gives most tokens per time, of at most ``most_rows`` rows."""
     heap, expected, levels, found = [(-1.0, 0)], 0.0, 0, []

@@ -10,11 +10,12 @@ import pytest
 
 from pipeinfer.errors import StallError
 from pipeinfer.links import Link
-from pipeinfer.ports import Request, Sampling
-from pipeinfer.protocol import Kind
+from pipeinfer.ports import Received, Request, Sampling
+from pipeinfer.protocol import MAX_ROWS, Kind
 from pipeinfer.sim.chronicle import oracle
 from pipeinfer.sim.network import Network
 from pipeinfer.sim.random_worlds import check_world, every_law
+from pipeinfer.sim.replay import Recorder
 from pipeinfer.sim.world import Answer, World, WorldSpec
 from speculation.policy import Policy, read_policy
 from stages.emulated import EmulatedSpec, spread
@@ -225,6 +226,17 @@ def test_late_news_of_several_tokens() -> None:
             drafter_beside_orchestrator=False,
         )
     )
+
+
+def test_advice_too_long_for_one_message_goes_in_several() -> None:
+    policy = Policy("wide", rows=128, width=16, leaves=64, lead=2000)
+    model = EmulatedSpec(16, 5000, 1, (0.5, *[0.03] * 15))
+    spec = WorldSpec(1, policy, 16, (Request((1, 2, 3), 40),), model, draft_s=0.05, context=64)
+    recorder = Recorder()
+    (answer,) = World(spec, (recorder,)).run()
+    assert tuple(answer.tokens) == oracle(model, spec.requests[0])
+    told = [step.event.message for step in recorder.trace if isinstance(step.event, Received)]
+    assert max(len(message.rows) for message in told if message.kind is Kind.CANCEL) == MAX_ROWS
 
 
 def test_a_draft_that_is_always_right_is_always_accepted() -> None:

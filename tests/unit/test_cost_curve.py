@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from speculation.cost_curve import FIXED, LEAF_WORTH, LEAST_WEIGHT, ROW_WORTH, CostCurve
@@ -37,6 +39,22 @@ def test_what_is_unknown_is_tried_but_not_called_free() -> None:
     assert curve_of((8, 2.0)).best_count([1.0, 0.3, 0.2, 0.1, 0.05, 0.05, 0.05, 0.05]) == 3, "eight may be dear"
     assert curve_of((1, 2.0), (1, 2.0)).least_probability(8, most=0.02) == 0.02, "nobody has seen a wide pass"
     assert curve_of((1, 2.0), (8, 2.0)).least_probability(8, most=0.02) == 0
+
+
+def test_runs_grow_by_doublings_unless_rows_are_dear() -> None:
+    guesses = [1.0, *[0.2] * 63]
+
+    def grown(cost: Callable[[int], float]) -> list[int]:
+        """How many rows go while every run is measured before the next one leaves."""
+        curve, sent = CostCurve(), list[int]()
+        for _ in range(8):
+            sent.append(curve.best_count(guesses[: curve.reach]))
+            curve.observe(sent[-1], cost(sent[-1]))
+        return sent
+
+    assert grown(lambda rows: 1.0) == [4, 8, 16, 32, 64, 64, 64, 64]
+    dear = grown(lambda rows: 1.0 if rows <= 4 else rows / 4)
+    assert (max(dear), dear[-1]) == (8, 4), "what eight take tells enough of sixteen"
 
 
 def test_hiccups_hardly_bend_the_curve_but_what_lasts_is_believed() -> None:

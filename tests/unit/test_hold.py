@@ -85,6 +85,22 @@ def test_without_experience_or_without_a_gain_it_goes_at_once() -> None:
     assert not hold.wants(1.0, 0, 100.0), "runs of one row"
 
 
+def test_it_waits_even_if_nobody_had_time_to_guess_so_far() -> None:
+    """Where drafts are only made while a root is held, a root that is never held could never be guessed."""
+    hold, tree = Hold(), Tree(0, 0, 100)
+    for turn in range(60):
+        tree.take(tree.root)
+        tree.advance(99)
+        hold.accepted(1)
+        hold.look(tree, float(turn))
+        if hold.wants(1.0, 7, float(turn)):
+            drafted(tree, 1)
+            hold.look(tree, turn + LEVEL_S)
+        tree.prune()  # not in time
+        hold.look(tree, turn + 0.5)
+    assert hold.wants(1.0, 7, 59.0)
+
+
 def test_the_schedule_asks_to_be_woken_once_and_then_sends_the_root() -> None:
     """Who is woken in vain, the request being over, asks for nothing more: else it would be woken for ever."""
     schedule, tree = Continuous(CONTINUOUS), Tree(0, 0, 100)
