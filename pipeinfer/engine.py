@@ -64,8 +64,8 @@ class Engine:
     a draft for each of several ``drafters``, or one for all, or ``"none"``: then guesses are looked up in the text.
 
     ranks: how many to start on this machine (default 1, which needs no MPI); inside mpirun or srun the job's own are
-    used. policy: ``plain``, ``continuous`` (the default where there are several ranks) or a TOML file with a
-    policy's knobs; settings: changes to it, as ``knob=value``. dtype: ``fp32`` or ``bf16``. context: most tokens of a
+    used. policy: ``plain`` (the default of one rank without a draft), ``continuous`` or a TOML file with a policy's
+    knobs; settings: changes to it, as ``knob=value``. dtype: ``fp32`` or ``bf16``. context: most tokens of a
     request. comm: an mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may move before
     the job gives up and says who waits for whom. trace: a file name; each rank N writes all that its roles are told and
     command to ``<trace>.rankN``, for ``pipeinfer replay``. calibration: a file that ``pipeinfer calibrate`` wrote.
@@ -106,7 +106,7 @@ class Engine:
             if comm is None:
                 _refuse_singletons(self._world)
         size = self._world.size if self._world else 1 if ranks is None else ranks
-        name = policy or ("continuous" if size > 1 else "plain")
+        name = policy or ("plain" if size == 1 and draft is None and target != BUILTIN else "continuous")
 
         def configure() -> Config:
             drafts = draft_names(str(target), draft, drafters)

@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
     how.add_argument(
         "--policy",
         metavar="NAME|FILE",
-        help="plain, continuous (the default where there are several ranks) or a TOML file of a policy's knobs",
+        help="plain (the default of one rank without a draft), continuous or a TOML file of a policy's knobs",
     )
     how.add_argument(
         "--set", action="append", default=[], metavar="KNOB=VALUE", help="change one knob of the policy (repeatable)"

@@ -23,7 +23,7 @@ DRAWING = re.compile(r"\x1b7\x1b\[(\d+);1H\x1b\[2K(.*?)\x1b8", re.DOTALL)
 RESERVING = re.compile(r"\r?\n\x1b\[1A\x1b7\x1b\[1;(\d+)r\x1b8")
 GIVING_BACK = re.compile(r"\x1b7\x1b\[r\x1b\[(\d+);1H\x1b\[2K\x1b8")
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
-ARGUMENTS = ["--prompt", "def read_lines(path):\n", "--max-new-tokens", "300", "--ignore-eos", "--ranks", "1"]
+ARGUMENTS = ["--prompt", "def read_lines(path):\n", "--max-new-tokens", "300", "--ignore-eos", "--policy", "plain"]
 
 
 @contextmanager

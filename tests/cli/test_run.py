@@ -21,10 +21,11 @@ TABLE = re.compile(
 
 
 def test_text_goes_to_stdout_and_the_table_to_stderr() -> None:
-    plain = pipeinfer("run", "--prompt", PROMPT, "--max-new-tokens", "12", "--ignore-eos")
+    arguments = ["--prompt", PROMPT, "--max-new-tokens", "12", "--ignore-eos", "--policy", "plain"]
+    plain = pipeinfer("run", *arguments)
     assert plain.returncode == 0, plain.stderr
     assert TABLE.fullmatch(plain.stderr.lstrip("\n")), plain.stderr
-    found = json.loads(pipeinfer("run", "--prompt", PROMPT, "--max-new-tokens", "12", "--ignore-eos", "--json").stdout)
+    found = json.loads(pipeinfer("run", *arguments, "--json").stdout)
     assert plain.stdout == found["text"] + "\n"
 
 
@@ -103,7 +104,8 @@ def test_bf16_decodes_on_several_ranks(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["tokens"]
-    one = json.loads(pipeinfer("run", *models, "--prompt", "The ferry", "--max-new-tokens", "1", "--json").stdout)
+    alone = [*models, "--prompt", "The ferry", "--max-new-tokens", "1", "--json", "--policy", "plain"]
+    one = json.loads(pipeinfer("run", *alone).stdout)
     assert one["ranks"][0]["weight_nbytes"] == 2 * _parameters(target)
 
 
@@ -163,7 +165,7 @@ def test_forced_acceptance_is_labelled_wherever_its_words_are_shown() -> None:
     assert re.fullmatch(r"(\d+ ){11}\d+\n", plain.stdout), "numbers of tokens, not text"
     label, _, table, *_, verified = plain.stderr.splitlines()
     assert "tokens without meaning" in label
-    assert table.startswith("meaningless text, acceptance forced to 0.7,0.1; policy plain")
+    assert table.startswith("meaningless text, acceptance forced to 0.7,0.1; policy continuous")
     assert verified == "verified: all 12 tokens equal plain decoding"
     found = json.loads(pipeinfer(*arguments, "--json").stdout)
     assert found["meaningless"]

@@ -71,15 +71,16 @@ def test_mpirun_and_ranks_agree() -> None:
     arguments = ("run", "--prompt", PROMPT, "--max-new-tokens", "48", "--json")
     given = answer(under_mpiexec(4, "-m", "pipeinfer", *arguments))
     started = answer(pipeinfer(*arguments, "--ranks", "4"))
-    alone = answer(pipeinfer(*arguments, "--ranks", "1"))
+    alone = answer(pipeinfer(*arguments, "--ranks", "1", "--policy", "plain"))
     assert given["tokens"] == started["tokens"] == alone["tokens"]
     assert given["text"] == started["text"] == alone["text"]
     assert [rank["roles"] for rank in given["ranks"]] == [rank["roles"] for rank in started["ranks"]]
 
 
 def test_weights_are_split_and_not_repeated() -> None:
-    split = answer(pipeinfer("run", "--prompt", PROMPT, "--max-new-tokens", "2", "--json", "--ranks", "4"))
-    whole = answer(pipeinfer("run", "--prompt", PROMPT, "--max-new-tokens", "2", "--json", "--ranks", "1"))
+    arguments = ("run", "--prompt", PROMPT, "--max-new-tokens", "2", "--json")
+    split = answer(pipeinfer(*arguments, "--ranks", "4"))
+    whole = answer(pipeinfer(*arguments, "--ranks", "1", "--policy", "plain"))
     (all_bytes,) = [rank["weight_nbytes"] for rank in whole["ranks"]]
     parts = [rank["weight_nbytes"] for rank in split["ranks"] if rank["layers"]]
     config = json.loads((ROOT / "pipeinfer/builtin/target/config.json").read_text())
