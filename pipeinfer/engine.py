@@ -106,10 +106,10 @@ class Engine:
             if comm is None:
                 _refuse_singletons(self._world)
         size = self._world.size if self._world else 1 if ranks is None else ranks
-        name = policy or ("plain" if size == 1 and draft is None and target != BUILTIN else "continuous")
 
         def configure() -> Config:
             drafts = draft_names(str(target), draft, drafters)
+            name = policy or ("continuous" if size > 1 or draft or drafts else "plain")
             knobs, file = read_policy(name, settings).settings(), None if trace is None else str(trace)
             known = {} if calibration is None else read_calibrations(calibration)
             shares = forced_acceptance if isinstance(forced_acceptance, Sequence) else (forced_acceptance,)

@@ -64,7 +64,7 @@ class Kind(enum.IntEnum):
     HELLO = 1  # stage, drafter -> orchestrator: I am ready; ``run`` holds my configuration digest
     RUN = 2  # orchestrator -> first stage -> ... -> last stage: cell operations, rows, activations
     RESULT = 3  # last stage -> orchestrator: the target's choice after each row
-    CREDIT = 4  # first stage -> orchestrator: run ``run`` has started, the next one may come; its row: what one took
+    CREDIT = 4  # first stage -> orchestrator: the next run may follow ``run``; its row says what the last one took
     CANCEL = 5  # orchestrator -> stages: these runs, or single rows of them, are dead (advice)
     PROMPT = 6  # orchestrator -> drafter: the next tokens of the prompt; LAST ends it
     NODES = 7  # drafter -> orchestrator: new nodes of the draft tree; ``run`` is its root position; LAST ends an order

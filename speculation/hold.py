@@ -47,14 +47,14 @@ class Hold:
         self._surprises *= FORGET
 
     def look(self, tree: Tree, now: float) -> None:
-        """See what ``tree`` has become: a new root that nobody had sent is a surprise, its first children end the wait
-        for a level of drafts."""
+        """See what ``tree`` has become: a new root that nobody had sent is a surprise where anything had been guessed,
+        and else tells nothing; its first children end the wait for a level of drafts."""
         root = tree.root
         if root is not self._root:
             if root.pending and self._is_guessed:
                 self._surprises += 1
             elif root.pending and self._root is not None:
-                self._tokens -= 1  # nobody had guessed anything
+                self._tokens -= 1
             self._root, self._since = root, now
             self._is_measured = not root.pending or bool(root.children)
             self._is_held = False

@@ -17,7 +17,7 @@ SHIPPED_HEAD_SHARE = 2 / 3
 """Layers of PipeInfer's first stage, in those of another, in its script for eight nodes."""
 SHIPPED = "-shipped"
 """Ends the name of a rival that stays as its authors ship it where others are tuned."""
-IDEAL_ROWS = [rows for rows in (1, 2, 4, 8, 16, 32) if rows <= CONTINUOUS.rows]
+IDEAL_ROWS = [1 << power for power in range(CONTINUOUS.rows.bit_length())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def variants(untuned: Entrant, scene: Scene) -> list[Entrant]:
         length = best_chain(trip_s, scene.acceptance[0], draft_s)
         return [replace(untuned, policy=replace(policy, levels=length, rows=length + 1))]
     if policy.schedule == "rounds":
-        levels, rows = best_tree(trip_s, scene.acceptance, draft_s)
+        levels, rows = best_tree(trip_s, scene.acceptance, draft_s, CONTINUOUS.rows)
         return [replace(untuned, policy=replace(policy, levels=levels, rows=rows))]
     if policy.schedule == "frontier":
         sizes = [replace(policy, rows=rows) for rows in (2, 3, 4, 6)]
@@ -94,6 +94,4 @@ def ideal_speed(scene: Scene, seed: int) -> float:
         depth = scene.trip_s(CONTINUOUS, rows) / stage_s
         return ideal(depth, rows, scene.acceptance, draft_s / stage_s, text) / stage_s
 
-    most = IDEAL_ROWS[-1]
-    is_free = scene.stage_s(CONTINUOUS, most) == scene.stage_s(CONTINUOUS, 1)
-    return speed(most) if is_free else max(map(speed, IDEAL_ROWS))
+    return max(map(speed, IDEAL_ROWS))

@@ -20,6 +20,7 @@ VOID = -1
 """What the target says where no choice of the draft is right."""
 LIMIT = 1_000_000
 LEAD_RUNS = 6
+"""For so many runs the draft finds guesses ahead."""
 
 
 def ideal(
@@ -104,7 +105,7 @@ def best_chain(trip_s: Callable[[int], float], top1: float, draft_s: float, long
 
 
 def best_tree(
-    trip_s: Callable[[int], float], ranks: Sequence[float], draft_s: float, most_rows: int = 32
+    trip_s: Callable[[int], float], ranks: Sequence[float], draft_s: float, most_rows: int
 ) -> tuple[int, int]:
     """Draft passes and rows of the synchronous tree that gives most tokens per time, of at most ``most_rows`` rows."""
     heap, expected, levels, found = [(-1.0, 0)], 0.0, 0, []
