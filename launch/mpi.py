@@ -1,17 +1,18 @@
 """The MPI transport: the only file that speaks MPI.
 
-Theory of operation. The job's communicator is duplicated three times, so that nothing of ours can match anything of
-anybody else's, and each duplicate is one channel of the protocol.
+Theory of operation. The job's communicator is duplicated twice, so that nothing of ours can match anything of anybody
+else's.
 
-    STREAM    a ring of pre-posted receives from any source. MPI matches them in posting order and keeps the order of
-              each sender, so taking them in ring order keeps it too.
-    TENSOR    no receive is posted until a STREAM message announces a payload; then one is, from that sender. Both sides
-              count alike, so the n-th tensor meets the n-th announcement.
-    CONTROL   like STREAM, on a ring of its own: never stuck behind a tensor.
+    messages  a ring of pre-posted receives from any source. MPI matches them in posting order and keeps the order of
+              each sender, so taking them in ring order keeps it too. STREAM and CONTROL share it: one test says that
+              there is nothing new, and that is what is asked most often. A tensor that fits into the same buffer comes
+              behind its message.
+    tensors   for larger ones. No receive is posted until a message announces one; then it is, from that sender. Both
+              sides count alike, so the n-th tensor meets the n-th announcement.
 
-Everything is non-blocking. A message whose tensor has not arrived holds back the later ones of its sender only. Sends
-are kept, buffers and all, until MPI is done with them. Received tensors land in a fixed rotation of buffers: as a run
-is one of at most ``window`` in flight, its buffer is free again before its turn comes round.
+Everything is non-blocking. A message whose tensor has not arrived holds back the later ones of its sender only, and no
+CONTROL. Sends are kept, buffers and all, until MPI is done with them. Large tensors land in a fixed rotation of
+buffers: as a run is one of at most ``window`` in flight, its buffer is free again before its turn comes round.
 
 Nobody spins: who has nothing to do sleeps until a neighbour rings (see Doorbell) or between polls (see Backoff). So
 many ranks can share few cores, and a blocking MPI call that would burn one never appears.
@@ -44,7 +45,7 @@ from launch.doorbell import Doorbell  # noqa: E402
 from launch.last_words import let_it_be_read  # noqa: E402
 from pipeinfer.errors import LocalProtocolError, PipeinferError, StallError, UserError  # noqa: E402
 from pipeinfer.ports import Payload, Received  # noqa: E402
-from pipeinfer.protocol import MAX_NBYTES, Message, decode, encode  # noqa: E402
+from pipeinfer.protocol import MAX_NBYTES, Message, decode, encode, wire_nbytes  # noqa: E402
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
@@ -52,6 +53,8 @@ RING = 8
 MOST_PENDING_SENDS = 4096
 FACTS_NBYTES = 1024
 REST_S = 10e-3
+IDLE_S = 4e-3
+"""So soon somebody who was rung for looks up again, then after four times as long, and so on."""
 
 
 @dataclass(slots=True)
@@ -62,7 +65,7 @@ class _Inbound:
 
 
 class _Ring:
-    """Pre-posted receives of one channel, taken in posting order."""
+    """Pre-posted receives, taken in posting order; a message comes with what followed it in its buffer, copied."""
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self._comm = comm
@@ -71,16 +74,19 @@ class _Ring:
         self._next = 0
         self._status = MPI.Status()
 
-    def take(self) -> tuple[int, Message] | None:
-        """The next message and the rank that sent it, if there is one."""
+    def take(self) -> tuple[int, Message, Bytes | None] | None:
+        """The rank that sent the next message, the message and its small tensor, if there is one."""
         index = self._next
         if not self._requests[index].Test(self._status):
             return None
         source = self._status.Get_source()
-        message = decode(memoryview(self._buffers[index])[: self._status.Get_count(MPI.BYTE)])
+        data = memoryview(self._buffers[index])[: self._status.Get_count(MPI.BYTE)]
+        message = decode(data)
+        tail = data[wire_nbytes(message) :]
+        body = np.frombuffer(tail, np.uint8).copy() if tail else None
         self._requests[index] = self._comm.Irecv([self._buffers[index], MPI.BYTE], MPI.ANY_SOURCE)
         self._next = (index + 1) % RING
-        return source, message
+        return source, message, body
 
     def close(self) -> None:
         """Take back what is posted."""
@@ -110,9 +116,9 @@ class MpiTransport:
         window: int,
     ) -> None:
         politely(comm.Ibarrier())  # some are still loading; the calls that follow would spin so long
-        self._stream, self._tensor, self._control = comm.Dup(), comm.Dup(), comm.Dup()
+        self._messages, self._tensors = comm.Dup(), comm.Dup()
         self._pack, self._unpack = pack, unpack
-        self._rings = (_Ring(self._stream), _Ring(self._control))
+        self._ring = _Ring(self._messages)
         self._inbound: dict[int, deque[_Inbound]] = {}
         self._buffers: list[Bytes] = [np.empty(0, np.uint8) for _ in range(window + 1)]
         self._next_buffer = 0
@@ -121,19 +127,21 @@ class MpiTransport:
         self._bell = Doorbell()
         self._is_heard_by_all = _hang(self._bell, comm)
         self._backoff = Backoff()
+        self._idle_s = IDLE_S
 
     def send(self, rank: int, message: Message, payload: Payload | None) -> None:
         """See Transport."""
         body = None if payload is None else self._pack(payload)
         if body is not None:
             message = replace(message, payload_nbytes=body.nbytes)
-        header = encode(message)
+        data = encode(message)
         self.messages += 1
-        self.nbytes += len(header) + (0 if body is None else body.nbytes)
-        channel = self._control if message.is_control else self._stream
-        self._sends.append((channel.Isend([header, MPI.BYTE], rank), header))
+        self.nbytes += len(data) + (0 if body is None else body.nbytes)
+        if body is not None and len(data) + body.nbytes <= MAX_NBYTES:
+            data, body = data + body.tobytes(), None
+        self._sends.append((self._messages.Isend([data, MPI.BYTE], rank), data))
         if body is not None:
-            self._sends.append((self._tensor.Isend([body, MPI.BYTE], rank), (body, payload)))
+            self._sends.append((self._tensors.Isend([body, MPI.BYTE], rank), (body, payload)))
         self._bell.ring(rank)
         self._backoff.reset()
         if len(self._sends) > MOST_PENDING_SENDS:
@@ -142,12 +150,12 @@ class MpiTransport:
     def poll(self) -> list[Received]:
         """See Transport."""
         arrived: list[Received] = []
-        stream, control = self._rings
-        while taken := control.take():
-            arrived.append(Received(taken[1]))
-        while taken := stream.take():
-            source, message = taken
-            self._inbound.setdefault(source, deque()).append(self._expect(source, message))
+        while taken := self._ring.take():
+            source, message, body = taken
+            if message.is_control:
+                arrived.append(Received(message))
+            else:
+                self._inbound.setdefault(source, deque()).append(self._expect(source, message, body))
         for queue in self._inbound.values():
             while queue and (queue[0].request is None or queue[0].request.Test()):
                 inbound = queue.popleft()
@@ -158,38 +166,40 @@ class MpiTransport:
             self._sends.popleft()
         if arrived:
             self._backoff.reset()
+            self._idle_s = IDLE_S
         return arrived
 
     def wait(self, most_s: float) -> None:
         """See Transport. Where everybody can ring the bell nobody needs to poll, but for what is half sent or half
-        here: MPI moves that on only while it is called."""
+        here: MPI moves that on only while it is called. A bell may be quicker than what it rings for, so soon after one
+        it looks up more often."""
         is_half_way = self._sends or any(self._inbound.values())
         if is_half_way or not self._is_heard_by_all:
             most_s = min(most_s, self._backoff.next_s())
-        self._bell.wait(most_s)
+        has_rung = self._bell.wait(min(most_s, self._idle_s))
+        self._idle_s = IDLE_S if has_rung else 4 * self._idle_s
 
-    def _expect(self, source: int, message: Message) -> _Inbound:
-        """Post the receive for the tensor that ``message`` announces, if it does."""
-        if not message.payload_nbytes:
-            return _Inbound(message)
+    def _expect(self, source: int, message: Message, body: Bytes | None) -> _Inbound:
+        """Post the receive for the tensor that ``message`` announces, if it does and did not bring it (``body``)."""
+        if body is not None or not message.payload_nbytes:
+            return _Inbound(message, body)
         index = self._next_buffer
         self._next_buffer = (index + 1) % len(self._buffers)
         if self._buffers[index].nbytes < message.payload_nbytes:
             self._buffers[index] = np.empty(message.payload_nbytes, np.uint8)
         buffer = self._buffers[index][: message.payload_nbytes]
-        return _Inbound(message, buffer, self._tensor.Irecv([buffer, MPI.BYTE], source))
+        return _Inbound(message, buffer, self._tensors.Irecv([buffer, MPI.BYTE], source))
 
     def close(self) -> None:
-        """Wait until everything sent is gone, then free the channels. Collective."""
+        """Wait until everything sent is gone, then free the communicators. Collective."""
         backoff = Backoff()
         while self._sends:
             self.poll()
             backoff.wait()
-        politely(self._stream.Ibarrier())
-        for ring in self._rings:
-            ring.close()
-        for channel in (self._stream, self._tensor, self._control):
-            channel.Free()
+        politely(self._messages.Ibarrier())
+        self._ring.close()
+        self._messages.Free()
+        self._tensors.Free()
         self._bell.close()
 
 

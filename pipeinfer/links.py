@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pipeinfer.ports import Payload
-from pipeinfer.protocol import HEADER, OP, ROW, Message
+from pipeinfer.protocol import Message, wire_nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Link:
     def nbytes(self, message: Message, payload: Payload | None) -> int:
         """How large ``message`` is on the wire, with its ``payload``."""
         body = 0 if payload is None else self.row_nbytes * len(message.rows) or int(payload.nbytes)
-        return HEADER.size + OP.size * len(message.ops) + ROW.size * len(message.rows) + body
+        return wire_nbytes(message) + body
 
 
 @dataclass(slots=True)

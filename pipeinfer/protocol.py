@@ -1,7 +1,7 @@
 """The messages between roles and their wire format.
 
 A message is a fixed 40-byte little-endian header, then 16-byte cell operations, then 16-byte rows. At most one tensor
-goes with it, out of band, announced by ``payload_nbytes``. Nothing is ever pickled.
+goes with it, of ``payload_nbytes``: behind the rows if it is small, else out of band. Nothing is ever pickled.
 
     header  magic:u16 version:u8 kind:u8 source:u16 dest:u16 flags:u16 request:u16 rows:u16 ops:u16
             epoch:u32 txn:u32 run:u32 payload_nbytes:u32 work_us:u32 slowest_us:u32
@@ -10,8 +10,8 @@ goes with it, out of band, announced by ``payload_nbytes``. Nothing is ever pick
             SettingRow)
 
 Three channels carry them. STREAM is ordered per pair of roles; on it ``txn`` grows strictly. TENSOR is ordered too: the
-n-th tensor of a pair belongs to its n-th message that announces one. CONTROL may overtake, repeat or lose: what travels
-there is advice, so that losing it costs time and never a token.
+n-th tensor that a pair moves there belongs to its n-th message that announces one and does not bring it. CONTROL may
+overtake, repeat or lose: what travels there is advice, so that losing it costs time and never a token.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import enum
 import struct
 from dataclasses import dataclass
+from itertools import starmap
 from typing import NamedTuple, TypeVar, cast
 
 from pipeinfer.errors import LocalProtocolError, RemoteProtocolError
@@ -217,8 +218,14 @@ def encode(message: Message) -> bytes:
     return b"".join(parts)
 
 
+def wire_nbytes(message: Message) -> int:
+    """How many bytes ``encode`` makes of it, any tensor aside."""
+    return HEADER.size + OP.size * len(message.ops) + ROW.size * len(message.rows)
+
+
 def decode(data: bytes | memoryview) -> Message:
-    """The message in ``data``; raises RemoteProtocolError for anything a correct peer would not send."""
+    """The message at the beginning of ``data``, behind which its tensor may follow, whole; raises RemoteProtocolError
+    for anything a correct peer would not send."""
     if len(data) < HEADER.size:
         raise RemoteProtocolError(f"{len(data)} bytes are no header")
     fields = HEADER.unpack_from(data)
@@ -229,7 +236,9 @@ def decode(data: bytes | memoryview) -> Message:
         raise RemoteProtocolError(f"protocol version {version}, this side speaks {VERSION}")
     if row_count > MAX_ROWS or op_count > MAX_OPS:
         raise RemoteProtocolError(f"{row_count} rows and {op_count} operations exceed the bounds")
-    if len(data) != HEADER.size + OP.size * op_count + ROW.size * row_count:
+    epoch, txn, run, nbytes, work_us, slowest_us = counters
+    end = HEADER.size + OP.size * op_count + ROW.size * row_count
+    if len(data) not in (end, end + nbytes):
         raise RemoteProtocolError(f"{len(data)} bytes for {op_count} operations and {row_count} rows")
     try:
         kind = Kind(kind_code)
@@ -242,10 +251,9 @@ def decode(data: bytes | memoryview) -> Message:
         rows: tuple[AnyRow, ...] = ()
         if row_count:
             layout, row_type = _ROW_TYPES[kind]
-            rows = tuple(row_type(*values) for values in layout.iter_unpack(data[rows_at:]))
+            rows = tuple(starmap(row_type, layout.iter_unpack(data[rows_at:end])))
     except (ValueError, KeyError) as error:
         raise RemoteProtocolError(f"kind {kind_code}: {error}") from error
-    epoch, txn, run, nbytes, work_us, slowest_us = counters
     return Message(kind, source, dest, flag_bits, request, epoch, txn, run, ops, rows, nbytes, work_us, slowest_us)
 
 

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import math
 import struct
+from bisect import bisect_right
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +29,9 @@ from pipeinfer.ports import GREEDY, Batch, Choice, Draw, Sampling
 Words = npt.NDArray[np.uint64]
 DRAFT_RESTS = 16
 """In so many parts, or a few more, a pass of a draft goes; what a draft's layers are."""
+
+NEVER = 1e-9
+"""How probable a draft calls what it has no claim for."""
 
 Pace = Callable[[int, int], float]
 """Seconds for so many rows, with so many cells in view."""
@@ -84,6 +89,8 @@ class EmulatedShard:
         self._layer_s = layer_s
         self._is_draft = is_draft
         self._cells = np.zeros((len(layers), capacity), dtype=np.uint64)
+        self._totals = list(accumulate(spec.ranks))
+        self._claims = [math.log(max(share, NEVER)) for share in spec.claims or spec.ranks]
         self._salts = mix(np.arange(layers.start, layers.stop, dtype=np.uint64) + np.uint64(spec.seed * 0x10001 + 1))
 
     @property
@@ -96,14 +103,15 @@ class EmulatedShard:
         pace = self._layer_s(len(batch.tokens), int(batch.positions[-1]) + 1)
         words = mix(batch.tokens.astype(np.uint64) + np.uint64(self._spec.seed)) if hidden is None else hidden
         places = mix(batch.positions.astype(np.uint64) + np.uint64(0x9E3779B9))
-        span = batch.visible.shape[1]
+        sees, span = batch.visible.astype(np.uint64), batch.visible.shape[1]
         at_once = max(1, len(self._layers) // DRAFT_RESTS) if self._is_draft else 1
-        for index in range(len(self._layers)):
-            if index % at_once == 0:
-                yield pace * min(at_once, len(self._layers) - index)
-            keys = self._cells[index]
-            keys[batch.slots] = mix(words ^ self._salts[index] ^ places)
-            words = mix(words + (batch.visible * keys[:span]).sum(axis=1, dtype=np.uint64))
+        for first in range(0, len(self._layers), at_once):
+            layers = range(first, min(first + at_once, len(self._layers)))
+            for index in layers:
+                keys = self._cells[index]
+                keys[batch.slots] = mix(words ^ self._salts[index] ^ places)
+                words = mix(words + np.einsum("ij,j->i", sees, keys[:span]))
+            yield pace * len(layers)  # the hashes were made within it
         return words
 
     def choose(self, hidden: Words, rows: Sequence[int], count: int, draw: Draw | None = None) -> list[list[Choice]]:
@@ -125,16 +133,10 @@ class EmulatedShard:
         """``count`` tokens, the true one at the rank that ``lot`` in [0, 1) falls on, or nowhere."""
         vocab = self._spec.vocab
         tokens = [(truth + 1 + index) % vocab for index in range(count)]
-        total = 0.0
-        for rank, share in enumerate(self._spec.ranks):
-            total += share
-            if lot < total:
-                if rank < count:
-                    tokens[rank] = truth
-                break
-        claims = self._spec.claims or self._spec.ranks
-        believed = [claims[rank] if rank < len(claims) else 0.0 for rank in range(count)]
-        return [(token, math.log(max(share, 1e-9))) for token, share in zip(tokens, believed, strict=True)]
+        rank = bisect_right(self._totals, lot)
+        if rank < min(count, len(self._totals)):
+            tokens[rank] = truth
+        return list(zip(tokens, chain(self._claims, repeat(math.log(NEVER))), strict=False))
 
 
 def _lot(words: Words, salt: int) -> npt.NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from pipeinfer.protocol import (
     SettingRow,
     decode,
     encode,
+    wire_nbytes,
 )
 from speculation.calibration import Calibration
 
@@ -187,6 +189,15 @@ def test_flipped_bits_are_refused_or_read(message: Message, data: st.DataObject)
 def test_truncated_or_padded_messages_are_refused(message: Message, data: st.DataObject) -> None:
     whole = encode(message)
     cut = data.draw(st.integers(0, len(whole) - 1))
-    for wrong in (whole[:cut], whole + whole[:cut] + b"\0"):
+    padding = data.draw(st.integers(1, 100).filter(lambda nbytes: nbytes != message.payload_nbytes))
+    for wrong in (whole[:cut], whole + bytes(padding)):
         with pytest.raises(RemoteProtocolError):
             decode(wrong)
+
+
+@given(messages(), st.binary(min_size=1, max_size=100))
+def test_a_tensor_may_follow_whole(message: Message, tensor: bytes) -> None:
+    message = replace(message, payload_nbytes=len(tensor))
+    data = encode(message) + tensor
+    assert decode(memoryview(data)) == message
+    assert data[wire_nbytes(message) :] == tensor

@@ -92,10 +92,10 @@ def test_the_largest_message_passes(world: World, transport: MpiTransport) -> No
 def test_control_is_not_held_back_by_a_tensor_that_has_not_come(world: World, transport: MpiTransport) -> None:
     if world.rank == 1:
         # Announce a tensor without sending it, then a control message; the tensor follows only once that has arrived.
-        transport._stream.Isend([_announcing(), HEADER.size], 0).Wait()  # type: ignore[attr-defined]
+        transport._messages.Isend([_announcing(), HEADER.size], 0).Wait()  # type: ignore[attr-defined]
         transport.send(0, Message(Kind.CANCEL, 1, 0, rows=(Row(0, 7, 0, 0),)), None)
         collect(transport, lambda events: any(event.message.kind is Kind.PROBE for event in events))
-        transport._tensor.Isend([np.arange(4).view(np.uint8), 32], 0).Wait()  # type: ignore[attr-defined]
+        transport._tensors.Isend([np.arange(4).view(np.uint8), 32], 0).Wait()  # type: ignore[attr-defined]
     elif world.is_head:
         first = collect(transport, lambda events: bool(events))
         assert [event.message.kind for event in first] == [Kind.CANCEL]
