@@ -14,13 +14,13 @@ import re
 import sys
 
 from benchmarks.study import claims, latencies
-from benchmarks.views import agreement, place, policies, ratios, read, show
+from benchmarks.views import agreement, guesses, place, policies, ratios, read, show
 from pipeinfer.bench.places import BENCHMARKS
 from pipeinfer.bench.rows import BANNERS
 
 ROOT = BENCHMARKS.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-VIEWS = {view.__name__: view for view in (ratios, policies, agreement, claims, latencies)}
+VIEWS = {view.__name__: view for view in (ratios, policies, guesses, agreement, claims, latencies)}
 BLOCK = re.compile(r"(<!-- result (\S+) (\w+)((?: \w+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeinfer.bench.places import BENCHMARKS
 from pipeinfer.bench.rows import AXES, of_ideal
+from pipeinfer.metrics import percentile
 
 TITLES = {"top1": "top-1", "draft_time": "draft pass", "prompt_tokens": "prompt", "tokens": "new tokens"}
 
@@ -70,7 +71,7 @@ def speed(row: Row) -> float:
 
 
 def agreement(rows: Sequence[Row]) -> str:
-    """A line for each point: emulated speeds, in simulated ones."""
+    """A line for each point: emulated speeds, in simulated ones of the same text; the median of all texts."""
     varying = axes(rows)
     simulated = {(row["policy"], str(place(row))): row for row in read(f"{rows[0]['suite']}.simulated")}
     names = list(dict.fromkeys(row["policy"] for row in rows))
@@ -78,7 +79,8 @@ def agreement(rows: Sequence[Row]) -> str:
     for row in rows:
         where = [show(place(row)[axis]) for axis in varying]
         twin = simulated[row["policy"], str(place(row))]
-        lines.setdefault(str(where), where).append(f"{speed(row) / speed(twin):.3f}")
+        shares = [one / other for one, other in zip(row["samples"], twin["samples"], strict=True)]
+        lines.setdefault(str(where), where).append(f"{percentile(shares, 0.5):.3f}")
     return table([[TITLES.get(axis, axis) for axis in varying] + names, *lines.values()])
 
 
@@ -94,6 +96,18 @@ def policies(rows: Sequence[Row]) -> str:
         line = [show(place(row)[axis]) for axis in varying]
         line += [row["policy"], f"{found['median']:.1f}", f"{found['p10']:.1f} to {found['p90']:.1f}", ratio]
         lines.append(line + [show(row[column]) for column in columns])
+    return table(lines)
+
+
+def guesses(rows: Sequence[Row]) -> str:
+    """A line for each policy that speculates: what became of its guesses, and what their probabilities were worth."""
+    columns = ("acceptance_rate", "accept_length", "waste", "cancel_latency_ms")
+    lines = [["policy", "times plain", *columns, "calibration error as claimed", "as believed"]]
+    for row in rows:
+        error = row["calibration_error"]
+        if row["policy"] != "plain":
+            line = [row["policy"], f"{row['ratio_to_plain']:.2f}", *(show(row[column]) for column in columns)]
+            lines.append([*line, show(error["claimed"]), show(error["believed"])])
     return table(lines)
 
 
