@@ -322,8 +322,10 @@ class Orchestrator:
                 session.tally.cancel_s += self._now - run.cancelled_at
         elif not run.is_prefill:
             trip_s = self._now - run.launched_at
-            rows = len(run.nodes) + len(run.copies)  # some may have died on the way, but not before the slowest stage
-            self._schedule.returned(rows, 1e-6 * message.slowest_us, trip_s, run.carries_root)
+            rows = len(run.nodes) + len(run.copies)
+            # Where rows died on the way nobody knows how many the slowest stage had.
+            slowest_s = 1e-6 * message.slowest_us if len(message.rows) == rows else None
+            self._schedule.returned(rows, slowest_s, trip_s, run.carries_root)
         if session.is_over:
             return self._settle()
         if not run.is_prefill:

@@ -76,7 +76,7 @@ class Continuous:
         if self._governor:
             self._governor.curve.expect(rows, seconds)
 
-    def returned(self, rows: int, slowest_s: float, trip_s: float, carries_root: bool) -> None:
+    def returned(self, rows: int, slowest_s: float | None, trip_s: float, carries_root: bool) -> None:
         """See Schedule."""
         if self._governor:
             self._governor.returned(rows, slowest_s, trip_s, carries_root)

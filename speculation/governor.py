@@ -69,9 +69,10 @@ class Governor:
         """A new request: the time before its first token belongs to nobody."""
         self._since = self._settled_at = None
 
-    def returned(self, rows: int, slowest_s: float, trip_s: float, carries_root: bool) -> None:
-        """A run came back ``trip_s`` after it left; the slowest stage had worked on it for ``slowest_s``."""
-        self.curve.observe(rows, slowest_s)
+    def returned(self, rows: int, slowest_s: float | None, trip_s: float, carries_root: bool) -> None:
+        """A run came back ``trip_s`` after it left; the slowest stage had worked on all of it for ``slowest_s``."""
+        if slowest_s is not None:
+            self.curve.observe(rows, slowest_s)
         if carries_root:
             self._trips.append(trip_s / max(1.0, self.curve.growth(rows, 1)))
 

@@ -53,7 +53,7 @@ class Rounds:
     def computed(self, rows: int, seconds: float) -> None:
         """See Schedule."""
 
-    def returned(self, rows: int, slowest_s: float, trip_s: float, carries_root: bool) -> None:
+    def returned(self, rows: int, slowest_s: float | None, trip_s: float, carries_root: bool) -> None:
         """See Schedule."""
 
     def accepted(self, tokens: int, now: float) -> str:

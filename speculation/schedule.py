@@ -82,8 +82,9 @@ class Schedule(Protocol):
         """The first stage spent ``seconds`` on ``rows`` rows: an early word of what a run costs, often told again."""
         ...
 
-    def returned(self, rows: int, slowest_s: float, trip_s: float, carries_root: bool) -> None:
-        """A run of ``rows`` rows was computed: seconds of the slowest stage, and from its launch to its result."""
+    def returned(self, rows: int, slowest_s: float | None, trip_s: float, carries_root: bool) -> None:
+        """A run of ``rows`` rows was computed: seconds of the slowest stage, None if that did not have all of them, and
+        from its launch to its result."""
         ...
 
     def is_deaf(self, now: Situation) -> bool:
