@@ -176,8 +176,10 @@ class MpiTransport:
         is_half_way = self._sends or any(self._inbound.values())
         if is_half_way or not self._is_heard_by_all:
             most_s = min(most_s, self._backoff.next_s())
-        has_rung = self._bell.wait(min(most_s, self._idle_s))
-        self._idle_s = IDLE_S if has_rung else 4 * self._idle_s
+        elif self._idle_s < most_s:
+            most_s, self._idle_s = self._idle_s, 4 * self._idle_s
+        if self._bell.wait(most_s):
+            self._idle_s = IDLE_S
 
     def _expect(self, source: int, message: Message, body: Bytes | None) -> _Inbound:
         """Post the receive for the tensor that ``message`` announces, if it does and did not bring it (``body``)."""

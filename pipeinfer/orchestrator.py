@@ -336,9 +336,7 @@ class Orchestrator:
             if choice is not None:
                 node.choice, node.choice_logp = choice.token, choice.logp
             elif node.alive:
-                raise RemoteProtocolError(
-                    f"run {run.number} came back without its living row at position {node.position}"
-                )
+                raise RemoteProtocolError(f"run {run.number} came back without its row at position {node.position}")
         return self._accept(session)
 
     def _accept(self, session: Session) -> list[Command]:

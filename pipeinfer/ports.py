@@ -82,7 +82,8 @@ class ShardModel(Protocol):
 
     def forward(self, batch: Batch, hidden: Payload | None) -> Generator[float, None, Payload]:
         """Run the layers; ``hidden`` is None for the shard that embeds. Yields between layers the seconds it would rest
-        before the next one (0 for a real model, the pace for an emulated one); returns the activations."""
+        before it goes on (0 for a real model; for an emulated one its pace, after the last layer too); returns the
+        activations."""
         ...
 
     def choose(
