@@ -40,27 +40,24 @@ class Continuous:
         if governor and (leaves := min(self._policy.leaves, governor.rows)) != self._ordered:
             self._ordered = leaves
             return Order(UNLIMITED, leaves=leaves) if leaves else Order(0)
-        if self._hold:
-            self._hold.look(now.tree, now.now)
+        is_news = self._hold is None or self._hold.look(now.tree, now.now)
         # A new root is certain and needs no credit: what dead work still holds does not concern it.
         if now.slots <= 0 or (now.credits <= 0 and not now.tree.root.pending):
             return None
         if governor is None:
             nodes = choose_rows(now.tree, self._policy, now.room)
-        elif now.tree.root.pending and self._is_held(governor, now.now):
-            return self._wait()
-        else:
-            room = now.room if governor.rows else 0
-            nodes = choose_rows(now.tree, self._policy, room, max(1, governor.rows), governor.curve)
+            return Launch(nodes) if nodes else None
+        if not is_news and self._until is not None and now.now < self._until:
+            return None  # still held
+        rows = max(1, governor.rows)
+        nodes = choose_rows(now.tree, self._policy, now.room if governor.rows else 0, rows, governor.curve)
+        hold = self._hold
+        if nodes and hold and rows > 1 and hold.wants(nodes, governor.curve, rows, self._ordered or 0, now.now):
+            now.tree.give_back(nodes)
+            before, self._until = self._until, hold.until
+            return Wait(hold.until) if hold.until != before else None
+        self._until = None
         return Launch(nodes) if nodes else None
-
-    def _is_held(self, governor: Governor, now: float) -> bool:
-        return self._hold is not None and self._hold.wants(governor.curve.seconds(1), governor.rows - 1, now)
-
-    def _wait(self) -> Wait | None:
-        assert self._hold is not None
-        before, self._until = self._until, self._hold.until
-        return Wait(self._until) if self._until != before else None
 
     def drafted(self, nodes: list[Node]) -> None:
         """See Schedule."""

@@ -1,18 +1,24 @@
-"""Holding a new root back: it is certain, but alone in its run, and what the draft finds next would ride along.
+"""Holding a run back: what the draft is about to find could ride along.
 
-A surprise takes a trip through the pipeline, however it is sent. If the root leaves at once, everything below it enters
-one stage time later, in groups of as many levels as the draft finds in that time. If it waits for the first k levels,
-all are later by k draft passes, but a text that is wrong again within these levels is known one stage time earlier.
-With chances ``p`` that a next token has been guessed, ``d`` seconds for a level of drafts, ``t`` for a stage and n =
-t / d, the expected delay is k d + t p^(k+1) / (1 - p^n), least where a further level no longer saves what it costs.
-Where the draft is not much quicker than a stage, that is at once; where one stage is the whole pipeline, it is chain or
-tree speculation of the best length.
+When the first stage is free, what is known can leave at once, and what the pass under way in the draft finds follows a
+stage time later; or it can leave together, a moment later. Then everything to come is late by that moment, but the new
+guesses are early, and those after them take their places. What pays follows from a simple world: each pass adds p
+times the useful rows that the one before it added, every d seconds; runs leave every t seconds, n = t / d passes apart.
+Let M useful rows be expected from now to the next surprise, a token that nobody has guessed, where all begins anew;
+let the next pass be ready in w seconds and add ``a`` of them. The sum of all their delays is less by t a / (1 - p^n)
+if the run waits, and more by w M: it waits where that is less. So a new root, certain but alone, waits for the first
+levels of drafts where they are quick, which for one stage is tree speculation of the best depth; and where a pass of
+the draft takes a good part of a stage time, runs fall into step with it and leave when it has just ended.
+
+Where rows are not free, ``a`` is what a run of the best size has in addition, and t what one run saves against two.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+from speculation.cost_curve import CostCurve
 from speculation.tree import Node, Tree
 
 WEIGHT = 0.25
@@ -20,24 +26,27 @@ WEIGHT = 0.25
 FORGET = 0.98
 TRIAL = 0.5
 """Stage times that the first new root waits, so that something is known."""
-GRACE = 1.5
-"""How many times the expected time of its drafts a root is held; then it goes without them."""
+GRACE = 1.25
+"""How many times its usual time a pass of the draft is waited for, and may count as."""
+LEAST = 1e-6
+"""Useful rows that are not worth a thought."""
 
 
 class Hold:
-    """Says whether a new root waits, and ``until`` when at most."""
+    """Says whether a run waits for the pass under way in the draft, and ``until`` when at most."""
 
     def __init__(self) -> None:
         self._tokens, self._surprises = 2.0, 1.0  # of late, where somebody had guessed; at first what is supposed
-        self._level_s: float | None = None  # what a level of drafts takes
+        self._pass_s: float | None = None  # from one word of the draft to the next
         self.opened()
 
     def opened(self) -> None:
         """A new request."""
         self._root: Node | None = None
         self._is_guessed = False  # whether the root has guesses below it
-        self._since = 0.0
-        self._is_measured = True
+        self._grown = 0
+        self._since = 0.0  # when the pass under way began
+        self._is_sure = False  # whether that is more than supposed
         self._is_held = False
         self.until = 0.0
 
@@ -46,63 +55,67 @@ class Hold:
         self._tokens = FORGET * self._tokens + tokens
         self._surprises *= FORGET
 
-    def look(self, tree: Tree, now: float) -> None:
-        """See what ``tree`` has become: a new root that nobody had sent is a surprise where anything had been guessed,
-        and else tells nothing; its first children end the wait for a level of drafts."""
-        root = tree.root
-        if root is not self._root:
+    def look(self, tree: Tree, now: float) -> bool:
+        """See what ``tree`` has become; whether that is news. A new root that nobody had sent is a surprise where
+        anything had been guessed, and else tells nothing; new guesses end a pass of the draft."""
+        root, is_new, has_grown = tree.root, tree.root is not self._root, tree.grown != self._grown
+        if is_new:
             if root.pending and self._is_guessed:
                 self._surprises += 1
             elif root.pending and self._root is not None:
                 self._tokens -= 1
-            self._root, self._since = root, now
-            self._is_measured = not root.pending or bool(root.children)
-            self._is_held = False
-        elif not self._is_measured and root.children:
-            self._learn(now - self._since)
-        self._is_guessed = bool(root.children)
+            if root.pending or not root.children:  # else the draft goes on with what it was at
+                self._begin(now, is_sure=not root.children)
+        elif has_grown:
+            if self._is_sure:
+                self._learn(now - self._since)
+            self._begin(now, is_sure=True)
+        self._root, self._grown, self._is_guessed = root, tree.grown, bool(root.children)
+        return is_new or has_grown
 
-    def wants(self, stage_s: float, most_levels: int, now: float) -> bool:
-        """Whether the root, which no run holds, should wait for drafts; at most for ``most_levels``."""
-        assert self._root is not None
-        levels = _levels(self._root)
-        if self._level_s is None:
-            wanted, wait_s = min(most_levels, 1), TRIAL * stage_s
-        else:
-            wanted = min(most_levels, self._worth_waiting_for(stage_s))
-            wait_s = GRACE * wanted * self._level_s
-        if levels >= wanted:
+    def _begin(self, now: float, is_sure: bool) -> None:
+        self._since, self._is_sure, self._is_held = now, is_sure, False
+
+    def wants(self, nodes: Sequence[Node], curve: CostCurve, most_rows: int, leaves: int, now: float) -> bool:
+        """Whether ``nodes``, the best run that there is, should wait for the draft's pass over ``leaves`` leaves, so as
+        to become a run of up to ``most_rows``."""
+        stage_s = curve.seconds(len(nodes))
+        until = self._since + (TRIAL * stage_s if self._pass_s is None else GRACE * self._pass_s)
+        if now >= until or not stage_s:
+            if self._is_held and self._is_sure:  # nobody drafts, or slowly
+                self._pass_s = GRACE * self._pass_s if self._pass_s is not None else stage_s
+            self._is_held = False
             return False
-        self.until = self._since + wait_s
-        if now >= self.until:
-            if self._is_held and not levels:
-                self._learn(2 * wait_s)  # nobody drafts, or slowly
+        if self._pass_s is not None and not self._pays(self._pass_s, nodes, curve, most_rows, leaves, now):
             return False
-        self._is_held = True
+        self.until, self._is_held = until, True
         return True
 
-    def _learn(self, level_s: float) -> None:
-        self._is_measured = True
-        known = self._level_s
+    def _learn(self, pass_s: float) -> None:
+        known = self._pass_s
         if known is None:
-            self._level_s = level_s if self._is_held else None
-        elif self._is_held or level_s < known:  # of a root that has left: the draft may have waited for its stage
-            self._level_s = known + WEIGHT * (level_s - known)
+            self._pass_s = pass_s
+        elif self._is_held or pass_s < known:  # while nothing waits for it the draft may wait for its stage
+            self._pass_s = known + WEIGHT * (min(pass_s, GRACE * known) - known)
 
-    def _worth_waiting_for(self, stage_s: float) -> int:
-        """The levels that give the least expected delay."""
-        guessed = 1 - self._surprises / self._tokens if self._tokens else 0.0
-        if not self._level_s or not 0 < guessed < 1 or self._level_s >= stage_s:
-            return 0
-        groups = stage_s / self._level_s
-        least = (1 - guessed**groups) / (groups * (1 - guessed))  # a level must be reached as often as that
-        return max(0, math.ceil(math.log(least) / math.log(guessed)) - 1) if least < 1 else 0
-
-
-def _levels(root: Node) -> int:
-    """How deep the guesses below ``root`` are, along the most probable ones."""
-    levels, node = 0, root
-    while node.children:
-        node = max(node.children.values(), key=lambda child: child.logp)
-        levels += 1
-    return levels
+    def _pays(
+        self, pass_s: float, nodes: Sequence[Node], curve: CostCurve, most_rows: int, leaves: int, now: float
+    ) -> bool:
+        """Whether what the next guesses gain is more than what all others lose."""
+        assert self._root is not None
+        guessed = 1 - self._surprises / self._tokens
+        useful = [math.exp(node.logp - self._root.logp) for node in nodes]
+        found = [guessed * share for share, node in zip(useful, nodes, strict=True) if not node.children][:leaves]
+        here, added = sum(useful), sum(found)
+        if added < LEAST:
+            return False
+        both = sorted(useful + found, reverse=True)[:most_rows]
+        rows = curve.best_count(both)
+        more, stage_s = sum(both[:rows]) - here, curve.seconds(rows)
+        saved_s = curve.seconds(len(nodes)) + curve.seconds(max(1, rows - len(nodes))) - stage_s
+        later = added  # drafts slower than stages find them free
+        if pass_s <= stage_s:
+            later = max(added, self._tokens / self._surprises - here)
+        decay: float = (1 - added / later) ** (stage_s / pass_s)
+        wait_s = max(0.0, self._since + pass_s - now)
+        return wait_s * (here + later) * (1 - decay) < saved_s * more

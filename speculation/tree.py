@@ -68,12 +68,13 @@ class Node:
 
 
 class Tree:
-    """A tree of at most ``max_nodes`` living nodes rooted at ``token``."""
+    """A tree of at most ``max_nodes`` living nodes rooted at ``token``. ``grown``: how many guesses it ever took."""
 
     def __init__(self, token: int, position: int, max_nodes: int) -> None:
         self.root = Node(token, None, 0.0, position)
         self.max_nodes = max_nodes
         self.size = 1
+        self.grown = 0
         self._serial = 0
         self._frontier: list[tuple[float, int, Node]] = []
         self._push(self.root)
@@ -100,6 +101,7 @@ class Tree:
             node = Node(token, parent, parent.logp + logp, parent.position + 1, source, rank, claim)
             parent.children[token] = node
             self.size += 1
+            self.grown += 1
             if parent.is_open:
                 self._push(node)
         elif node.source is None:
