@@ -7,6 +7,8 @@ have and how much drafters do, and within that as many go as give the most usefu
 
 from __future__ import annotations
 
+import math
+
 from speculation.cost_curve import CostCurve
 from speculation.governor import Governor
 from speculation.hold import Hold
@@ -91,24 +93,14 @@ def choose_rows(
 
     The root is no guess and always goes. A guess goes if its path is probable enough for what a row costs by the
     ``curve`` (without one: ``policy.floor``), and as many go as give the most useful rows per second."""
-    chosen: list[Node] = []
-    most = policy.rows if most is None else most
-    floor = policy.floor
+    most, floor = policy.rows if most is None else most, policy.floor
     if curve:
         most = min(most, curve.reach)
         floor = curve.least_probability(most, floor)
-    useful: list[float] = []
-    while len(chosen) < most and (node := tree.best()) is not None:
-        probability = tree.probability(node)
-        if node is not tree.root:
-            if not policy.speculate or room == 0 or probability < floor:
-                break
-            room -= 1
-        tree.take(node)
-        useful.append(probability)
-        chosen.append(node)
+    chosen = tree.take_best(most, room if policy.speculate else 0, floor)
     if curve:
-        count = curve.best_count(useful)
+        base = tree.root.logp
+        count = curve.best_count([math.exp(node.logp - base) for node in chosen])
         tree.give_back(chosen[count:])
         del chosen[count:]
     return chosen

@@ -9,9 +9,8 @@ long is forgotten.
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 WEIGHT = 0.25
 """How much one pass counts against those before it."""
@@ -38,6 +37,7 @@ class CostCurve:
         self._seconds: dict[int, float] = {}
         self._weights: dict[int, float] = {}
         self._known: list[int] = []  # numbers of rows, ascending
+        self._by_rows: list[float] = []  # see _table; empty where that has to be made anew
 
     def observe(self, rows: int, seconds: float) -> None:
         """A pass of ``rows`` took ``seconds``. It may be late for many reasons and is never early: what is far above
@@ -50,14 +50,14 @@ class CostCurve:
         self._weights = {known: FORGET * weight for known, weight in self._weights.items()} | {rows: 1.0}
         for forgotten in [known for known, weight in self._weights.items() if weight < LEAST_WEIGHT]:
             del self._weights[forgotten], self._seconds[forgotten]
-        self._known = sorted(self._seconds)
+        self._known, self._by_rows = sorted(self._seconds), []
 
     def expect(self, rows: int, seconds: float) -> None:
         """One stage took ``seconds`` for ``rows``: believed until a run of as many is back. Where rows are dear it is
         known after one pass, not after a trip during which every run is too large."""
         if rows not in self._weights:
             self._seconds[rows] = max(seconds, LEAST_S)
-            self._known = sorted(self._seconds)
+            self._known, self._by_rows = sorted(self._seconds), []
 
     @property
     def reach(self) -> int:
@@ -66,27 +66,24 @@ class CostCurve:
 
     def seconds(self, rows: int) -> float:
         """What a pass of ``rows`` takes; 0 while nothing is known."""
-        if rows in self._seconds or not self._known:
-            return self._seconds.get(rows, 0.0)
-        base, base_s, slope, _ = self._line(rows)
-        return base_s + slope * (rows - base)
+        return self._table(rows)[rows - 1] if self._known else 0.0
 
-    def _line(self, rows: int) -> tuple[int, float, float, float]:
-        """The straight piece of the curve that holds ``rows``: a number of rows, what they take, what each further one
-        does, and the last number for which this is so."""
+    def _table(self, rows: int) -> list[float]:
+        """What passes of 1, 2 and so on take, to ``rows`` at least; something must be known."""
         known, seconds = self._known, self._seconds
-        place = bisect_left(known, rows)
-        if place == 0:
-            first = known[0]
-            return first, seconds[first], seconds[first] * (1.0 - FIXED) / first, first
-        low = known[place - 1]
-        if place < len(known):
-            high = known[place]
-            return low, seconds[low], (seconds[high] - seconds[low]) / (high - low), high
-        half, rise = low // 2, 0.0
-        if low >= BLIND and self.knows(half):
-            rise = max(0.0, seconds[low] - self.seconds(half)) / (low - half)
-        return low, seconds[low], rise, math.inf
+        if len(self._by_rows) < rows:
+            first, last = known[0], known[-1]
+            table = [seconds[first] * (FIXED + (1.0 - FIXED) * few / first) for few in range(1, first)]
+            for low, high in pairwise(known):
+                rise = (seconds[high] - seconds[low]) / (high - low)
+                table += [seconds[low] + rise * more for more in range(high - low)]
+            table.append(seconds[last])
+            half, rise = last // 2, 0.0
+            if last >= BLIND and first <= half:
+                rise = max(0.0, seconds[last] - table[half - 1]) / (last - half)
+            table += [seconds[last] + rise * more for more in range(1, max(rows, 2 * last) - last + 1)]
+            self._by_rows = table
+        return self._by_rows
 
     def knows(self, rows: int) -> bool:
         """Whether what a pass of ``rows`` takes is more than hope."""
@@ -108,15 +105,7 @@ class CostCurve:
     def best_count(self, useful: Sequence[float]) -> int:
         """How many rows give the most useful ones per second; ``useful``: how much each is expected to count, in the
         order in which they go. The most of them, where several are equally good."""
-        if not self._known:
+        if not self._known or not useful:
             return len(useful)
-        best, best_rate, total = 0, -1.0, 0.0
-        base, base_s, slope, last = 0, 0.0, 0.0, 0.0
-        for count, share in enumerate(useful, 1):
-            total += share
-            if count > last:
-                base, base_s, slope, last = self._line(count)
-            rate = total / (base_s + slope * (count - base))
-            if rate >= best_rate:
-                best, best_rate = count, rate
-        return best
+        rates = [total / seconds for total, seconds in zip(accumulate(useful), self._table(len(useful)), strict=False)]
+        return len(rates) - rates[::-1].index(max(rates))

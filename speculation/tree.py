@@ -128,6 +128,28 @@ class Tree:
             for child in node.children.values():
                 self._push(child)
 
+    def take_best(self, most: int, guesses: int, floor: float) -> list[Node]:
+        """Take the ``most`` probable pending nodes, parents first, of which no more than ``guesses`` are guesses, and
+        none on a path less probable than ``floor``. The root is none and certain."""
+        taken: list[Node] = []
+        frontier, root = self._frontier, self.root
+        least = root.logp + (math.log(floor) if floor > 0 else -math.inf)
+        while frontier and len(taken) < most:
+            node = frontier[0][2]
+            if node.alive and node.pending:
+                if node is not root:
+                    if guesses <= 0 or node.logp < least:
+                        break
+                    guesses -= 1
+                taken.append(node)
+                node.pending = False
+            heapq.heappop(frontier)
+            if not (node.pending or node.is_open):
+                node.is_open = True
+                for child in node.children.values():
+                    self._push(child)
+        return taken
+
     def give_back(self, nodes: Sequence[Node]) -> None:
         """Make ``nodes``, taken last and in this order, pending again. Their children wait behind them, being no more
         probable."""
