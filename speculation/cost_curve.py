@@ -1,10 +1,11 @@
 """What a pass of so many rows takes, as measured, and how many rows are therefore worth sending.
 
 Kernels are no straight lines: where two or three rows take nearly twice as long as one, eight may take hardly longer.
-So every number of rows is remembered for itself, and between two that are known the curve is straight. Beyond them it
-goes on as over the last doubling, and twice as many rows may be tried as are known: runs grow from few, and where rows
-are dear nobody learns it from a run of many. Of what fewer rows take half is taken to be fixed. What was not seen for
-long is forgotten.
+So every number of rows is remembered for itself. Where rows begin to cost there is a bend, and a straight line between
+what is known would hide it: there the curve runs half-way to where the slopes on both sides meet, so that a promising
+number of rows is tried, and then known. Beyond what is known it goes on as over the last doubling, and twice as many
+rows may be tried as are known: runs grow from few, and where rows are dear nobody learns it from a run of many. Of
+what fewer rows take half is taken to be fixed. What was not seen for long is forgotten.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ BLIND = 4
 """How many rows may be tried while none are known."""
 FIXED = 0.5
 """The share of a pass that fewer rows than any that was seen would not save."""
+BEND = 0.5
+"""How far between known numbers of rows the curve is from the straight line to where the slopes beside it meet."""
 ROW_WORTH, LEAF_WORTH = 0.12, 0.5
 """How probable a guess must be, in what it costs to verify it (0.012 for a row that lengthens a pass by a tenth) and to
 evaluate it in the draft. Found by trying, see docs/log.md."""
@@ -74,9 +77,13 @@ class CostCurve:
         if len(self._by_rows) < rows:
             first, last = known[0], known[-1]
             table = [seconds[first] * (FIXED + (1.0 - FIXED) * few / first) for few in range(1, first)]
-            for low, high in pairwise(known):
-                rise = (seconds[high] - seconds[low]) / (high - low)
-                table += [seconds[low] + rise * more for more in range(high - low)]
+            slopes = [(seconds[high] - seconds[low]) / (high - low) for low, high in pairwise(known)]
+            pieces = zip(pairwise(known), slopes, [0.0, *slopes], [*slopes[1:], *slopes[-1:]], strict=False)
+            for (low, high), rise, before, after in pieces:
+                for few in range(low, high):
+                    line = seconds[low] + rise * (few - low)
+                    meet = max(seconds[low] + max(0.0, before) * (few - low), seconds[high] - after * (high - few))
+                    table.append(line - BEND * max(0.0, line - meet))
             table.append(seconds[last])
             half, rise = last // 2, 0.0
             if last >= BLIND and first <= half:

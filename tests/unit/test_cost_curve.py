@@ -30,6 +30,15 @@ def test_measured_numbers_stand_and_between_them_it_is_straight() -> None:
     assert [curve.knows(rows) for rows in (1, 6, 8, 9)] == [True, True, True, False]
 
 
+def test_where_rows_begin_to_cost_is_found() -> None:
+    """Three rows take no longer than two there; a straight line from two to four would never let anybody see it."""
+    curve, useful = curve_of((1, 1.0), (2, 1.0), (4, 1.36), (6, 2.02)), [0.79**row for row in range(6)]
+    assert 1.03 < curve.seconds(3) < 1.18, "half-way between the line and the bend"
+    assert curve.best_count(useful) == 3
+    curve.observe(3, 1.3)
+    assert curve.best_count(useful) == 4, "tried, and found dear"
+
+
 def test_what_is_unknown_is_tried_but_not_called_free() -> None:
     assert CostCurve().seconds(4) == 0.0
     assert CostCurve().growth(8, 1) == 1.0
