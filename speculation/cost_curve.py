@@ -58,8 +58,9 @@ class CostCurve:
     def expect(self, rows: int, seconds: float) -> None:
         """One stage took ``seconds`` for ``rows``: believed until a run of as many is back. Where rows are dear it is
         known after one pass, not after a trip during which every run is too large."""
-        if rows not in self._weights:
-            self._seconds[rows] = max(seconds, LEAST_S)
+        seconds = max(seconds, LEAST_S)
+        if rows not in self._weights and self._seconds.get(rows) != seconds:
+            self._seconds[rows] = seconds
             self._known, self._by_rows = sorted(self._seconds), []
 
     @property

@@ -28,6 +28,8 @@ TRIAL = 0.5
 """Stage times that the first new root waits, so that something is known."""
 GRACE = 1.25
 """How many times its usual time a pass of the draft is waited for, and may count as."""
+JUST_BEGUN = 0.95
+"""How much of a pass is still to come where only a new root would wait for it: others leave when a pass has ended."""
 LEAST = 1e-6
 """Useful rows that are not worth a thought."""
 
@@ -103,6 +105,9 @@ class Hold:
     ) -> bool:
         """Whether what the next guesses gain is more than what all others lose."""
         assert self._root is not None
+        wait_s = max(0.0, self._since + pass_s - now)
+        if wait_s > JUST_BEGUN * pass_s and nodes[0] is not self._root:
+            return False
         guessed = 1 - self._surprises / self._tokens
         useful = [math.exp(node.logp - self._root.logp) for node in nodes]
         found = [guessed * share for share, node in zip(useful, nodes, strict=True) if not node.children][:leaves]
@@ -117,5 +122,4 @@ class Hold:
         if pass_s <= stage_s:
             later = max(added, self._tokens / self._surprises - here)
         decay: float = (1 - added / later) ** (stage_s / pass_s)
-        wait_s = max(0.0, self._since + pass_s - now)
         return wait_s * (here + later) * (1 - decay) < saved_s * more

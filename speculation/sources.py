@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from operator import attrgetter
 from typing import Any
 
 from pipeinfer.ports import Request, Send, Tally
@@ -128,19 +126,20 @@ class Sources:
             return None
         source, tree = message.source, served.tree
         names, calibration, stop_tokens = served.names[source], self._calibration(source), served.request.stop_tokens
-        for parent_name, siblings in groupby(message.rows_as(DraftRow), attrgetter("parent")):
-            parent = names.get(parent_name)
-            if parent is None or parent.position >= served.last_position:
+        last, parent, rank = None, None, 0
+        for token, name, parent_name, claim in message.rows_as(DraftRow):
+            if parent_name == last:
+                rank += 1
+            else:  # its children come together, best first
+                last, parent, rank = parent_name, names.get(parent_name), 0
+            if parent is None or parent.position >= served.last_position or token in stop_tokens:
                 continue
-            for rank, (token, name, _, claim) in enumerate(siblings):  # which come best first
-                if token in stop_tokens:
-                    continue
-                logp = calibration.logp(rank, claim) if calibration else claim
-                node = tree.add(parent, token, logp, source, rank, claim)
-                if node is not None:
-                    names[name] = node
-                    if served.awaited:
-                        served.found.append(node)
+            logp = calibration.logp(rank, claim) if calibration else claim
+            node = tree.add(parent, token, logp, source, rank, claim)
+            if node is not None:
+                names[name] = node
+                if served.awaited:
+                    served.found.append(node)
         # The drafter names no node above its own root any more (``run`` is that root's position).
         if len(names) > 4 * tree.max_nodes:
             keep = {name: node for name, node in names.items() if node.alive and node.position >= message.run}

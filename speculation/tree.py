@@ -102,8 +102,9 @@ class Tree:
             parent.children[token] = node
             self.size += 1
             self.grown += 1
-            if parent.is_open:
-                self._push(node)
+            if parent.is_open:  # by far the most nodes come by here
+                self._serial += 1
+                heapq.heappush(self._frontier, (-node.logp, self._serial, node))
         elif node.source is None:
             node.source, node.rank, node.claim = source, rank, claim
         return node

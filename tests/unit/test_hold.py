@@ -89,7 +89,7 @@ def test_a_run_waits_for_the_pass_under_way_where_the_delays_of_all_that_follows
     rng, stage_s = random.Random(passes), passes * PASS_S
     said = []
     for _ in range(50):
-        wait_s, first, here = rng.uniform(0.01, 1.0) * PASS_S, rng.uniform(0.1, 0.9), rng.uniform(2.0, 12.0)
+        wait_s, first, here = rng.uniform(0.01, 0.95) * PASS_S, rng.uniform(0.1, 0.9), rng.uniform(2.0, 12.0)
 
         def late(leaves_at: float, first: float = first, wait_s: float = wait_s) -> float:
             """The delays of all that later passes find, if a run leaves then and every stage time after."""
