@@ -7,8 +7,6 @@ have and how much drafters do, and within that as many go as give the most usefu
 
 from __future__ import annotations
 
-import math
-
 from speculation.cost_curve import CostCurve
 from speculation.governor import Governor
 from speculation.hold import Hold
@@ -24,12 +22,11 @@ class Continuous:
         self._policy = policy
         self._governor = Governor(policy.rows) if policy.govern and policy.speculate else None
         self._hold = Hold() if policy.hold else None
-        self._until: float | None = None  # when somebody was last told to ask again
         self._ordered: int | None = None  # how many leaves at a time drafters were last told to take
 
     def opened(self) -> None:
         """See Schedule."""
-        self._ordered = self._until = None
+        self._ordered = None
         if self._hold:
             self._hold.opened()
         if self._governor:
@@ -39,26 +36,25 @@ class Continuous:
         """See Schedule."""
         governor = self._governor
         # A chain wants one leaf at a time, a wide tree as many as the policy allows.
-        if governor and (leaves := min(self._policy.leaves, governor.rows)) != self._ordered:
+        leaves = min(self._policy.leaves, governor.rows) if governor else self._policy.leaves
+        if governor and leaves != self._ordered:
             self._ordered = leaves
             return Order(UNLIMITED, leaves=leaves) if leaves else Order(0)
-        is_news = self._hold is None or self._hold.look(now.tree, now.now)
+        hold = self._hold
+        is_news = hold is not None and hold.look(now.tree, now.now)
         # A new root is certain and needs no credit: what dead work still holds does not concern it.
         if now.slots <= 0 or (now.credits <= 0 and not now.tree.root.pending):
             return None
         if governor is None:
             nodes = choose_rows(now.tree, self._policy, now.room)
             return Launch(nodes) if nodes else None
-        if not is_news and self._until is not None and now.now < self._until:
-            return None  # still held
+        if hold and hold.is_on(now.now) and not is_news:
+            return None
         rows = max(1, governor.rows)
         nodes = choose_rows(now.tree, self._policy, now.room if governor.rows else 0, rows, governor.curve)
-        hold = self._hold
-        if nodes and hold and rows > 1 and hold.wants(nodes, governor.curve, rows, self._ordered or 0, now.now):
+        if nodes and rows > 1 and hold and hold.wants(now.tree, nodes, governor.curve, rows, leaves, now.now):
             now.tree.give_back(nodes)
-            before, self._until = self._until, hold.until
-            return Wait(hold.until) if hold.until != before else None
-        self._until = None
+            return Wait(hold.until)
         return Launch(nodes) if nodes else None
 
     def drafted(self, nodes: list[Node]) -> None:
@@ -99,8 +95,7 @@ def choose_rows(
         floor = curve.least_probability(most, floor)
     chosen = tree.take_best(most, room if policy.speculate else 0, floor)
     if curve:
-        base = tree.root.logp
-        count = curve.best_count([math.exp(node.logp - base) for node in chosen])
+        count = curve.best_count(tree.probabilities(chosen))
         tree.give_back(chosen[count:])
         del chosen[count:]
     return chosen

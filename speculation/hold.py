@@ -15,7 +15,6 @@ Where rows are not free, ``a`` is what a run of the best size has in addition, a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from speculation.cost_curve import CostCurve
@@ -29,7 +28,7 @@ TRIAL = 0.5
 GRACE = 1.25
 """How many times its usual time a pass of the draft is waited for, and may count as."""
 JUST_BEGUN = 0.95
-"""How much of a pass is still to come where only a new root would wait for it: others leave when a pass has ended."""
+"""How much of a pass is still to come where only a new root might wait for it; for others that is not worked out."""
 LEAST = 1e-6
 """Useful rows that are not worth a thought."""
 
@@ -78,17 +77,23 @@ class Hold:
     def _begin(self, now: float, is_sure: bool) -> None:
         self._since, self._is_sure, self._is_held = now, is_sure, False
 
-    def wants(self, nodes: Sequence[Node], curve: CostCurve, most_rows: int, leaves: int, now: float) -> bool:
-        """Whether ``nodes``, the best run that there is, should wait for the draft's pass over ``leaves`` leaves, so as
-        to become a run of up to ``most_rows``."""
+    def is_on(self, now: float) -> bool:
+        """Whether a run is held."""
+        return self._is_held and now < self.until
+
+    def wants(
+        self, tree: Tree, nodes: Sequence[Node], curve: CostCurve, most_rows: int, leaves: int, now: float
+    ) -> bool:
+        """Whether ``nodes`` of ``tree``, the best run that there is, should wait for the draft's pass over ``leaves``
+        leaves, so as to become a run of up to ``most_rows``."""
         stage_s = curve.seconds(len(nodes))
+        was_held, self._is_held = self._is_held, False
         until = self._since + (TRIAL * stage_s if self._pass_s is None else GRACE * self._pass_s)
         if now >= until or not stage_s:
-            if self._is_held and self._is_sure:  # nobody drafts, or slowly
+            if was_held and self._is_sure:  # nobody drafts, or slowly
                 self._pass_s = GRACE * self._pass_s if self._pass_s is not None else stage_s
-            self._is_held = False
             return False
-        if self._pass_s is not None and not self._pays(self._pass_s, nodes, curve, most_rows, leaves, now):
+        if self._pass_s is not None and not self._pays(self._pass_s, tree, nodes, curve, most_rows, leaves, now):
             return False
         self.until, self._is_held = until, True
         return True
@@ -101,15 +106,21 @@ class Hold:
             self._pass_s = known + WEIGHT * (min(pass_s, GRACE * known) - known)
 
     def _pays(
-        self, pass_s: float, nodes: Sequence[Node], curve: CostCurve, most_rows: int, leaves: int, now: float
+        self,
+        pass_s: float,
+        tree: Tree,
+        nodes: Sequence[Node],
+        curve: CostCurve,
+        most_rows: int,
+        leaves: int,
+        now: float,
     ) -> bool:
         """Whether what the next guesses gain is more than what all others lose."""
-        assert self._root is not None
         wait_s = max(0.0, self._since + pass_s - now)
-        if wait_s > JUST_BEGUN * pass_s and nodes[0] is not self._root:
+        if wait_s > JUST_BEGUN * pass_s and nodes[0] is not tree.root:
             return False
         guessed = 1 - self._surprises / self._tokens
-        useful = [math.exp(node.logp - self._root.logp) for node in nodes]
+        useful = tree.probabilities(nodes)
         found = [guessed * share for share, node in zip(useful, nodes, strict=True) if not node.children][:leaves]
         here, added = sum(useful), sum(found)
         if added < LEAST:

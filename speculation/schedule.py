@@ -49,7 +49,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Ask again at time ``until``, even if nothing has changed by then. Said once for each such time."""
+    """Ask again at time ``until``, even if nothing has changed by then. Not said again before something has."""
 
     until: float
 

@@ -46,7 +46,7 @@ def ideal(
         elif draft_done_at <= now:
             drafted.finish()
             draft_done_at = now + draft_time
-        elif run := _take(tree, rows):
+        elif run := tree.take_best(rows, rows, 0.0):
             flight.append((now + depth, run))
             entry_free_at = now + 1.0
         else:
@@ -84,14 +84,6 @@ class Drafting:
                 serial += 1
                 heapq.heappush(heap, (-child.logp, serial, child))
         return chosen
-
-
-def _take(tree: Tree, rows: int) -> list[Node]:
-    run: list[Node] = []
-    while len(run) < rows and (node := tree.best()) is not None:
-        tree.take(node)
-        run.append(node)
-    return run
 
 
 def best_chain(trip_s: Callable[[int], float], top1: float, draft_s: float, longest: int = 32) -> int:

@@ -19,7 +19,7 @@ def curve_of(*passes: tuple[int, float]) -> CostCurve:
     return curve
 
 
-def test_measured_numbers_stand_and_between_them_it_is_straight() -> None:
+def test_measured_numbers_stand_and_on_a_slope_it_is_straight() -> None:
     curve = curve_of(*CPU.items())
     assert [curve.seconds(rows) for rows in CPU] == list(CPU.values())
     assert curve.seconds(6) == pytest.approx(81.0)
