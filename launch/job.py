@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Generator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from launch.driver import Driver
@@ -88,9 +88,12 @@ class Job:
         self._config = config
         self._world = world
         rank = world.rank if world else 0
+        if policy is None:
+            policy = Policy(**config.policy)
+            policy = replace(policy, crowded=policy.crowded or (world is not None and world.is_crowded))
         cast = Cast(
             *count(plan),
-            policy or Policy(**config.policy),
+            policy,
             context,
             config.digest(),
             calibrations=config.calibrations,

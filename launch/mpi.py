@@ -53,6 +53,8 @@ RING = 8
 MOST_PENDING_SENDS = 4096
 FACTS_NBYTES = 1024
 REST_S = 10e-3
+CROWD = 1.25
+"""So many ranks for each core take each other's time; a few more than cores do not."""
 IDLE_S = 4e-3
 """So soon somebody who was rung for looks up again, then after four times as long, and so on."""
 
@@ -218,11 +220,12 @@ def _asked_threads() -> int:
     return max(1, int(asked)) if asked.isdigit() else 0
 
 
-def _fair_threads(comm: MPI.Intracomm) -> int:
-    """This rank's share of the cores that it may use: others may use them too unless ranks are bound."""
+def _fair_threads(comm: MPI.Intracomm) -> tuple[int, bool]:
+    """This rank's share of the cores that it may use, at least one, and whether any of them are crowded: others may use
+    them too unless ranks are bound. Collective."""
     mine = os.sched_getaffinity(0)
     sharers = sum(not mine.isdisjoint(others) for others in _on_this_host(comm, mine))
-    return max(1, len(mine) // sharers)
+    return max(1, len(mine) // sharers), comm.allreduce(sharers > CROWD * len(mine), MPI.LOR)
 
 
 def _on_this_host(comm: MPI.Intracomm, word: T) -> list[T]:
@@ -237,11 +240,13 @@ class World:
     """The job this process is part of: its own duplicate of MPI_COMM_WORLD or of a communicator it was given."""
 
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
-        """``threads``: this rank's share of the cores it may use, unless OMP_NUM_THREADS says otherwise."""
+        """``threads``: this rank's share of the cores it may use, unless OMP_NUM_THREADS says otherwise;
+        ``is_crowded``: whether anywhere there are clearly more ranks than cores for them."""
         self.comm = (comm or MPI.COMM_WORLD).Dup()
         self.rank = self.comm.Get_rank()
         self.size = self.comm.Get_size()
-        self.threads = _asked_threads() or _fair_threads(self.comm)
+        fair, self.is_crowded = _fair_threads(self.comm)
+        self.threads = _asked_threads() or fair
 
     @property
     def is_head(self) -> bool:

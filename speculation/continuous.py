@@ -8,7 +8,7 @@ have and how much drafters do, and within that as many go as give the most usefu
 from __future__ import annotations
 
 from speculation.cost_curve import CostCurve
-from speculation.governor import Governor
+from speculation.governor import Gear, Governor
 from speculation.hold import Hold
 from speculation.policy import Policy
 from speculation.schedule import UNLIMITED, Launch, Order, Situation, Step, Wait
@@ -20,7 +20,7 @@ class Continuous:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._governor = Governor(policy.rows) if policy.govern and policy.speculate else None
+        self._governor = Governor(policy.rows, policy.crowded) if policy.govern and policy.speculate else None
         self._hold = Hold() if policy.hold else None
         self._ordered: int | None = None  # how many leaves at a time drafters were last told to take
 
@@ -35,8 +35,9 @@ class Continuous:
     def next(self, now: Situation) -> Step | None:
         """See Schedule."""
         governor = self._governor
+        gear = governor.gear if governor else Gear(self._policy.rows)
         # A chain wants one leaf at a time, a wide tree as many as the policy allows.
-        leaves = min(self._policy.leaves, governor.rows) if governor else self._policy.leaves
+        leaves = min(self._policy.leaves, gear.rows) if governor else self._policy.leaves
         if governor and leaves != self._ordered:
             self._ordered = leaves
             return Order(UNLIMITED, leaves=leaves) if leaves else Order(0)
@@ -45,13 +46,15 @@ class Continuous:
         # A new root is certain and needs no credit: what dead work still holds does not concern it.
         if now.slots <= 0 or (now.credits <= 0 and not now.tree.root.pending):
             return None
+        if 0 < gear.runs <= now.in_flight:
+            return None
         if governor is None:
             nodes = choose_rows(now.tree, self._policy, now.room)
             return Launch(nodes) if nodes else None
         if hold and hold.is_on(now.now) and not is_news:
             return None
-        rows = max(1, governor.rows)
-        nodes = choose_rows(now.tree, self._policy, now.room if governor.rows else 0, rows, governor.curve)
+        rows = max(1, gear.rows)
+        nodes = choose_rows(now.tree, self._policy, now.room if gear.rows else 0, rows, governor.curve)
         if nodes and rows > 1 and hold and hold.wants(now.tree, nodes, governor.curve, rows, leaves, now.now):
             now.tree.give_back(nodes)
             return Wait(hold.until)

@@ -1,11 +1,12 @@
 """Never slower: how much to speculate, decided by what a token was measured to cost.
 
 Theory of operation. Gears are ways to work, from plain decoding (gear 0) over chains of single rows to the widest
-runs that the policy allows. What counts is the measured time per committed token; acceptance alone misleads, for rows
-may be free on one machine and dear on another. A *spell* is some dozens of tokens in one gear. Now and then the
-governor probes a neighbour for one spell and stays there if a token was cheaper by more than the noise (hysteresis); it
-gives up as soon as the probe has lost some tokens' time, and probes a neighbour that disappointed half as often, up to
-a limit, because texts change.
+runs that the policy allows. Where ranks share cores, and runs in flight take each other's time, all of them are one run
+at a time, and many runs in flight a gear of their own, the last, in which it does not begin. What counts is the
+measured time per committed token; acceptance alone misleads, for rows may be free on one machine and dear on another. A
+*spell* is some dozens of tokens in one gear. Now and then the governor probes a neighbour for one spell and stays there
+if a token was cheaper by more than the noise (hysteresis); it gives up as soon as the probe has lost some tokens' time,
+and probes a neighbour that disappointed half as often, up to a limit, because texts change.
 
 Some things are known without probing. Where further rows cost little by the cost curve, a narrower gear has nothing to
 offer: runs may have fewer rows in any gear, and have as many as are worth their time. Nor has one whose pass of r rows
@@ -17,12 +18,15 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from speculation.cost_curve import CostCurve
 
 SPELL_TOKENS = 32
 HYSTERESIS = 0.04
 """What a probed gear must be better by."""
+DOUBT = 0.25
+"""The same of many runs in flight against one, twice, where ranks share cores: it is seldom so."""
 STAKE = 6
 """How many tokens' time a probe may lose before it is given up."""
 SHORTER = 1.1
@@ -32,21 +36,36 @@ MOST_SPELLS = 64
 TRIPS = 32
 
 
+class Gear(NamedTuple):
+    """``rows`` that a run may carry, 0 in plain decoding, and how many ``runs`` may be in flight, 0 for any number."""
+
+    rows: int
+    runs: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows" + f", {self.runs} run at a time" * bool(self.runs)
+
+
 @dataclass(slots=True)
 class _Patience:
     """When a gear may be probed again."""
 
     spells: int = 2
     left: int = 2
+    wins: int = 0  # looks in a row at which it was better
 
 
 class Governor:
-    """Chooses among gears of up to ``most_rows`` rows. ``rows`` is what a run may carry now; 0: plain decoding."""
+    """Chooses among gears of up to ``most_rows`` rows; ``is_crowded``: ranks share cores."""
 
-    def __init__(self, most_rows: int) -> None:
-        self.gears = [0, *(1 << power for power in range(most_rows.bit_length()) if 1 << power < most_rows), most_rows]
+    def __init__(self, most_rows: int, is_crowded: bool = False) -> None:
+        doubled = (1 << power for power in range(most_rows.bit_length()) if 1 << power < most_rows)
+        self.gears = [Gear(rows, runs=int(is_crowded)) for rows in (0, *doubled, most_rows)]
+        self._widest = len(self.gears) - 1
         self.curve = CostCurve()
-        self._home = len(self.gears) - 1  # within it the cost curve says how many rows go
+        if is_crowded:
+            self.gears.append(Gear(most_rows))
+        self._home = self._widest  # within it the cost curve says how many rows go
         self._probe: int | None = None
         self._home_s = 0.0  # seconds per token at home
         self._patience = [_Patience() for _ in self.gears]
@@ -56,14 +75,9 @@ class Governor:
         self._tokens = 0
 
     @property
-    def gear(self) -> int:
-        """The gear in force, by its index in ``gears``."""
-        return self._home if self._probe is None else self._probe
-
-    @property
-    def rows(self) -> int:
-        """Rows of a run."""
-        return self.gears[self.gear]
+    def gear(self) -> Gear:
+        """The gear in force."""
+        return self.gears[self._home if self._probe is None else self._probe]
 
     def opened(self) -> None:
         """A new request: the time before its first token belongs to nobody."""
@@ -103,27 +117,33 @@ class Governor:
                 return ""
             self._probe, self._since, self._settled_at = probe, None, None
             home = f"{1e3 * self._home_s:.3f} ms per token with {self.gears[self._home]}"
-            return f"probe {self.gears[probe]} rows: {home}"
+            return f"probe {self.gears[probe]}: {home}"
         probe, self._probe = self._probe, None
-        if token_s < (1.0 - HYSTERESIS) * self._home_s:
-            self._patience[probe] = _Patience()
-            self._patience[self._home] = _Patience(8, 8)
-            before = 1e3 * self._home_s
-            self._home_s = token_s
-            return self._shift_home(probe, now, f"{1e3 * token_s:.3f} ms per token instead of {before:.3f}")
-        patience = self._patience[probe]
-        patience.spells = min(MOST_SPELLS, 2 * patience.spells)
-        patience.left = patience.spells
-        why = f"{1e3 * token_s:.3f} ms per token, not better than {1e3 * self._home_s:.3f}"
-        return self._shift_home(self._home, now, why)
+        patience, is_doubtful = self._patience[probe], probe > self._widest
+        found = f"{1e3 * token_s:.3f} ms per token"
+        if token_s >= (1.0 - (DOUBT if is_doubtful else HYSTERESIS)) * self._home_s:
+            patience.spells = min(MOST_SPELLS, 2 * patience.spells)
+            patience.left, patience.wins = patience.spells, 0
+            return self._shift_home(self._home, now, f"{found}, not better than {1e3 * self._home_s:.3f}")
+        patience.wins += 1
+        if is_doubtful and patience.wins < 2:
+            patience.left = 1
+            return self._shift_home(self._home, now, f"{found} instead of {1e3 * self._home_s:.3f}: to be seen again")
+        why = f"{found} instead of {1e3 * self._home_s:.3f}"
+        self._patience[probe] = _Patience()
+        self._patience[self._home] = _Patience() if is_doubtful else _Patience(8, 8)
+        self._home_s = token_s
+        return self._shift_home(probe, now, why)
 
     def _worth_probing(self) -> list[int]:
         """The neighbours of home that might be better, plain decoding last."""
         here, found = self._home, list[int]()
         if here == 0:
-            found.append(len(self.gears) - 1)
+            found.append(self._widest)
         elif here + 1 < len(self.gears):
             found.append(here + 1)
+        if here > self._widest:
+            found.append(self._widest)
         narrower = [index for index in range(1, here) if self._saves(index)]
         found += narrower[-1:]
         if here > 0 and self._trips and self._home_s > (1.0 - HYSTERESIS) * min(self._trips):
@@ -132,11 +152,11 @@ class Governor:
 
     def _saves(self, gear: int) -> bool:
         """Whether a pass in the narrower ``gear`` is clearly shorter, and commits enough if all its rows are right."""
-        rows = self.gears[gear]
+        rows = self.gears[gear].rows
         if not self.curve.knows(rows) or self.curve.seconds(rows) > rows * self._home_s:
             return False
-        return self.curve.growth(self.gears[self._home], rows) > SHORTER
+        return self.curve.growth(self.gears[self._home].rows, rows) > SHORTER
 
     def _shift_home(self, gear: int, now: float, why: str) -> str:
         self._home, self._since, self._settled_at, self._tokens = gear, None, None, 0
-        return f"{self.gears[gear]} rows: {why}"
+        return f"{self.gears[gear]}: {why}"

@@ -162,10 +162,11 @@ def draw_policy(rng: random.Random, schedule: str = "") -> Policy:
         floor=rng.choice((0.0, 0.0, 0.0, 0.0, 0.0, 0.02, 0.02, 0.2, 1.0)),
         cancel=rng.choice(("direct", "direct", "relay", "off")),
         cancel_rows=rng.random() < 0.8,
-        reuse=rng.random() < 0.85,
+        reuse=rng.random() < 0.7,
         calibrate=rng.random() < 0.5,
         govern=rng.random() < 0.4,
         hold=rng.random() < 0.7,
+        crowded=rng.random() < 0.2,
         lookup=lookup,
         prefill_chunk=chunk,
     )

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from speculation.governor import HYSTERESIS, SPELL_TOKENS, STAKE, Governor
+from speculation.governor import HYSTERESIS, SPELL_TOKENS, STAKE, Gear, Governor
 
 TRIP_S = 8.0
 
@@ -24,7 +24,7 @@ def drive(
     spent: dict[int, int] = dict.fromkeys(cost_s, 0)
     notes = []
     for index in range(tokens):
-        rows = governor.rows
+        rows = governor.gear.rows
         now += cost_s[rows] * rng.uniform(0.9, 1.1)
         spent[rows] += 1
         sent = max(1, rows if index % 3 else 1)
@@ -38,9 +38,10 @@ def drive(
 @pytest.mark.parametrize("seed", range(3))
 def test_it_ends_where_a_token_is_cheapest(best: int, seed: int) -> None:
     governor = Governor(8)
-    assert governor.gears == [0, 1, 2, 4, 8]
-    place = governor.gears.index(best)
-    cost_s = {rows: TRIP_S * (1.0 + 0.25 * abs(index - place)) for index, rows in enumerate(governor.gears)}
+    gears = [gear.rows for gear in governor.gears]
+    assert gears == [0, 1, 2, 4, 8]
+    place = gears.index(best)
+    cost_s = {rows: TRIP_S * (1.0 + 0.25 * abs(index - place)) for index, rows in enumerate(gears)}
     if best:
         cost_s = {rows: seconds / 2 for rows, seconds in cost_s.items()} | {0: TRIP_S}
     rng = random.Random(seed)
@@ -61,11 +62,11 @@ def test_it_comes_back_from_plain_decoding_when_guesses_are_good_again() -> None
     governor, rng = Governor(4), random.Random(2)
     bad = {0: TRIP_S, 1: 1.3 * TRIP_S, 2: 1.4 * TRIP_S, 4: 1.6 * TRIP_S}
     now, spent, _ = drive(governor, bad, 60 * SPELL_TOKENS, rng, row_cost=0.1)
-    assert governor.rows == 0
+    assert governor.gear.rows == 0
     assert spent[0] > 0.7 * 60 * SPELL_TOKENS
     good = {0: TRIP_S, 1: 0.5 * TRIP_S, 2: 0.4 * TRIP_S, 4: 0.3 * TRIP_S}
     _, spent, notes = drive(governor, good, 100 * SPELL_TOKENS, rng, row_cost=0.1, now=now)
-    assert governor.rows > 0, notes
+    assert governor.gear.rows > 0, notes
     assert spent[0] < 0.8 * 100 * SPELL_TOKENS
 
 
@@ -103,3 +104,29 @@ def test_a_request_s_prompt_counts_for_nobody() -> None:
     governor.opened()
     assert governor.accepted(1, 5000.0) == ""
     assert governor._since is None or governor._since >= 5000.0
+
+
+@pytest.mark.parametrize("many_s", [0.5, 0.8, 1.0, 2.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_where_ranks_share_cores_many_runs_must_be_clearly_better_than_one(many_s: float, seed: int) -> None:
+    """Half the time a token decides for many runs, as it should; a fifth less does not."""
+    governor, rng, now, spent = Governor(4, is_crowded=True), random.Random(seed), 0.0, {0: 0, 1: 0}
+    assert governor.gear == Gear(4, runs=1), "what is supposed"
+    assert governor.gears[-1] == Gear(4, runs=0)
+    for index in range(200 * SPELL_TOKENS):
+        now += (1.0 if governor.gear.runs else many_s) * rng.uniform(0.9, 1.1)
+        spent[governor.gear.runs] += index > 100 * SPELL_TOKENS
+        governor.returned(4, 1.0, TRIP_S, carries_root=index % 2 == 0)
+        governor.accepted(1, now)
+    best = 0 if many_s < 0.6 else 1
+    assert spent[best] > 0.9 * sum(spent.values()), (seed, spent)
+
+
+def test_where_ranks_share_cores_it_comes_back_from_many_runs() -> None:
+    governor, rng, now = Governor(4, is_crowded=True), random.Random(5), 0.0
+    for many_s, runs in ((0.5, 0), (2.0, 1)):
+        for index in range(60 * SPELL_TOKENS):
+            now += (1.0 if governor.gear.runs else many_s) * rng.uniform(0.9, 1.1)
+            governor.returned(4, 1.0, TRIP_S, carries_root=index % 2 == 0)
+            governor.accepted(1, now)
+        assert governor.gear.runs == runs
