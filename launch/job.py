@@ -90,7 +90,8 @@ class Job:
         rank = world.rank if world else 0
         if policy is None:
             policy = Policy(**config.policy)
-            policy = replace(policy, crowded=policy.crowded or (world is not None and world.is_crowded))
+            if world is not None and world.is_crowded:
+                policy = replace(policy, crowded=True)
         cast = Cast(
             *count(plan),
             policy,

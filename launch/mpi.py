@@ -220,7 +220,7 @@ def _asked_threads() -> int:
     return max(1, int(asked)) if asked.isdigit() else 0
 
 
-def _fair_threads(comm: MPI.Intracomm) -> tuple[int, bool]:
+def _share_of_cores(comm: MPI.Intracomm) -> tuple[int, bool]:
     """This rank's share of the cores that it may use, at least one, and whether any of them are crowded: others may use
     them too unless ranks are bound. Collective."""
     mine = os.sched_getaffinity(0)
@@ -245,7 +245,7 @@ class World:
         self.comm = (comm or MPI.COMM_WORLD).Dup()
         self.rank = self.comm.Get_rank()
         self.size = self.comm.Get_size()
-        fair, self.is_crowded = _fair_threads(self.comm)
+        fair, self.is_crowded = _share_of_cores(self.comm)
         self.threads = _asked_threads() or fair
 
     @property

@@ -43,7 +43,7 @@ class Gear(NamedTuple):
     runs: int = 0
 
     def __str__(self) -> str:
-        return f"{self.rows} rows" + f", {self.runs} run at a time" * bool(self.runs)
+        return f"{self.rows} rows, {self.runs} run at a time" if self.runs else f"{self.rows} rows"
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class _Patience:
 
     spells: int = 2
     left: int = 2
-    wins: int = 0  # looks in a row at which it was better
+    was_better: bool = False  # at the last look, which was not believed yet
 
 
 class Governor:
@@ -62,9 +62,9 @@ class Governor:
         doubled = (1 << power for power in range(most_rows.bit_length()) if 1 << power < most_rows)
         self.gears = [Gear(rows, runs=int(is_crowded)) for rows in (0, *doubled, most_rows)]
         self._widest = len(self.gears) - 1
-        self.curve = CostCurve()
         if is_crowded:
             self.gears.append(Gear(most_rows))
+        self.curve = CostCurve()
         self._home = self._widest  # within it the cost curve says how many rows go
         self._probe: int | None = None
         self._home_s = 0.0  # seconds per token at home
@@ -120,30 +120,26 @@ class Governor:
             return f"probe {self.gears[probe]}: {home}"
         probe, self._probe = self._probe, None
         patience, is_doubtful = self._patience[probe], probe > self._widest
-        found = f"{1e3 * token_s:.3f} ms per token"
+        found, known = f"{1e3 * token_s:.3f} ms per token", f"{1e3 * self._home_s:.3f}"
         if token_s >= (1.0 - (DOUBT if is_doubtful else HYSTERESIS)) * self._home_s:
             patience.spells = min(MOST_SPELLS, 2 * patience.spells)
-            patience.left, patience.wins = patience.spells, 0
-            return self._shift_home(self._home, now, f"{found}, not better than {1e3 * self._home_s:.3f}")
-        patience.wins += 1
-        if is_doubtful and patience.wins < 2:
-            patience.left = 1
-            return self._shift_home(self._home, now, f"{found} instead of {1e3 * self._home_s:.3f}: to be seen again")
-        why = f"{found} instead of {1e3 * self._home_s:.3f}"
+            patience.left, patience.was_better = patience.spells, False
+            return self._shift_home(self._home, now, f"{found}, not better than {known}")
+        if is_doubtful and not patience.was_better:
+            patience.left, patience.was_better = 1, True
+            return self._shift_home(self._home, now, f"{found} instead of {known}, to be seen again")
         self._patience[probe] = _Patience()
         self._patience[self._home] = _Patience() if is_doubtful else _Patience(8, 8)
         self._home_s = token_s
-        return self._shift_home(probe, now, why)
+        return self._shift_home(probe, now, f"{found} instead of {known}")
 
     def _worth_probing(self) -> list[int]:
         """The neighbours of home that might be better, plain decoding last."""
         here, found = self._home, list[int]()
-        if here == 0:
+        if not 0 < here <= self._widest:  # plain decoding, or many runs where ranks share cores
             found.append(self._widest)
         elif here + 1 < len(self.gears):
             found.append(here + 1)
-        if here > self._widest:
-            found.append(self._widest)
         narrower = [index for index in range(1, here) if self._saves(index)]
         found += narrower[-1:]
         if here > 0 and self._trips and self._home_s > (1.0 - HYSTERESIS) * min(self._trips):
