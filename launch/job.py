@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Generator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from launch.driver import Driver
@@ -36,6 +36,7 @@ from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR
 from pipeinfer.trace import Header, TraceWriter
 from speculation.drafter import draft_cells
 from speculation.policy import Policy
+from speculation.schedule import Placement
 
 if TYPE_CHECKING:
     from launch.mpi import World
@@ -72,8 +73,8 @@ class RankFacts:
 class Job:
     """This rank's part of the job that ``config`` and ``plan`` describe; ``world`` is None for a rank that is alone.
 
-    ``link`` paces messages between ranks, for emulations. ``traffic``: messages and bytes that all ranks have sent each
-    other; the head knows it once the job is closed."""
+    ``link`` paces messages between ranks, and ``placement`` is what is supposed of them, for emulations. ``traffic``:
+    messages and bytes that all ranks have sent each other; the head knows it once the job is closed."""
 
     def __init__(
         self,
@@ -82,22 +83,19 @@ class Job:
         context: int,
         pair: Pair,
         world: World | None = None,
-        policy: Policy | None = None,
         link: Link | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self._config = config
         self._world = world
         rank = world.rank if world else 0
-        if policy is None:
-            policy = Policy(**config.policy)
-            if world is not None and world.is_crowded:
-                policy = replace(policy, crowded=True)
         cast = Cast(
             *count(plan),
-            policy,
+            Policy(**config.policy),
             context,
             config.digest(),
             calibrations=config.calibrations,
+            placement=placement or (world.placement if world else "alone"),
         )
         self._trace = _open_trace(config, plan, cast, rank) if config.trace is not None else None
         shards = make_shards(cast, plan[rank], pair)

@@ -46,6 +46,7 @@ from launch.last_words import let_it_be_read  # noqa: E402
 from pipeinfer.errors import LocalProtocolError, PipeinferError, StallError, UserError  # noqa: E402
 from pipeinfer.ports import Payload, Received  # noqa: E402
 from pipeinfer.protocol import MAX_NBYTES, Message, decode, encode, wire_nbytes  # noqa: E402
+from speculation.schedule import Placement  # noqa: E402
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
@@ -53,7 +54,7 @@ RING = 8
 MOST_PENDING_SENDS = 4096
 FACTS_NBYTES = 1024
 REST_S = 10e-3
-CROWD = 1.25
+OVERSUBSCRIBED = 1.25
 """So many ranks for each core take each other's time; a few more than cores do not."""
 IDLE_S = 4e-3
 """So soon somebody who was rung for looks up again, then after four times as long, and so on."""
@@ -221,11 +222,11 @@ def _asked_threads() -> int:
 
 
 def _share_of_cores(comm: MPI.Intracomm) -> tuple[int, bool]:
-    """This rank's share of the cores that it may use, at least one, and whether any of them are crowded: others may use
-    them too unless ranks are bound. Collective."""
+    """This rank's share of the cores that it may use, at least one, and whether anywhere ranks are clearly more than
+    cores: others may use them too unless ranks are bound. Collective."""
     mine = os.sched_getaffinity(0)
     sharers = sum(not mine.isdisjoint(others) for others in _on_this_host(comm, mine))
-    return max(1, len(mine) // sharers), comm.allreduce(sharers > CROWD * len(mine), MPI.LOR)
+    return max(1, len(mine) // sharers), comm.allreduce(sharers > OVERSUBSCRIBED * len(mine), MPI.LOR)
 
 
 def _on_this_host(comm: MPI.Intracomm, word: T) -> list[T]:
@@ -241,12 +242,14 @@ class World:
 
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
         """``threads``: this rank's share of the cores it may use, unless OMP_NUM_THREADS says otherwise;
-        ``is_crowded``: whether anywhere there are clearly more ranks than cores for them."""
+        ``placement``: what processors ranks have."""
         self.comm = (comm or MPI.COMM_WORLD).Dup()
         self.rank = self.comm.Get_rank()
         self.size = self.comm.Get_size()
-        fair, self.is_crowded = _share_of_cores(self.comm)
+        fair, is_oversubscribed = _share_of_cores(self.comm)
         self.threads = _asked_threads() or fair
+        shared: Placement = "oversubscribed" if is_oversubscribed else "spread"
+        self.placement: Placement = shared if self.size > 1 else "alone"
 
     @property
     def is_head(self) -> bool:

@@ -11,6 +11,7 @@ from pipeinfer.ports import Machine
 from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR, drafter_address, stage_address
 from speculation.drafter import Drafter
 from speculation.policy import Policy
+from speculation.schedule import PLACEMENTS, Placement
 from stages.machine import Stage
 
 
@@ -19,7 +20,8 @@ class Cast:
     """Who plays: ``stages`` stages and ``drafters`` drafters, by ``policy``, for requests of up to ``context`` tokens.
 
     ``digest``: what ranks compare at HELLO. ``guess_cells``: cells for guesses in flight, if fewer than the policy
-    wants. ``calibrations``: what is known of each source's probabilities."""
+    wants. ``calibrations``: what is known of each source's probabilities.
+    ``placement``: what processors the roles have."""
 
     stages: int
     drafters: int
@@ -28,6 +30,11 @@ class Cast:
     digest: int = 0
     guess_cells: int | None = None
     calibrations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    placement: Placement = "spread"
+
+    def __post_init__(self) -> None:
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"placement must be {', '.join(PLACEMENTS)}, not {self.placement!r}")
 
     @classmethod
     def of(cls, numbers: Mapping[str, Any]) -> Cast:
@@ -60,7 +67,7 @@ class Cast:
         if address == ORCHESTRATOR:
             guesses = self.cells[1]
             numbers = (self.stages, self.drafters, self.policy, self.context, self.digest, guesses)
-            return Orchestrator(*numbers, self.calibrations)
+            return Orchestrator(*numbers, self.calibrations, self.placement)
         if address >= FIRST_DRAFTER:
             return Drafter(address, self.policy, self.context, self.digest)
         # Where one stage is all, its result is the best there is to know for the next run.

@@ -15,6 +15,7 @@ from typing import Protocol
 from pipeinfer.errors import LocalProtocolError
 from pipeinfer.ports import (
     Abandon,
+    Choice,
     Command,
     Compute,
     Computed,
@@ -57,6 +58,7 @@ class _Job:
     compute: Compute
     passes: Generator[float, None, Payload] | None = None
     abandoned: bool = False
+    began: float = 0.0
 
 
 class Executor:
@@ -160,24 +162,27 @@ class Executor:
                 hidden, keep = job.compute.hidden, job.compute.keep
                 if hidden is not None and keep is not None:
                     hidden = hidden[list(keep)]
-                job.passes = shard.forward(job.compute.batch, hidden)
+                job.passes, job.began = shard.forward(job.compute.batch, hidden), now
             try:
                 return next(job.passes)
             except StopIteration as done:
-                outcome = self._outcome(job, shard, done.value)
+                found = self._outcome(job.compute, shard, done.value)
         else:
             if job.passes is not None:
                 job.passes.close()
-            outcome = Computed(job.compute.job)
+            found = (None, None)
         del self._jobs[job.address]
         self._current = None
-        self.deliver(job.address, outcome, self._clock() if self._clock else now)
+        ended = self._clock() if self._clock else now
+        seconds = ended - job.began if job.passes else 0.0
+        self.deliver(job.address, Computed(job.compute.job, *found, seconds), ended)
         return 0.0
 
-    def _outcome(self, job: _Job, shard: ShardModel, hidden: Payload) -> Computed:
-        compute = job.compute
+    def _outcome(
+        self, compute: Compute, shard: ShardModel, hidden: Payload
+    ) -> tuple[Payload | None, list[list[Choice]] | None]:
         if compute.choices:
-            return Computed(compute.job, choices=shard.choose(hidden, compute.rows, compute.choices, compute.draw))
+            return None, shard.choose(hidden, compute.rows, compute.choices, compute.draw)
         if compute.rows:
             raise LocalProtocolError("a computation wants choices after its rows, but no number of them")
-        return Computed(compute.job, hidden=hidden)
+        return hidden, None

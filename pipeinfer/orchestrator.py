@@ -69,7 +69,7 @@ from pipeinfer.protocol import (
 from pipeinfer.session import Session
 from speculation.accept import accept
 from speculation.policy import Policy
-from speculation.schedule import UNLIMITED, Launch, Order, Situation, Wait
+from speculation.schedule import UNLIMITED, Launch, Order, Placement, Situation, Wait
 from speculation.schedules import make_schedule
 from speculation.sources import Sources
 from speculation.tree import Tree
@@ -92,6 +92,7 @@ class Orchestrator:
         digest: int = 0,
         guess_cells: int | None = None,
         calibrations: Mapping[str, Mapping[str, Any]] | None = None,
+        placement: Placement = "spread",
     ) -> None:
         self._stages = [stage_address(index) for index in range(stages)]
         self._drafters = [drafter_address(index) for index in range(drafters)]
@@ -101,7 +102,7 @@ class Orchestrator:
         self._window = policy.most_runs(stages)
         self._edges = Edges(ORCHESTRATOR)
         self._ledger = Partitions(context, policy.most_guesses(stages) if guess_cells is None else guess_cells)
-        self._schedule = make_schedule(policy)
+        self._schedule = make_schedule(policy, placement)
         self._sources = Sources(self._drafters, policy, context, self._send, calibrations or {})
         self._sampling = GREEDY
         self._deferred: deque[Message] = deque()  # results that the schedule does not hear yet

@@ -114,11 +114,13 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A Compute command ended: with activations, with choices, or abandoned (both None)."""
+    """A Compute command ended: with activations, with choices, or abandoned (both None). ``seconds``: what it took once
+    it was this role's turn."""
 
     job: int
     hidden: Payload | None = None
     choices: list[list[Choice]] | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,17 +11,20 @@ from speculation.cost_curve import CostCurve
 from speculation.governor import Gear, Governor
 from speculation.hold import Hold
 from speculation.policy import Policy
-from speculation.schedule import UNLIMITED, Launch, Order, Situation, Step, Wait
+from speculation.schedule import UNLIMITED, Launch, Order, Placement, Situation, Step, Wait
 from speculation.tree import Node, Tree
+from speculation.turns import Turns
 
 
 class Continuous:
     """See Schedule."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, placement: Placement = "spread") -> None:
         self._policy = policy
-        self._governor = Governor(policy.rows, policy.crowded) if policy.govern and policy.speculate else None
-        self._hold = Hold() if policy.hold else None
+        is_governed = policy.govern and policy.speculate
+        self._governor = Governor(policy.rows, placement == "oversubscribed") if is_governed else None
+        self._hold = Hold() if policy.hold and placement != "alone" else None
+        self._turns = Turns() if policy.hold and placement == "alone" else None
         self._ordered: int | None = None  # how many leaves at a time drafters were last told to take
 
     def opened(self) -> None:
@@ -29,6 +32,8 @@ class Continuous:
         self._ordered = None
         if self._hold:
             self._hold.opened()
+        if self._turns:
+            self._turns.opened()
         if self._governor:
             self._governor.opened()
 
@@ -40,8 +45,8 @@ class Continuous:
         leaves = min(self._policy.leaves, gear.rows) if governor else self._policy.leaves
         if governor and leaves != self._ordered:
             self._ordered = leaves
-            return Order(UNLIMITED, leaves=leaves) if leaves else Order(0)
-        hold = self._hold
+            return Order(UNLIMITED, leaves=leaves) if leaves and not self._turns else Order(0)
+        hold, turns = self._hold, self._turns
         is_news = hold is not None and hold.look(now.tree, now.now)
         # A new root is certain and needs no credit: what dead work still holds does not concern it.
         if now.slots <= 0 or (now.credits <= 0 and not now.tree.root.pending):
@@ -53,8 +58,13 @@ class Continuous:
             return Launch(nodes) if nodes else None
         if hold and hold.is_on(now.now) and not is_news:
             return None
+        if turns and turns.is_drafts(now.tree, now.now):
+            return None
         rows = max(1, gear.rows)
         nodes = choose_rows(now.tree, self._policy, now.room if gear.rows else 0, rows, governor.curve)
+        if turns and nodes and rows > 1 and turns.wants(now.tree, nodes, governor.curve, rows, leaves, now.now):
+            now.tree.give_back(nodes)
+            return Order(1, leaves=leaves)
         if nodes and rows > 1 and hold and hold.wants(now.tree, nodes, governor.curve, rows, leaves, now.now):
             now.tree.give_back(nodes)
             return Wait(hold.until)
@@ -62,6 +72,8 @@ class Continuous:
 
     def drafted(self, nodes: list[Node]) -> None:
         """See Schedule."""
+        if self._turns:
+            self._turns.drafted()
 
     def accepted(self, tokens: int, now: float) -> str:
         """See Schedule."""

@@ -81,12 +81,11 @@ class Drafter:
         self._cutoff = 0.0
         self._most_leaves = policy.leaves
         self._curve = CostCurve() if policy.govern else None
-        self._began, self._rows, self._now = 0.0, 0, 0.0
+        self._rows = 0
         self._withheld: list[tuple[Node, list[Choice]]] = []  # choices below the cutoff: a later order may want them
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event; see Machine."""
-        self._now = now
         if isinstance(event, Received):
             return self._receive(event.message)
         if isinstance(event, Computed):
@@ -165,7 +164,7 @@ class Drafter:
         (order,) = message.rows_as(SettingRow)
         self._passes, self._cutoff = order.low, order.value
         self._most_leaves = min(order.high or self._policy.leaves, self._policy.leaves)
-        self._is_ordered = self._policy.schedule != "continuous"
+        self._is_ordered = 0 < order.low < UNLIMITED
         if Flag.RESTART in message.flags:
             self._restart()
         withheld, self._withheld = self._withheld, []
@@ -281,7 +280,7 @@ class Drafter:
     def _compute(self, rows: list[Row], canonical: bool, wanted: tuple[int, ...]) -> Compute:
         self._job += 1
         self._busy = True
-        self._began, self._rows = self._now, len(rows)
+        self._rows = len(rows)
         batch = self._cells.admit(rows, canonical)
         if not wanted:
             return Compute(self._job, batch)
@@ -294,7 +293,7 @@ class Drafter:
         self._busy = False
         nodes, self._batch = self._batch, []
         if self._curve and nodes and event.choices:
-            self._curve.observe(self._rows, self._now - self._began)
+            self._curve.observe(self._rows, event.seconds)
         found: list[DraftRow] = []
         for node, choices in zip(nodes, event.choices or (), strict=False):
             found += self._children(node, choices)

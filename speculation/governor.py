@@ -56,13 +56,13 @@ class _Patience:
 
 
 class Governor:
-    """Chooses among gears of up to ``most_rows`` rows; ``is_crowded``: ranks share cores."""
+    """Chooses among gears of up to ``most_rows`` rows; ``is_oversubscribed``: ranks share cores."""
 
-    def __init__(self, most_rows: int, is_crowded: bool = False) -> None:
+    def __init__(self, most_rows: int, is_oversubscribed: bool = False) -> None:
         doubled = (1 << power for power in range(most_rows.bit_length()) if 1 << power < most_rows)
-        self.gears = [Gear(rows, runs=int(is_crowded)) for rows in (0, *doubled, most_rows)]
+        self.gears = [Gear(rows, runs=int(is_oversubscribed)) for rows in (0, *doubled, most_rows)]
         self._widest = len(self.gears) - 1
-        if is_crowded:
+        if is_oversubscribed:
             self.gears.append(Gear(most_rows))
         self.curve = CostCurve()
         self._home = self._widest  # within it the cost curve says how many rows go

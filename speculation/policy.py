@@ -40,7 +40,6 @@ class Policy:
     cancel_rows: bool = True  # dead rows of living runs are cancelled too
     reuse: bool = True  # False: whenever the draft's first choice was wrong, all that was guessed is thrown away
     govern: bool = False  # turn rows and drafting up and down by what a token was measured to cost
-    crowded: bool = False  # with govern: ranks share cores, so that one run at a time may be better than many
     hold: bool = False  # with govern: a run waits for drafts that are about to come, where that is worth it
     calibrate: bool = False  # learn from outcomes what the draft's probabilities mean
     lookup: int = 0  # tokens guessed by looking the text's end up in the text; 0: none

@@ -7,9 +7,14 @@ orchestrator asks ``next`` until there is nothing more to do.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 from speculation.tree import Node, Tree
+
+Placement = Literal["spread", "oversubscribed", "alone"]
+"""What processors a job's roles have. "spread": every rank its own. "oversubscribed": ranks are more than cores, and
+take each other's time. "alone": one rank is everything; draft and target take turns, the target first."""
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
 
 @dataclass(slots=True)

@@ -6,15 +6,13 @@ from speculation.continuous import Continuous
 from speculation.frontier import Frontier
 from speculation.policy import Policy
 from speculation.rounds import Rounds
-from speculation.schedule import Schedule
-
-_SCHEDULES: dict[str, type[Continuous] | type[Rounds] | type[Frontier]] = {
-    "continuous": Continuous,
-    "rounds": Rounds,
-    "frontier": Frontier,
-}
+from speculation.schedule import Placement, Schedule
 
 
-def make_schedule(policy: Policy) -> Schedule:
-    """The schedule that ``policy`` names."""
-    return _SCHEDULES[policy.schedule](policy)
+def make_schedule(policy: Policy, placement: Placement = "spread") -> Schedule:
+    """The schedule that ``policy`` names, for roles that are placed so."""
+    if policy.schedule == "rounds":
+        return Rounds(policy)
+    if policy.schedule == "frontier":
+        return Frontier(policy)
+    return Continuous(policy, placement)

@@ -132,6 +132,8 @@ class Sources:
                 rank += 1
             else:  # its children come together, best first
                 last, parent, rank = parent_name, names.get(parent_name), 0
+                if parent is not None:
+                    parent.is_drafted = True
             if parent is None or parent.position >= served.last_position or token in stop_tokens:
                 continue
             logp = calibration.logp(rank, claim) if calibration else claim

@@ -29,8 +29,8 @@ class Node:
     ``rank``, ``claim`` and ``source``: whose k-th guess it was, and the log-probability that was claimed for it."""
 
     __slots__ = (
-        "alive", "children", "choice", "choice_logp", "claim", "is_open", "logp", "name", "parent", "pending",
-        "position", "rank", "run", "slot", "source", "token",
+        "alive", "children", "choice", "choice_logp", "claim", "is_drafted", "is_open", "logp", "name", "parent",
+        "pending", "position", "rank", "run", "slot", "source", "token",
     )  # fmt: skip
 
     def __init__(
@@ -50,6 +50,7 @@ class Node:
         self.children: dict[int, Node] = {}
         self.pending = True
         self.is_open = False  # whether its children are in the frontier
+        self.is_drafted = False  # whether a draft model has said what may follow
         self.alive = True
         self.slot: int | None = None
         self.run: int | None = None
@@ -68,13 +69,14 @@ class Node:
 
 
 class Tree:
-    """A tree of at most ``max_nodes`` living nodes rooted at ``token``. ``grown``: how many guesses it ever took."""
+    """A tree of at most ``max_nodes`` living nodes rooted at ``token``. ``grown``: how many guesses it ever took;
+    ``asked``: how many tokens were accepted after a draft's guesses, ``guessed``: how many had been guessed there."""
 
     def __init__(self, token: int, position: int, max_nodes: int) -> None:
         self.root = Node(token, None, 0.0, position)
         self.max_nodes = max_nodes
         self.size = 1
-        self.grown = 0
+        self.grown = self.asked = self.guessed = 0
         self._serial = 0
         self._frontier: list[tuple[float, int, Node]] = []
         self._push(self.root)
@@ -172,6 +174,9 @@ class Tree:
         """Accept ``token`` after the root: the new root (made if nobody had guessed it) and the nodes that died."""
         old = self.root
         heir = old.children.pop(token, None)
+        if old.is_drafted:
+            self.asked += 1
+            self.guessed += heir is not None
         if heir is None:
             heir = Node(token, old, old.logp, old.position + 1)
             self.size += 1

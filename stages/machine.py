@@ -201,7 +201,8 @@ class Stage:
             raise RemoteProtocolError(f"{address_name(self.address)} computed {event.job} unasked")
         commands = [] if self._result_first else self._credit()
         is_abandoned = event.hidden is None and event.choices is None
-        spent_us = min(MOST_US, max(0, round(1e6 * self._pacer.end(self._now, is_abandoned))))
+        self._pacer.end(event.seconds, is_abandoned)
+        spent_us = min(MOST_US, max(0, round(1e6 * event.seconds)))
         if self._is_first and not is_abandoned and Flag.CANONICAL not in message.flags:
             self._measured = (SettingRow(0, len(message.rows), spent_us, 0.0),)
         message = replace(

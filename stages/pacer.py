@@ -19,25 +19,22 @@ class Pacer:
         self._pass_s: dict[int, float] = {}  # by rows
         self._answer_s: float | None = None
         self._late_s = 0.0
-        self._began = 0.0
         self._rows = 0
         self._due: float | None = None
         self._credited_at: float | None = None
 
     def begin(self, now: float, rows: int) -> float | None:
         """A pass of ``rows`` rows begins: when the credit is due, or None for at once."""
-        self._began, self._rows, self._due = now, rows, None
+        self._rows, self._due = rows, None
         if rows in self._pass_s and self._answer_s is not None:
             due = now + self._pass_s[rows] - SAFETY * self._answer_s - self._late_s
             self._due = due if due > now else None
         return self._due
 
-    def end(self, now: float, is_abandoned: bool) -> float:
-        """The pass has ended; one that was abandoned teaches nothing. Returns how long it took."""
-        spent_s = now - self._began
+    def end(self, seconds: float, is_abandoned: bool) -> None:
+        """The pass has taken ``seconds``; one that was abandoned teaches nothing."""
         if not is_abandoned:
-            self._pass_s[self._rows] = _blend(self._pass_s.get(self._rows), spent_s)
-        return spent_s
+            self._pass_s[self._rows] = _blend(self._pass_s.get(self._rows), seconds)
 
     def woke(self, now: float) -> None:
         """The alarm for the credit rang."""

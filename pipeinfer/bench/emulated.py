@@ -26,7 +26,7 @@ def emulate(world: World, scene: Scene, entrant: Entrant, seed: int) -> Sample |
     config = Config(policy=policy.settings())
     plan = seat(ranges(scene.shares(policy, entrant.head_share)), drafters=int(policy.speculate))
     link = scene.link if scene.point.hardware else None  # between ranks of one host the real ones will do
-    job = Job(config, plan, context, pair, world, policy, link)
+    job = Job(config, plan, context, pair, world, link, "spread")  # paced stages sleep
     if not world.is_head:
         job.serve()
         return None

@@ -160,12 +160,14 @@ class Lively(Witness):
                     raise LawBroken(f"L5: {now - self._since:.3f} s without a token, the bound is {most:.3f} s")
                 self._since = now
                 # Who drafts to order keeps the target waiting until the draft model has seen the prompt, too.
-                self._chunks = 0 if world.spec.policy.schedule == "continuous" else self._chunks
+                is_free = world.spec.policy.schedule == "continuous" and world.spec.placement != "alone"
+                self._chunks = 0 if is_free else self._chunks
 
 
 def patience(spec: WorldSpec) -> float:
     """A bound on the virtual time between two tokens: the next one waits for what is in flight (a window of the slowest
-    passes), then goes once through the pipeline; and the orchestrator may share its host with a draft's layer."""
+    passes), then goes once through the pipeline; and the orchestrator may share its host with a draft's layer. Where
+    all share one host the drafters may have as many turns before as a run has rows."""
     policy, link, model = spec.policy, spec.link, spec.model
     window = policy.most_runs(spec.stages)
     most_rows = max(policy.rows, policy.prefill_chunk)
@@ -174,7 +176,8 @@ def patience(spec: WorldSpec) -> float:
     message_s = (32 + 16 * (policy.rows + 2 * window * policy.rows + 8) + 24 * most_rows) / link.bandwidth
     hop = link.delay_s + 3 * link.jitter_s + (window + 1) * message_s
     draft_layer = spec.draft_s / model.layers * (1 + spec.row_cost * max(policy.leaves, policy.prefill_chunk))
-    ordered = {"rounds": policy.levels, "frontier": policy.rows, "continuous": 0}[policy.schedule]
+    turns = spec.drafters * policy.rows if spec.placement == "alone" else 0
+    ordered = {"rounds": policy.levels, "frontier": policy.rows, "continuous": 0}[policy.schedule] + turns
     order_s = ordered * (spec.draft_s * (1 + spec.row_cost * max(policy.leaves, policy.prefill_chunk))) + 2 * hop
     return 3 * order_s + sum(passes) + (window + RUNS_AHEAD) * max(passes) + (spec.stages + 3) * hop + 4 * draft_layer
 

@@ -31,6 +31,7 @@ from pipeinfer.sim.replay import Recorder, Wire, replay
 from pipeinfer.sim.schedule_laws import schedule_laws
 from pipeinfer.sim.world import Witness, World, WorldSpec
 from speculation.policy import Policy
+from speculation.schedule import PLACEMENTS
 from stages.emulated import EmulatedSpec, spread
 
 MOST_EVENTS = 200_000
@@ -81,6 +82,7 @@ def draw_world(rng: random.Random, seed: int, schedule: str = "") -> WorldSpec:
         row_cost=rng.choice((0.0, 0.0, 0.05, 0.3)),
         link=_draw_link(rng),
         context=need if rng.random() < 0.5 else 128,
+        placement=rng.choices(PLACEMENTS, (7, 2, 1))[0],
         drafter_beside_orchestrator=rng.random() < 0.5,
         drafters=rng.choice((0, 1, 1, 1, 1, 1, 2, 2, 3, 3)),
         guess_cells=few_cells if rng.random() < 0.25 else None,
@@ -166,7 +168,6 @@ def draw_policy(rng: random.Random, schedule: str = "") -> Policy:
         calibrate=rng.random() < 0.5,
         govern=rng.random() < 0.4,
         hold=rng.random() < 0.7,
-        crowded=rng.random() < 0.2,
         lookup=lookup,
         prefill_chunk=chunk,
     )

@@ -39,6 +39,7 @@ from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR, Message, decode, dra
 from pipeinfer.sim.network import Network
 from speculation.drafter import draft_cells
 from speculation.policy import Policy
+from speculation.schedule import Placement
 from stages.emulated import EmulatedShard, EmulatedSpec, Pace, per_layer
 
 
@@ -46,7 +47,8 @@ from stages.emulated import EmulatedShard, EmulatedSpec, Pace, per_layer
 class WorldSpec:
     """Everything about a world. ``stage_s`` and ``draft_s``: seconds of one pass of a stage and of the draft model;
     or, where passes do not cost the same always, ``paces`` of one target layer and of a draft pass. Hosts are those of
-    launch/roles.py, unless the orchestrator has one for itself (``drafter_beside_orchestrator`` is False)."""
+    launch/roles.py: one where ``placement`` is "alone", else the orchestrator and the first drafter share theirs, if
+    ``drafter_beside_orchestrator``."""
 
     seed: int
     policy: Policy
@@ -61,6 +63,7 @@ class WorldSpec:
     shares: tuple[int, ...] = ()  # layers of each stage; by default they are dealt out evenly
     link: Link = field(default_factory=Link)
     context: int = 256
+    placement: Placement = "spread"
     drafter_beside_orchestrator: bool = True
     guess_cells: int | None = None  # cells for guesses in flight, if not what the policy wants
     withdraw_s: float | None = None  # when the user withdraws the request of that moment
@@ -178,7 +181,8 @@ class World:
         drafts = any(machine.address >= FIRST_DRAFTER for machine in self.machines)
         beside = drafter_address(0) if drafts else stage_address(0)
         for machine in self.machines:
-            if machine.address == beside and spec.drafter_beside_orchestrator:
+            is_guest = machine.address == beside and spec.drafter_beside_orchestrator
+            if groups and (is_guest or spec.placement == "alone"):
                 groups[0].append(machine)
             else:
                 groups.append([machine])
@@ -258,7 +262,8 @@ class World:
 def make_cast(spec: WorldSpec) -> Cast:
     """Who plays in the world of ``spec``; drafters only if the policy wants any."""
     drafters = spec.drafters if spec.policy.speculate else 0
-    return Cast(spec.stages, drafters, spec.policy, spec.context, guess_cells=spec.guess_cells)
+    numbers = (spec.stages, drafters, spec.policy, spec.context)
+    return Cast(*numbers, guess_cells=spec.guess_cells, placement=spec.placement)
 
 
 def make_machines(spec: WorldSpec) -> list[Machine]:

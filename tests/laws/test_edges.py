@@ -156,7 +156,14 @@ EDGES |= {
     "lookup without a drafter": replace(LOOKUP_ONLY, drafters=0),
     "governed lookup without a drafter": replace(small(lookup=8, govern=True), drafters=0),
     "governed": small(govern=True),
-    "governed, and ranks share cores": replace(small(govern=True, crowded=True, rows=8), requests=(LONG,) * 4),
+    "governed, and ranks share cores": replace(
+        small(govern=True, rows=8), placement="oversubscribed", requests=(LONG,) * 4
+    ),
+    "one rank": replace(BASE, placement="alone", stages=1),
+    "one rank of several stages": replace(BASE, placement="alone"),
+    "one rank, governed": replace(
+        small(govern=True, hold=True, rows=8), placement="alone", stages=1, requests=(LONG,) * 4
+    ),
     "governed, and every row costs": replace(small(govern=True, rows=8), row_cost=0.5, requests=(LONG,) * 4),
     "the published numbers of PipeInfer": replace(
         SMALL, policy=replace(SCHEDULES["frontier"], lead=512, window=64, p_accept=0.1, p_recovery=0.0)

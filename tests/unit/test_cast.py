@@ -23,12 +23,18 @@ def test_everybody_is_cast() -> None:
 
 
 def test_numbers_make_the_same_cast() -> None:
-    for cast in (CAST, Cast(1, 0, PLAIN, 8, guess_cells=3)):
+    for cast in (CAST, Cast(1, 0, PLAIN, 8, guess_cells=3, placement="alone")):
         assert Cast.of(json.loads(json.dumps(cast.numbers()))) == cast
 
 
 @pytest.mark.parametrize(
-    "change", [{"more": 1}, {"policy": {"name": "some", "more": 1}}, {"policy": {"name": "some", "rows": 0}}]
+    "change",
+    [
+        {"more": 1},
+        {"policy": {"name": "some", "more": 1}},
+        {"policy": {"name": "some", "rows": 0}},
+        {"placement": "odd"},
+    ],
 )
 def test_what_is_no_cast(change: dict[str, object]) -> None:
     with pytest.raises((TypeError, ValueError)):

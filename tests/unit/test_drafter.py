@@ -34,7 +34,7 @@ class Told:
         settings: dict[str, Any] = {"schedule": "frontier", "rows": 3, "lead": 9} | knobs
         self.drafter = Drafter(FIRST_DRAFTER, Policy("test", **settings), 64)
         self._edges = Edges(ORCHESTRATOR)
-        self.now, self.busy = 0.0, 0
+        self.busy = 0
         rows = tuple(DraftRow(token, 0, 0, 0.0) for token in PROMPT)
         self.say(Kind.PROMPT, rows, Flag.LAST, run=20)
         self.computed([(9, 0.9)])
@@ -43,7 +43,7 @@ class Told:
     def say(self, kind: Kind, rows: tuple[Any, ...] = (), flags: Flag = Flag.NONE, run: int = 0) -> list[Command]:
         txn = self._edges.stamp(FIRST_DRAFTER)
         message = Message(kind, ORCHESTRATOR, FIRST_DRAFTER, flags, 1, txn=txn, run=run, rows=rows)
-        return self._follow(self.drafter.handle(Received(message), self.now))
+        return self._follow(self.drafter.handle(Received(message), 0.0))
 
     def _follow(self, commands: list[Command]) -> list[Command]:
         self.busy = next((command.job for command in commands if isinstance(command, Compute)), self.busy)
@@ -63,7 +63,7 @@ class Told:
     def computed(self, *choices: list[tuple[int, float]]) -> list[Command]:
         """The pass ends; for each of its nodes the choices with their probabilities."""
         logged = [[(token, math.log(probability)) for token, probability in best] for best in choices]
-        return self._follow(self.drafter.handle(Computed(self.busy, choices=logged), self.now))
+        return self._follow(self.drafter.handle(Computed(self.busy, choices=logged), 0.0))
 
 
 def compute_of(commands: list[Command]) -> Compute:

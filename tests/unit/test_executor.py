@@ -103,6 +103,18 @@ def test_a_computation_rests_between_layers_and_reports_its_end() -> None:
     assert (done.job, done.choices) == (5, None)
 
 
+def test_a_computation_took_what_passed_since_its_turn_began() -> None:
+    """Not since it was commanded: another role of the rank may have been at work."""
+    role, other, shard = Script(2, [Compute(5, batch())]), Script(1, [Compute(6, batch())]), Layers(1)
+    executor = Executor([role, other], {1: Layers(2), 2: shard}, Outside())
+    executor.deliver(2, Started(), 0.0)
+    executor.deliver(1, Started(), 0.0)
+    for now in (10.0, 11.0, 12.5, 20.0, 23.0):
+        executor.step(now)
+    ended = [[event.seconds for event in one.heard if isinstance(event, Computed)] for one in (other, role)]
+    assert ended == [[2.5], [3.0]]
+
+
 def test_choices_are_asked_of_the_shard() -> None:
     draw = Draw(Sampling(0.5), np.array([4, 6]))
     role, shard = Script(1, [Compute(5, batch(3), rows=(0, 2), choices=2, draw=draw)]), Layers(1)

@@ -110,7 +110,7 @@ def test_a_request_s_prompt_counts_for_nobody() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_where_ranks_share_cores_many_runs_must_be_clearly_better_than_one(many_s: float, seed: int) -> None:
     """Half the time a token decides for many runs, as it should; a fifth less does not."""
-    governor, rng, now, spent = Governor(4, is_crowded=True), random.Random(seed), 0.0, {0: 0, 1: 0}
+    governor, rng, now, spent = Governor(4, is_oversubscribed=True), random.Random(seed), 0.0, {0: 0, 1: 0}
     assert governor.gear == Gear(4, runs=1), "what is supposed"
     assert governor.gears[-1] == Gear(4, runs=0)
     for index in range(200 * SPELL_TOKENS):
@@ -123,7 +123,7 @@ def test_where_ranks_share_cores_many_runs_must_be_clearly_better_than_one(many_
 
 
 def test_where_ranks_share_cores_it_comes_back_from_many_runs() -> None:
-    governor, rng, now = Governor(4, is_crowded=True), random.Random(5), 0.0
+    governor, rng, now = Governor(4, is_oversubscribed=True), random.Random(5), 0.0
     for many_s, runs in ((0.5, 0), (2.0, 1)):
         for index in range(60 * SPELL_TOKENS):
             now += (1.0 if governor.gear.runs else many_s) * rng.uniform(0.9, 1.1)

@@ -31,7 +31,7 @@ def test_it_asks_as_long_before_the_end_as_an_answer_takes() -> None:
 def test_an_abandoned_pass_teaches_nothing() -> None:
     pacer = taught()
     pacer.begin(100.0, 4)
-    pacer.end(101.0, is_abandoned=True)
+    pacer.end(1.0, is_abandoned=True)
     assert pacer.begin(200.0, 4) == pytest.approx(210.0 - SAFETY)
 
 

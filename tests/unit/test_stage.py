@@ -36,14 +36,13 @@ class Neighbours:
 
     def __init__(self, address: int = MIDDLE) -> None:
         self.stage = Stage(address, STAGES, capacity=16, window=8)
-        self.now = 0.0
         self._edges: dict[int, Edges] = {}
         prompt = (Row(1, 0, NO_SLOT, 0), Row(2, 1, NO_SLOT, 1))
         self.run(1, *prompt, flags=Flag.CANONICAL | Flag.LAST)
         self.computed(1)
 
     def hear(self, message: Message, payload: Any = None) -> list[Command]:
-        return self.stage.handle(Received(message, payload), self.now)
+        return self.stage.handle(Received(message, payload), 0.0)
 
     def _tell(self, kind: Kind, source: int, **fields: Any) -> list[Command]:
         txn = self._edges.setdefault(source, Edges(source)).stamp(self.stage.address)
@@ -60,12 +59,12 @@ class Neighbours:
         advice = tuple(Row(0, run, cell, 0) for run, cell in rows)
         return self.hear(Message(Kind.CANCEL, ORCHESTRATOR, self.stage.address, flags, rows=advice))
 
-    def computed(self, run: int, rows: int = 2) -> list[Command]:
+    def computed(self, run: int, rows: int = 2, seconds: float = 0.0) -> list[Command]:
         is_last = self.stage.address == LAST
         choices = [[(90 + row, -0.5)] for row in range(rows)] if is_last else None
         if is_last and run == 1:
             choices = choices[:1] if choices else None
-        return self.stage.handle(Computed(run, None if is_last else np.zeros(rows), choices), self.now)
+        return self.stage.handle(Computed(run, None if is_last else np.zeros(rows), choices, seconds), 0.0)
 
 
 def compute_of(commands: list[Command]) -> Compute:
@@ -248,18 +247,15 @@ def test_others_do_not_draw() -> None:
 @pytest.mark.parametrize(("address", "kind"), [(MIDDLE, Kind.RUN), (LAST, Kind.RESULT)])
 def test_a_run_says_what_it_has_cost_so_far(address: int, kind: Kind) -> None:
     around = Neighbours(address)
-    around.now = 10.0
     around.run(2, *TREE, work_us=400_000, slowest_us=250_000)
-    around.now = 10.5
-    (message,) = sent(around.computed(2, rows=4), kind)
+    (message,) = sent(around.computed(2, rows=4, seconds=0.5), kind)
     assert (message.work_us, message.slowest_us) == (900_000, 500_000)
 
 
 def test_a_cost_that_does_not_fit_is_the_largest_that_does() -> None:
     around = Neighbours()
     around.run(2, *TREE, work_us=0xFFFFFFFF, slowest_us=1)
-    around.now = 1e9
-    (message,) = sent(around.computed(2, rows=4))
+    (message,) = sent(around.computed(2, rows=4, seconds=1e9))
     assert (message.work_us, message.slowest_us) == (0xFFFFFFFF, 0xFFFFFFFF)
 
 
@@ -280,13 +276,11 @@ def test_a_credit_tells_what_the_last_run_took_but_not_the_prompt_or_one_that_wa
     around = Neighbours(FIRST)
     (credit,) = sent(around.run(2, *TREE), Kind.CREDIT)
     assert credit.rows == ()
-    around.now = 0.25
-    around.computed(2, rows=4)
+    around.computed(2, rows=4, seconds=0.25)
     (credit,) = sent(around.run(3, Row(14, 6, 5, 5)), Kind.CREDIT)
     assert credit.rows == (SettingRow(0, 4, 250_000, 0.0),)
     around.cancel((3, NO_SLOT))
-    around.now = 0.5
-    around.stage.handle(Computed(3), around.now)
+    around.stage.handle(Computed(3, seconds=0.25), 0.0)
     (credit,) = sent(around.run(4, Row(15, 7, 5, 5)), Kind.CREDIT)
     assert credit.rows == (SettingRow(0, 4, 250_000, 0.0),)
 

@@ -98,6 +98,15 @@ def test_advance_makes_the_heir_that_nobody_guessed() -> None:
     assert tree.probability(heir) == 1.0
 
 
+def test_it_counts_the_tokens_that_a_draft_could_have_guessed_and_those_that_it_had() -> None:
+    tree = Tree(0, 0, 100)
+    for token, is_drafted in ((1, False), (2, True), (9, True), (1, True)):
+        tree.add(tree.root, 1 + tree.root.token, -0.1)
+        tree.root.is_drafted = is_drafted
+        tree.advance(token)
+    assert (tree.asked, tree.guessed) == (3, 1)
+
+
 def test_late_words_about_the_old_root_find_its_heir_only() -> None:
     tree = taken_root()
     old = tree.root

@@ -59,7 +59,8 @@ def main(fault: str, trace: str | None = None) -> None:
             lose_runs(Stage)
         pair = pair_type(SPEC, lambda rows, context: 0.0, lambda rows, context: 0.0)
         plan = assign(world.size, SPEC.layers, 1)
-        job = Job(Config(timeout_s=2.0, trace=trace), plan, 200, pair, world, CONTINUOUS)
+        config = Config(policy=CONTINUOUS.settings(), timeout_s=2.0, trace=trace)
+        job = Job(config, plan, 200, pair, world)
         if world.is_head:
             for _ in job.submit(Request((1, 2, 3), 100)):
                 pass

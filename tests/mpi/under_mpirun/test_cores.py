@@ -12,24 +12,24 @@ from launch.mpi import World
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("cores", [1, 4], ids=["one core each", "four cores each"])
-def test_ranks_with_cores_of_their_own_are_not_crowded(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_with_cores_of_their_own_are_spread(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     whole = World()
     mine = set(range(cores * whole.rank, cores * (whole.rank + 1)))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: mine)
     world = World()
-    assert (world.threads, world.is_crowded) == (cores, False)
+    assert (world.threads, world.placement) == (cores, "spread")
     world.close()
     whole.close()
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.timeout(60)
-def test_all_know_that_some_are_crowded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_know_that_some_are_oversubscribed(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = World()
     mine = {0} if whole.rank < 2 else {whole.rank}  # two ranks on one core, the others alone
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: mine)
     world = World()
-    assert world.is_crowded
+    assert world.placement == "oversubscribed"
     world.close()
     whole.close()

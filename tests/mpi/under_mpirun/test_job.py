@@ -23,7 +23,7 @@ def decode(policy: Policy, spec: EmulatedSpec, requests: list[Request], layer_s:
     world = World()
     pair = EmulatedPair(spec, lambda rows, context: layer_s, lambda rows, context: layer_s)
     plan = assign(world.size, spec.layers, policy.speculate)
-    job = Job(Config(), plan, 256, pair, world, policy)
+    job = Job(Config(policy=policy.settings()), plan, 256, pair, world)
     answers: list[list[int]] = []
     if world.is_head:
         for request in requests:
