@@ -94,7 +94,8 @@ def draw_world(rng: random.Random, seed: int, schedule: str = "") -> WorldSpec:
 def _busy_world(rng: random.Random, seed: int) -> WorldSpec:
     stages = rng.randint(3, 6)
     leaves = rng.randint(2, 4)
-    policy = Policy("busy", rows=rng.randint(4, 8), width=rng.randint(2, 4), leaves=leaves, lead=rng.randint(12, 24))
+    width, reuse = rng.randint(2, 4), rng.random() < 0.8
+    policy = Policy("busy", rows=rng.randint(4, 8), width=width, leaves=leaves, lead=rng.randint(12, 24), reuse=reuse)
     ranks = rng.choice((spread(0.3, choices=4), spread(0.5, choices=3)))
     return WorldSpec(
         seed=seed,
