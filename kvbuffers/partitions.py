@@ -21,7 +21,7 @@ that carries the tree's root always finds a cell.
 
 from __future__ import annotations
 
-import heapq
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from pipeinfer.errors import LocalProtocolError
@@ -35,7 +35,7 @@ class Partitions:
         self.capacity = accepted + speculative
         self.speculative = speculative
         self.length = 0  # canonical tokens
-        self._free: list[int] = []
+        self._free: list[int] = []  # ascending
         self._leased: set[int] = set()
         self._canonical: set[int] = set()
         self._ops: list[CellOp] = []
@@ -60,7 +60,8 @@ class Partitions:
         """``count`` private cells, lowest first. Call ``operations`` before, so that released cells are free again."""
         if count > len(self._free):
             raise LocalProtocolError(f"{count} cells wanted, {len(self._free)} of {self.capacity} are free")
-        slots = [heapq.heappop(self._free) for _ in range(count)]
+        slots = self._free[:count]
+        del self._free[:count]
         self._leased.update(slots)
         return slots
 
@@ -86,23 +87,29 @@ class Partitions:
             self._ops.append(CellOp(CellOpKind.COMMIT, slot, 1, self.length))
         self.length += 1
 
-    def release(self, slot: int) -> None:
-        """The cell of a token that died."""
-        self._leased.remove(slot)
-        self._released.append(slot)
+    def release(self, *slots: int) -> None:
+        """The cells of tokens that died."""
+        held = len(self._leased)
+        self._leased.difference_update(slots)
+        if held - len(self._leased) != len(slots):
+            raise LocalProtocolError(f"cells {slots} are not all leased")
+        self._released += slots
 
     def operations(self) -> tuple[CellOp, ...]:
         """What must ride in the run that is about to leave; the cells released by it may be leased to that run.
 
         Releases that do not fit wait for the next run, and so do their cells."""
         ops, self._ops = self._ops, []
-        self._released.sort(reverse=True)
-        while self._released and len(ops) < MAX_OPS:
-            first, cells = self._released[-1], 0
-            while self._released and self._released[-1] == first + cells:
-                heapq.heappush(self._free, self._released.pop())
-                cells += 1
-            ops.append(CellOp(CellOpKind.RELEASE, first, cells))
+        released, start = sorted(self._released), 0
+        while start < len(released) and len(ops) < MAX_OPS:
+            first, end = released[start], start + 1
+            while end < len(released) and released[end] == first + end - start:
+                end += 1
+            place = bisect_left(self._free, first)
+            self._free[place:place] = released[start:end]
+            ops.append(CellOp(CellOpKind.RELEASE, first, end - start))
+            start = end
+        self._released = released[start:]
         return tuple(ops)
 
     def counts(self) -> tuple[int, int, int]:

@@ -29,7 +29,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import mpi4py
@@ -136,7 +136,7 @@ class MpiTransport:
         """See Transport."""
         body = None if payload is None else self._pack(payload)
         if body is not None:
-            message = replace(message, payload_nbytes=body.nbytes)
+            message = message._replace(payload_nbytes=body.nbytes)
         data = encode(message)
         self.messages += 1
         self.nbytes += len(data) + (0 if body is None else body.nbytes)

@@ -306,8 +306,7 @@ class Orchestrator:
                 run.carries_root = True
                 self._ledger.commit(slot)  # it is accepted already
         rows = [node.row(slot) for node, slot in zip([*run.nodes, *run.copies], slots, strict=True)]
-        for slot in slots[len(run.nodes) :]:
-            self._ledger.release(slot)  # nobody will ever look at a copy
+        self._ledger.release(*slots[len(run.nodes) :])  # nobody will ever look at a copy
         session.tally.runs += 1
         session.tally.rows += len(rows)
         session.tally.drafted += len(run.nodes) - run.carries_root
@@ -357,9 +356,7 @@ class Orchestrator:
         restarts = not self._policy.reuse and any(node.source is None or node.rank for node in outcome.accepted)
         if restarts:
             outcome.died += session.tree.prune()
-        for node in outcome.died:
-            if node.slot is not None:
-                self._ledger.release(node.slot)
+        self._ledger.release(*[node.slot for node in outcome.died if node.slot is not None])
         if outcome.stopped or session.emitted == session.request.max_new_tokens:
             return commands + self._finish(session, "stop" if outcome.stopped else "length")
         if decided := self._schedule.accepted(len(outcome.accepted), self._now):

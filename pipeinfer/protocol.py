@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
 from itertools import starmap
 from typing import NamedTuple, TypeVar, cast
 
@@ -166,8 +165,7 @@ def row_type(kind: Kind) -> type[Row] | type[ChoiceRow] | type[DraftRow] | type[
     return _ROW_TYPES[kind][1]
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One message; see Kind for what each field means where it is not plain.
 
     RUN and RESULT say what the run has cost so far: ``work_us``, the passes of all stages together, and ``slowest_us``,

@@ -64,6 +64,8 @@ def difference(old: Any, new: Any, path: str = "commands") -> str:
         return ""  # the common case, quickly
     if is_dataclass(old):
         parts = [(member.name, getattr(old, member.name), getattr(new, member.name)) for member in fields(old)]
+    elif isinstance(old, tuple) and (names := getattr(old, "_fields", ())):
+        parts = list(zip(names, old, new, strict=True))
     elif isinstance(old, tuple | list):
         parts = [(str(index), was, now) for index, (was, now) in enumerate(zip_longest(old, new))]
     elif isinstance(old, dict):

@@ -141,7 +141,7 @@ def _draw_form(draw: Draw) -> tuple[Any, ...]:
 
 
 _FORMS: dict[type, Callable[[Any], Any]] = {kind: _named(kind) for kind in (*get_args(Event), *get_args(Command))}
-_FORMS |= {kind: _all_fields(kind) for kind in (Message, Request, Sampling, Tally)}
+_FORMS |= {kind: _all_fields(kind) for kind in (Request, Sampling, Tally)}
 _FORMS |= {Batch: _batch_form, Draw: _draw_form}
 _ENCODER = json.JSONEncoder(separators=(",", ":"), check_circular=False, default=_form)
 
@@ -212,7 +212,7 @@ def _refuse_to_write(path: Path, error: OSError | ValueError) -> NoReturn:
 
 def _maker(kind: type, /, **readers: Callable[[Any], Any]) -> Callable[[list[Any]], Any]:
     """Builds a ``kind`` from its stored fields; ``readers`` are for those that JSON does not give back as they were."""
-    names = [member.name for member in fields(kind)]
+    names = getattr(kind, "_fields", None) or [member.name for member in fields(kind)]
     places = [(names.index(name), reader) for name, reader in readers.items()]
 
     def make(stored: list[Any]) -> Any:

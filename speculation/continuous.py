@@ -11,7 +11,7 @@ from speculation.cost_curve import CostCurve
 from speculation.governor import Gear, Governor
 from speculation.hold import Hold
 from speculation.policy import Policy
-from speculation.schedule import UNLIMITED, Launch, Order, Placement, Situation, Step, Wait
+from speculation.schedule import UNLIMITED, Launch, Order, Placement, Situation, Step
 from speculation.tree import Node, Tree
 from speculation.turns import Turns
 
@@ -23,17 +23,16 @@ class Continuous:
         self._policy = policy
         is_governed = policy.govern and policy.speculate
         self._governor = Governor(policy.rows, placement == "oversubscribed") if is_governed else None
-        self._hold = Hold() if policy.hold and placement != "alone" else None
-        self._turns = Turns() if policy.hold and placement == "alone" else None
-        self._ordered: int | None = None  # how many leaves at a time drafters were last told to take
+        self._hold: Hold | Turns | None = None
+        if policy.hold and is_governed:
+            self._hold = Turns() if placement == "alone" else Hold()
+        self._ordered: int | None = None  # how many leaves at a time drafters were last told to take unasked
 
     def opened(self) -> None:
         """See Schedule."""
         self._ordered = None
         if self._hold:
             self._hold.opened()
-        if self._turns:
-            self._turns.opened()
         if self._governor:
             self._governor.opened()
 
@@ -43,11 +42,13 @@ class Continuous:
         gear = governor.gear if governor else Gear(self._policy.rows)
         # A chain wants one leaf at a time, a wide tree as many as the policy allows.
         leaves = min(self._policy.leaves, gear.rows) if governor else self._policy.leaves
-        if governor and leaves != self._ordered:
-            self._ordered = leaves
-            return Order(UNLIMITED, leaves=leaves) if leaves and not self._turns else Order(0)
-        hold, turns = self._hold, self._turns
-        is_news = hold is not None and hold.look(now.tree, now.now)
+        unasked = 0 if isinstance(self._hold, Turns) else leaves
+        if governor and unasked != self._ordered:
+            self._ordered = unasked
+            return Order(UNLIMITED, leaves=unasked) if unasked else Order(0)
+        hold = self._hold
+        if hold:
+            hold.look(now.tree, now.now)
         # A new root is certain and needs no credit: what dead work still holds does not concern it.
         if now.slots <= 0 or (now.credits <= 0 and not now.tree.root.pending):
             return None
@@ -56,24 +57,21 @@ class Continuous:
         if governor is None:
             nodes = choose_rows(now.tree, self._policy, now.room)
             return Launch(nodes) if nodes else None
-        if hold and hold.is_on(now.now) and not is_news:
-            return None
-        if turns and turns.is_drafts(now.tree, now.now):
+        if hold and hold.is_on(now.now):
             return None
         rows = max(1, gear.rows)
         nodes = choose_rows(now.tree, self._policy, now.room if gear.rows else 0, rows, governor.curve)
-        if turns and nodes and rows > 1 and turns.wants(now.tree, nodes, governor.curve, rows, leaves, now.now):
-            now.tree.give_back(nodes)
-            return Order(1, leaves=leaves)
-        if nodes and rows > 1 and hold and hold.wants(now.tree, nodes, governor.curve, rows, leaves, now.now):
-            now.tree.give_back(nodes)
-            return Wait(hold.until)
+        if nodes and rows > 1 and hold:
+            step = hold.instead(now.tree, nodes, governor.curve, rows, leaves, now.now)
+            if step:
+                now.tree.give_back(nodes)
+                return step
         return Launch(nodes) if nodes else None
 
     def drafted(self, nodes: list[Node]) -> None:
         """See Schedule."""
-        if self._turns:
-            self._turns.drafted()
+        if self._hold:
+            self._hold.drafted()
 
     def accepted(self, tokens: int, now: float) -> str:
         """See Schedule."""

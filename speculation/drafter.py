@@ -177,9 +177,7 @@ class Drafter:
         tree = self._tree
         if tree is None:
             return
-        for node in tree.prune():
-            if node.slot is not None:
-                self._ledger.release(node.slot)
+        self._ledger.release(*[node.slot for node in tree.prune() if node.slot is not None])
         self._ahead.clear()
         self._withheld = []
         if tree.root not in self._batch:
@@ -195,9 +193,7 @@ class Drafter:
                 heir.name = row.node
             self._ahead.discard(heir)
             self._ahead.difference_update(died)
-            for node in died:
-                if node.slot is not None:
-                    self._ledger.release(node.slot)
+            self._ledger.release(*[node.slot for node in died if node.slot is not None])
             if heir.slot is not None:
                 self._ledger.commit(heir.slot)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from speculation.cost_curve import CostCurve
+from speculation.schedule import Wait
 from speculation.tree import Node, Tree
 
 WEIGHT = 0.25
@@ -34,7 +35,7 @@ LEAST = 1e-6
 
 
 class Hold:
-    """Says whether a run waits for the pass under way in the draft, and ``until`` when at most."""
+    """Says whether a run waits for the pass under way in the draft, and until when at most."""
 
     def __init__(self) -> None:
         self._tokens, self._surprises = 2.0, 1.0  # of late, where somebody had guessed; at first what is supposed
@@ -48,16 +49,19 @@ class Hold:
         self._grown = 0
         self._since = 0.0  # when the pass under way began
         self._is_sure = False  # whether that is more than supposed
-        self._is_held = False
-        self.until = 0.0
+        self._is_held = self._is_news = False
+        self._until = 0.0
 
     def accepted(self, tokens: int) -> None:
         """So many tokens were committed."""
         self._tokens = FORGET * self._tokens + tokens
         self._surprises *= FORGET
 
-    def look(self, tree: Tree, now: float) -> bool:
-        """See what ``tree`` has become; whether that is news. A new root that nobody had sent is a surprise where
+    def drafted(self) -> None:
+        """An order is done: drafters work without any here."""
+
+    def look(self, tree: Tree, now: float) -> None:
+        """See what ``tree`` has become. A new root that nobody had sent is a surprise where
         anything had been guessed, and else tells nothing; new guesses end a pass of the draft."""
         root, is_new, has_grown = tree.root, tree.root is not self._root, tree.grown != self._grown
         if is_new:
@@ -72,31 +76,31 @@ class Hold:
                 self._learn(now - self._since)
             self._begin(now, is_sure=True)
         self._root, self._grown, self._is_guessed = root, tree.grown, bool(root.children)
-        return is_new or has_grown
+        self._is_news = is_new or has_grown
 
     def _begin(self, now: float, is_sure: bool) -> None:
         self._since, self._is_sure, self._is_held = now, is_sure, False
 
     def is_on(self, now: float) -> bool:
-        """Whether a run is held."""
-        return self._is_held and now < self.until
+        """Whether a run is held, nothing being new."""
+        return self._is_held and now < self._until and not self._is_news
 
-    def wants(
+    def instead(
         self, tree: Tree, nodes: Sequence[Node], curve: CostCurve, most_rows: int, leaves: int, now: float
-    ) -> bool:
-        """Whether ``nodes`` of ``tree``, the best run that there is, should wait for the draft's pass over ``leaves``
-        leaves, so as to become a run of up to ``most_rows``."""
+    ) -> Wait | None:
+        """A wait, if ``nodes`` of ``tree``, the best run that there is, should wait for the draft's pass over
+        ``leaves`` leaves, so as to become a run of up to ``most_rows``."""
         stage_s = curve.seconds(len(nodes))
         was_held, self._is_held = self._is_held, False
         until = self._since + (TRIAL * stage_s if self._pass_s is None else GRACE * self._pass_s)
         if now >= until or not stage_s:
             if was_held and self._is_sure:  # nobody drafts, or slowly
                 self._pass_s = GRACE * self._pass_s if self._pass_s is not None else stage_s
-            return False
+            return None
         if self._pass_s is not None and not self._pays(self._pass_s, tree, nodes, curve, most_rows, leaves, now):
-            return False
-        self.until, self._is_held = until, True
-        return True
+            return None
+        self._until, self._is_held = until, True
+        return Wait(until)
 
     def _learn(self, pass_s: float) -> None:
         known = self._pass_s

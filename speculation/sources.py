@@ -134,7 +134,8 @@ class Sources:
                 last, parent, rank = parent_name, names.get(parent_name), 0
                 if parent is not None:
                     parent.is_drafted = True
-            if parent is None or parent.position >= served.last_position or token in stop_tokens:
+                    parent = parent if parent.position < served.last_position else None
+            if parent is None or token in stop_tokens:
                 continue
             logp = calibration.logp(rank, claim) if calibration else claim
             node = tree.add(parent, token, logp, source, rank, claim)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from speculation.cost_curve import CostCurve
+from speculation.schedule import Order
 from speculation.tree import Node, Tree
 
 WEIGHT = 0.25
@@ -25,7 +26,7 @@ PATIENCE = 50
 
 
 class Turns:
-    """Says whether the draft is next."""
+    """Says whether the draft is next: a hold for one rank, see Hold."""
 
     def __init__(self) -> None:
         self._asked, self._guessed = 2.0, 1.0  # tokens after guesses, of late, and those among them; at first supposed
@@ -39,6 +40,7 @@ class Turns:
         self._is_answered = False
         self._reads_prompt = True
         self._root: Node | None = None
+        self._began = 0.0  # when it was accepted: the target is idle since
         self._grown = 0
         self._seen = (0, 0)  # how many tokens there were after guesses, and among them
         self._is_dry = False  # the draft had nothing to say to the root
@@ -47,42 +49,46 @@ class Turns:
         """The draft's turn is over."""
         self._is_answered = True
 
-    def is_drafts(self, tree: Tree, now: float) -> bool:
-        """See what ``tree`` has become; whether it is the draft's turn still."""
+    def accepted(self, tokens: int) -> None:
+        """So many tokens were committed; the tree tells more of them."""
+
+    def look(self, tree: Tree, now: float) -> None:
+        """See what ``tree`` has become."""
         if tree.root is not self._root:
             self._root, self._is_dry, self._began = tree.root, False, now
             (asked, guessed), self._seen = self._seen, (tree.asked, tree.guessed)
             fade = FORGET ** (tree.asked - asked)
             self._asked = fade * self._asked + tree.asked - asked
             self._guessed = fade * self._guessed + tree.guessed - guessed
-        if self._ordered_at is None:
-            return False
-        if self._is_answered:
+        if self._ordered_at is not None and self._is_answered:
             self._is_dry = tree.grown == self._grown
             if not self._is_dry and not self._reads_prompt:
                 self._learn(now - self._ordered_at)
             self._ordered_at, self._reads_prompt = None, False
-        return not self._is_answered
+
+    def is_on(self, now: float) -> bool:
+        """Whether it is the draft's turn."""
+        return self._ordered_at is not None
 
     def _learn(self, pass_s: float) -> None:
         known = self._pass_s
         self._pass_s = pass_s if known is None else known + WEIGHT * (min(pass_s, MOST_LATE * known) - known)
 
-    def wants(
+    def instead(
         self, tree: Tree, nodes: Sequence[Node], curve: CostCurve, most_rows: int, leaves: int, now: float
-    ) -> bool:
-        """Whether the draft is to make a pass over ``leaves`` leaves before ``nodes``, the best run of up to
+    ) -> Order | None:
+        """A pass over ``leaves`` leaves, if the draft is to make one before ``nodes``, the best run of up to
         ``most_rows``."""
         if self._is_dry:
-            return False
+            return None
         if self._pass_s is not None and not self._pays(self._pass_s, tree, nodes, curve, most_rows, leaves, now):
             if not tree.root.is_drafted:
                 self._refused += 1
                 if self._refused % PATIENCE == 0:
                     self._pass_s = None
-            return False
+            return None
         self._ordered_at, self._is_answered, self._grown = now, False, tree.grown
-        return True
+        return Order(1, leaves=leaves)
 
     def _pays(
         self,

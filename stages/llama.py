@@ -152,14 +152,17 @@ class LlamaShard:
         own.index_copy_(1, step.slots, heads[:, queries:].transpose(0, 1))
         # The heads that share a key head stand as rows of one head: on CPUs that is faster than grouped attention, in
         # bf16 several times.
-        packed = heads[:, :queries].view(rows, kv_heads, -1, size).transpose(0, 1).reshape(1, kv_heads, -1, size)
+        packed = heads[:, :queries].view(rows, kv_heads, -1, size)
+        if rows > 1:
+            packed = packed.transpose(0, 1).reshape(1, kv_heads, -1, size)
         if packed.shape[2] < step.mask.shape[2]:
             packed = packed.expand(-1, -1, 2, -1)
         mixed = F.scaled_dot_product_attention(packed, keys, values, attn_mask=step.mask)
         if mixed.shape[2] > rows * self._copies:
             mixed = mixed[:, :, :1]
-        mixed = mixed.reshape(kv_heads, rows, -1).transpose(0, 1).reshape(rows, -1)
-        return F.linear(mixed, layer.output, layer.output_bias)
+        if rows > 1:
+            mixed = mixed.reshape(kv_heads, rows, -1).transpose(0, 1)
+        return F.linear(mixed.reshape(rows, -1), layer.output, layer.output_bias)
 
     def _feed(self, layer: _Layer, x: Tensor) -> Tensor:
         """The feed-forward block's addition to ``x`` [rows, hidden_size]."""

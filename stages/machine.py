@@ -12,7 +12,6 @@ the current run as a credit and the run that answers it were seen to take. The l
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
 
 from kvbuffers.cells import CellTable
 from pipeinfer.errors import RemoteProtocolError
@@ -136,7 +135,7 @@ class Stage:
                 is_news |= self._mark(row.slot, row.parent)
         commands: list[Command] = []
         if is_news and Flag.RELAY in message.flags and not self._is_first:  # a word that repeats must not multiply
-            commands.append(Send(replace(message, source=self.address, dest=self.address - 1)))
+            commands.append(Send(message._replace(source=self.address, dest=self.address - 1)))
         current = self._current
         if current and self._cancelled.get(current.run, ()) is None and not self._abandoned:
             self._abandoned = True
@@ -186,7 +185,7 @@ class Stage:
     def _compute(self, message: Message, alive: tuple[int, ...], payload: Payload | None) -> Compute:
         keep = None
         if len(alive) < len(message.rows):
-            message, keep = replace(message, rows=tuple(message.rows[index] for index in alive)), alive
+            message, keep = message._replace(rows=tuple(message.rows[index] for index in alive)), alive
         self._current = message
         batch = self._cells.admit(message.rows_as(Row), canonical=Flag.CANONICAL in message.flags)
         wanted = _wanted(message) if self._is_last else ()
@@ -205,8 +204,7 @@ class Stage:
         spent_us = min(MOST_US, max(0, round(1e6 * event.seconds)))
         if self._is_first and not is_abandoned and Flag.CANONICAL not in message.flags:
             self._measured = (SettingRow(0, len(message.rows), spent_us, 0.0),)
-        message = replace(
-            message,
+        message = message._replace(
             work_us=min(MOST_US, message.work_us + spent_us),
             slowest_us=max(message.slowest_us, spent_us),
         )

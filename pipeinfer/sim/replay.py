@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from dataclasses import replace
 
 from pipeinfer.ports import Command, Event, Received, Send
 from pipeinfer.protocol import ORCHESTRATOR, AnyRow, Kind, Message, Row, SettingRow, decode, encode
@@ -67,7 +66,7 @@ class Wire(Witness):
 
 
 def _same(sent: Message, arrived: Message) -> None:
-    if sent != arrived and replace(sent, rows=tuple(_in_32_bits(row) for row in sent.rows)) != arrived:
+    if sent != arrived and sent._replace(rows=tuple(_in_32_bits(row) for row in sent.rows)) != arrived:
         raise LawBroken(f"L7: sent {sent}, arrived {arrived}")
 
 

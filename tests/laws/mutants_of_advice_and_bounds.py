@@ -48,7 +48,7 @@ def a_living_run_is_cancelled(patch: pytest.MonkeyPatch) -> None:
 def a_cancel_kills_what_came_before(patch: pytest.MonkeyPatch) -> None:
     def cancel(original: Any, stage: Stage, message: Any) -> Any:
         before = tuple(Row(0, row.slot - 1, protocol.NO_SLOT, 0) for row in message.rows_as(Row))
-        return original(stage, replace(message, rows=message.rows + before))
+        return original(stage, message._replace(rows=message.rows + before))
 
     wrap(patch, Stage, "_cancel", cancel)
 
@@ -119,7 +119,7 @@ def the_end_cancels_the_roots_own_run(patch: pytest.MonkeyPatch) -> None:
 def the_decoder_drops_a_flag(patch: pytest.MonkeyPatch) -> None:
     decode = protocol.decode
     for module in (pipeinfer.sim.world, pipeinfer.sim.replay):
-        patch.setattr(module, "decode", lambda data: replace(m := decode(data), flags=m.flags & ~Flag.TOMBSTONE))
+        patch.setattr(module, "decode", lambda data: (m := decode(data))._replace(flags=m.flags & ~Flag.TOMBSTONE))
 
 
 @mutant("L7")
@@ -130,7 +130,7 @@ def the_wire_names_a_wrong_parent(patch: pytest.MonkeyPatch) -> None:
         message = decode(data)
         if message.kind is Kind.RUN and len(message.rows) > 1 and not message.flags:
             first, *others = message.rows_as(Row)
-            return replace(message, rows=(first, *(row._replace(parent=first.parent) for row in others)))
+            return message._replace(rows=(first, *(row._replace(parent=first.parent) for row in others)))
         return message
 
     patch.setattr(pipeinfer.sim.world, "decode", wrong)

@@ -56,7 +56,7 @@ def a_drafters_nodes_go_on_beyond_the_end(patch: pytest.MonkeyPatch) -> None:
 
     wrap(patch, Sources, "grow", grow)
     wrap(patch, Drafter, "_open", lambda original, drafter, message, rows: original(
-        drafter, replace(message, run=message.run + 1), rows))  # fmt: skip
+        drafter, message._replace(run=message.run + 1), rows))  # fmt: skip
 
 
 # Orders.
@@ -109,7 +109,7 @@ def the_drafter_does_not_forget(patch: pytest.MonkeyPatch) -> None:
 def the_drafter_forgets_its_guesses_and_not_their_cells(patch: pytest.MonkeyPatch) -> None:
     def restart(original: Any, drafter: Drafter) -> None:
         release = drafter._ledger.release
-        drafter._ledger.release = lambda slot: None  # type: ignore[method-assign]
+        drafter._ledger.release = lambda *slots: None  # type: ignore[method-assign]
         original(drafter)
         drafter._ledger.release = release  # type: ignore[method-assign]
 
@@ -206,6 +206,6 @@ def everybody_is_told_at_once_what_to_cancel(patch: pytest.MonkeyPatch) -> None:
         if machine._policy.cancel != "relay" or not commands:
             return commands
         advice = commands[0].message
-        return [Send(replace(advice, dest=stage, flags=Flag.NONE)) for stage in machine._stages]
+        return [Send(advice._replace(dest=stage, flags=Flag.NONE)) for stage in machine._stages]
 
     wrap(patch, Orchestrator, "_cancel", cancel)

@@ -136,7 +136,7 @@ def a_result_is_sent_twice(patch: pytest.MonkeyPatch) -> None:
         commands = original(stage, event)
         first = commands[0].message
         if first.kind is Kind.RESULT and first.run % 5 == 4:
-            commands.insert(1, Send(replace(first, txn=stage._edges.stamp(0))))
+            commands.insert(1, Send(first._replace(txn=stage._edges.stamp(0))))
         return commands
 
     wrap(patch, Stage, "_computed", computed)
@@ -190,7 +190,7 @@ def a_cell_is_leased_before_it_is_released(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L3")
 def a_dead_cell_is_never_given_back(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Partitions, "release", lambda ledger, slot: ledger._leased.remove(slot))
+    patch.setattr(Partitions, "release", lambda ledger, *slots: ledger._leased.difference_update(slots))
 
 
 @mutant("L3")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -197,7 +196,7 @@ def test_truncated_or_padded_messages_are_refused(message: Message, data: st.Dat
 
 @given(messages(), st.binary(min_size=1, max_size=100))
 def test_a_tensor_may_follow_whole(message: Message, tensor: bytes) -> None:
-    message = replace(message, payload_nbytes=len(tensor))
+    message = message._replace(payload_nbytes=len(tensor))
     data = encode(message) + tensor
     assert decode(memoryview(data)) == message
     assert data[wire_nbytes(message) :] == tensor

@@ -50,12 +50,15 @@ def path(tree: Tree) -> list[Node]:
 def drafted(turns: Turns, tree: Tree, now: float, curve: CostCurve = FLAT, pass_s: float = PASS_S) -> int:
     """How many passes the draft makes before a run leaves."""
     passes = 0
-    while not turns.is_drafts(tree, now) and turns.wants(tree, path(tree), curve, 32, MORE_LEAVES, now):
-        assert turns.is_drafts(tree, now), "its turn has begun"
+    while True:
+        turns.look(tree, now)
+        assert not turns.is_on(now)
+        if not turns.instead(tree, path(tree), curve, 32, MORE_LEAVES, now):
+            return passes
+        assert turns.is_on(now), "its turn has begun"
         hang(path(tree)[-1], tree)
         passes, now = passes + 1, now + pass_s
         turns.drafted()
-    return passes
 
 
 def taught(rng: random.Random, pass_s: float = PASS_S) -> tuple[Turns, Tree, float]:
@@ -71,7 +74,7 @@ def taught(rng: random.Random, pass_s: float = PASS_S) -> tuple[Turns, Tree, flo
             is_over |= tree.root.token == 9
         now += 10.0
     tree.prune()
-    turns.is_drafts(tree, now)
+    turns.look(tree, now)
     return turns, tree, now
 
 
@@ -94,14 +97,16 @@ def test_it_looks_beyond_a_step_of_the_cost_curve() -> None:
 
 def test_a_draft_that_has_nothing_to_say_is_not_asked_again_before_the_root_has_moved() -> None:
     turns, tree, now = taught(random.Random(5))
-    assert turns.wants(tree, [tree.root], FLAT, 32, MORE_LEAVES, now)
+    assert turns.instead(tree, [tree.root], FLAT, 32, MORE_LEAVES, now)
     turns.drafted()
-    assert not turns.is_drafts(tree, now)
-    assert not turns.wants(tree, [tree.root], FLAT, 32, MORE_LEAVES, now)
+    turns.look(tree, now)
+    assert not turns.is_on(now)
+    assert not turns.instead(tree, [tree.root], FLAT, 32, MORE_LEAVES, now)
     tree.take(tree.root)
     tree.advance(9)
-    assert not turns.is_drafts(tree, now)
-    assert turns.wants(tree, [tree.root], FLAT, 32, MORE_LEAVES, now)
+    turns.look(tree, now)
+    assert not turns.is_on(now)
+    assert turns.instead(tree, [tree.root], FLAT, 32, MORE_LEAVES, now)
 
 
 def test_a_draft_that_was_too_slow_is_measured_again() -> None:
@@ -121,10 +126,10 @@ def test_what_was_looked_up_is_no_reason_not_to_draft_but_what_the_draft_has_see
     turns, tree, now = taught(random.Random(7))
     looked_up = tree.add(tree.root, 5, math.log(0.1))
     assert looked_up is not None
-    assert turns.wants(tree, [tree.root], FLAT, 32, MORE_LEAVES, now)
+    assert turns.instead(tree, [tree.root], FLAT, 32, MORE_LEAVES, now)
     turns, tree, now = taught(random.Random(7))
     tree.root.is_drafted = True
-    assert not turns.wants(tree, [tree.root], FLAT, 32, MORE_LEAVES, now)
+    assert not turns.instead(tree, [tree.root], FLAT, 32, MORE_LEAVES, now)
 
 
 def test_the_schedule_orders_single_passes_and_waits_for_each() -> None:

@@ -106,11 +106,10 @@ def test_control_is_not_held_back_by_a_tensor_that_has_not_come(world: World, tr
 
 
 def _announcing() -> bytes:
-    from dataclasses import replace
 
     from pipeinfer.protocol import encode
 
-    return encode(replace(run(1, 1), rows=(), payload_nbytes=32))
+    return encode(run(1, 1)._replace(rows=(), payload_nbytes=32))
 
 
 def test_agreement_and_facts(world: World) -> None:
