@@ -1,9 +1,9 @@
 """Whose turn it is, where one rank is everything: the draft's, for one more pass, or the target's, with what is known.
 
-Draft and target never work at the same time there, so nothing is found while a run is under way, and nothing but what
-is known is late for a pass of the draft: the draft goes first as long as what it is about to find saves more time, by
-runs that are not needed, than what is known loses by waiting. That is tree speculation with the depth that suits what
-is known at each moment. It works to orders of one pass, so that what it evaluates is chosen when it is its turn.
+Draft and target never work at the same time there, so a run pays for the passes before it. The draft goes first as long
+as the run then gives more useful rows per second, all time since the last run counted. That is tree speculation with
+the depth that suits what is known at each moment. The draft works to orders of one pass, so that what it evaluates is
+chosen when it is its turn; between orders it rests.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ WEIGHT = 0.25
 MOST_LATE = 1.25
 """How many times its usual time a pass may count as."""
 FORGET = 0.98
+"""What is left of a token's weight with every further one that tells how often the draft is right."""
 FAR = 8
 """Passes that are looked ahead: one may add too little where few rows cost nearly as much as many."""
 PATIENCE = 50
@@ -79,7 +80,7 @@ class Turns:
     ) -> Order | None:
         """A pass over ``leaves`` leaves, if the draft is to make one before ``nodes``, the best run of up to
         ``most_rows``."""
-        if self._is_dry:
+        if self._is_dry or not curve.seconds(1):
             return None
         if self._pass_s is not None and not self._pays(self._pass_s, tree, nodes, curve, most_rows, leaves, now):
             if not tree.root.is_drafted:

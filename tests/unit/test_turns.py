@@ -122,6 +122,13 @@ def test_a_draft_that_was_too_slow_is_measured_again() -> None:
     assert min(waits[2 * PATIENCE :]) > 0, "it has become quick"
 
 
+def test_while_nobody_knows_what_a_run_costs_the_target_goes_first() -> None:
+    turns, tree = Turns(), Tree(0, 0, 100)
+    turns.look(tree, 0.0)
+    assert not turns.instead(tree, [tree.root], CostCurve(), 32, MORE_LEAVES, 0.0)
+    assert turns.instead(tree, [tree.root], FLAT, 32, MORE_LEAVES, 0.0)
+
+
 def test_what_was_looked_up_is_no_reason_not_to_draft_but_what_the_draft_has_seen_is() -> None:
     turns, tree, now = taught(random.Random(7))
     looked_up = tree.add(tree.root, 5, math.log(0.1))
