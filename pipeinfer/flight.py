@@ -26,11 +26,7 @@ class Run:
 
     def is_of_use(self, root: Node) -> bool:
         """Whether any of its rows may still tell what nobody knows, the tree being at ``root``."""
-        least = root.position
-        for node in self.nodes:  # in a loop, as all runs come by here with every token
-            if node.alive and node.position >= least:
-                return True
-        return any(node.alive and node.position >= least for node in self.copies)
+        return any(node.alive and node.position >= root.position for node in (*self.nodes, *self.copies))
 
 
 class Flight:
@@ -64,9 +60,7 @@ class Flight:
         """The runs that are of no use any more, the tree being at ``root``, and of ``died`` the rows of others."""
         living = [run for run in self._runs if run.cancelled_at is None and not run.is_prefill]
         dead = [run for run in living if not run.is_canonical and not run.is_of_use(root)]
-        if not died:
-            return dead, []
-        numbers = {run.number for run in living}.difference(run.number for run in dead)
+        numbers = {run.number for run in living} - {run.number for run in dead}
         lost = [node for node in died if node.run in numbers and node.slot is not None]
         return dead, [Row(0, node.run or 0, node.slot or 0, 0) for node in lost]
 

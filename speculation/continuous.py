@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from speculation.cost_curve import CostCurve
 from speculation.governor import Gear, Governor
-from speculation.hold import Hold
+from speculation.hold import Hold, Offer
 from speculation.policy import Policy
 from speculation.schedule import UNLIMITED, Launch, Order, Placement, Situation, Step
 from speculation.tree import Node, Tree
@@ -42,11 +42,11 @@ class Continuous:
         gear = governor.gear if governor else Gear(self._policy.rows)
         # A chain wants one leaf at a time, a wide tree as many as the policy allows.
         leaves = min(self._policy.leaves, gear.rows) if governor else self._policy.leaves
-        unasked = 0 if isinstance(self._hold, Turns) else leaves
+        hold = self._hold
+        unasked = 0 if hold and not hold.drafts_unasked else leaves
         if governor and unasked != self._ordered:
             self._ordered = unasked
             return Order(UNLIMITED, leaves=unasked) if unasked else Order(0)
-        hold = self._hold
         if hold:
             hold.look(now.tree, now.now)
         # A new root is certain and needs no credit: what dead work still holds does not concern it.
@@ -62,7 +62,7 @@ class Continuous:
         rows = max(1, gear.rows)
         nodes = choose_rows(now.tree, self._policy, now.room if gear.rows else 0, rows, governor.curve)
         if nodes and rows > 1 and hold:
-            step = hold.instead(now.tree, nodes, governor.curve, rows, leaves, now.now)
+            step = hold.instead(Offer(now.tree, nodes, governor.curve, rows, leaves, now.now))
             if step:
                 now.tree.give_back(nodes)
                 return step

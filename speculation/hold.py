@@ -16,6 +16,7 @@ Where rows are not free, ``a`` is what a run of the best size has in addition, a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from speculation.cost_curve import CostCurve
 from speculation.schedule import Wait
@@ -34,8 +35,22 @@ LEAST = 1e-6
 """Useful rows that are not worth a thought."""
 
 
+class Offer(NamedTuple):
+    """The best run that there is ``now``: ``nodes`` of ``tree``, at costs by ``curve``. It may have up to ``most_rows``
+    rows, and a pass of the draft is over ``leaves`` leaves."""
+
+    tree: Tree
+    nodes: Sequence[Node]
+    curve: CostCurve
+    most_rows: int
+    leaves: int
+    now: float
+
+
 class Hold:
     """Says whether a run waits for the pass under way in the draft, and until when at most."""
+
+    drafts_unasked = True
 
     def __init__(self) -> None:
         self._tokens, self._surprises = 2.0, 1.0  # of late, where somebody had guessed; at first what is supposed
@@ -61,8 +76,8 @@ class Hold:
         """An order is done: drafters work without any here."""
 
     def look(self, tree: Tree, now: float) -> None:
-        """See what ``tree`` has become. A new root that nobody had sent is a surprise where
-        anything had been guessed, and else tells nothing; new guesses end a pass of the draft."""
+        """See what ``tree`` has become. A new root that nobody had sent is a surprise where anything had been guessed,
+        and else tells nothing; new guesses end a pass of the draft."""
         root, is_new, has_grown = tree.root, tree.root is not self._root, tree.grown != self._grown
         if is_new:
             if root.pending and self._is_guessed:
@@ -85,19 +100,16 @@ class Hold:
         """Whether a run is held, nothing being new."""
         return self._is_held and now < self._until and not self._is_news
 
-    def instead(
-        self, tree: Tree, nodes: Sequence[Node], curve: CostCurve, most_rows: int, leaves: int, now: float
-    ) -> Wait | None:
-        """A wait, if ``nodes`` of ``tree``, the best run that there is, should wait for the draft's pass over
-        ``leaves`` leaves, so as to become a run of up to ``most_rows``."""
-        stage_s = curve.seconds(len(nodes))
+    def instead(self, offer: Offer) -> Wait | None:
+        """A wait, if the run should wait for the draft's pass, so as to become a larger one."""
+        stage_s = offer.curve.seconds(len(offer.nodes))
         was_held, self._is_held = self._is_held, False
         until = self._since + (TRIAL * stage_s if self._pass_s is None else GRACE * self._pass_s)
-        if now >= until or not stage_s:
+        if offer.now >= until or not stage_s:
             if was_held and self._is_sure:  # nobody drafts, or slowly
                 self._pass_s = GRACE * self._pass_s if self._pass_s is not None else stage_s
             return None
-        if self._pass_s is not None and not self._pays(self._pass_s, tree, nodes, curve, most_rows, leaves, now):
+        if self._pass_s is not None and not self._pays(self._pass_s, offer):
             return None
         self._until, self._is_held = until, True
         return Wait(until)
@@ -109,17 +121,9 @@ class Hold:
         elif self._is_held or pass_s < known:  # while nothing waits for it the draft may wait for its stage
             self._pass_s = known + WEIGHT * (min(pass_s, GRACE * known) - known)
 
-    def _pays(
-        self,
-        pass_s: float,
-        tree: Tree,
-        nodes: Sequence[Node],
-        curve: CostCurve,
-        most_rows: int,
-        leaves: int,
-        now: float,
-    ) -> bool:
+    def _pays(self, pass_s: float, offer: Offer) -> bool:
         """Whether what the next guesses gain is more than what all others lose."""
+        tree, nodes, curve, most_rows, leaves, now = offer
         wait_s = max(0.0, self._since + pass_s - now)
         if wait_s > JUST_BEGUN * pass_s and nodes[0] is not tree.root:
             return False

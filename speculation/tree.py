@@ -149,9 +149,8 @@ class Tree:
             heapq.heappop(frontier)
             if not (node.pending or node.is_open):
                 node.is_open = True
-                for child in node.children.values():  # as _push does, without a call
-                    self._serial += 1
-                    heapq.heappush(frontier, (-child.logp, self._serial, child))
+                for child in node.children.values():
+                    self._push(child)
         return taken
 
     def give_back(self, nodes: Sequence[Node]) -> None:

@@ -8,9 +8,7 @@ chosen when it is its turn; between orders it rests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from speculation.cost_curve import CostCurve
+from speculation.hold import Offer
 from speculation.schedule import Order
 from speculation.tree import Node, Tree
 
@@ -28,6 +26,8 @@ PATIENCE = 50
 
 class Turns:
     """Says whether the draft is next: a hold for one rank, see Hold."""
+
+    drafts_unasked = False
 
     def __init__(self) -> None:
         self._asked, self._guessed = 2.0, 1.0  # tokens after guesses, of late, and those among them; at first supposed
@@ -75,34 +75,23 @@ class Turns:
         known = self._pass_s
         self._pass_s = pass_s if known is None else known + WEIGHT * (min(pass_s, MOST_LATE * known) - known)
 
-    def instead(
-        self, tree: Tree, nodes: Sequence[Node], curve: CostCurve, most_rows: int, leaves: int, now: float
-    ) -> Order | None:
-        """A pass over ``leaves`` leaves, if the draft is to make one before ``nodes``, the best run of up to
-        ``most_rows``."""
-        if self._is_dry or not curve.seconds(1):
+    def instead(self, offer: Offer) -> Order | None:
+        """A pass, if the draft is to make one before the run."""
+        if self._is_dry or not offer.curve.seconds(1):
             return None
-        if self._pass_s is not None and not self._pays(self._pass_s, tree, nodes, curve, most_rows, leaves, now):
-            if not tree.root.is_drafted:
+        if self._pass_s is not None and not self._pays(self._pass_s, offer):
+            if not offer.tree.root.is_drafted:
                 self._refused += 1
                 if self._refused % PATIENCE == 0:
                     self._pass_s = None
             return None
-        self._ordered_at, self._is_answered, self._grown = now, False, tree.grown
-        return Order(1, leaves=leaves)
+        self._ordered_at, self._is_answered, self._grown = offer.now, False, offer.tree.grown
+        return Order(1, leaves=offer.leaves)
 
-    def _pays(
-        self,
-        pass_s: float,
-        tree: Tree,
-        nodes: Sequence[Node],
-        curve: CostCurve,
-        most_rows: int,
-        leaves: int,
-        now: float,
-    ) -> bool:
+    def _pays(self, pass_s: float, offer: Offer) -> bool:
         """Whether a run gives more useful rows per second, since the target was last at work, after some more passes.
         Of each of them as much is expected as of the one before, in so far as the draft is right."""
+        tree, nodes, curve, most_rows, leaves, now = offer
         spent_s = now - self._began
         useful = tree.probabilities(nodes)
         right = self._guessed / self._asked

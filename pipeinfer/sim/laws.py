@@ -177,7 +177,7 @@ def patience(spec: WorldSpec) -> float:
     hop = link.delay_s + 3 * link.jitter_s + (window + 1) * message_s
     draft_layer = spec.draft_s / model.layers * (1 + spec.row_cost * max(policy.leaves, policy.prefill_chunk))
     turns = spec.drafters * policy.rows if spec.placement == "alone" else 0
-    ordered = {"rounds": policy.levels, "frontier": policy.rows, "continuous": 0}[policy.schedule] + turns
+    ordered = {"rounds": policy.levels, "frontier": policy.rows, "continuous": turns}[policy.schedule]
     order_s = ordered * (spec.draft_s * (1 + spec.row_cost * max(policy.leaves, policy.prefill_chunk))) + 2 * hop
     return 3 * order_s + sum(passes) + (window + RUNS_AHEAD) * max(passes) + (spec.stages + 3) * hop + 4 * draft_layer
 

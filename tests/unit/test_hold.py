@@ -10,7 +10,7 @@ import pytest
 
 from speculation.continuous import Continuous
 from speculation.cost_curve import CostCurve
-from speculation.hold import GRACE, Hold
+from speculation.hold import GRACE, Hold, Offer
 from speculation.policy import CONTINUOUS
 from speculation.schedule import Launch, Order, Situation, Wait
 from speculation.tree import Node, Tree
@@ -50,7 +50,7 @@ def path(tree: Tree) -> list[Node]:
 
 
 def wants(hold: Hold, tree: Tree, stage_s: float, now: float, rows: int = 32) -> bool:
-    return hold.instead(tree, path(tree), flat(stage_s), rows, 8, now) is not None
+    return hold.instead(Offer(tree, path(tree), flat(stage_s), rows, 8, now)) is not None
 
 
 def taught() -> tuple[Hold, Tree]:
@@ -113,7 +113,7 @@ def test_a_run_waits_for_the_pass_under_way_where_the_delays_of_all_that_follows
         other.children = {0: leaf}  # the draft has been there
         leaf.logp = math.log(first / (1 - 1 / expected))
         other.logp = math.log(here - math.exp(leaf.logp))
-        says = hold.instead(tree, [other, leaf], flat(stage_s), 32, 8, 2 * PASS_S - wait_s) is not None
+        says = hold.instead(Offer(tree, [other, leaf], flat(stage_s), 32, 8, 2 * PASS_S - wait_s)) is not None
         assert says == (gain > 0), (wait_s, first, here, gain)
         said.append(says)
     assert 5 < sum(said) < len(said) - 5 > 30
@@ -138,11 +138,11 @@ def test_it_waits_no_longer_than_promised_and_learns_from_silence() -> None:
 def test_where_rows_are_dear_it_waits_less() -> None:
     """A run of two that takes twice as long as one of one saves nothing."""
     hold, tree = taught()
-    assert hold.instead(tree, path(tree), flat(1.0), 32, 8, 1000.0)
+    assert hold.instead(Offer(tree, path(tree), flat(1.0), 32, 8, 1000.0))
     dear = CostCurve()
     for rows in (1, 2, 4):
         dear.observe(rows, 1.0 * rows)
-    assert not hold.instead(tree, path(tree), dear, 32, 8, 1000.0)
+    assert not hold.instead(Offer(tree, path(tree), dear, 32, 8, 1000.0))
 
 
 def test_without_experience_or_without_a_gain_it_goes_at_once() -> None:
@@ -154,7 +154,7 @@ def test_without_experience_or_without_a_gain_it_goes_at_once() -> None:
     hold, tree = taught()
     assert not wants(hold, tree, PASS_S / 2, 1000.0), "drafts are slower than stages"
     assert not wants(hold, tree, 1.0, 1000.0, rows=1), "runs of one row"
-    assert not hold.instead(tree, path(tree), CostCurve(), 32, 8, 1000.0), "nobody knows what a run costs"
+    assert not hold.instead(Offer(tree, path(tree), CostCurve(), 32, 8, 1000.0)), "nobody knows what a run costs"
 
 
 def test_it_waits_even_if_nobody_had_time_to_guess_so_far() -> None:

@@ -12,6 +12,7 @@ from pipeinfer.ports import Request
 from pipeinfer.sim.world import World, WorldSpec
 from speculation.continuous import Continuous
 from speculation.cost_curve import CostCurve
+from speculation.hold import Offer
 from speculation.policy import CONTINUOUS, PLAIN, Policy
 from speculation.schedule import Launch, Order, Situation
 from speculation.tree import Node, Tree
@@ -53,7 +54,7 @@ def drafted(turns: Turns, tree: Tree, now: float, curve: CostCurve = FLAT, pass_
     while True:
         turns.look(tree, now)
         assert not turns.is_on(now)
-        if not turns.instead(tree, path(tree), curve, 32, MORE_LEAVES, now):
+        if not turns.instead(Offer(tree, path(tree), curve, 32, MORE_LEAVES, now)):
             return passes
         assert turns.is_on(now), "its turn has begun"
         hang(path(tree)[-1], tree)
@@ -97,16 +98,16 @@ def test_it_looks_beyond_a_step_of_the_cost_curve() -> None:
 
 def test_a_draft_that_has_nothing_to_say_is_not_asked_again_before_the_root_has_moved() -> None:
     turns, tree, now = taught(random.Random(5))
-    assert turns.instead(tree, [tree.root], FLAT, 32, MORE_LEAVES, now)
+    assert turns.instead(Offer(tree, [tree.root], FLAT, 32, MORE_LEAVES, now))
     turns.drafted()
     turns.look(tree, now)
     assert not turns.is_on(now)
-    assert not turns.instead(tree, [tree.root], FLAT, 32, MORE_LEAVES, now)
+    assert not turns.instead(Offer(tree, [tree.root], FLAT, 32, MORE_LEAVES, now))
     tree.take(tree.root)
     tree.advance(9)
     turns.look(tree, now)
     assert not turns.is_on(now)
-    assert turns.instead(tree, [tree.root], FLAT, 32, MORE_LEAVES, now)
+    assert turns.instead(Offer(tree, [tree.root], FLAT, 32, MORE_LEAVES, now))
 
 
 def test_a_draft_that_was_too_slow_is_measured_again() -> None:
@@ -125,18 +126,18 @@ def test_a_draft_that_was_too_slow_is_measured_again() -> None:
 def test_while_nobody_knows_what_a_run_costs_the_target_goes_first() -> None:
     turns, tree = Turns(), Tree(0, 0, 100)
     turns.look(tree, 0.0)
-    assert not turns.instead(tree, [tree.root], CostCurve(), 32, MORE_LEAVES, 0.0)
-    assert turns.instead(tree, [tree.root], FLAT, 32, MORE_LEAVES, 0.0)
+    assert not turns.instead(Offer(tree, [tree.root], CostCurve(), 32, MORE_LEAVES, 0.0))
+    assert turns.instead(Offer(tree, [tree.root], FLAT, 32, MORE_LEAVES, 0.0))
 
 
 def test_what_was_looked_up_is_no_reason_not_to_draft_but_what_the_draft_has_seen_is() -> None:
     turns, tree, now = taught(random.Random(7))
     looked_up = tree.add(tree.root, 5, math.log(0.1))
     assert looked_up is not None
-    assert turns.instead(tree, [tree.root], FLAT, 32, MORE_LEAVES, now)
+    assert turns.instead(Offer(tree, [tree.root], FLAT, 32, MORE_LEAVES, now))
     turns, tree, now = taught(random.Random(7))
     tree.root.is_drafted = True
-    assert not turns.instead(tree, [tree.root], FLAT, 32, MORE_LEAVES, now)
+    assert not turns.instead(Offer(tree, [tree.root], FLAT, 32, MORE_LEAVES, now))
 
 
 def test_the_schedule_orders_single_passes_and_waits_for_each() -> None:
@@ -173,7 +174,7 @@ def decoded(policy: Policy, draft_s: float, top1: float, row_cost: float) -> flo
     ("draft_s", "top1", "row_cost", "least"),
     [(0.03, 0.79, 0.0, 3.4), (0.1, 0.9, 0.0, 3.0), (0.3, 0.79, 0.0, 1.6), (0.3, 0.5, 0.05, 1.05), (3.0, 0.9, 0.0, 0.9)],
 )
-def test_one_rank_gains_as_much_as_a_tree_of_the_best_size(
+def test_one_rank_gains_about_as_much_as_a_tree_of_the_best_size(
     draft_s: float, top1: float, row_cost: float, least: float
 ) -> None:
     speed = decoded(CONTINUOUS, draft_s, top1, row_cost)
