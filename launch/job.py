@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import time
 from collections.abc import Generator
@@ -114,6 +115,7 @@ class Job:
         self._executor = Executor(machines, shards, self._driver, observer, clock=time.monotonic)
         self._driver.executor = self._executor
         self.ranks = self._gather(plan[rank], rank, sum(shard.weight_nbytes for shard in shards.values()))
+        gc.freeze()  # the collector need not look at what is loaded, which takes it as long as some stages a run
         for address in self._executor.addresses:
             self._driver.deliver(address, Started())
 
@@ -181,10 +183,12 @@ class Job:
 
     def kill(self) -> None:
         """Nothing outlives this process."""
+        gc.unfreeze()
         if self._trace is not None:
             self._trace.close()
 
     def _end(self) -> None:
+        gc.unfreeze()
         if self._transport is not None:
             self._transport.close()
             assert self._world is not None

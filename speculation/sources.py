@@ -18,7 +18,7 @@ from speculation.calibration import Calibration, Reliability
 from speculation.lookup import CLAIMS, Lookup
 from speculation.policy import Policy
 from speculation.schedule import UNLIMITED, Order
-from speculation.tree import Node, Tree
+from speculation.tree import SLACK, Node, Tree
 
 LOOKUP = -1
 """The source of nodes that were looked up; drafters are sources by their addresses."""
@@ -144,7 +144,7 @@ class Sources:
                 if served.awaited:
                     served.found.append(node)
         # The drafter names no node above its own root any more (``run`` is that root's position).
-        if len(names) > 4 * tree.max_nodes:
+        if len(names) > SLACK + 2 * tree.size:
             keep = {name: node for name, node in names.items() if node.alive and node.position >= message.run}
             served.names[source] = keep
         if source not in served.awaited or Flag.LAST not in message.flags:

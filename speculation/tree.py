@@ -20,7 +20,7 @@ from pipeinfer.protocol import NO_SLOT, Row
 LEAST_LOGP = -100.0
 """What counts as impossible; also what a number that is none counts as."""
 SLACK = 32
-"""How many entries more than living nodes the frontier may have before it is swept."""
+"""How many entries more than it should have the frontier may have before it is swept, and every other list of nodes."""
 
 
 class Node:
@@ -182,9 +182,7 @@ class Tree:
             self.size += 1
             if old.is_open:
                 self._push(heir)
-        dead = descendants(old)
-        for node in dead:
-            node.alive = False
+        dead = _bury(old)
         old.children = {token: heir}  # late words about the old root still find its heir
         if not old.pending:
             old.parent = None  # nobody asks any more; a passed node still to be evaluated needs its parent's cell
@@ -200,9 +198,7 @@ class Tree:
 
     def prune(self) -> list[Node]:
         """Forget every guess below the root; returns the nodes that died."""
-        dead = descendants(self.root)
-        for node in dead:
-            node.alive = False
+        dead = _bury(self.root)
         self.root.children = {}
         self.size -= len(dead)
         self._sweep()
@@ -222,3 +218,14 @@ def descendants(node: Node) -> list[Node]:
         if child.children:
             found += child.children.values()
     return found
+
+
+def _bury(node: Node) -> list[Node]:
+    """Declare all nodes below ``node`` dead, and return them. They forget their children: a circle of parents and
+    children would stay in memory until the collector finds it, and that takes longest where time matters most."""
+    dead = descendants(node)
+    for grave in dead:
+        grave.alive = False
+        if grave.children:
+            grave.children = {}
+    return dead

@@ -110,7 +110,7 @@ def _orchestrator_bounds(machine: Orchestrator, spec: WorldSpec) -> Iterator[Lim
     yield from _tree_bounds(session.tree)
     yield "tokens emitted", session.emitted, session.request.max_new_tokens
     # Swept with the nodes that come; between two such messages an accepted token may get a second name.
-    most = 4 * session.tree.max_nodes + spec.policy.leaves * spec.policy.width + session.request.max_new_tokens
+    most = SLACK + 2 * session.tree.max_nodes + spec.policy.leaves * spec.policy.width + session.request.max_new_tokens
     for names in machine._sources.names:
         yield "names", names, most
     yield "deferred results", len(machine._deferred), spec.policy.most_runs(spec.stages)

@@ -12,7 +12,7 @@ from pipeinfer.protocol import MAX_ROWS, ORCHESTRATOR, AnyRow, DraftRow, Flag, K
 from speculation.policy import Policy
 from speculation.schedule import UNLIMITED, Order
 from speculation.sources import LOOKUP, Sources
-from speculation.tree import Node, Tree
+from speculation.tree import SLACK, Node, Tree
 
 FIRST, SECOND = 0x8000, 0x8001
 PROMPT = (5, 6, 7, 5, 6)
@@ -233,7 +233,7 @@ def test_old_names_are_forgotten() -> None:
         nodes = (DraftRow(1, name, accepted_name(root), -1.0),)
         served.sources.grow(Message(Kind.NODES, FIRST, ORCHESTRATOR, request=1, run=root, rows=nodes))
         served.accept(8)
-    assert max(served.sources.names) <= 4 * served.tree.max_nodes + 2
+    assert max(served.sources.names) <= SLACK + 2 * served.tree.size + 2
 
 
 # Lookup.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 from speculation.tree import SLACK, Node, Tree, descendants
@@ -149,6 +151,22 @@ def test_the_frontier_does_not_collect_the_dead() -> None:
         tree.advance(token % 7)
         assert len(tree._frontier) <= SLACK + tree.size
         assert tree.size == 1 + len(descendants(tree.root)) <= tree.max_nodes
+
+
+def test_the_dead_leave_nothing_to_the_garbage_collector() -> None:
+    tree = taken_root(max_nodes=100)
+    gc.collect()
+    gc.disable()
+    try:
+        for bury in (tree.prune, lambda: tree.advance(9)):
+            leaf = tree.root
+            for token in range(5):
+                leaf = grow(tree, leaf, token, -0.1)
+            bury()
+        del leaf
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("depth", [1, 5])

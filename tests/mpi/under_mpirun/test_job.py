@@ -3,6 +3,8 @@ oracle."""
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 from launch.job import Job
@@ -24,6 +26,7 @@ def decode(policy: Policy, spec: EmulatedSpec, requests: list[Request], layer_s:
     pair = EmulatedPair(spec, lambda rows, context: layer_s, lambda rows, context: layer_s)
     plan = assign(world.size, spec.layers, policy.speculate)
     job = Job(Config(policy=policy.settings()), plan, 256, pair, world)
+    assert gc.get_freeze_count(), "what is loaded is looked at again and again"
     answers: list[list[int]] = []
     if world.is_head:
         for request in requests:
@@ -31,6 +34,7 @@ def decode(policy: Policy, spec: EmulatedSpec, requests: list[Request], layer_s:
         job.close()
     else:
         job.serve()
+    assert not gc.get_freeze_count(), "the job is over, and what it froze may be collected"
     world.close()
     return answers
 
