@@ -12,15 +12,16 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 
 from benchmarks.study import claims, latencies
-from benchmarks.views import agreement, guesses, place, policies, ratios, read, show
+from benchmarks.views import Row, agreement, costs, guesses, place, policies, ratios, read, show
 from pipeinfer.bench.places import BENCHMARKS
 from pipeinfer.bench.rows import BANNERS
 
 ROOT = BENCHMARKS.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-VIEWS = {view.__name__: view for view in (ratios, policies, guesses, agreement, claims, latencies)}
+VIEWS = {view.__name__: view for view in (ratios, policies, guesses, agreement, claims, latencies, costs)}
 BLOCK = re.compile(r"(<!-- result (\S+) (\w+)((?: \w+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -29,15 +30,21 @@ def block(name: str, view: str, wanted: str) -> str:
     rows = read(name)
     for axis, _, value in (word.partition("=") for word in wanted.split()):
         rows = [row for row in rows if show(place(row)[axis]) == value]
+    return f"{origin(rows)}\n\n{VIEWS[view](rows)}\n"
+
+
+def origin(rows: Sequence[Row]) -> str:
+    """Where and how ``rows`` were measured."""
     first = rows[0]
-    machine, banner = first["fingerprint"], BANNERS[first["execution"]].partition(":")[0]
+    machine = first["fingerprint"]
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['when'][:10]}, commit {machine['git']}"
+    if first["suite"] == "profile":
+        return f"**REAL** (`python -m benchmarks.profile`; {where}; processor time of one thread)"
+    banner = BANNERS[first["execution"]].partition(":")[0]
     samples = sorted({row["tokens_per_s"]["n"] for row in rows if row["policy"] != "plain"})
     flag = {"emulated": " --emulate", "simulated": " --simulate", "real": " --real"}[first["execution"]]
-    said = (
-        f"**{banner}** (`pipeinfer bench {first['suite']}{flag}`; {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['when'][:10]}, commit {machine['git']}; medians of {' or '.join(map(str, samples))} samples)"
-    )
-    return f"{said}\n\n{VIEWS[view](rows)}\n"
+    many = " or ".join(map(str, samples))
+    return f"**{banner}** (`pipeinfer bench {first['suite']}{flag}`; {where}; medians of {many} samples)"
 
 
 def refreshed(document: str) -> str:

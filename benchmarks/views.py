@@ -111,6 +111,16 @@ def guesses(rows: Sequence[Row]) -> str:
     return table(lines)
 
 
+def costs(rows: Sequence[Row]) -> str:
+    """A line for each part of this project's own Python: microseconds, and what it may take."""
+    columns = ("n", "median_us", "mean_us", "p99_us")
+    lines = [["what", "n", "median", "mean", "p99", "allowed", ""]]
+    for row in rows:
+        verdict = "" if row["budget_us"] is None else "kept" if row["ok"] else "EXCEEDED"
+        lines.append([row["what"], *(show(row[column]) for column in columns), show(row["budget_us"]), verdict])
+    return table(lines)
+
+
 def show(value: Any) -> str:
     """A cell."""
     if value is None:
