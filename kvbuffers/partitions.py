@@ -21,7 +21,6 @@ that carries the tree's root always finds a cell.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 
 from pipeinfer.errors import LocalProtocolError
@@ -100,16 +99,17 @@ class Partitions:
 
         Releases that do not fit wait for the next run, and so do their cells."""
         ops, self._ops = self._ops, []
-        released, start = sorted(self._released), 0
-        while start < len(released) and len(ops) < MAX_OPS:
-            first, end = released[start], start + 1
-            while end < len(released) and released[end] == first + end - start:
-                end += 1
-            place = bisect_left(self._free, first)
-            self._free[place:place] = released[start:end]
-            ops.append(CellOp(CellOpKind.RELEASE, first, end - start))
-            start = end
-        self._released = released[start:]
+        released, first = sorted(self._released), 0
+        for place, slot in enumerate(released, 1):
+            if place < len(released) and released[place] == slot + 1:
+                continue
+            if len(ops) >= MAX_OPS:
+                break
+            ops.append(CellOp(CellOpKind.RELEASE, released[first], place - first))
+            first = place
+        self._free += released[:first]
+        self._free.sort()
+        self._released = released[first:]
         return tuple(ops)
 
     def counts(self) -> tuple[int, int, int]:

@@ -49,7 +49,7 @@ from speculation.policy import Policy
 from speculation.schedule import UNLIMITED
 from speculation.tree import Node, Tree
 
-LEAST_PATH = math.log(3e-4)
+LEAST_PATH = math.log(4.5e-4)
 """No child whose path is less probable than this is worth a name, even where rows are free; first choices are."""
 
 
