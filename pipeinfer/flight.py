@@ -26,10 +26,7 @@ class Run:
 
     def is_of_use(self, root: Node) -> bool:
         """Whether any of its rows may still tell what nobody knows, the tree being at ``root``."""
-        for node in self.nodes:  # the first one, as a rule
-            if node.alive and node.position >= root.position:
-                return True
-        return any(node.alive and node.position >= root.position for node in self.copies)
+        return any(node.alive and node.position >= root.position for node in (*self.nodes, *self.copies))
 
 
 class Flight:
