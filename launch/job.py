@@ -115,7 +115,7 @@ class Job:
         self._executor = Executor(machines, shards, self._driver, observer, clock=time.monotonic)
         self._driver.executor = self._executor
         self.ranks = self._gather(plan[rank], rank, sum(shard.weight_nbytes for shard in shards.values()))
-        gc.freeze()  # the collector need not look at what is loaded, which takes it as long as some stages a run
+        gc.freeze()  # what is loaded stays: the collector would look at all of it, which takes as long as many a run
         for address in self._executor.addresses:
             self._driver.deliver(address, Started())
 
@@ -182,20 +182,18 @@ class Job:
         self._end()
 
     def kill(self) -> None:
-        """Nothing outlives this process."""
+        """Let go of what this process holds for the job; nothing else outlives it."""
         gc.unfreeze()
         if self._trace is not None:
             self._trace.close()
 
     def _end(self) -> None:
-        gc.unfreeze()
         if self._transport is not None:
             self._transport.close()
             assert self._world is not None
             sent = self._world.gather({"messages": self._transport.messages, "nbytes": self._transport.nbytes})
             self.traffic = (sum(rank["messages"] for rank in sent), sum(rank["nbytes"] for rank in sent))
-        if self._trace is not None:
-            self._trace.close()
+        self.kill()
 
 
 def make_shards(cast: Cast, roles: tuple[Role, ...], pair: Pair) -> dict[int, ShardModel]:

@@ -50,7 +50,8 @@ from speculation.schedule import UNLIMITED
 from speculation.tree import Node, Tree
 
 LEAST_PATH = math.log(4.5e-4)
-"""No child whose path is less probable than this is worth a name, even where rows are free; first choices are."""
+"""No child whose path is less probable than this is worth a name, even where rows are free; first choices are.
+Found by trying, see docs/log.md."""
 
 
 class Drafter:

@@ -20,7 +20,7 @@ from pipeinfer.protocol import NO_SLOT, Row
 LEAST_LOGP = -100.0
 """What counts as impossible; also what a number that is none counts as."""
 SLACK = 32
-"""How many entries more than it should have the frontier may have before it is swept, and every other list of nodes."""
+"""How many of the dead a list of nodes may have before it is swept, beside as many or twice as many as are alive."""
 
 
 class Node:
