@@ -33,6 +33,31 @@ class StallError(PipeinferError):
     exit_code = 3
 
 
+class NotFiniteError(PipeinferError):
+    """The model's numbers are not finite where an answer depends on them; the message says in which layer and rank."""
+
+
+class Terminated(BaseException):
+    """A signal asked this process to end (SIGTERM, SIGHUP); as KeyboardInterrupt, nothing but the top catches it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def exit_code(error: BaseException) -> int:
+    """What a process that ``error`` ends says to whoever started it, 0 to 255."""
+    if isinstance(error, PipeinferError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, Terminated):
+        return 128 + error.signum
+    if isinstance(error, SystemExit):
+        return error.code & 0xFF if isinstance(error.code, int) else int(error.code is not None)
+    return 1
+
+
 def refuse(thing: str, fix: str) -> NoReturn:
     """Raise a UserError in the house's form: what is wrong, then what to do about it."""
     raise UserError(f"{thing}; {fix}")

@@ -1,0 +1,60 @@
+"""How a process of ours ends when something went wrong: one message, the right exit code, and the whole job with it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import sys
+import traceback
+
+from launch.environment import launched
+from launch.last_words import let_it_be_read
+from pipeinfer.errors import PipeinferError, Terminated, UserError, exit_code
+
+
+def leave(error: BaseException) -> int:
+    """Say ``error`` once and return the exit code; where this process is a rank of an MPI job, end the job with it.
+
+    A UserError is one line from the rank that speaks for all, and every rank leaves by itself: they all have it."""
+    launch = launched()
+    if isinstance(error, UserError):
+        if str(error) and (launch is None or launch.leads):
+            write(f"pipeinfer: {error}")
+        return exit_code(error)
+    say(error, rank=launch.rank if launch is not None and launch.size > 1 else None)
+    mpi = sys.modules.get("launch.mpi")  # MPI cannot run without it
+    if mpi is not None:
+        mpi.abort(exit_code(error))
+    return exit_code(error)
+
+
+def say(error: BaseException, rank: int | None = None) -> None:
+    """Tell on standard error what ended this process, ``rank`` of a job or None: the errors that we foresaw in a line,
+    others with their traceback, and nothing where somebody else has told it."""
+    where = "" if rank is None else f"rank {rank} on {socket.gethostname()}"
+    if isinstance(error, PipeinferError):
+        if str(error):
+            write(f"pipeinfer: {error}")
+    elif isinstance(error, KeyboardInterrupt | Terminated | SystemExit):
+        if where and (why := _asked(error)):
+            write(f"pipeinfer: {where} {why}, and the job with it")
+    else:
+        cause = "".join(traceback.format_exception(error)).rstrip()
+        write(f"pipeinfer: {where or 'an unforeseen error'}{' failed' if where else ''}; please report this:\n{cause}")
+
+
+def _asked(error: BaseException) -> str:
+    """How this process was asked to end."""
+    if isinstance(error, Terminated):
+        return f"was ended by {signal.Signals(error.signum).name}"
+    if isinstance(error, SystemExit):
+        return f"left with exit code {exit_code(error)}"
+    return "was interrupted"
+
+
+def write(line: str) -> None:
+    """``line`` on standard error, at once, where there still is one."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(line, file=sys.stderr, flush=True)
+        let_it_be_read(sys.stderr)
