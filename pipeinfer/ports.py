@@ -301,6 +301,10 @@ class Transport(Protocol):
         """Sleep until something may have arrived, or for ``most_s`` seconds."""
         ...
 
+    def wake(self) -> None:
+        """End the ``wait`` of the thread that drives it; may be called from any thread."""
+        ...
+
     def close(self) -> None:
         """Wait until everything sent is gone. Collective."""
         ...
