@@ -116,7 +116,7 @@ def idle_before_the_last_run_is_back(patch: pytest.MonkeyPatch) -> None:
         if session is None or not session.is_over or len(machine._flight) > 1:
             return []
         machine._session = None
-        return [Idle(session.tally)]
+        return [Idle(session.tally, session.caller_number), *machine._open()]
 
     wrap(patch, Orchestrator, "_settle", settle)
 
