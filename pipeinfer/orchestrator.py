@@ -27,7 +27,7 @@ from operator import attrgetter
 from typing import Any
 
 from kvbuffers.partitions import Partitions
-from pipeinfer.errors import LocalProtocolError, RemoteProtocolError
+from pipeinfer.errors import LocalProtocolError, RankFailed, RemoteProtocolError
 from pipeinfer.flight import Flight, Run
 from pipeinfer.ports import (
     GREEDY,
@@ -168,6 +168,8 @@ class Orchestrator:
         if message.kind is Kind.STATUS:
             self._roster.answered(message)
             return []
+        if message.kind is Kind.FAILED:
+            raise RankFailed(address_name(message.source), message.run)
         raise RemoteProtocolError(f"the orchestrator got {message.kind.name} from {address_name(message.source)}")
 
     # A request begins and ends.

@@ -76,6 +76,7 @@ class Kind(enum.IntEnum):
     REQUEST = 13  # orchestrator -> first stage -> ... -> last stage, and -> drafters: how tokens are drawn
     ORDER = 14  # orchestrator -> drafter: so many more passes (see Order), until the next word
     CALIBRATE = 15  # orchestrator -> drafter: what your probabilities mean (see speculation.calibration)
+    FAILED = 16  # any rank -> orchestrator: I have failed, have said why, and end the job with exit code ``run``
 
 
 class Flag(enum.IntFlag):
@@ -157,7 +158,7 @@ _ROW_TYPES: dict[Kind, tuple[struct.Struct, type[Row] | type[ChoiceRow] | type[D
     Kind.ORDER: (REAL_ROW, SettingRow),
     Kind.CALIBRATE: (REAL_ROW, SettingRow),
 }
-CONTROL_KINDS = frozenset({Kind.CANCEL, Kind.PROBE, Kind.STATUS})
+CONTROL_KINDS = frozenset({Kind.CANCEL, Kind.PROBE, Kind.STATUS, Kind.FAILED})
 
 
 def row_type(kind: Kind) -> type[Row] | type[ChoiceRow] | type[DraftRow] | type[SettingRow]:

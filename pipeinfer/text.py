@@ -48,7 +48,9 @@ class Text:
         """A fresh decoder for tokens that come a few at a time."""
         return TextStream(self)
 
-    def reader(self, silent: frozenset[int], stops: Sequence[str]) -> Reader:
+    eos_tokens: frozenset[int] = frozenset()
+    def special_stop(self, text): return None
+    def reader(self, silent: frozenset[int], stops: Sequence[str], prompt=()) -> Reader:
         """A fresh reader of one answer."""
         return Reader(self.stream(), silent, stops)
 
