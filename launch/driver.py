@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from launch.backoff import sleep_until
+from launch.backoff import Clock, sleep_until
 from pipeinfer.errors import StallError
 from pipeinfer.executor import Executor
 from pipeinfer.ports import Emit, Event, Finish, Idle, Send, Transport
@@ -16,9 +16,10 @@ MOST_IDLE_S = 50e-3
 
 
 class Driver:
-    """Runs an executor's machines against a transport (None for a rank that is alone) and the wall clock."""
+    """Runs an executor's machines against a transport (None for a rank that is alone) and a ``clock``."""
 
-    def __init__(self, homes: Mapping[int, int], transport: Transport | None) -> None:
+    def __init__(self, homes: Mapping[int, int], transport: Transport | None, clock: Clock = time) -> None:
+        self._clock = clock
         self._homes = homes
         self._transport = transport
         self._due = 0.0  # when the current layer's rest is over
@@ -38,22 +39,22 @@ class Driver:
 
     def deliver(self, address: int, event: Event) -> None:
         """Hand a role an event from outside."""
-        self.moved_at = time.monotonic()
+        self.moved_at = self._clock.monotonic()
         self.executor.deliver(address, event, self.moved_at)
 
     def turn(self) -> None:
         """One turn of the loop."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         moved = False
         if self._transport is not None:
             for event in self._transport.poll():
-                self.executor.deliver(event.message.dest, event, time.monotonic())
+                self.executor.deliver(event.message.dest, event, self._clock.monotonic())
                 moved = True
         alarm = self.executor.alarm
         if alarm is not None and now >= alarm:
             self.executor.ring(now)
             moved = True
-        moved |= self._step(time.monotonic())
+        moved |= self._step(self._clock.monotonic())
         if moved:
             self.moved_at = now
             return
@@ -61,7 +62,7 @@ class Driver:
         if self._transport is not None:
             self._transport.wait(idle_s)
         else:
-            time.sleep(idle_s)
+            self._clock.sleep(idle_s)
 
     def _step(self, now: float) -> bool:
         """Compute the next layer; whether there was one. A paced one is slept through, as deaf as a real one computes;
@@ -72,7 +73,7 @@ class Driver:
             return False
         if rest_s:
             self._due = (self._due or now - self._overslept_s) + rest_s
-            sleep_until(self._due)
+            sleep_until(self._due, self._clock)
         else:
             self._overslept_s = now - self._due if self._due else 0.0
             self._due = 0.0
@@ -80,8 +81,8 @@ class Driver:
 
     def run(self, until: Callable[[], bool], deadline_s: float = 0.0, explain: Callable[[], str] = str) -> None:
         """Turn until ``until()``; StallError, saying ``explain()``, if nothing moves for ``deadline_s`` (0: never)."""
-        self.moved_at = time.monotonic()
+        self.moved_at = self._clock.monotonic()
         while not until():
             self.turn()
-            if deadline_s and time.monotonic() - self.moved_at > deadline_s:
+            if deadline_s and self._clock.monotonic() - self.moved_at > deadline_s:
                 raise StallError(explain())
