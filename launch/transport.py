@@ -14,8 +14,9 @@ else's.
               sides count alike, so the n-th tensor meets the n-th announcement.
 
 Everything is non-blocking. A message whose tensor has not arrived holds back the later ones of its sender only, and no
-CONTROL. Sends are kept, buffers and all, until MPI is done with them. Large tensors land in a fixed rotation of
-buffers: as a run is one of at most ``window`` in flight, its buffer is free again before its turn comes round.
+CONTROL. Sends are kept, buffers and all, until MPI is done with them. Large tensors of one sender land in a fixed
+rotation of buffers: as a run is one of at most ``window`` in flight, its buffer is free again before its turn comes
+round. Senders do not share a rotation, for a quick one would come round while a slow one's tensor is still in use.
 
 Nobody spins: who has nothing to do sleeps until a neighbour rings (see Doorbell) or between polls (see Backoff). So
 many ranks can share few cores, and a blocking MPI call that would burn one never appears.
@@ -145,6 +146,22 @@ class _Inbound:
     request: Handle | None = None
 
 
+class _Rotation:
+    """Buffers for the large tensors of one sender, each used again after ``window`` further ones."""
+
+    def __init__(self, window: int) -> None:
+        self._buffers: list[Bytes] = [np.empty(0, np.uint8) for _ in range(window + 1)]
+        self._next = 0
+
+    def take(self, nbytes: int) -> Bytes:
+        """The next buffer, of so many bytes."""
+        index = self._next
+        self._next = (index + 1) % len(self._buffers)
+        if self._buffers[index].nbytes < nbytes:
+            self._buffers[index] = np.empty(nbytes, np.uint8)
+        return self._buffers[index][:nbytes]
+
+
 class _Ring:
     """Pre-posted receives, taken in posting order; a message comes with what followed it in its buffer, copied."""
 
@@ -194,7 +211,7 @@ class MpiTransport:
     """Messages between the ranks of ``comm``; ``pack`` and ``unpack`` turn activations to bytes [n] and back.
 
     ``mpi``: the names of the library that ``comm`` is of. A payload that was received is a window on a buffer, which
-    stays as it is until ``window`` further tensors have been announced."""
+    stays as it is until its sender has announced ``window`` further tensors."""
 
     def __init__(
         self,
@@ -213,8 +230,8 @@ class MpiTransport:
         self._byte = mpi.BYTE
         self._ring = _Ring(self._messages, mpi)
         self._inbound: dict[int, deque[_Inbound]] = {}
-        self._buffers: list[Bytes] = [np.empty(0, np.uint8) for _ in range(window + 1)]
-        self._next_buffer = 0
+        self._window = window
+        self._rotations: dict[int, _Rotation] = {}
         self.messages = self.nbytes = 0
         self._sends: deque[tuple[Handle, Any]] = deque()
         self._bell = bell or Doorbell()
@@ -278,11 +295,9 @@ class MpiTransport:
         """Post the receive for the tensor that ``message`` announces, if it does and did not bring it (``body``)."""
         if body is not None or not message.payload_nbytes:
             return _Inbound(message, body)
-        index = self._next_buffer
-        self._next_buffer = (index + 1) % len(self._buffers)
-        if self._buffers[index].nbytes < message.payload_nbytes:
-            self._buffers[index] = np.empty(message.payload_nbytes, np.uint8)
-        buffer = self._buffers[index][: message.payload_nbytes]
+        if source not in self._rotations:
+            self._rotations[source] = _Rotation(self._window)
+        buffer = self._rotations[source].take(message.payload_nbytes)
         return _Inbound(message, buffer, self._tensors.Irecv([buffer, self._byte], source))
 
     def close(self) -> None:

@@ -4,9 +4,10 @@
     matching   a receive takes the first message that fits it, a message the first receive, in the order they were posted
     buffers    a send's is read when it completes; a receive's holds rubbish from its posting until it completes
     progress   things move only while a rank calls MPI, or by themselves (``is_driven``)
+    times      ways differ from message to message, and some between two ranks are all far longer
     sizes      a message of more than ``eager_nbytes`` is sent only when its receive is there
 
-Misuse raises MpiMisuse: too small a buffer, a communicator freed before its receives are over.
+Misuse raises MpiMisuse: too small a buffer, a communicator freed before its requests are over.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class _Box:
 
     posted: deque[Request] = field(default_factory=deque)
     unexpected: deque[_Sent] = field(default_factory=deque)
-    open: list[Request] = field(default_factory=list)
+    open: list[Request] = field(default_factory=list)  # of either kind, for the check at the end
 
 
 @dataclass(slots=True)
@@ -109,6 +110,7 @@ class Library:
         self.eager_nbytes = eager_nbytes
         self._is_driven = is_driven
         self._due: list[deque[Callable[[], object]]] = [deque() for _ in hosts]
+        self._slowness: dict[tuple[int, int], int] = {}
         self._last: dict[tuple[object, int, int], float] = {}
         self.boxes: dict[tuple[object, int], _Box] = {}
         self.meetings: dict[tuple[object, int], _Meeting] = {}
@@ -130,7 +132,10 @@ class Library:
 
     def after_a_while(self, action: Callable[[], object], lane: tuple[object, int, int] | None = None) -> None:
         """Have ``action`` done when a message would have arrived, not before the last one in its ``lane``."""
-        when = self.time.monotonic() + self.rng.uniform(*self._delay_s)
+        delay_s = self.rng.uniform(*self._delay_s)
+        if lane is not None:
+            delay_s *= self._slowness.setdefault(lane[1:], self.rng.choice((1, 1, 1, 10)))
+        when = self.time.monotonic() + delay_s
         if lane is not None:
             when = self._last[lane] = max(when, self._last.get(lane, 0.0))
         self.time.at(when, action)
@@ -196,12 +201,17 @@ class Communicator:
 
     def Free(self) -> None:
         if waiting := sum(not request.is_done for request in self._box.open):
-            raise MpiMisuse(f"rank {self._rank} frees a communicator in which {waiting} receives wait")
+            raise MpiMisuse(f"rank {self._rank} frees a communicator in which {waiting} of its requests are open")
+
+    def _open(self, data: memoryview, source: int = -1) -> Request:
+        request = Request(self._library, self._members[self._rank], data, source, len(data))
+        self._box.open = [*(one for one in self._box.open if not one.is_done), request]
+        return request
 
     def Isend(self, buf: Any, dest: int) -> Request:
         library = self._library
         data = memoryview(buf[0]).cast("B")
-        request = Request(library, self._members[self._rank], data, nbytes=len(data))
+        request = self._open(data)
         sent = _Sent(self._rank, None, request)
 
         def arrived() -> None:
@@ -217,9 +227,8 @@ class Communicator:
         library, box = self._library, self._box
         data = memoryview(buf[0]).cast("B")
         data[:] = bytes((RUBBISH,)) * len(data)
-        request = Request(library, self._members[self._rank], data, source)
+        request = self._open(data, source)
         request.withdraw = lambda: box.posted.remove(request)
-        box.open = [*(one for one in box.open if not one.is_done), request]
         for sent in box.unexpected:
             if source in (NAMES.ANY_SOURCE, sent.source):
                 box.unexpected.remove(sent)

@@ -28,7 +28,8 @@ class _Program:
 class VirtualTime:
     """A clock for the programs that it runs, and an agenda of actions; a Clock of launch/backoff.py."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_turns: int = MOST_TURNS) -> None:
+        self._most_turns = most_turns
         self._now = 0.0
         self._serial = self._turns = 0
         self._agenda: list[tuple[float, int, Callable[[], object] | None, _Program | None, int]] = []
@@ -131,7 +132,7 @@ class VirtualTime:
             elif program is not None and program.ticket == ticket:
                 program.ticket += 1
                 self._turns += 1
-                if self._turns > MOST_TURNS:
+                if self._turns == self._most_turns:
                     break
                 return program
-        raise StallError(f"after {self._turns} turns nobody will wake")
+        raise StallError(f"after {self._turns} turns nobody is left to wake")
