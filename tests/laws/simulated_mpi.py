@@ -1,7 +1,7 @@
 """A simulated MPI for launch/transport.py: what the standard lets a library do, drawn from a seed.
 
     order      between two ranks messages of one communicator match in the order they were sent; nothing else is ordered
-    matching   a receive takes the first message that fits it, a message the first receive, in the order they were posted
+    matching   a receive takes the first message that fits it, a message the first receive, in their order
     buffers    a send's is read when it completes; a receive's holds rubbish from its posting until it completes
     progress   things move only while a rank calls MPI, or by themselves (``is_driven``)
     times      ways differ from message to message, and some between two ranks are all far longer
@@ -149,10 +149,13 @@ class Library:
 
     def match(self, request: Request, sent: _Sent) -> None:
         request.is_matched = True
+
+        def ask() -> None:
+            self.later(sent.request.rank, lambda: self._read(request, sent))
+
         if sent.data is not None:
             return self.later(request.rank, lambda: self._complete(request, sent))
-        to_sender = lambda: self.after_a_while(lambda: self.later(sent.request.rank, lambda: self._read(request, sent)))
-        self.later(request.rank, to_sender)
+        self.later(request.rank, lambda: self.after_a_while(ask))
 
     def _read(self, request: Request, sent: _Sent) -> None:
         def carried() -> None:

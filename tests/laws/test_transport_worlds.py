@@ -23,7 +23,10 @@ from tests.laws.simulated_mpi import NAMES, Library, MpiMisuse
 from tests.laws.transport_worlds import check_driven_world, random_traffic
 from tests.laws.virtual_time import VirtualTime
 
-WORLDS = {"traffic": lambda seed: random_traffic(seed).check(), "machines": lambda seed: check_driven_world(seed).tensors}
+WORLDS: dict[str, Callable[[int], object]] = {
+    "traffic": lambda seed: random_traffic(seed).check(),
+    "machines": check_driven_world,
+}
 TRAFFIC, MACHINES = range(40), range(25)
 Plant = Callable[[pytest.MonkeyPatch], object]
 
@@ -166,9 +169,12 @@ def test_a_fault_is_caught(plant: Plant, kind: str, caught_by: str, monkeypatch:
 
 def test_ranks_that_wait_for_each_other_are_a_stall() -> None:
     library = Library(VirtualTime(most_turns=1000), random.Random(0), (0, 0))
-    waits = [lambda rank=rank: library.world(rank).Irecv([bytearray(1), NAMES.BYTE], 1 - rank).Wait() for rank in (0, 1)]
+
+    def wait(rank: int) -> None:
+        library.world(rank).Irecv([bytearray(1), NAMES.BYTE], 1 - rank).Wait()
+
     with pytest.raises(StallError, match="1000 turns"):
-        library.time.run(waits)
+        library.time.run([lambda: wait(0), lambda: wait(1)])
 
 
 def main() -> int:

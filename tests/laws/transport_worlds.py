@@ -9,12 +9,13 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from launch.backoff import Clock
 from launch.driver import Driver
 from launch.roles import homes, seat
 from launch.transport import MpiTransport
@@ -72,7 +73,7 @@ class Traffic:
                 library.world(rank), lambda array: array.view(np.uint8), lambda data, rows: data.view(np.int64),
                 self.each, NAMES, Bell(library, rank, bells, loss), time,
             )  # fmt: skip
-            read[rank] = _Correspondent(self, rank, transport, time).run()
+            read[rank] = Correspondent(self, rank, transport, time).run()
             transport.close()
 
         time.run([lambda rank=rank: rank_program(rank) for rank in range(self.ranks)])
@@ -87,8 +88,10 @@ def pattern(source: int, dest: int, number: int, size: int) -> Any:
     return np.arange(size, dtype=np.int64) + ((source * 64 + dest) * 4096 + number) * (1 << 32)
 
 
-class _Correspondent:
-    def __init__(self, traffic: Traffic, rank: int, transport: MpiTransport, time: VirtualTime) -> None:
+class Correspondent:
+    """One rank of ``traffic``, over whatever MPI ``transport`` is on."""
+
+    def __init__(self, traffic: Traffic, rank: int, transport: MpiTransport, time: Clock) -> None:
         self._traffic, self._rank, self._transport, self._time = traffic, rank, transport, time
         self._rng = random.Random(traffic.seed * 64 + rank)
         self._others = [other for other in range(traffic.ranks) if other != rank]
@@ -254,8 +257,9 @@ def random_driven_world(seed: int) -> tuple[WorldSpec, int]:
     if not spec.policy.window and rng.random() < 0.5:
         spec = replace(spec, policy=replace(spec.policy, window=rng.randint(1, 2 * stages)))
     spec = replace(
-        spec, stages=stages, model=replace(spec.model, layers=stages), placement=rng.choice(("spread", "oversubscribed")),
-        withdraw_s=None, silent_s=None, drafters=min(spec.drafters, 2), requests=spec.requests[:2],
+        spec, stages=stages, model=replace(spec.model, layers=stages),
+        placement=rng.choice(("spread", "oversubscribed")), withdraw_s=None, silent_s=None,
+        drafters=min(spec.drafters, 2), requests=spec.requests[:2],
         stage_s=tuple(SCALE * pass_s for pass_s in spec.stage_s), draft_s=SCALE * spec.draft_s,
     )  # fmt: skip
     return spec, rng.choice((1, 1500, 5000))

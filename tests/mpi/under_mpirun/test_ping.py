@@ -8,7 +8,6 @@ from launch.mpi import World
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.timeout(60)
 def test_the_head_knows_what_messages_take_and_large_ones_take_longer() -> None:
     world = World()
     small_s, large_s = world.ping(1, 20), world.ping(1 << 24, 3)

@@ -13,7 +13,7 @@ from launch.mpi import MpiTransport, World
 from pipeinfer.ports import Received
 from pipeinfer.protocol import HEADER, MAX_OPS, MAX_ROWS, CellOp, CellOpKind, Kind, Message, Row
 
-pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.timeout(60)]
+pytestmark = pytest.mark.mpi(min_size=2)
 
 WINDOW = 100
 """More tensors than any test here has on the way: the transport's promise holds within its window."""
