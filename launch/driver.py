@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from launch.backoff import Clock, sleep_until
+from launch.doorbell import Doorbell
 from pipeinfer.errors import StallError
 from pipeinfer.executor import Executor
 from pipeinfer.ports import Emit, Event, Finish, Idle, Send, Transport
@@ -24,7 +25,10 @@ class Driver:
         self._transport = transport
         self._due = 0.0  # when the current layer's rest is over
         self._overslept_s = 0.0
-        self.moved_at = 0.0
+        self._bell = Doorbell() if transport is None else None  # a rank that is alone is woken by its own threads
+        if self._bell is not None:
+            self._bell.meet({0: self._bell.name})
+        self.moved_at = self._clock.monotonic()
         self.executor: Executor  # set by whoever casts the roles
         self.news: deque[tuple[float, Emit | Finish | Idle]] = deque()
 
@@ -56,13 +60,25 @@ class Driver:
             moved = True
         moved |= self._step(self._clock.monotonic())
         if moved:
-            self.moved_at = now
+            self.moved_at = self._clock.monotonic()  # a layer may have taken long
             return
         idle_s = MOST_IDLE_S if alarm is None else min(MOST_IDLE_S, max(0.0, alarm - now))
-        if self._transport is not None:
+        if self._bell is not None:
+            self._bell.wait(idle_s)
+        elif self._transport is not None:
             self._transport.wait(idle_s)
-        else:
-            self._clock.sleep(idle_s)
+
+    def wake(self) -> None:
+        """From any thread: end the wait of a turn."""
+        if self._bell is not None:
+            self._bell.ring(0)
+        elif self._transport is not None:
+            self._transport.wake()
+
+    def close(self) -> None:
+        """Let go of what it waits on."""
+        if self._bell is not None:
+            self._bell.close()
 
     def _step(self, now: float) -> bool:
         """Compute the next layer; whether there was one. A paced one is slept through, as deaf as a real one computes;

@@ -6,11 +6,16 @@ import contextlib
 import signal
 import socket
 import sys
+import time
 import traceback
 
 from launch.environment import launched
 from launch.last_words import let_it_be_read
 from pipeinfer.errors import PipeinferError, Terminated, UserError, exit_code
+
+SIGNALLED_S = 1.5
+"""A rank waits so long before it takes a signal for its own affair. A launcher that ends a job signals all ranks, and
+kills them a second later: then whoever failed has told it, or rank 0, which waits for half a second less, does."""
 
 
 def leave(error: BaseException) -> int:
@@ -19,7 +24,7 @@ def leave(error: BaseException) -> int:
     A UserError is one line from the rank that speaks for all, and every rank leaves by itself: they all have it."""
     launch = launched()
     if isinstance(error, UserError):
-        if str(error) and (launch is None or launch.leads):
+        if not error.is_told and (launch is None or launch.leads):
             write(f"pipeinfer: {error}")
         return exit_code(error)
     say(error, rank=launch.rank if launch is not None and launch.size > 1 else None)
@@ -34,11 +39,13 @@ def say(error: BaseException, rank: int | None = None) -> None:
     others with their traceback, and nothing where somebody else has told it."""
     where = "" if rank is None else f"rank {rank} on {socket.gethostname()}"
     if isinstance(error, PipeinferError):
-        if str(error):
+        if not error.is_told:
             write(f"pipeinfer: {error}")
     elif isinstance(error, KeyboardInterrupt | Terminated | SystemExit):
-        if where and (why := _asked(error)):
-            write(f"pipeinfer: {where} {why}, and the job with it")
+        if rank is not None and not isinstance(error, SystemExit):
+            time.sleep(SIGNALLED_S + 0.5 * (rank > 0))
+        if where:
+            write(f"pipeinfer: {where} {_asked(error)}, and the job with it")
     else:
         cause = "".join(traceback.format_exception(error)).rstrip()
         write(f"pipeinfer: {where or 'an unforeseen error'}{' failed' if where else ''}; please report this:\n{cause}")

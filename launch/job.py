@@ -1,14 +1,15 @@
-"""A job: one rank's roles, cast and driven. The head submits requests, the other ranks serve until it closes."""
+"""A job: one rank's roles, cast and driven. The head's part is led by head.py, the other ranks serve until it closes."""
 
 from __future__ import annotations
 
-import gc
 import socket
 import time
-from collections.abc import Generator
+from collections import deque
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from launch.backoff import Backoff
 from launch.driver import Driver
 from launch.paced_links import PacedLinks
 from launch.roles import Plan, Role, count, homes
@@ -21,17 +22,14 @@ from pipeinfer.orchestrator import Orchestrator
 from pipeinfer.ports import (
     Closed,
     Emit,
+    Event,
     Finish,
     Idle,
     Pair,
-    Request,
     ShardModel,
     Stalled,
     Started,
-    Submitted,
-    Tally,
     Transport,
-    Withdrawn,
 )
 from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR
 from pipeinfer.trace import Header, TraceWriter
@@ -41,22 +39,11 @@ from speculation.schedule import Placement
 
 if TYPE_CHECKING:
     from launch.mpi import World
+    from launch.muster import Muster
+    from pipeinfer.preflight import Cleared
 
 PROBE_S = 2.0
 """How long silent roles get to answer before the head gives up on them."""
-
-
-@dataclass(frozen=True, slots=True)
-class News:
-    """What the head hears of its request, at ``at_s`` (monotonic seconds): that it began, tokens with their
-    log-probabilities, how it ended. ``pulse``: the orchestrator's, for those who watch."""
-
-    at_s: float
-    tokens: tuple[int, ...] = ()
-    reason: str = ""
-    tally: Tally | None = None
-    logps: tuple[float, ...] = ()
-    pulse: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +61,7 @@ class RankFacts:
 class Job:
     """This rank's part of the job that ``config`` and ``plan`` describe; ``world`` is None for a rank that is alone.
 
+    ``muster`` watches the ranks while they load.
     ``link`` paces messages between ranks, and ``placement`` is what is supposed of them, for emulations. ``traffic``:
     messages and bytes that all ranks have sent each other; the head knows it once the job is closed."""
 
@@ -86,6 +74,7 @@ class Job:
         world: World | None = None,
         link: Link | None = None,
         placement: Placement | None = None,
+        muster: Muster | None = None,
     ) -> None:
         self._config = config
         self._world = world
@@ -99,7 +88,10 @@ class Job:
             placement=placement or (world.placement if world else "alone"),
         )
         self._trace = _open_trace(config, plan, cast, rank) if config.trace is not None else None
-        shards = make_shards(cast, plan[rank], pair)
+        with muster.busy("loading") if muster else nullcontext():
+            self._shards = make_shards(cast, plan[rank], pair)
+        if muster is not None:
+            muster.wait(Backoff().wait)
         self._transport: Transport | None = None
         self.traffic = (0, 0)
         if world is not None:
@@ -112,10 +104,9 @@ class Job:
         machines = [cast.machine(role.address) for role in plan[rank]]
         self._orchestrator = next((machine for machine in machines if isinstance(machine, Orchestrator)), None)
         observer = self._trace.write if self._trace else None
-        self._executor = Executor(machines, shards, self._driver, observer, clock=time.monotonic)
+        self._executor = Executor(machines, self._shards, self._driver, observer, clock=time.monotonic)
         self._driver.executor = self._executor
-        self.ranks = self._gather(plan[rank], rank, sum(shard.weight_nbytes for shard in shards.values()))
-        gc.freeze()  # what is loaded stays: the collector would look at all of it, which takes as long as many a run
+        self.ranks = self._gather(plan[rank], rank, sum(shard.weight_nbytes for shard in self._shards.values()))
         for address in self._executor.addresses:
             self._driver.deliver(address, Started())
 
@@ -125,42 +116,33 @@ class Job:
         facts = RankFacts(rank, socket.gethostname(), [role.name for role in roles], layers, weight_nbytes, threads)
         return self._world.gather(asdict(facts)) if self._world else [asdict(facts)]
 
-    def submit(self, request: Request) -> Generator[News, None, None]:
-        """On the head: serve ``request``; yields its beginning, what happens as it happens, and last the tally.
+    def deliver(self, event: Event) -> None:
+        """On the head: hand the orchestrator an event from outside."""
+        self._driver.deliver(ORCHESTRATOR, event)
 
-        Raises StallError, after asking every role what it is doing, if nothing moves for the configured time."""
+    def turn(self) -> deque[tuple[float, Emit | Finish | Idle]]:
+        """On the head: let in what has arrived, compute one layer, or wait a little; what there is to tell, with its
+        time, for the caller to take."""
+        self._driver.turn()
+        return self._driver.news
+
+    def wake(self) -> None:
+        """From any thread: end the wait of a turn."""
+        self._driver.wake()
+
+    @property
+    def pulse(self) -> tuple[int, int]:
+        """See Orchestrator."""
         assert self._orchestrator is not None
-        began = time.monotonic()
-        self._driver.deliver(ORCHESTRATOR, Submitted(request))
-        reason, is_idle = "", False
-        try:
-            yield News(began)
-            while not is_idle:
-                at_s, command = self._hear()
-                if isinstance(command, Emit):
-                    yield News(at_s, command.tokens, logps=command.logps, pulse=self._orchestrator.pulse)
-                elif isinstance(command, Finish):
-                    reason = command.reason
-                else:
-                    is_idle = True
-                    yield News(at_s, reason=reason, tally=command.tally)
-        except GeneratorExit:  # nobody wants the rest
-            self.withdraw()
-            while not is_idle:
-                is_idle = isinstance(self._hear()[1], Idle)
-            raise
+        return self._orchestrator.pulse
 
-    def withdraw(self) -> None:
-        """On the head: ask for no more tokens of the request being served; its tally still comes."""
-        self._driver.deliver(ORCHESTRATOR, Withdrawn())
+    @property
+    def is_stalled(self) -> bool:
+        """Whether nothing has moved for as long as the job allows."""
+        timeout_s = self._config.timeout_s
+        return timeout_s > 0 and time.monotonic() - self._driver.moved_at > timeout_s
 
-    def _hear(self) -> tuple[float, Emit | Finish | Idle]:
-        """The next thing that happened, and when; waits for it. What comes after it stays for the next call."""
-        driver = self._driver
-        driver.run(lambda: bool(driver.news), self._config.timeout_s, self._explain)
-        return driver.news.popleft()
-
-    def _explain(self) -> str:
+    def explain(self) -> str:
         """Ask every role what it is doing; what they say, or that they are silent."""
         assert self._orchestrator is not None
         self._driver.deliver(ORCHESTRATOR, Stalled())
@@ -178,12 +160,12 @@ class Job:
     def close(self) -> None:
         """On the head: let everybody go. Collective with their ``serve``."""
         self._driver.deliver(ORCHESTRATOR, Closed())
-        self._driver.run(lambda: self._executor.is_halted, self._config.timeout_s, self._explain)
+        self._driver.run(lambda: self._executor.is_halted, self._config.timeout_s, self.explain)
         self._end()
 
     def kill(self) -> None:
-        """Let go of what this process holds for the job; nothing else outlives it."""
-        gc.unfreeze()
+        """Let go of what this process holds for the job, models included; nothing else outlives it."""
+        self._shards.clear()
         if self._trace is not None:
             self._trace.close()
 
@@ -194,6 +176,20 @@ class Job:
             sent = self._world.gather({"messages": self._transport.messages, "nbytes": self._transport.nbytes})
             self.traffic = (sum(rank["messages"] for rank in sent), sum(rank["nbytes"] for rank in sent))
         self.kill()
+
+
+def load(config: Config, cleared: Cleared, world: World | None, muster: Muster | None = None) -> Job:
+    """This rank's part of the job that ``config`` describes and ``cleared`` checked, with its share of the models.
+    Collective. Raises UserError for what cannot be loaded, StallError for a rank that makes no progress."""
+    with muster.busy("loading") if muster else nullcontext():
+        import torch
+
+        from stages.pair import CheckpointPair
+
+        if world is not None:
+            torch.set_num_threads(world.threads)
+        pair = CheckpointPair(cleared.target, cleared.drafts, config.dtype, config.forced_acceptance)
+    return Job(config, cleared.plan, cleared.context, pair, world, muster=muster)
 
 
 def make_shards(cast: Cast, roles: tuple[Role, ...], pair: Pair) -> dict[int, ShardModel]:

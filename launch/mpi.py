@@ -6,34 +6,40 @@ import contextlib
 import functools
 import json
 import os
-import socket
-import sys
+import threading
 import time
-import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import mpi4py
 import numpy as np
 import numpy.typing as npt
 
-mpi4py.rc.thread_level = "funneled"  # one thread; must be said before MPI is loaded
+mpi4py.rc.thread_level = "serialized"  # several threads, one at a time; must be said before MPI is loaded
 
 from mpi4py import MPI  # noqa: E402
 
 from launch import transport  # noqa: E402
-from launch.last_words import let_it_be_read  # noqa: E402
+from launch.failure import say  # noqa: E402
+from launch.muster import Muster  # noqa: E402
 from launch.transport import on_this_host, politely  # noqa: E402
-from pipeinfer.errors import PipeinferError, StallError, UserError  # noqa: E402
+from launch.watch import here, name_of  # noqa: E402
+from pipeinfer.errors import exit_code  # noqa: E402
 from speculation.schedule import Placement  # noqa: E402
 
 Bytes = npt.NDArray[np.uint8]
 MpiTransport = functools.partial(transport.MpiTransport, mpi=MPI)
 """The transport over this process's MPI."""
-FACTS_NBYTES = 1024
 REST_S = 10e-3
 OVERSUBSCRIBED = 1.25
 """So many ranks for each core take each other's time; a few more than cores do not."""
+
+
+def abort(code: int) -> None:
+    """End every rank of the MPI job that this process is part of, now, with exit code ``code``; where it is alone, or
+    MPI is not running, nothing happens."""
+    if MPI.Is_initialized() and not MPI.Is_finalized() and MPI.COMM_WORLD.Get_size() > 1:
+        MPI.COMM_WORLD.Abort(code)
 
 
 def _asked_threads() -> int:
@@ -55,24 +61,32 @@ class World:
 
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
         """``threads``: this rank's share of the cores it may use, unless OMP_NUM_THREADS says otherwise;
-        ``placement``: what processors ranks have."""
+        ``placement``: what processors ranks have; ``may_thread``: whether MPI may be called by another thread than the
+        one that opened it, one at a time."""
         self.comm = (comm or MPI.COMM_WORLD).Dup()
         self.rank = self.comm.Get_rank()
         self.size = self.comm.Get_size()
+        self.may_thread = bool(self.comm.allreduce(MPI.Query_thread() >= MPI.THREAD_SERIALIZED, MPI.LAND))
         fair, is_oversubscribed = _share_of_cores(self.comm)
         self.threads = _asked_threads() or fair
         shared: Placement = "oversubscribed" if is_oversubscribed else "spread"
         self.placement: Placement = shared if self.size > 1 else "alone"
+        self._failing = threading.Lock()
+
+    def muster(self, timeout_s: float) -> Muster:
+        """Watch the ranks from now until all are ready. Collective."""
+        names = [name_of(rank, *where) for rank, where in enumerate(self.comm.allgather(here()))]
+        return Muster(self.comm.Dup(), names, timeout_s, self.may_thread, self.fail)
 
     @property
     def is_head(self) -> bool:
         """Whether this rank leads."""
         return self.rank == 0
 
-    def agree(self, verdict: int) -> int:
-        """The head's ``verdict``, on every rank."""
+    def agree(self, verdict: int, meanwhile: Callable[[], object] = int) -> int:
+        """The head's ``verdict``, on every rank; who waits for it calls ``meanwhile`` now and then."""
         word = np.array([verdict], np.int64)
-        politely(self.comm.Ibcast(word))
+        politely(self.comm.Ibcast(word), meanwhile)
         return int(word[0])
 
     def rest(self) -> None:
@@ -107,13 +121,16 @@ class World:
         self.rest()
 
     def gather(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
-        """Every rank's ``facts``, on the head; elsewhere an empty list."""
-        mine = np.zeros(FACTS_NBYTES, np.uint8)
-        text = json.dumps(facts).encode()[:FACTS_NBYTES]
+        """Every rank's ``facts`` (JSON), on the head; elsewhere an empty list."""
+        text = json.dumps(facts).encode()
+        sizes = np.empty(self.size, np.int64)
+        politely(self.comm.Iallgather(np.array([len(text)], np.int64), sizes))
+        mine = np.zeros(sizes.max(), np.uint8)
         mine[: len(text)] = np.frombuffer(text, np.uint8)
-        everybody = np.zeros((self.size, FACTS_NBYTES), np.uint8)
+        everybody = np.empty((self.size, len(mine)), np.uint8)
         politely(self.comm.Igather(mine, everybody))
-        return [json.loads(bytes(row).rstrip(b"\0")) for row in everybody] if self.is_head else []
+        rows = zip(everybody, sizes, strict=True) if self.is_head else ()
+        return [json.loads(bytes(row[:size])) for row, size in rows]
 
     def ping(self, nbytes: int, repeats: int) -> float:
         """Seconds one way for a message of ``nbytes`` between the head and another rank: half the best of ``repeats``
@@ -135,19 +152,24 @@ class World:
                 pass
         return time.perf_counter() - began
 
-    def fail(self, error: BaseException) -> NoReturn:
-        """Say what went wrong here and take every rank of the job down, now."""
-        code = (
-            error.exit_code if isinstance(error, PipeinferError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-        )
-        where = f"rank {self.rank} on {socket.gethostname()}"
-        if isinstance(error, UserError | StallError):
-            print(f"pipeinfer: {error}", file=sys.stderr)
-        elif not isinstance(error, KeyboardInterrupt):
-            print(f"pipeinfer: {where} failed and takes the job down:", file=sys.stderr)
-            traceback.print_exception(error)
-        let_it_be_read(sys.stderr)
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Whatever is raised inside the ``with`` ends all ranks: see fail."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+
+    def abort(self, code: int) -> None:
+        """End all ranks now."""
         self.comm.Abort(code)
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """Say what went wrong here and take every rank of the job down, now; once, whichever thread calls it first."""
+        code = exit_code(error) or 1
+        if self._failing.acquire(blocking=False):
+            say(error, self.rank)
+            self.abort(code)
         raise SystemExit(code)
 
     def close(self) -> None:

@@ -48,6 +48,10 @@ class PacedLinks:
         dues = [held[0].due for held in (self._control, *self._streams.values()) if held]
         self._transport.wait(min([most_s, *(max(0.0, due - time.monotonic()) for due in dues)]))
 
+    def wake(self) -> None:
+        """See Transport."""
+        self._transport.wake()
+
     def _release(self, now: float) -> None:
         for held in (self._control, *self._streams.values()):
             while held and held[0].due <= now:

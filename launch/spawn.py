@@ -1,145 +1,218 @@
-"""A job on ranks that we start ourselves: mpiexec runs worker.py on this machine, and its rank 0 talks to us.
+"""A job on ranks that we start ourselves: mpiexec runs worker.py on this machine, and its ranks talk to us.
 
-The two talk in lines of JSON over a socket in a private directory: a request one way, or an empty object when the rest
-of it is not wanted; its news the other way. Standard output stays free for whoever uses the engine; what ranks say on
-standard error passes through.
+Every rank connects to a socket of ours before it does anything that may take long, is told the job's Config, and says
+when MPI has joined it; until then we watch that it makes progress. Rank 0 then carries requests one way and news the
+other (see lines.py). Standard output stays free for whoever uses the engine; what ranks say on standard error passes
+through.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import selectors
 import socket
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from launch import mpiexec
-from launch.job import News
-from launch.lines import Lines
+from launch.lines import Lines, is_ours, listen
+from launch.requests import Hear, News, Requests
+from launch.watch import Watch, here, name_of, progress
 from pipeinfer.config import Config
 from pipeinfer.errors import PipeinferError
 from pipeinfer.ports import Request, Tally
 
-START_S = 300.0
-"""Longest wait for all ranks to load their models."""
 GRACE_S = 10.0
 """Longest wait for ranks to leave once they were told to."""
+LOOK_S = 0.2
 
 
 class RanksFailed(PipeinferError):
-    """The ranks ended on their own; what they said is on standard error already."""
+    """The ranks ended on their own. ``words``: what one of them said of it, on standard error already."""
 
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(f"the ranks ended with exit code {exit_code}; their own words are above")
-        self.exit_code = exit_code
+    def __init__(self, code: int, words: str) -> None:
+        told = words or "they did not say why; out of memory, perhaps, or what the launcher said above"
+        super().__init__(f"the ranks ended with exit code {code}: {told}")
+        self.exit_code, self.is_told = code, bool(words)
 
 
 class SpawnedJob:
-    """``ranks`` ranks on this machine serving ``config``; the same interface as Job on the head, but that nobody tells
-    their ``traffic``."""
+    """``ranks`` ranks on this machine serving ``config``; the same interface as LocalJob, but that nobody tells their
+    ``traffic``."""
 
     traffic = (0, 0)
+    is_threaded = True
 
     def __init__(self, config: Config, ranks: int) -> None:
-        self._held = contextlib.ExitStack()  # directory and sockets: let go together
-        place = self._held.enter_context(tempfile.TemporaryDirectory(prefix="pipeinfer-"))
-        path = os.path.join(place, "head")
-        listener = self._held.enter_context(socket.socket(socket.AF_UNIX))
-        listener.bind(path)
-        listener.listen(1)
-        program = [sys.executable, "-m", "launch.worker", path, json.dumps(asdict(config))]
-        line, environ = mpiexec.command(ranks, program)
+        self._requests = Requests()
+        self._held = contextlib.ExitStack()  # sockets: let go together
+        self._selector = self._held.enter_context(selectors.DefaultSelector())
+        self._lines: dict[int, Lines] = {}  # by rank
+        self._words = ""  # what a rank said that failed
+        self._config = config
+        self._reader: threading.Thread | None = None
+        self.ranks: list[dict[str, Any]] = []
+        listener, name = listen()
+        self._selector.register(self._held.enter_context(listener), selectors.EVENT_READ)
+        line, environ = mpiexec.command(ranks, [sys.executable, "-P", "-m", "launch.worker", name])
         root = str(Path(__file__).resolve().parents[1])  # a bare checkout works without being installed
         environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environ.get("PYTHONPATH")]))
         # A group of its own, so that an interrupt reaches the ranks through us, once.
         self._process = subprocess.Popen(line, env=environ, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
         try:
-            self._lines = Lines(self._held.enter_context(self._accept(listener)))
-            self.ranks: list[dict[str, Any]] = self._hear()["ranks"]
+            self._await(ranks)
         except BaseException:
             self.kill()
             raise
+        self._reader = threading.Thread(target=self._read, name="pipeinfer reader", daemon=True)
+        self._reader.start()
 
-    def _accept(self, listener: socket.socket) -> socket.socket:
-        listener.settimeout(0.1)
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            with contextlib.suppress(TimeoutError):
-                return listener.accept()[0]
+    def _await(self, ranks: int) -> None:
+        """Until all ranks are ready. Raises RanksFailed, or StallError for one that makes no progress."""
+        watch, pids = Watch(self._config.timeout_s), dict[int, int]()
+        for rank in range(ranks):
+            watch.expect(rank, name_of(rank, "", 0), time.monotonic())
+        while not self.ranks:
+            for rank, words in self._heard(LOOK_S):
+                if words is None:
+                    self._ended()
+                elif "pid" in words:
+                    pids[rank] = words["pid"]
+                    watch.expect(rank, name_of(rank, here()[0], words["pid"]), time.monotonic())
+                elif "joined" in words:  # from here on the ranks watch each other
+                    watch.done(rank)
+                self.ranks = (words or {}).get("ranks", self.ranks)
+            for rank, pid in pids.items():
+                watch.heard(rank, progress(pid), "starting", time.monotonic())
+            watch.check(time.monotonic())
             if self._process.poll() is not None:
-                raise RanksFailed(self._process.returncode or 1)
-        raise PipeinferError(f"the ranks were not ready after {START_S:g} s")
+                self._ended()
 
-    def _hear(self) -> dict[str, Any]:
-        """The next word of rank 0; raises RanksFailed if there will be none."""
-        if (said := self._lines.hear()) is not None:
-            return said
-        try:
-            code = self._process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            code = 1
+    def _heard(self, most_s: float | None) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """What ranks say, each its number and words, or None where one has gone; waits for it ``most_s``."""
+        for key, _ in self._selector.select(most_s):
+            if key.data is None:
+                self._accept(key.fileobj)  # type: ignore[arg-type]
+                continue
+            lines, rank = key.data
+            while True:
+                words = lines.hear()
+                if words is None:
+                    self._selector.unregister(key.fileobj)
+                    if rank is not None:
+                        yield rank, None
+                    break
+                if rank is None:  # its first words
+                    rank = words["rank"]
+                    self._lines[rank] = lines
+                    self._selector.modify(key.fileobj, selectors.EVENT_READ, (lines, rank))
+                    lines.try_to_say({"config": asdict(self._config)})
+                self._words = self._words or words.get("failed", "")
+                yield rank, words
+                if not lines.is_spoken_to:
+                    break
+
+    def _accept(self, listener: socket.socket) -> None:
+        wire = listener.accept()[0]
+        if is_ours(wire):
+            self._held.enter_context(wire)
+            self._selector.register(wire, selectors.EVENT_READ, (Lines(wire), None))
+        else:
+            wire.close()
+
+    def _ended(self) -> None:
+        """A rank has gone, so all will: hear what they still say, and raise RanksFailed."""
+        until = time.monotonic() + GRACE_S
+        while self._process.poll() is None and time.monotonic() < until:
+            for _ in self._heard(LOOK_S):
+                pass
+        for _ in self._heard(0):
+            pass
+        code = self._process.poll()
         self.kill()
-        raise RanksFailed(code or 1)
+        raise RanksFailed(128 - code if code is not None and code < 0 else code or 1, self._words)
 
-    def submit(self, request: Request) -> Iterator[News]:
-        """See Job."""
-        words = {
+    def _read(self) -> None:
+        """In a thread: pass on what rank 0 tells, until it has gone."""
+        try:
+            while True:
+                for rank, words in self._heard(None):
+                    if words is None and rank in self._lines:
+                        if self._requests.is_closing:
+                            return
+                        self._ended()
+                    if words is not None and "at_s" in words:
+                        self._requests.tell(_news(words))
+        except BaseException as error:
+            self._requests.fail(error, time.monotonic())
+
+    def submit(self, request: Request, hear: Hear) -> int:
+        """See LocalJob."""
+        number = self._requests.open(hear)
+        asked = {
+            "number": number,
             "prompt": request.prompt,
             "max_new_tokens": request.max_new_tokens,
-            "stop": sorted(request.stop_tokens),
+            "stop_tokens": sorted(request.stop_tokens),
             "sampling": asdict(request.sampling),
         }
-        self._say(words)
-        tally = None
-        try:
-            while tally is None:
-                said = self._hear()
-                tally = Tally(**said["tally"]) if said["tally"] else None
-                lists = {name: tuple(said[name]) for name in ("tokens", "logps", "pulse")}
-                yield News(said["at_s"], reason=said["reason"], tally=tally, **lists)
-        except GeneratorExit:  # nobody wants the rest
-            if tally is None:
-                self.withdraw()
-            while tally is None:
-                tally = self._hear()["tally"]
-            raise
+        self._lines[0].try_to_say({"submit": asked})  # if rank 0 is gone, the reader says so
+        return number
 
-    def withdraw(self) -> None:
-        """See Job."""
-        self._say({})
+    def cancel(self, number: int) -> None:
+        """See LocalJob."""
+        self._lines[0].try_to_say({"cancel": number})
 
-    def _say(self, words: dict[str, Any]) -> None:
-        with contextlib.suppress(ConnectionError):  # rank 0 is gone: the next hearing says so
-            self._lines.say(words)
+    def wait(self, news: threading.Condition, ready: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """See LocalJob."""
+        return news.wait_for(ready, timeout_s)
 
     def close(self) -> None:
         """Let the ranks go."""
-        self._let_go()
+        failed = self._requests.close()
+        if failed is not None:
+            self.kill()
+            raise failed
+        self._lines[0].try_to_say({"close": True})
         try:
             code = self._process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
             self.kill()
             raise PipeinferError(f"the ranks did not end within {GRACE_S:g} s and were stopped") from None
+        self._release()
         if code:
-            raise RanksFailed(code)
-
-    def _let_go(self) -> None:
-        with contextlib.suppress(OSError):  # rank 0 may have gone first
-            self._held.close()
+            raise RanksFailed(code, self._words)
 
     def kill(self) -> None:
         """Stop the ranks, now."""
-        self._let_go()
+        self._requests.close()
+        for lines in self._lines.values():
+            with contextlib.suppress(OSError):
+                lines.wire.shutdown(socket.SHUT_RDWR)
         if self._process.poll() is None:
             self._process.terminate()  # mpiexec takes its ranks along
             try:
                 self._process.wait(GRACE_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
+        self._release()
+
+    def _release(self) -> None:
+        """Let the sockets go; the ranks have gone, so that nobody listens to them for long."""
+        if self._reader is not None and self._reader is not threading.current_thread():
+            self._reader.join(GRACE_S)
+        self._held.close()
+
+
+def _news(words: dict[str, Any]) -> News:
+    """What ``worker.words_of`` made into JSON."""
+    tally = Tally(**words.pop("tally")) if words["tally"] else None
+    lists = {name: tuple(words.pop(name)) for name in ("tokens", "logps", "pulse")}
+    return News(**{**words, "tally": tally, **lists})

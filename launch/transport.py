@@ -203,7 +203,7 @@ def _hang(bell: Bell, comm: Communicator, mpi: Names, clock: Clock) -> bool:
     rank, size = comm.Get_rank(), comm.Get_size()
     bell.meet(dict(on_this_host(comm, mpi, (rank, bell.name))))
     bell.ring((rank + 1) % size)
-    politely(comm.Ibarrier(), clock)
+    politely(comm.Ibarrier(), clock=clock)
     return all(comm.allgather(bell.wait(0.0)))
 
 
@@ -224,7 +224,7 @@ class MpiTransport:
         clock: Clock = time,
     ) -> None:
         self._clock = clock
-        politely(comm.Ibarrier(), clock)  # some are still loading; the calls that follow would spin so long
+        politely(comm.Ibarrier(), clock=clock)  # some are still loading; the calls that follow would spin so long
         self._messages, self._tensors = comm.Dup(), comm.Dup()
         self._pack, self._unpack = pack, unpack
         self._byte = mpi.BYTE
@@ -234,6 +234,7 @@ class MpiTransport:
         self._rotations: dict[int, _Rotation] = {}
         self.messages = self.nbytes = 0
         self._sends: deque[tuple[Handle, Any]] = deque()
+        self._rank = comm.Get_rank()
         self._bell = bell or Doorbell()
         self._is_heard_by_all = _hang(self._bell, comm, mpi, clock)
         self._backoff = Backoff(clock)
@@ -291,6 +292,10 @@ class MpiTransport:
         if self._bell.wait(most_s):
             self._idle_s = IDLE_S
 
+    def wake(self) -> None:
+        """See Transport."""
+        self._bell.ring(self._rank)
+
     def _expect(self, source: int, message: Message, body: Bytes | None) -> _Inbound:
         """Post the receive for the tensor that ``message`` announces, if it does and did not bring it (``body``)."""
         if body is not None or not message.payload_nbytes:
@@ -306,17 +311,18 @@ class MpiTransport:
         while self._sends:
             self.poll()
             backoff.wait()
-        politely(self._messages.Ibarrier(), self._clock)
+        politely(self._messages.Ibarrier(), clock=self._clock)
         self._ring.close()
         self._messages.Free()
         self._tensors.Free()
         self._bell.close()
 
 
-def politely(request: Handle, clock: Clock = time) -> None:
-    """Wait for ``request`` without burning a core."""
+def politely(request: Handle, meanwhile: Callable[[], object] = int, clock: Clock = time) -> None:
+    """Wait for ``request`` without burning a core; call ``meanwhile`` between looks."""
     backoff = Backoff(clock)
     while not request.Test():
+        meanwhile()
         backoff.wait()
 
 

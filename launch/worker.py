@@ -1,66 +1,142 @@
-"""One rank of a job that spawn.py started. Rank 0 also carries words between the job and whoever started it."""
+"""One rank of a job that spawn.py started. Every rank tells its parent how far it is; rank 0 also carries requests and
+news between the job and the parent."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import socket
+import os
+import signal
 import sys
-from dataclasses import asdict
+import threading
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch.job import Job
-from launch.lines import Lines
-from launch.mpi import World
+from launch.environment import launched
+from launch.failure import say
+from launch.lines import Lines, connect
 from pipeinfer.config import Config
+from pipeinfer.errors import Terminated, exit_code
 from pipeinfer.ports import Request, Sampling
-from pipeinfer.preflight import clear
+
+if TYPE_CHECKING:
+    from launch.head import Head
+    from launch.mpi import World
+    from launch.requests import News
 
 
-def main(path: str, words: str) -> None:
-    """``path``: the socket of whoever started us. ``words``: the job's Config as JSON."""
-    world = World()
+class Parent:
+    """Whoever started this rank, at the socket called ``name``."""
+
+    def __init__(self, name: str, rank: int) -> None:
+        self.lines = Lines(connect(name))
+        self.lines.say({"rank": rank, "pid": os.getpid()})
+        words = self.lines.hear()
+        if words is None:
+            raise SystemExit(1)
+        self.config = Config.of(words["config"])
+        self.is_gone = False
+        self._head: Head | None = None
+        self._heading = threading.Lock()
+        threading.Thread(target=self._hear, name="pipeinfer orders", daemon=True).start()
+
+    def _hear(self) -> None:
+        """Pass orders on to the head until the parent is gone; then end."""
+        from launch.head import Close
+
+        while (words := self.lines.hear()) is not None:
+            assert self._head is not None, "the parent asks only once it was told that all are ready"
+            self._head.order(order_of(words))
+        with self._heading:
+            self.is_gone = True
+            if self._head is not None:
+                self._head.order(Close())
+            else:  # the main thread loads, or serves another rank's orders
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def direct(self, head: Head) -> None:
+        """From now on orders are for ``head``. Raises Terminated if the parent has gone."""
+        with self._heading:
+            self._head = head
+            if self.is_gone:
+                raise Terminated(signal.SIGTERM)
+
+    def tell(self, news: News) -> None:
+        """Pass ``news`` on."""
+        self.lines.try_to_say(words_of(news))
+
+
+def words_of(news: News) -> dict[str, Any]:
+    """``news`` as JSON has it; errors end the ranks and are not told so."""
+    found = {member.name: getattr(news, member.name) for member in fields(news) if member.name != "error"}
+    if news.tally is not None:
+        found["tally"] = {member.name: getattr(news.tally, member.name) for member in fields(news.tally)}
+    return found
+
+
+def order_of(words: dict[str, Any]) -> Any:
+    """What the parent orders in ``words``."""
+    from launch.head import Cancel, Close, Submit
+
+    if "close" in words:
+        return Close()
+    if "cancel" in words:
+        return Cancel(words["cancel"])
+    asked = words["submit"]
+    request = Request(
+        tuple(asked["prompt"]), asked["max_new_tokens"], frozenset(asked["stop_tokens"]), Sampling(**asked["sampling"])
+    )
+    return Submit(asked["number"], request)
+
+
+def main(name: str) -> int:
+    """``name``: the socket of whoever started us. Returns the exit code; where a rank fails, all end."""
+    launch = launched()
+    rank = launch.rank if launch is not None else 0
+    signal.signal(signal.SIGTERM, _terminate)
+    parent, world = None, None
     try:
-        play(world, path, Config.of(json.loads(words)))
+        parent = Parent(name, rank)
+        from launch.mpi import World
+
+        world = World()
+        play(world, parent)
     except BaseException as error:
-        world.fail(error)
+        if parent is None or parent.is_gone:  # nobody is there to be told, and mpiexec ends with its ranks
+            os._exit(exit_code(error) or 1)
+        parent.lines.try_to_say({"failed": f"rank {rank}: {type(error).__name__}: {error}"})
+        if world is not None:
+            world.fail(error)
+        say(error, rank)
+        return exit_code(error) or 1
     world.close()
+    return 0
 
 
-def play(world: World, path: str, config: Config) -> None:
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise Terminated(signum)
+
+
+def play(world: World, parent: Parent) -> None:
     """Load this rank's share and work until the job is over."""
-    import torch
+    from launch.collector import frozen
+    from launch.head import Head
+    from launch.job import load
+    from pipeinfer.preflight import clear
 
-    from stages.pair import CheckpointPair
-
-    torch.set_num_threads(world.threads)
-    cleared = clear(config, world.size)
-    pair = CheckpointPair(cleared.target, cleared.drafts, config.dtype, config.forced_acceptance)
-    job = Job(config, cleared.plan, cleared.context, pair, world)
-    if not world.is_head:
-        job.serve()
-        return
-    with contextlib.suppress(ConnectionError):  # whoever started us may end before we do
-        talk(job, path)
-    job.close()
-
-
-def talk(job: Job, path: str) -> None:
-    """Serve requests from the socket at ``path`` until its other end is closed."""
-    with socket.socket(socket.AF_UNIX) as wire:
-        wire.connect(path)
-        lines = Lines(wire)
-        lines.say({"ranks": job.ranks})
-        while (asked := lines.hear()) is not None:
-            if not asked:
-                continue  # a request was withdrawn, and has ended
-            stop_tokens, sampling = frozenset(asked["stop"]), Sampling(**asked["sampling"])
-            request = Request(tuple(asked["prompt"]), asked["max_new_tokens"], stop_tokens, sampling)
-            with contextlib.closing(job.submit(request)) as answer:
-                for news in answer:
-                    lines.say(asdict(news))
-                    if news.tally is None and lines.is_spoken_to:
-                        job.withdraw()  # there is nothing else that could be said now
+    config = parent.config
+    muster = world.muster(config.timeout_s)
+    parent.lines.try_to_say({"joined": True})
+    with muster.busy("checking"):
+        cleared = clear(config, world.size)
+    job = load(config, cleared, world, muster)
+    with frozen():
+        if not world.is_head:
+            job.serve()
+            return
+        head = Head(job, parent.tell)
+        parent.direct(head)
+        parent.lines.try_to_say({"ranks": job.ranks})
+        head.lead()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    raise SystemExit(main(sys.argv[1]))

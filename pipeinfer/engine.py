@@ -11,18 +11,22 @@ In a program started by mpirun or srun the ranks are those of the job: rank 0 go
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from launch.environment import launched, refuse_singletons
+from pipeinfer.answer import Completion, Handle, HeadJob
 from pipeinfer.config import BUILTIN, Config, draft_names
-from pipeinfer.errors import UserError, refuse
-from pipeinfer.metrics import measure
-from pipeinfer.ports import GREEDY, Request, Sampling
+from pipeinfer.errors import UserError, exit_code, refuse
+from pipeinfer.generation import ModelSampling, model_sampling
+from pipeinfer.ports import Request, Sampling
 from pipeinfer.preflight import Cleared, clear
+from pipeinfer.prompt import Prompt, token_ids
 from pipeinfer.sampling import checked_stops, exact
 from pipeinfer.text import Numbers, Text
 from speculation.calibration_file import read_calibrations
@@ -31,32 +35,19 @@ from speculation.policy import PLAIN, read_policy
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from launch.job import Job, News
+    from launch.job import Job
     from launch.mpi import World
-    from launch.spawn import SpawnedJob
+    from launch.muster import Muster
+    from launch.requests import News
+    from pipeinfer.text import Reader
 
-
-@dataclass(slots=True)
-class Completion:
-    """One answer. ``metrics`` are those of pipeinfer.metrics.measure; ``calibrations`` what has been learnt of the
-    sources' probabilities; ``ranks`` says who computed it; ``logprobs`` are those of ``tokens`` (natural logarithm), by
-    the model's logits before anything was done to them. ``meaningless``: acceptance was forced, the models did not say
-    these tokens."""
-
-    text: str = ""
-    prompt_tokens: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str = ""
-    metrics: dict[str, Any] = field(default_factory=dict)
-    calibrations: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    ranks: list[dict[str, Any]] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    meaningless: bool = False
+Name = str | os.PathLike[str]
 
 
 class RefusedElsewhere(UserError):
-    """The job was refused, and another rank says why."""
+    """The job was refused, and rank 0 says why."""
+
+    is_told = True
 
 
 class Engine:
@@ -78,25 +69,26 @@ class Engine:
 
     def __init__(
         self,
-        target: str = BUILTIN,
-        draft: str | Sequence[str] | None = None,
+        target: Name = BUILTIN,
+        draft: Name | Sequence[Name] | None = None,
         drafters: int | None = None,
         ranks: int | None = None,
-        policy: str | None = None,
+        policy: Name | None = None,
         settings: Sequence[str] = (),
         dtype: str = "fp32",
         context: int = 0,
         timeout_s: float = 120.0,
         comm: MPI.Intracomm | None = None,
-        trace: str | Path | None = None,
-        calibration: str | Path | None = None,
+        trace: Name | None = None,
+        calibration: Name | None = None,
         forced_acceptance: float | Sequence[float] = (),
         random_weights: bool = False,
         check: Callable[[Engine], object] | None = None,
     ) -> None:
         launch = launched()
         self._world: World | None = None
-        self._job: Job | SpawnedJob | None = None
+        self._job: Job | None = None  # of a rank that serves
+        self._head: HeadJob | None = None
         self._text: Text | None = None
         self.traffic = (0, 0)  # messages and bytes between the ranks, once the engine is closed
         if comm is not None or (launch is not None and launch.size > 1):
@@ -108,57 +100,62 @@ class Engine:
         size = self._world.size if self._world else 1 if ranks is None else ranks
 
         def configure() -> Config:
-            drafts = draft_names(str(target), draft, drafters)
-            name = policy or ("continuous" if size > 1 or draft or drafts else "plain")
-            knobs, file = read_policy(name, settings).settings(), None if trace is None else str(trace)
-            known = {} if calibration is None else read_calibrations(calibration)
+            drafts = draft_names(_name(target), _names(draft), drafters)
+            name = _name(policy) if policy else "continuous" if size > 1 or draft or drafts else "plain"
+            knobs, file = read_policy(name, settings).settings(), None if trace is None else _name(trace)
+            known = {} if calibration is None else read_calibrations(_name(calibration))
             shares = forced_acceptance if isinstance(forced_acceptance, Sequence) else (forced_acceptance,)
             more = (known, tuple(map(float, shares)), random_weights)
-            return Config(str(target), drafts, knobs, dtype, context, timeout_s, file, *more)
+            return Config(_name(target), drafts, knobs, dtype, context, timeout_s, file, *more)
 
-        cleared = self._clear(size, ranks, configure, check)
-        if self._world is None and size > 1:
-            from launch.spawn import SpawnedJob
-
-            self._job = SpawnedJob(self.config, size)
-        else:
-            self._job = _load(self.config, cleared, self._world)
-
-    def _clear(
-        self,
-        size: int,
-        ranks: int | None,
-        configure: Callable[[], Config],
-        check: Callable[[Engine], object] | None,
-    ) -> Cleared:
-        """Check everything on the head, before anything is loaded; the others learn the verdict and do the same."""
-        world, problem = self._world, None
-        if self.is_head:
-            try:
-                if ranks not in (None, size):
-                    refuse(
-                        f"--ranks {ranks}, but the launcher started {size}", "leave out --ranks under mpirun or srun"
-                    )
-                self.config = configure()
-                cleared = clear(self.config, size)
-                self.context = cleared.context
-                forced = bool(self.config.forced_acceptance)
-                self._stop_tokens = frozenset(() if forced else cleared.target[0].eos_tokens)
-                self._text = (Numbers if forced else Text)(self.config.target_directory)
-                if check is not None:
-                    check(self)
-            except UserError as error:
-                problem = error
-        if world.agree(problem is not None) if world else problem:
-            raise problem or RefusedElsewhere("rank 0 says why")
-        if self.is_head:
-            return cleared
-        try:
+        def prepare() -> Cleared:
+            if ranks not in (None, size):
+                refuse(f"--ranks {ranks}, but the launcher started {size}", "leave out --ranks under mpirun or srun")
             self.config = configure()
-            return clear(self.config, size)
-        except UserError as error:  # what the head's host has, this one lacks
-            assert world is not None
-            world.fail(error)
+            cleared = clear(self.config, size)
+            self._know(cleared)
+            if check is not None:
+                check(self)
+            return cleared
+
+        if self._world is None:
+            cleared = prepare()
+            self._head = _spawn(self.config, size) if size > 1 else _lead(load_job(self.config, cleared))
+            return
+        world = self._world
+        problem: UserError | None = None
+        with world.guard():
+            muster = world.muster(timeout_s)
+            if world.is_head:
+                try:
+                    with muster.busy("checking"):
+                        cleared = prepare()
+                except UserError as error:
+                    problem = error
+            if world.agree(problem is not None, muster.poll):
+                problem = problem or RefusedElsewhere("rank 0 says why")
+        if problem is not None:
+            raise problem
+        with world.guard():
+            if not world.is_head:
+                with muster.busy("checking"):
+                    self.config = configure()
+                    cleared = clear(self.config, size)
+            self._job = load_job(self.config, cleared, world, muster)
+        if world.is_head:
+            self._head = _lead(self._job, world)
+            atexit.register(self._left_open)
+
+    def _know(self, cleared: Cleared) -> None:
+        """On the head: what requests are read and checked by."""
+        spec, _ = cleared.target
+        directory, forced = self.config.target_directory, bool(self.config.forced_acceptance)
+        self.context = cleared.context
+        self._vocab_size = spec.vocab_size
+        self._text = (Numbers if forced else Text)(directory)
+        self._stop_tokens = frozenset() if forced else self._text.eos_tokens | frozenset(spec.eos_tokens)
+        defaults = ModelSampling() if forced else model_sampling(directory)
+        self.sampling, self.ignored = defaults.sampling, defaults.ignored
 
     @property
     def is_head(self) -> bool:
@@ -168,106 +165,117 @@ class Engine:
     @property
     def ranks(self) -> list[dict[str, Any]]:
         """Each rank's host, roles, layers, weight bytes and threads, as the head knows them."""
-        assert self._job is not None
-        return self._job.ranks
+        return self._open().ranks
+
+    def _open(self) -> HeadJob:
+        if self._head is None:
+            raise UserError("only an open engine on the head rank decodes; the others serve")
+        return self._head
+
+    def submit(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 128,
+        ignore_eos: bool = False,
+        chat: bool = False,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        watch: Callable[[News], None] | None = None,
+    ) -> Handle:
+        """Have ``prompt`` (text, or token ids) decoded; from any thread. Requests queue in the order they come in.
+
+        ``sampling``: None for what the model's generation_config.json says, greedy if it says nothing. ``stop``:
+        strings before the first of which the text ends, or special tokens; ``tokens`` then ends with the one that
+        completed it. ``watch``: called with all that the job tells, by whoever takes the pieces.
+        Raises UserError for what cannot be served."""
+        job = self._open()
+        request, stops = self._request(prompt, max_new_tokens, ignore_eos, chat, sampling, stop)
+        asked = {"max_new_tokens": max_new_tokens, "sampling": asdict(request.sampling), "stop": stops}
+        config, forced = asdict(self.config) | asked, bool(self.config.forced_acceptance)
+        tokens = list(request.prompt)
+        answer = Completion(prompt_tokens=tokens, config=config, ranks=job.ranks, meaningless=forced)
+        return Handle(job, request, self._reader(request, stops), answer, watch)
+
+    def _request(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int,
+        ignore_eos: bool,
+        chat: bool,
+        sampling: Sampling | None,
+        stop: str | Sequence[str],
+    ) -> tuple[Request, list[str]]:
+        """What the job is asked, and the strings that end the answer."""
+        assert self._text is not None
+        tokens = self.tokenize(prompt, max_new_tokens, chat)
+        stop_tokens, stops = set() if ignore_eos else set(self._stop_tokens), list[str]()
+        for text in checked_stops(stop):
+            token = self._text.special_stop(text)
+            if token is None:
+                stops.append(text)
+            else:
+                stop_tokens.add(token)
+        drawn = exact(self.sampling if sampling is None else sampling)
+        return Request(tuple(tokens), max_new_tokens, frozenset(stop_tokens), drawn), stops
+
+    def _reader(self, request: Request, stops: Sequence[str]) -> Reader:
+        assert self._text is not None
+        return self._text.reader(request.stop_tokens, stops, request.prompt)
 
     def stream(
         self,
-        prompt: str | list[int],
+        prompt: Prompt,
         max_new_tokens: int = 128,
         ignore_eos: bool = False,
         chat: bool = False,
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
-        watch: Callable[[News], None] | None = None,
     ) -> Generator[str | Completion, None, None]:
-        """Decode ``prompt`` (text, or token ids): yields pieces of text as they become certain, then the Completion.
-
-        ``stop``: strings before the first of which the text ends; ``tokens`` then ends with the one that completed it.
-        ``watch``: called with all that the job tells, before anything is yielded.
-        Raises UserError for what cannot be served."""
-        text = self._text
-        if text is None or self._job is None:
-            raise UserError("only an open engine on the head rank decodes; the others serve")
-        tokens = self.tokenize(prompt, max_new_tokens, chat)
-        stop_tokens = frozenset() if ignore_eos else self._stop_tokens
-        request = Request(tuple(tokens), max_new_tokens, stop_tokens, exact(sampling))
-        stops = checked_stops(stop)
-        asked = {"max_new_tokens": max_new_tokens, "sampling": asdict(request.sampling), "stop": list(stops)}
-        config, forced = asdict(self.config) | asked, bool(self.config.forced_acceptance)
-        answer = Completion(prompt_tokens=tokens, config=config, ranks=self.ranks, meaningless=forced)
-        reader = text.reader(stop_tokens, stops)
-        emitted_at: list[tuple[float, int]] = []
-        submitted_at = None
-        for news in self._job.submit(request):
-            if watch is not None:
-                watch(news)
-            if submitted_at is None:
-                submitted_at = news.at_s  # the first word is that the request has begun
-            if news.tokens and not reader.is_stopped:
-                count, piece = reader.read(news.tokens)
-                answer.tokens += news.tokens[:count]
-                answer.logprobs += news.logps[:count]
-                emitted_at.append((news.at_s, count))
-                if reader.is_stopped:
-                    self._job.withdraw()
-                if piece:
-                    yield piece
-            if news.tally is not None:
-                answer.finish_reason = news.reason
-                answer.metrics = measure(submitted_at, emitted_at, news.tally)
-                answer.calibrations = news.tally.calibrations
-        if piece := reader.close():
-            yield piece
-        if reader.is_stopped:
-            answer.text, answer.finish_reason = reader.shown, "stop"
-        else:
-            answer.text = text.decode([token for token in answer.tokens if token not in stop_tokens])
-        yield answer
+        """Decode ``prompt``: yields pieces of text as they become certain, then the Completion; see submit. A stream
+        that is closed early is cancelled."""
+        handle = self.submit(prompt, max_new_tokens, ignore_eos, chat, sampling, stop)
+        return _stream(handle)
 
     def generate(
         self,
-        prompt: str | list[int],
+        prompt: Prompt,
         max_new_tokens: int = 128,
         ignore_eos: bool = False,
         chat: bool = False,
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
     ) -> Completion:
-        """Decode ``prompt`` to the end; see stream."""
-        for piece in self.stream(prompt, max_new_tokens, ignore_eos, chat, sampling, stop):
-            if isinstance(piece, Completion):
-                return piece
-        raise AssertionError("a stream ends with its Completion")
+        """Decode ``prompt`` to the end; see submit."""
+        return self.submit(prompt, max_new_tokens, ignore_eos, chat, sampling, stop).result()
 
     def decode_alone(
         self,
-        prompt: list[int],
+        prompt: Prompt,
         max_new_tokens: int,
         ignore_eos: bool = False,
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
     ) -> list[int]:
-        """What plain decoding says, by this process alone with the whole target in its memory: the reference."""
-        assert self._text is not None
-        config = replace(self.config, policy=PLAIN.settings(), drafts=(), context=self.context, trace=None)
-        stop_tokens = frozenset() if ignore_eos else self._stop_tokens
-        job = _load(config, clear(config, 1), None)
-        reader, tokens = self._text.reader(stop_tokens, checked_stops(stop)), list[int]()
-        for news in job.submit(Request(tuple(prompt), max_new_tokens, stop_tokens, exact(sampling))):
-            count, _ = reader.read(news.tokens)
-            tokens += news.tokens[:count]
-            if count and reader.is_stopped:
-                job.withdraw()
-        return tokens
+        """What plain decoding says, by this process alone with the whole target in its memory, which is let go again:
+        the reference."""
+        from launch.head import LocalJob
 
-    def tokenize(self, prompt: str | list[int], max_new_tokens: int, chat: bool = False) -> list[int]:
+        request, stops = self._request(prompt, max_new_tokens, ignore_eos, False, sampling, stop)
+        config = replace(self.config, policy=PLAIN.settings(), drafts=(), context=self.context, trace=None)
+        job = LocalJob(load_job(config, clear(config, 1)), is_threaded=False)
+        try:
+            return Handle(job, request, self._reader(request, stops), Completion()).result().tokens
+        finally:
+            job.close()
+
+    def tokenize(self, prompt: Prompt, max_new_tokens: int, chat: bool = False) -> list[int]:
         """The prompt's tokens. Raises UserError for a prompt that cannot be served."""
         assert self._text is not None
         if isinstance(prompt, str):
-            tokens = self._text.encode_chat(prompt) if chat else self._text.encode(prompt)
-        else:
-            tokens = list(prompt)
+            prompt = self._text.encode_chat(prompt) if chat else self._text.encode(prompt)
+        elif chat:
+            refuse("a chat of token ids", "give text, or leave chat out")
+        tokens = token_ids(prompt, self._vocab_size)
         if not tokens:
             refuse("the prompt is empty", "give at least one token of text")
         if max_new_tokens < 1:
@@ -280,24 +288,31 @@ class Engine:
         return tokens
 
     def serve(self) -> None:
-        """On the other ranks of an MPI job: work until the head closes."""
-        from launch.job import Job
-
-        assert isinstance(self._job, Job)
-        self._job.serve()
+        """On the other ranks of an MPI job: work until the head closes; where that fails, all ranks end."""
+        assert self._world is not None and self._job is not None
+        with self._world.guard():
+            self._job.serve()
         self._end()
 
     def close(self) -> None:
-        """On the head: let all ranks go."""
-        if self._job is not None:
-            self._job.close()
-            self.traffic = self._job.traffic
+        """On the head: cancel what is still being decoded, and let all ranks go."""
+        if self._head is not None:
+            self._head.close()
+            self.traffic = self._head.traffic
             self._end()
 
     def _end(self) -> None:
-        self._job = None
+        atexit.unregister(self._left_open)
+        self._job = self._head = None
         if self._world is not None:
             self._world.close()
+
+    def _left_open(self) -> None:
+        """The program ends, and the engine is open; the other ranks would wait for it for ever."""
+        error = getattr(sys, "last_value", None)
+        if self._world is not None and error is not None:
+            self._world.abort(exit_code(error))
+        self.close()
 
     def __enter__(self) -> Engine | None:
         if self.is_head:
@@ -308,12 +323,34 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
+        if error is None or (isinstance(error, SystemExit) and exit_code(error) == 0):
             self.close()
         elif self._world is not None:
             self._world.fail(error)
-        elif self._job is not None:
-            self._job.kill()
+        elif self._head is not None:
+            self._head.kill()
+
+
+def _stream(handle: Handle) -> Generator[str | Completion, None, None]:
+    try:
+        yield from handle
+        yield handle.result()
+    finally:
+        handle.cancel()  # where it has ended nothing happens
+
+
+def _name(given: Name) -> str:
+    """A name that a program gave, which may be a path."""
+    try:
+        return os.fsdecode(given)
+    except TypeError:
+        refuse(f"{given!r} is no name of a file or directory", "give text or a path")
+
+
+def _names(given: Name | Sequence[Name] | None) -> str | list[str] | None:
+    if given is None or isinstance(given, str | os.PathLike):
+        return None if given is None else _name(given)
+    return [_name(name) for name in given]
 
 
 def _refuse_singletons(world: World) -> None:
@@ -324,19 +361,21 @@ def _refuse_singletons(world: World) -> None:
         raise (error if launch is None or launch.leads else RefusedElsewhere(str(error))) from None
 
 
-def _load(config: Config, cleared: Cleared, world: World | None) -> Job:
-    """Load this rank's share of the models; where that fails in a job of several ranks, all of them end."""
-    try:
-        from launch.job import Job
-        from stages.pair import CheckpointPair
+def load_job(config: Config, cleared: Cleared, world: World | None = None, muster: Muster | None = None) -> Job:
+    """See launch.job.load, which brings torch."""
+    from launch.job import load
 
-        if world is not None:
-            import torch
+    return load(config, cleared, world, muster)
 
-            torch.set_num_threads(world.threads)
-        pair = CheckpointPair(cleared.target, cleared.drafts, config.dtype, config.forced_acceptance)
-        return Job(config, cleared.plan, cleared.context, pair, world)
-    except BaseException as error:
-        if world is not None:
-            world.fail(error)
-        raise
+
+def _lead(job: Job, world: World | None = None) -> HeadJob:
+    """``job`` as its head leads it: on a thread of its own, unless MPI is there and allows none."""
+    from launch.head import LocalJob
+
+    return LocalJob(job, world is None or world.may_thread, world and world.fail)
+
+
+def _spawn(config: Config, ranks: int) -> HeadJob:
+    from launch.spawn import SpawnedJob
+
+    return SpawnedJob(config, ranks)

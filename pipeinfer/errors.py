@@ -7,6 +7,8 @@ class PipeinferError(Exception):
     """Base of every error this package raises on purpose."""
 
     exit_code = 1
+    is_told = False
+    """Whether another process has told it on standard error already."""
 
 
 class UserError(PipeinferError):

@@ -7,6 +7,7 @@ stops between layers so that whoever drives it can let messages in.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,9 +144,12 @@ class Executor:
 
     def ring(self, now: float) -> None:
         """Wake the roles whose time has come."""
-        for address in [address for address, at in self._alarms.items() if at <= now]:
-            self._alarms.pop(address, None)
-            self.deliver(address, Woke(), now)
+        due = [address for address, at in self._alarms.items() if at <= now]
+        for address in due:
+            # Waking one role may move another one's alarm on this rank, or end that role.
+            if self._alarms.get(address, math.inf) <= now:
+                del self._alarms[address]
+                self.deliver(address, Woke(), now)
 
     def step(self, now: float) -> float | None:
         """Run the current computation up to its next layer boundary. Returns the seconds to rest before the next step,

@@ -1,9 +1,10 @@
 """The orchestrator: the one place that decides what the target verifies, what is accepted and what is cancelled.
 
-Theory of operation. One request is served at a time. Its prompt is cut into chunks that flow through the stages like
-any run. The token tree starts at the prompt's last token; sources feed nodes into it whenever they like (sources.py). A
-credit from the first stage says that it can take one more run: then the schedule (schedule.py) takes nodes from the
-tree, as a rule the most probable unsent ones, and they leave as one run, each in a cell of its own (partitions.py).
+Theory of operation. Requests are served one at a time, in the order in which they were submitted. A prompt is cut into
+chunks that flow through the stages like any run. The token tree starts at the prompt's last token; sources feed nodes
+into it whenever they like (sources.py). A credit from the first stage says that it can take one more run: then the
+schedule (schedule.py) takes nodes from the tree, as a rule the most probable unsent ones, and they leave as one run,
+each in a cell of its own (partitions.py).
 
     tree          run 7          run 8          run 9        results come back in launch order
     root --+-- a ---- b ---- c          ...                 RESULT 7: the target's token after each row of run 7
@@ -15,7 +16,7 @@ ignored. Accepted cells become canonical by an operation that rides in the next 
 token, the new root is unsent, and being certain it leads the next run, which never waits behind dead work.
 
 The epoch counts those corrections. When the last token is out, everything in flight is dead; the request is over for
-its user at once, and the machine is ready for the next one when the last run has come back.
+its user at once, and the next one begins when the last run has come back.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ from pipeinfer.ports import (
     Idle,
     Note,
     Received,
-    Request,
     Send,
     Stalled,
     Started,
     Submitted,
+    Tally,
     Wake,
     Withdrawn,
     Woke,
@@ -63,10 +64,9 @@ from pipeinfer.protocol import (
     Row,
     SettingRow,
     address_name,
-    drafter_address,
-    stage_address,
 )
-from pipeinfer.session import Session
+from pipeinfer.roster import Roster
+from pipeinfer.session import Session, Waiting
 from speculation.accept import accept
 from speculation.policy import Policy
 from speculation.schedule import UNLIMITED, Launch, Order, Placement, Situation, Wait
@@ -94,26 +94,24 @@ class Orchestrator:
         calibrations: Mapping[str, Mapping[str, Any]] | None = None,
         placement: Placement = "spread",
     ) -> None:
-        self._stages = [stage_address(index) for index in range(stages)]
-        self._drafters = [drafter_address(index) for index in range(drafters)]
+        self._roster = Roster(stages, drafters, digest)
+        self._stages = self._roster.stages
         self._policy = policy
-        self._context = context
-        self._digest = digest
         self._window = policy.most_runs(stages)
         self._edges = Edges(ORCHESTRATOR)
         self._ledger = Partitions(context, policy.most_guesses(stages) if guess_cells is None else guess_cells)
         self._schedule = make_schedule(policy, placement)
-        self._sources = Sources(self._drafters, policy, context, self._send, calibrations or {})
+        self._sources = Sources(self._roster.drafters, policy, context, self._send, calibrations or {})
         self._sampling = GREEDY
         self._deferred: deque[Message] = deque()  # results that the schedule does not hear yet
         self._now = 0.0
-        self._awaited = set(self._stages + self._drafters)
         self._flight = Flight()
         self._credits = RUNS_AHEAD
         self._requests = 0
         self._epoch = 0
+        self._waiting = Waiting(context)
         self._session: Session | None = None
-        self._reports: dict[int, Message] = {}
+        self._is_closed = False
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event; see Machine."""
@@ -122,14 +120,13 @@ class Orchestrator:
             self._edges.check(event.message)
             return self._receive(event.message)
         if isinstance(event, Submitted):
-            return self._submit(event.request)
+            return self._submit(event)
         if isinstance(event, Withdrawn):
-            return self._withdraw()
+            return self._withdraw(event.number)
         if isinstance(event, Closed):
-            return [*(self._send(Kind.SHUTDOWN, dest) for dest in self._stages + self._drafters), Halt()]
+            return self._close()
         if isinstance(event, Stalled):
-            self._reports.clear()
-            return [Send(Message(Kind.PROBE, ORCHESTRATOR, dest)) for dest in self._stages + self._drafters]
+            return list(self._roster.probe())
         if isinstance(event, Woke):
             return self._proceed()
         if isinstance(event, Started):
@@ -143,20 +140,13 @@ class Orchestrator:
 
     def status(self) -> str:
         """One line for a person who asks why nothing moves."""
-        if self._awaited:
-            return "waiting for HELLO from " + ", ".join(address_name(address) for address in sorted(self._awaited))
-        if self._session is None:
-            return "idle"
+        if self._session is None or self._roster.awaited:
+            return self._roster.waiting_for() or "idle"
         return f"{self._flight}, {self._credits} credits, {self._session.emitted} tokens emitted"
 
     def report(self) -> list[str]:
         """What each role answered to the last Stalled, one line each; the silent ones are named too."""
-        lines = [f"orchestrator: {self.status()}"]
-        for address in self._stages + self._drafters:
-            answer = self._reports.get(address)
-            said = f"run {answer.run}, {answer.epoch} waiting, {answer.txn} messages taken" if answer else "no answer"
-            lines.append(f"{address_name(address)}: {said}")
-        return lines
+        return [f"orchestrator: {self.status()}", *self._roster.report()]
 
     def _receive(self, message: Message) -> list[Command]:
         if message.kind is Kind.RESULT:
@@ -173,31 +163,35 @@ class Orchestrator:
                 self._schedule.drafted(found)
             return self._proceed()
         if message.kind is Kind.HELLO:
-            if message.run != self._digest:
-                who = address_name(message.source)
-                raise RemoteProtocolError(
-                    f"{who} runs another configuration ({message.run:#x}, here {self._digest:#x})"
-                )
-            self._awaited.discard(message.source)
+            self._roster.hello(message)
             return self._begin()
         if message.kind is Kind.STATUS:
-            self._reports[message.source] = message
+            self._roster.answered(message)
             return []
         raise RemoteProtocolError(f"the orchestrator got {message.kind.name} from {address_name(message.source)}")
 
     # A request begins and ends.
 
-    def _submit(self, request: Request) -> list[Command]:
+    def _submit(self, submitted: Submitted) -> list[Command]:
+        session = self._session
+        if self._is_closed or (session is not None and session.caller_number == submitted.number):
+            why = "after the last one" if self._is_closed else "while another one of that number is being served"
+            raise LocalProtocolError(f"request {submitted.number} was submitted {why}")
+        self._waiting.add(submitted)
+        return self._open()
+
+    def _open(self) -> list[Command]:
+        """If nothing is being served: begin the next request, or end where no further one will come."""
         if self._session is not None:
-            raise LocalProtocolError("a request was submitted before the last one was idle")
-        if not request.prompt or request.max_new_tokens < 1:
-            raise LocalProtocolError("a request needs a prompt and at least one new token")
-        if len(request.prompt) + request.max_new_tokens > self._context:
-            raise LocalProtocolError(f"the request needs more than the context of {self._context} tokens")
+            return []
+        if not self._waiting:
+            ends = [self._send(Kind.SHUTDOWN, dest) for dest in self._roster.everybody if self._is_closed]
+            return [*ends, Halt()] if self._is_closed else []
+        caller_number, request = self._waiting.take()
         self._requests = (self._requests + 1) & 0xFFFF
         tree = Tree(request.prompt[-1], len(request.prompt) - 1, self._sources.most_nodes())
         tree.take(tree.root)  # it leaves with the prompt
-        self._session = Session(request, self._requests, tree)
+        self._session = Session(request, caller_number, self._requests, tree)
         self._ledger.clear()
         self._epoch = 0
         return self._begin()
@@ -205,7 +199,7 @@ class Orchestrator:
     def _begin(self) -> list[Command]:
         """Start the submitted request as soon as everybody is there."""
         session = self._session
-        if self._awaited or session is None or session.prefilled:
+        if self._roster.awaited or session is None or session.prefilled:
             return []
         request = session.request
         commands: list[Command] = []
@@ -216,18 +210,27 @@ class Orchestrator:
         commands += self._sources.open(request, session.number, session.tree, session.last_position)
         return commands + self._proceed()
 
-    def _withdraw(self) -> list[Command]:
+    def _withdraw(self, number: int) -> list[Command]:
+        if self._waiting.remove(number):
+            return [Finish("withdrawn", number), Idle(Tally(), number)]
         session = self._session
-        if session is None or session.is_over:
+        if session is None or session.is_over or session.caller_number != number:
             return []
         return self._finish(session, "withdrawn") + self._proceed()
+
+    def _close(self) -> list[Command]:
+        self._is_closed = True
+        commands = [command for number in self._waiting.numbers for command in self._withdraw(number)]
+        if self._session is not None:
+            return commands + self._withdraw(self._session.caller_number)
+        return commands + self._open()
 
     def _finish(self, session: Session, reason: str) -> list[Command]:
         session.is_over = True
         # A later run may carry the commit of the root's cell, so the root's own run must be written everywhere.
         root = session.tree.root.run
         doomed = [run for run in self._flight if run.cancelled_at is None and (run.is_prefill or run.number != root)]
-        commands: list[Command] = [Finish(reason)]
+        commands: list[Command] = [Finish(reason, session.caller_number)]
         commands += self._cancel(doomed, [], session)
         commands += self._sources.close()
         return commands + self._settle()
@@ -238,7 +241,7 @@ class Orchestrator:
             return []
         self._session = None
         self._sources.account(session.tally)
-        return [Idle(session.tally)]
+        return [Idle(session.tally, session.caller_number), *self._open()]
 
     # Runs leave.
 
@@ -265,7 +268,7 @@ class Orchestrator:
         )
         if self._deferred and (session.is_over or not self._schedule.is_deaf(situation)):
             return self._result(self._deferred.popleft(), session)
-        if session.is_over or self._awaited:
+        if session.is_over or self._roster.awaited:
             return None
         if session.prefilled < len(session.request.prompt):
             return [self._launch_prefill(session)] if self._credits > 0 and situation.slots > 0 else None
@@ -352,7 +355,8 @@ class Orchestrator:
             else:
                 session.tally.accepted += 1
                 self._ledger.commit(node.slot)
-        commands: list[Command] = [Emit(tuple(node.token for node in outcome.accepted), tuple(outcome.logps))]
+        tokens = tuple(node.token for node in outcome.accepted)
+        commands: list[Command] = [Emit(tokens, tuple(outcome.logps), session.caller_number)]
         restarts = not self._policy.reuse and any(node.source is None or node.rank for node in outcome.accepted)
         if restarts:
             outcome.died += session.tree.prune()

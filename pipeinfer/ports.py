@@ -86,9 +86,7 @@ class ShardModel(Protocol):
         activations."""
         ...
 
-    def choose(
-        self, hidden: Payload, rows: Sequence[int], count: int, draw: Draw | None = None
-    ) -> list[list[Choice]]:
+    def choose(self, hidden: Payload, rows: Sequence[int], count: int, draw: Draw | None = None) -> list[list[Choice]]:
         """The ``count`` best next tokens after each of ``rows``, best first; the first one is what ``draw`` draws, by
         default the most probable one. Only for the last shard. Log-probabilities are those of the model's own logits;
         for a guess, of its scores with the noise of the draw in them: how likely another model, given the same noise,
@@ -140,19 +138,23 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """A user's request reached the orchestrator."""
+    """A user's request reached the orchestrator; it is served after those before it. ``number``: the caller's id of
+    the request, which no other request has that is waiting or being served."""
 
     request: Request
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Withdrawn:
-    """The user wants no more of the request being served, if there is one."""
+    """The user wants no more of request ``number``, waiting or being served. Nothing happens if it has ended."""
+
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """No further request will come."""
+    """No further request will come. Requests that wait or are being served are withdrawn first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,24 +213,30 @@ class Wake:
 
 @dataclass(frozen=True, slots=True)
 class Emit:
-    """These tokens are final: show them. ``logps``: their log-probabilities (natural log) by the target's logits."""
+    """These tokens of request ``number`` are final: show them. ``logps``: their log-probabilities (natural log) by the
+    target's logits."""
 
     tokens: tuple[int, ...]
     logps: tuple[float, ...] = ()
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The request's last token has been emitted (``stop`` or ``length``)."""
+    """Request ``number`` has no further token: ``stop``, ``length``, ``withdrawn`` or ``error``. ``fault``: with
+    ``error``, the target's layer whose numbers are not finite; the number of layers stands for the output head."""
 
     reason: str
+    number: int = 0
+    fault: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """Every run of the finished request has come back; the next request may be submitted."""
+    """Every run of the finished request ``number`` has come back; the next one that waits begins."""
 
     tally: Tally
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +307,10 @@ class Transport(Protocol):
 
     def wait(self, most_s: float) -> None:
         """Sleep until something may have arrived, or for ``most_s`` seconds."""
+        ...
+
+    def wake(self) -> None:
+        """End the ``wait`` of the thread that drives it; may be called from any thread."""
         ...
 
     def close(self) -> None:

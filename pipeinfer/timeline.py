@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeinfer.errors import refuse
-from pipeinfer.ports import Compute, Computed, Emit, Event, Halt, Received, Request, Send, Submitted
+from pipeinfer.ports import Compute, Computed, Emit, Event, Halt, Idle, Received, Request, Send, Submitted
 from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR, CellOpKind, Flag, Kind, Message, Row
 from pipeinfer.trace import Header, Trace, in_order
 
@@ -121,6 +121,29 @@ def read_timeline(traces: Sequence[Trace]) -> Timeline:
     )
 
 
+class Service:
+    """Which request is being served, told from what was submitted and what is idle: one at a time, in order."""
+
+    def __init__(self) -> None:
+        self._queue: dict[int, Request] = {}  # by number; the first one is being served
+
+    @property
+    def number(self) -> int | None:
+        """Of the request being served."""
+        return next(iter(self._queue), None)
+
+    def submitted(self, event: Submitted) -> Request | None:
+        """The request that begins, if one does."""
+        self._queue[event.number] = event.request
+        return event.request if len(self._queue) == 1 else None
+
+    def idle(self, command: Idle) -> Request | None:
+        """The request that begins, if one does."""
+        was_served = command.number == self.number
+        self._queue.pop(command.number, None)
+        return next(iter(self._queue.values()), None) if was_served else None
+
+
 @dataclass(slots=True)
 class _Pass:
     """A computation, as its trace tells it."""
@@ -140,6 +163,7 @@ class _Reader:
     def __init__(self) -> None:
         self.emitted: list[tuple[float, int]] = []
         self.in_flight: list[tuple[float, int]] = []
+        self._service = Service()
         self._worth = _Worth()
         self._passes: list[_Pass] = []
         self._open: dict[int, _Pass] = {}
@@ -156,7 +180,7 @@ class _Reader:
         elif isinstance(event, Computed):
             self._close(address, at_s, event.hidden is not None or event.choices is not None)
         elif isinstance(event, Submitted):
-            self._worth.begin(event.request)
+            self._begin(self._service.submitted(event))
 
     def carry_out(self, address: int, command: object, at_s: float) -> None:
         """It commanded ``command``."""
@@ -172,8 +196,14 @@ class _Reader:
         elif isinstance(command, Emit):
             self.emitted.append((at_s, len(command.tokens)))
             self._worth.emit(command.tokens)
+        elif isinstance(command, Idle):
+            self._begin(self._service.idle(command))
         elif isinstance(command, Halt):
             self._close(address, at_s, is_whole=False)
+
+    def _begin(self, request: Request | None) -> None:
+        if request is not None:
+            self._worth.begin(request)
 
     def _close(self, address: int, at_s: float, is_whole: bool) -> None:
         if (done := self._open.pop(address, None)) is not None:

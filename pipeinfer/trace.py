@@ -51,7 +51,7 @@ from pipeinfer.ports import (
 )
 from pipeinfer.protocol import VERSION, CellOp, CellOpKind, Flag, Kind, Message, row_type
 
-FORMAT = 2
+FORMAT = 3
 MARK = "pipeinfer_trace"
 TENSOR = "a tensor"
 """Stands for activations, which are not stored."""

@@ -170,7 +170,7 @@ class Drafter:
             self._restart()
         withheld, self._withheld = self._withheld, []
         found = [row for node, choices in withheld for row in self._children(node, choices)]
-        self._passes -= bool(found) and self._passes != UNLIMITED  # what is there need not be computed
+        self._passes -= bool(found) and self._passes not in (0, UNLIMITED)  # what is there need not be computed
         return self._report(found, ends_order=False)
 
     def _restart(self) -> None:

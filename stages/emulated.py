@@ -24,6 +24,7 @@ from itertools import accumulate, chain, repeat
 import numpy as np
 import numpy.typing as npt
 
+from pipeinfer.errors import LocalProtocolError
 from pipeinfer.ports import GREEDY, Batch, Choice, Draw, Sampling
 
 Words = npt.NDArray[np.uint64]
@@ -100,6 +101,8 @@ class EmulatedShard:
 
     def forward(self, batch: Batch, hidden: Words | None) -> Generator[float, None, Words]:
         """See ShardModel; ``hidden``: uint64 [rows]."""
+        if hidden is not None and len(hidden) != len(batch.tokens):
+            raise LocalProtocolError(f"activations of {len(hidden)} rows for a pass of {len(batch.tokens)}")
         pace = self._layer_s(len(batch.tokens), int(batch.positions[-1]) + 1)
         words = mix(batch.tokens.astype(np.uint64) + np.uint64(self._spec.seed)) if hidden is None else hidden
         places = mix(batch.positions.astype(np.uint64) + np.uint64(0x9E3779B9))

@@ -11,9 +11,10 @@ from collections.abc import Generator, Sequence
 
 import torch
 
+from pipeinfer.errors import LocalProtocolError
 from pipeinfer.ports import Batch, Choice, Draw, Payload
 from stages.choices import best_choices
-from stages.generic_cells import CellCache, LayerCells, View, looking
+from stages.generic_cells import CellCache, LayerCells, UnsupportedError, View, looking
 from stages.generic_skeleton import Skeleton
 from stages.generic_spec import GenericSpec
 
@@ -57,7 +58,8 @@ class GenericShard:
     def forward(self, batch: Batch, hidden: Payload | None) -> Generator[float, None, Payload]:
         """Run the layers on ``batch``; ``hidden`` [rows, hidden_size] is None for the shard that embeds and is left as
         it is. Yields 0.0 after each layer; returns [rows, hidden_size]."""
-        assert (hidden is None) == (self._range.start == 0), "only the first shard can embed"
+        if (hidden is None) != (self._range.start == 0):
+            raise LocalProtocolError("only the first shard can embed")
         view = self._view(batch)
         cache = CellCache(self._cells, view)
         entered, calls = self._skeleton.enter(torch.from_numpy(batch.tokens).to(self._device), view, cache)
@@ -66,7 +68,8 @@ class GenericShard:
             with looking(view):
                 x = calls[index].run(self._skeleton.layers[index], x)
             # A layer that keeps more than its own keys and values, or none, would decode something else.
-            assert cache.written == [index], f"layer {index} wrote the cells of layers {cache.written}"
+            if cache.written != [index]:
+                raise UnsupportedError(f"layer {index}, which writes the cells of layers {cache.written}")
             cache.written.clear()
             yield 0.0
         return x[0]
@@ -83,6 +86,7 @@ class GenericShard:
         self, hidden: Payload, rows: Sequence[int], count: int, draw: Draw | None = None
     ) -> list[list[Choice]]:
         """See ShardModel; ``hidden``: [*, hidden_size]. Of equal tokens the lowest, as argmax has it."""
-        assert self._range.stop == self._spec.layer_count, "only the last shard can choose"
+        if self._range.stop != self._spec.layer_count:
+            raise LocalProtocolError("only the last shard can choose")
         wanted = torch.as_tensor(hidden, dtype=self._dtype, device=self._device)[list(rows)]
         return best_choices(self._skeleton.leave(wanted).float(), count, draw)

@@ -142,7 +142,8 @@ class LayerCells(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the rows' keys and values ``[1, kv_heads, rows, head_dim]``; return the cells of the view's span."""
         view: View = kwargs["view"]
-        assert self.keys is not None and self.values is not None, "the layer belongs to another shard"
+        if self.keys is None or self.values is None:
+            raise UnsupportedError("a layer that writes the cells of another shard")
         self.keys.index_copy_(2, view.slots, key_states)
         self.values.index_copy_(2, view.slots, value_states)
         span = len(view.cell_positions)

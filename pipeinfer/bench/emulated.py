@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from launch.collector import frozen
+from launch.head import LocalJob
 from launch.job import Job
 from launch.roles import seat
 from pipeinfer.bench.entrants import Entrant
@@ -30,14 +32,12 @@ def emulate(world: World, scene: Scene, entrant: Entrant, seed: int) -> Sample |
     if not world.is_head:
         job.serve()
         return None
-    tokens, emitted_at, submitted_at, tally = list[int](), list[tuple[float, int]](), None, Tally()
-    for news in job.submit(request):
-        submitted_at = news.at_s if submitted_at is None else submitted_at
-        if news.tokens:
-            tokens += news.tokens
-            emitted_at.append((news.at_s, len(news.tokens)))
-        tally = news.tally or tally
-    job.close()
+    with frozen():
+        head = LocalJob(job, is_threaded=False)
+        submitted, *told = head.decode(request)
+        head.close()
+    tokens = [token for news in told for token in news.tokens]
+    emitted_at = [(news.at_s, len(news.tokens)) for news in told if news.tokens]
     if tokens != plain_tokens(model, request.prompt, request.max_new_tokens, frozenset()):
         raise AssertionError(f"seed {seed}, {entrant.name}: the tokens are not those of plain decoding")
-    return sample(tokens, submitted_at or 0.0, emitted_at, tally, job.traffic)
+    return sample(tokens, submitted.at_s, emitted_at, told[-1].tally or Tally(), job.traffic)

@@ -12,6 +12,7 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.collector import frozen
 from pipeinfer.bench.entrants import Entrant, entrant
 from pipeinfer.bench.peers import Peer, is_peer, open_peer
 from pipeinfer.bench.places import BENCHMARKS
@@ -98,7 +99,7 @@ def models_of(world: World, point: Point) -> Iterator[Point]:
 def measure_engine(world: World, point: Point, one: Entrant, prompts: list[list[int]], opened: Opened) -> list[Sample]:
     """One sample of ``one`` for each prompt; nothing on ranks other than the head. Leaves ``prompts`` as tokens for
     others."""
-    with Engine(
+    with frozen(), Engine(
         point.target,
         point.draft or None,
         policy=one.source,

@@ -39,18 +39,21 @@ def add_parser(commands: Any) -> None:
 def calibrate(args: argparse.Namespace) -> int:
     """Learn as ``args`` say."""
     refuse_half_a_pair(args)
-    sampling, prompts = read_sampling(args), read_prompts(args.prompts)
+    read_sampling(args)
+    prompts = read_prompts(args.prompts)
     if not Path(args.out).resolve().parent.is_dir():
         refuse(f"{args.out} cannot be written", "name a file in a directory that exists")
+    from launch.collector import frozen
     from speculation.calibration_file import write_calibrations
 
     def check(engine: Engine) -> None:
         for prompt in prompts:
             engine.tokenize(prompt, args.max_new_tokens)
 
-    with open_engine(args, check, policy="continuous") as engine:
+    with frozen(), open_engine(args, check, policy="continuous") as engine:
         if engine is None:
             return 0  # this rank has served
+        sampling = read_sampling(args, engine.sampling)
         for prompt in prompts:
             completion = engine.generate(prompt, args.max_new_tokens, sampling=sampling)
         config = completion.config

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from launch.job import News
+    from launch.requests import News
     from pipeinfer.engine import Engine
 
 DRAW_S = 0.5
@@ -45,7 +45,7 @@ class Footline:
     def __init__(self, terminal: TextIO, most_tokens: int, stages: int) -> None:
         from rich.console import Console
 
-        from launch.job import News
+        from launch.requests import News
 
         self._terminal = terminal
         self._console = Console(file=terminal)

@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,10 @@ from launch.environment import OPEN_MPI, launched
 from pipeinfer.errors import PipeinferError, refuse
 
 if TYPE_CHECKING:
-    from pipeinfer.engine import Completion, Engine
+    from pipeinfer.answer import Completion
+    from pipeinfer.engine import Engine
     from pipeinfer.ports import Sampling
+    from pipeinfer.prompt import Prompt
 
 
 def add_parser(commands: Any) -> None:
@@ -33,6 +35,7 @@ def add_parser(commands: Any) -> None:
     prompt = what.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt (default: read standard input)")
     prompt.add_argument("--prompt-file", metavar="F", help="read the prompt from a file")
+    prompt.add_argument("--prompt-tokens", type=token_list, metavar="N,N,...", help="the prompt as token ids")
     what.add_argument("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
     what.add_argument("--max-new-tokens", type=int, default=128, metavar="K", help="stop after K tokens (default 128)")
     what.add_argument(
@@ -88,15 +91,16 @@ def add_models(group: Any) -> None:
 
 
 def add_sampling(group: Any) -> None:
-    """Add what says how a token is chosen to the parser's ``group``."""
-    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (0: all)")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="... that together have probability P")
-    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="... that have P times the likeliest's")
+    """Add what says how a token is chosen to the parser's ``group``. What is not said is left to the model."""
+    group.description = "What is not given is taken from the model's generation_config.json; without one, greedy."
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (0: all)")
+    group.add_argument("--top-p", type=float, metavar="P", help="... that together have probability P")
+    group.add_argument("--min-p", type=float, metavar="P", help="... that have P times the likeliest's")
     group.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="R", help="make tokens that were there less likely"
+        "--repetition-penalty", type=float, metavar="R", help="make tokens that were there less likely (1: off)"
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, other tokens (default 0)")
+    group.add_argument("--seed", type=int, metavar="N", help="another seed, other tokens (default 0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,11 +110,12 @@ def run(args: argparse.Namespace) -> int:
         refuse(f"--timeout {args.timeout:g}", "use seconds, or 0 to wait for ever")
     if args.logprobs and not args.json:
         refuse("--logprobs without --json", "say both")
+    from launch.collector import frozen
     from pipeinfer.sampling import checked_stops
 
-    sampling = read_sampling(args)
+    read_sampling(args)
     checked_stops(args.stop)
-    prompts: list[str] = []
+    prompts: list[Prompt] = []
 
     def check(engine: Engine) -> None:
         prompts.append(read_prompt(args))
@@ -126,9 +131,10 @@ def run(args: argparse.Namespace) -> int:
             forced_acceptance=args.forced_acceptance,
             random_weights=args.random_weights,
         )
-    with opened as engine:
+    with frozen(), opened as engine:
         if engine is None:
             return 0  # this rank has served
+        sampling = read_sampling(args, engine.sampling)
         completion = show(engine, prompts[0], args, sampling)
         if args.verify:
             verify(engine, completion, args, sampling)
@@ -145,14 +151,22 @@ def probabilities(text: str) -> tuple[float, ...]:
     return tuple(map(float, text.split(",")))
 
 
-def read_sampling(args: argparse.Namespace) -> Sampling:
-    """How tokens are chosen, as ``args`` say. Raises UserError for numbers that nobody can mean."""
-    from pipeinfer.ports import Sampling
+def token_list(text: str) -> list[int]:
+    """Token ids with commas between them; argparse names this function where they are none."""
+    return [int(number) for number in text.split(",")]
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+def read_sampling(args: argparse.Namespace, default: Sampling | None = None) -> Sampling:
+    """How tokens are chosen, as ``args`` say, or else ``default``. Raises UserError for numbers that nobody can
+    mean."""
+    from pipeinfer.ports import GREEDY
     from pipeinfer.sampling import exact
 
-    return exact(
-        Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
-    )
+    said = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
+    return exact(replace(default or GREEDY, **said))
 
 
 def open_engine(args: argparse.Namespace, check: Callable[[Engine], object], **more: Any) -> Engine:
@@ -180,8 +194,10 @@ def refuse_half_a_pair(args: argparse.Namespace) -> None:
         refuse("--draft without --target", "name both models, or neither for the built-in pair")
 
 
-def read_prompt(args: argparse.Namespace) -> str:
+def read_prompt(args: argparse.Namespace) -> Prompt:
     """The prompt, from where ``args`` say. Raises UserError where it is not text."""
+    if args.prompt_tokens is not None:
+        return list(args.prompt_tokens)
     if args.prompt is not None:
         where, data = "--prompt", args.prompt.encode("utf-8", "surrogateescape")
     elif args.prompt_file is not None:
@@ -201,31 +217,45 @@ def read_prompt(args: argparse.Namespace) -> str:
         refuse(f"{where} is not UTF-8 text (byte {error.start})", "convert it, for instance with iconv")
 
 
-def show(engine: Engine, prompt: str, args: argparse.Namespace, sampling: Sampling) -> Completion:
-    """Stream the answer, then the table; or print it as JSON."""
+def show(engine: Engine, prompt: Prompt, args: argparse.Namespace, sampling: Sampling) -> Completion:
+    """Stream the answer, then the table; or print it as JSON, also where it ends early: what there is, and why."""
     from pipeinfer.cli.live import live
-    from pipeinfer.engine import Completion
     from pipeinfer.metrics import table
 
     if engine.config.forced_acceptance:
-        print("acceptance is forced: the numbers that follow are tokens without meaning", file=sys.stderr, flush=True)
+        note("acceptance is forced: the numbers that follow are tokens without meaning")
+    if engine.ignored:
+        note(f"the model's generation_config.json asks for what is not done here: {', '.join(engine.ignored)}")
     asked = (prompt, args.max_new_tokens, args.ignore_eos, args.chat, sampling, args.stop)
     with contextlib.nullcontext() if args.json else live(engine, args.max_new_tokens) as watch:
-        for piece in engine.stream(*asked, watch):
-            if isinstance(piece, Completion):
-                completion = piece
-            elif not args.json:
-                print(piece, end="", flush=True)
+        handle = engine.submit(*asked, watch)
+        completion = handle.completion
+        try:
+            for piece in handle:
+                if not args.json:
+                    print(piece, end="", flush=True)
+        except BaseException as error:
+            handle.interrupt(error)
+            if args.json:
+                print(as_json(completion, args.logprobs), flush=True)
+            raise
     if args.json:
-        found = asdict(completion)
-        del found["calibrations"]  # `pipeinfer calibrate` stores them
-        if not args.logprobs:
-            del found["logprobs"]
-        print(json.dumps(found), flush=True)
+        print(as_json(completion, args.logprobs), flush=True)
     else:
         print(flush=True)
-        print(f"\n{describe(completion)}\n{table(completion.metrics)}", file=sys.stderr, flush=True)
+        note(f"\n{describe(completion)}\n{table(completion.metrics)}")
     return completion
+
+
+def as_json(completion: Completion, with_logprobs: bool) -> str:
+    """``completion`` as programs read it; what was learnt is for `pipeinfer calibrate` to store."""
+    left_out = {"calibrations", *(() if with_logprobs else ("logprobs",)), *(() if completion.error else ("error",))}
+    return json.dumps({name: value for name, value in asdict(completion).items() if name not in left_out})
+
+
+def note(text: str) -> None:
+    """Tell the person, beside what was asked for."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def describe(completion: Completion) -> str:
@@ -238,8 +268,16 @@ def describe(completion: Completion) -> str:
         f"{f'meaningless text, acceptance forced to {forced}; ' if forced else ''}"
         f"policy {config['policy']['name']}, {config['dtype']}, {len(ranks)} ranks on {hosts} hosts, {stages} stages; "
         f"{len(completion.prompt_tokens)} prompt tokens, {len(completion.tokens)} new, "
-        f"ended by {completion.finish_reason}"
+        f"ended by {completion.finish_reason}{_drawn(config['sampling'])}"
     )
+
+
+def _drawn(sampling: dict[str, Any]) -> str:
+    """How tokens were chosen, if not greedily."""
+    from pipeinfer.ports import GREEDY
+
+    changed = [f"{name} {value:g}" for name, value in sampling.items() if value != getattr(GREEDY, name)]
+    return f"; {', '.join(changed)}" if changed else ""
 
 
 def verify(engine: Engine, completion: Completion, args: argparse.Namespace, sampling: Sampling) -> None:
@@ -250,7 +288,7 @@ def verify(engine: Engine, completion: Completion, args: argparse.Namespace, sam
         first = next((index for index, (mine, theirs) in enumerate(pairs) if mine != theirs), len(plain))
         advice = "please report this" if args.dtype == "fp32" else "in bf16 the best two logits often tie: try fp32"
         raise PipeinferError(f"the tokens differ from plain decoding, first at token {first}; {advice}")
-    print(f"verified: all {len(plain)} tokens equal plain decoding", file=sys.stderr, flush=True)
+    note(f"verified: all {len(plain)} tokens equal plain decoding")
 
 
 class Progress:

@@ -103,6 +103,7 @@ def _orchestrator_bounds(machine: Orchestrator, spec: WorldSpec) -> Iterator[Lim
     yield "runs in flight", len(machine._flight), spec.policy.most_runs(spec.stages)
     # A new root goes without a credit, so some may be owed: at most one for each run that may be out.
     yield "credits owed", RUNS_AHEAD - machine._credits, RUNS_AHEAD + spec.policy.most_runs(spec.stages)
+    yield "waiting requests", len(machine._waiting), len(spec.requests)
     yield from _ledger_bounds(machine._ledger)
     session = machine._session
     if session is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from pipeinfer.ports import Command, Emit, Event, Finish, Request, Send, Submitted
+from pipeinfer.ports import Command, Emit, Event, Finish, Idle, Request, Send, Submitted
 from pipeinfer.protocol import (
     ORCHESTRATOR,
     Flag,
@@ -14,6 +14,7 @@ from pipeinfer.protocol import (
     Row,
 )
 from pipeinfer.sim.world import Witness, World, WorldSpec
+from pipeinfer.timeline import Service
 from stages.emulated import EmulatedSpec, plain_tokens
 
 _THROWN_AWAY = (Kind.ADVANCE, Flag.RESTART)
@@ -51,17 +52,24 @@ class Launched:
     leased: frozenset[int] = frozenset()
 
 
+Part = tuple[Request | None, list[Command]]
+"""The request that begins, if one does, and commands about it or about the one that was being served."""
+
+
 class Chronicle(Witness):
     """What has happened, from messages and emissions alone; the other witnesses read it."""
 
     def __init__(self, spec: WorldSpec) -> None:
         self.spec = spec
-        self.requests = 0
+        self.requests = 0  # that have begun: the number of the newest one in messages
+        self.served = 0  # the same, before the orchestrator's last event
         self.text: list[int] = []  # the prompt and what has been emitted
         self.truth: list[int] = []  # the prompt and what ought to be emitted
         self.over = True
         self.has_begun = False  # whether a token of this request has been emitted
         self.runs: dict[int, Launched] = {}
+        self.parts: list[Part] = []  # the orchestrator's last commands, see _part
+        self._service = Service()
         self._at: dict[int, Written] = {}
         self._known: dict[tuple[Written, int], Written] = {}  # tokens sent, with what they were sent after
         # Whoever throws guesses away tells drafters so; without any nobody is told.
@@ -71,13 +79,33 @@ class Chronicle(Witness):
         """See Witness."""
         if address != ORCHESTRATOR:
             return
-        if isinstance(event, Submitted):
-            self.requests += 1
-            self.text = list(event.request.prompt)
-            self.truth = [*event.request.prompt, *oracle(self.spec.model, event.request)]
-            self.over = self.has_begun = False
-            self.runs, self._at = {}, {}
-            self._known = {}
+        self.served = self.requests
+        self.parts = self._part(event, commands)
+        for begun, told in self.parts:
+            if begun is not None:
+                self._begin(begun)
+            self._read(told)
+
+    def _part(self, event: Event, commands: list[Command]) -> list[Part]:
+        """``commands`` by the request they are about: first the one that was being served, then the one that begins."""
+        begun = self._service.submitted(event) if isinstance(event, Submitted) else None
+        parts: list[Part] = [(begun, [])]
+        for command in commands:
+            if not isinstance(command, Emit | Finish | Idle) or command.number == self._service.number:
+                parts[-1][1].append(command)  # not what a user hears of a request that only waits
+            if isinstance(command, Idle) and (begun := self._service.idle(command)) is not None:
+                parts.append((begun, []))
+        return parts
+
+    def _begin(self, request: Request) -> None:
+        self.requests += 1
+        self.text = list(request.prompt)
+        self.truth = [*request.prompt, *oracle(self.spec.model, request)]
+        self.over = self.has_begun = False
+        self.runs, self._at = {}, {}
+        self._known = {}
+
+    def _read(self, commands: list[Command]) -> None:
         for command in commands:
             if isinstance(command, Emit):
                 self.text += command.tokens

@@ -5,7 +5,7 @@ A guess that hangs in the wrong place can only cost time, so no token would tell
 
 from __future__ import annotations
 
-from pipeinfer.ports import Command, Emit, Event, Received, Send, Submitted
+from pipeinfer.ports import Command, Emit, Event, Received, Send
 from pipeinfer.protocol import NO_SLOT, ORCHESTRATOR, DraftRow, Flag, Kind, Message, Row, accepted_name, address_name
 from pipeinfer.sim.chronicle import Chronicle, LawBroken, Reader
 from pipeinfer.sim.world import World
@@ -28,23 +28,24 @@ class Guessed(Reader):
         """See Witness."""
         if address != ORCHESTRATOR or world.spec.policy.lookup:
             return  # what was looked up travels nowhere
-        if isinstance(event, Submitted):
-            self._text, self._names, self._guessed, self._cells = [], {}, set(), {}
-            self._accept(event.request.prompt)
-        elif isinstance(event, Received) and event.message.kind is Kind.NODES and not self.story.over:
+        if isinstance(event, Received) and event.message.kind is Kind.NODES and not self.story.over:
             self._hear(event.message)
-        for command in commands:
-            if isinstance(command, Emit):
-                self._accept(command.tokens)
-            elif isinstance(command, Send) and command.message.kind is Kind.RUN:
-                self._check(command.message)
+        for begun, told in self.story.parts:
+            if begun is not None:
+                self._text, self._names, self._guessed, self._cells = [], {}, set(), {}
+                self._accept(begun.prompt)
+            for command in told:
+                if isinstance(command, Emit):
+                    self._accept(command.tokens)
+                elif isinstance(command, Send) and command.message.kind is Kind.RUN:
+                    self._check(command.message)
 
     def _accept(self, tokens: tuple[int, ...]) -> None:
         for token in tokens:
             self._text.append(hash((self._text[-1] if self._text else 0, token)))
 
     def _hear(self, message: Message) -> None:
-        if message.request != self.story.requests:
+        if message.request != self.story.served:
             return
         names = self._names.setdefault(message.source, {})
         for row in message.rows_as(DraftRow):

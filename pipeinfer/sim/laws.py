@@ -37,27 +37,38 @@ from pipeinfer.protocol import (
     address_name,
 )
 from pipeinfer.sim.chronicle import Chronicle, Launched, LawBroken, Reader, oracle
-from pipeinfer.sim.world import Answer, Witness, World, WorldSpec
+from pipeinfer.sim.world import Answer, World, WorldSpec
 
 
 class Exact(Reader):
     """L1."""
 
+    def __init__(self, story: Chronicle) -> None:
+        super().__init__(story)
+        self._told: dict[int, list[int]] = {}  # by request
+
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         """See Witness: no emission may stray from the truth, so the first wrong token is caught at once; nor may what
         the target says after accepted tokens, even if nobody listens."""
-        story = self.story
         if address == ORCHESTRATOR and isinstance(event, Received) and event.message.kind is Kind.RESULT:
             self._listen(event.message)
         for command in commands:
-            if isinstance(command, Emit) and story.text != story.truth[: len(story.text)]:
-                pairs = enumerate(zip_longest(story.text, story.truth))
-                at, told, wanted = next((at, told, wanted) for at, (told, wanted) in pairs if told != wanted)
-                where = f"request {story.requests}, position {at}"
-                raise LawBroken(f"L1: {where}: the token is {told}, plain decoding says {wanted}")
+            if isinstance(command, Emit):
+                self._compare(command, world.spec)
+
+    def _compare(self, emit: Emit, spec: WorldSpec) -> None:
+        told, truth = self._told.setdefault(emit.number, []), oracle(spec.model, spec.requests[emit.number])
+        told += emit.tokens
+        if tuple(told) != truth[: len(told)]:
+            pairs = enumerate(zip_longest(told, truth))
+            at, token, wanted = next((at, token, wanted) for at, (token, wanted) in pairs if token != wanted)
+            where = f"request {emit.number}, new token {at}"
+            raise LawBroken(f"L1: {where}: the token is {token}, plain decoding says {wanted}")
 
     def _listen(self, message: Message) -> None:
         story = self.story
+        if message.request != story.requests:
+            return  # it ended its request, and the next one has begun in the same step
         run = story.runs.get(message.run)
         for row in message.rows_as(ChoiceRow):
             written, after = run.written[row.slot] if run else None, row.position + 1
@@ -68,28 +79,32 @@ class Exact(Reader):
 
     def on_idle(self, world: World, answer: Answer, request: Request) -> None:
         """See Witness."""
-        wanted = list(oracle(world.spec.model, request))
-        if answer.reason == "withdrawn" and world.spec.withdraw_s is not None:
+        spec, wanted = world.spec, list(oracle(world.spec.model, request))
+        ends = [when for when, number in spec.withdrawals if number == answer.number]
+        ends += [spec.closes_s] if spec.closes_s is not None else []
+        if answer.reason == "withdrawn" and any(when <= world.now for when in ends):
             wanted = wanted[: len(answer.tokens)]  # nobody waited for the rest
         if answer.tokens != wanted:
-            raise LawBroken(f"L1: request {self.story.requests}: the user saw {answer.tokens}, wanted {wanted}")
+            raise LawBroken(f"L1: request {answer.number}: the user saw {answer.tokens}, wanted {wanted}")
         reason = "stop" if wanted[-1:] and wanted[-1] in request.stop_tokens else "length"
-        if answer.reason not in (reason, "withdrawn" if world.spec.withdraw_s is not None else reason):
-            raise LawBroken(f"L1: request {self.story.requests} finished by {answer.reason!r}, not by {reason!r}")
+        if answer.reason not in (reason, "withdrawn" if ends else reason):
+            raise LawBroken(f"L1: request {answer.number} finished by {answer.reason!r}, not by {reason!r}")
 
 
 class EndsOnce(Reader):
-    """L2."""
+    """L2: runs, and requests, which are served one at a time in the order in which they were submitted."""
 
     def __init__(self, story: Chronicle) -> None:
         super().__init__(story)
         self._open: set[int] = set()
-        self._finished = 0
+        self._ended: dict[int, bool] = {}  # by request that is not idle, in order: whether it has finished
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         """See Witness."""
         if address != ORCHESTRATOR:
             return
+        if isinstance(event, Submitted):
+            self._ended[event.number] = False
         if isinstance(event, Received) and event.message.kind is Kind.RESULT:
             if event.message.run not in self._open:
                 raise LawBroken(f"L2: a result of run {event.message.run}, which is not in flight")
@@ -97,12 +112,21 @@ class EndsOnce(Reader):
         for command in commands:
             if isinstance(command, Send) and command.message.kind is Kind.RUN:
                 self._open.add(command.message.run)
-            elif isinstance(command, Finish):
-                self._finished += 1
-            elif isinstance(command, Idle) and (self._open or self._finished != self.story.requests):
-                raise LawBroken(f"L2: request {self.story.requests} is idle, with runs {sorted(self._open)} still out")
-            elif isinstance(command, Emit) and self._finished == self.story.requests:
-                raise LawBroken(f"L2: request {self.story.requests} emits {command.tokens} after its end")
+            elif isinstance(command, Emit | Finish | Idle):
+                self._hear(command)
+
+    def _hear(self, command: Emit | Finish | Idle) -> None:
+        number, served = command.number, next(iter(self._ended), None)
+        if number not in self._ended or self._ended[number] != isinstance(command, Idle):
+            raise LawBroken(f"L2: {command} of a request that has ended already, or not yet: {self._ended}")
+        if isinstance(command, Emit) and number != served:
+            raise LawBroken(f"L2: request {number} emits {command.tokens} out of turn, request {served} is served")
+        if isinstance(command, Finish):
+            self._ended[number] = True
+        elif isinstance(command, Idle):
+            if self._open and number == served:
+                raise LawBroken(f"L2: request {number} is idle, with runs {sorted(self._open)} still out")
+            del self._ended[number]
 
 
 class InOrder(Reader):
@@ -138,11 +162,12 @@ class InOrder(Reader):
         seen[edge] = expected
 
 
-class Lively(Witness):
+class Lively(Reader):
     """L5: between two emissions, and before the first one, no more than a stated time passes."""
 
-    def __init__(self, spec: WorldSpec) -> None:
-        self.patience = patience(spec)
+    def __init__(self, story: Chronicle) -> None:
+        super().__init__(story)
+        self.patience = patience(story.spec)
         self._since = 0.0
         self._chunks = 0
 
@@ -150,18 +175,22 @@ class Lively(Witness):
         """See Witness."""
         if address != ORCHESTRATOR:
             return
-        if isinstance(event, Submitted):
-            self._since = now
-            self._chunks = -(-len(event.request.prompt) // world.spec.policy.prefill_chunk)
-        for command in commands:
-            if isinstance(command, Emit | Idle):
-                most = self.patience * (1 + self._chunks)
-                if now - self._since > most:
-                    raise LawBroken(f"L5: {now - self._since:.3f} s without a token, the bound is {most:.3f} s")
+        for begun, told in self.story.parts:
+            if begun is not None:
                 self._since = now
-                # Who drafts to order keeps the target waiting until the draft model has seen the prompt, too.
-                is_free = world.spec.policy.schedule == "continuous" and world.spec.placement != "alone"
-                self._chunks = 0 if is_free else self._chunks
+                self._chunks = -(-len(begun.prompt) // world.spec.policy.prefill_chunk)
+            for command in told:
+                if isinstance(command, Emit | Idle):
+                    self._progress(world.spec, now)
+
+    def _progress(self, spec: WorldSpec, now: float) -> None:
+        most = self.patience * (1 + self._chunks)
+        if now - self._since > most:
+            raise LawBroken(f"L5: {now - self._since:.3f} s without a token, the bound is {most:.3f} s")
+        self._since = now
+        # Who drafts to order keeps the target waiting until the draft model has seen the prompt, too.
+        is_free = spec.policy.schedule == "continuous" and spec.placement != "alone"
+        self._chunks = 0 if is_free else self._chunks
 
 
 def patience(spec: WorldSpec) -> float:

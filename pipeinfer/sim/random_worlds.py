@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
+from typing import Any
 
 from pipeinfer.links import Link
 from pipeinfer.ports import GREEDY, Request, Sampling
@@ -87,7 +88,7 @@ def draw_world(rng: random.Random, seed: int, schedule: str = "") -> WorldSpec:
         drafters=rng.choice((0, 1, 1, 1, 1, 1, 2, 2, 3, 3)),
         guess_cells=few_cells if rng.random() < 0.25 else None,
         silent_s=rng.uniform(1, 30) if policy.schedule == "continuous" and rng.random() < 0.1 else None,
-        withdraw_s=rng.uniform(0, 12 * stages) if rng.random() < 0.15 else None,
+        **_draw_user(rng, stages, len(requests), 0.15),
     )
 
 
@@ -107,8 +108,20 @@ def _busy_world(rng: random.Random, seed: int) -> WorldSpec:
         link=Link(delay_s=rng.choice((1e-4, 0.1)), control_repeat=rng.choice((0.0, 0.2))),
         context=64,
         drafter_beside_orchestrator=rng.random() < 0.5,
-        withdraw_s=rng.uniform(0, 12 * stages) if rng.random() < 0.25 else None,
+        **_draw_user(rng, stages, 1, 0.25),
     )
+
+
+def _draw_user(rng: random.Random, stages: int, requests: int, share: float) -> dict[str, Any]:
+    """What the user does: in a ``share`` of the worlds withdraw one request at some moment, in others all of them."""
+    withdrawals: tuple[tuple[float, int], ...] = ((rng.uniform(0, 12 * stages), 0),) if rng.random() < share else ()
+    at_once = rng.random() < 0.5
+    if requests > 1 and rng.random() < 0.5:
+        most = rng.choice((1.0, 12.0 * stages, 60.0 * stages))
+        chosen = rng.sample(range(requests), rng.randint(1, requests))
+        withdrawals = tuple((rng.uniform(0, most), number) for number in chosen)
+    closes_s = rng.uniform(0, 40 * stages) if rng.random() < 0.05 else None
+    return {"at_once": at_once, "withdrawals": withdrawals, "closes_s": closes_s}
 
 
 def _draw_model(rng: random.Random, seed: int, stages: int) -> EmulatedSpec:
@@ -187,20 +200,21 @@ def _draw_link(rng: random.Random) -> Link:
 def every_law(spec: WorldSpec) -> tuple[Witness, ...]:
     """A fresh witness for each law that one world can show; the chronicle, which the others read, comes first."""
     story = Chronicle(spec)
-    readers = [law(story) for law in (Exact, EndsOnce, Cells, Replicas, InOrder, Advice, Forced, Guessed)]
-    return story, *readers, *schedule_laws(story), Lively(spec), Bounds(spec), Wire()
+    readers = [law(story) for law in (Exact, EndsOnce, Cells, Replicas, InOrder, Advice, Forced, Guessed, Lively)]
+    return story, *readers, *schedule_laws(story), Bounds(spec), Wire()
 
 
 def check_world(spec: WorldSpec, twin: bool = True) -> Report:
     """Run ``spec`` under every law and replay it; raises what went wrong: LawBroken, or a machine's own refusal.
 
     With ``twin``, a world where advice was followed runs again without it: it may change time, never tokens (L6). Where
-    a user withdraws at some moment, time decides how many tokens there are."""
+    a user withdraws or closes at some moment, time decides how many tokens there are."""
     recorder = Recorder()
     world = World(spec, (*every_law(spec), recorder))
     answers = world.run(MOST_EVENTS)
     replay(spec, recorder.trace)
-    if twin and spec.withdraw_s is None and any(answer.tally and answer.tally.tombstones for answer in answers):
+    is_timeless = not spec.withdrawals and spec.closes_s is None
+    if twin and is_timeless and any(answer.tally and answer.tally.tombstones for answer in answers):
         mute = replace(spec, policy=replace(spec.policy, cancel="off"))
         told, untold = ([answer.tokens for answer in told] for told in (answers, World(mute).run(MOST_EVENTS)))
         if told != untold:

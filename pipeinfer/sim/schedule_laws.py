@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from pipeinfer.ports import Command, Compute, Computed, Emit, Event, Finish, Received, Send, Submitted
+from pipeinfer.ports import Command, Compute, Computed, Emit, Event, Finish, Received, Request, Send
 from pipeinfer.protocol import (
     FIRST_STAGE,
     NO_SLOT,
@@ -89,13 +89,17 @@ class OneRoundAtATime(Reader):
         """See Witness."""
         if address != ORCHESTRATOR:
             return
-        if isinstance(event, Submitted):
-            self._length, self._awaited = len(event.request.prompt), 0
-        elif isinstance(event, Received):
+        if isinstance(event, Received):
             message = event.message
             self._in_flight -= message.kind is Kind.RESULT
-            if message.kind is Kind.NODES and message.flags & Flag.LAST and message.request == self.story.requests:
+            if message.kind is Kind.NODES and message.flags & Flag.LAST and message.request == self.story.served:
                 self._awaited -= 1
+        for begun, told in self.story.parts:
+            if begun is not None:
+                self._length, self._awaited = len(begun.prompt), 0
+            self._read(told, world.spec)
+
+    def _read(self, commands: list[Command], spec: WorldSpec) -> None:
         for command in commands:
             if isinstance(command, Emit):
                 self._length += len(command.tokens)
@@ -103,7 +107,7 @@ class OneRoundAtATime(Reader):
             elif isinstance(command, Finish):
                 return
             elif isinstance(command, Send):
-                self._sent(command.message, world.spec)
+                self._sent(command.message, spec)
 
     def _sent(self, message: Message, spec: WorldSpec) -> None:
         if message.kind is Kind.CANCEL:
@@ -152,23 +156,29 @@ class Frontier(Reader):
             self._stage_works = works or (self._stage_works and not isinstance(event, Computed))
         if address != ORCHESTRATOR:
             return
-        if isinstance(event, Submitted):
-            request = event.request
-            self._text, self._stops = list(request.prompt), request.stop_tokens
-            self._last_position = len(request.prompt) + request.max_new_tokens - 2
-            self._awaited, self._owes_canonical, self._owes_drafted, self._canonical = set(), False, False, set()
-        elif isinstance(event, Received):
+        if isinstance(event, Received):
             self._found(event.message)
+        for begun, told in self.story.parts:
+            if begun is not None:
+                self._begin(begun)
+            self._read(told, world.spec)
+
+    def _begin(self, request: Request) -> None:
+        self._text, self._stops = list(request.prompt), request.stop_tokens
+        self._last_position = len(request.prompt) + request.max_new_tokens - 2
+        self._awaited, self._owes_canonical, self._owes_drafted, self._canonical = set(), False, False, set()
+
+    def _read(self, commands: list[Command], spec: WorldSpec) -> None:
         for command in commands:
             if isinstance(command, Emit):
-                self._verified(command, world.spec)
+                self._verified(command, spec)
             elif isinstance(command, Finish):
                 return
             elif isinstance(command, Send):
-                self._sent(command.message, world.spec)
+                self._sent(command.message, spec)
 
     def _found(self, message: Message) -> None:
-        if message.kind is not Kind.NODES or message.request != self.story.requests:
+        if message.kind is not Kind.NODES or message.request != self.story.served:
             return
         for row in message.rows_as(DraftRow) if message.source in self._awaited else ():
             self._has_stopped |= row.token in self._stops

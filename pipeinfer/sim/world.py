@@ -11,6 +11,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate, pairwise
 
 from pipeinfer.cast import Cast
@@ -66,14 +67,17 @@ class WorldSpec:
     placement: Placement = "spread"
     drafter_beside_orchestrator: bool = True
     guess_cells: int | None = None  # cells for guesses in flight, if not what the policy wants
-    withdraw_s: float | None = None  # when the user withdraws the request of that moment
+    at_once: bool = False  # all requests are submitted at the beginning, not each when the one before is idle
+    withdrawals: tuple[tuple[float, int], ...] = ()  # when the user withdraws which request, counted from 0
+    closes_s: float | None = None  # when the user closes, whatever waits or is being served
     silent_s: float | None = None  # from when on drafters that have a host of their own are not heard any more
 
 
 @dataclass(slots=True)
 class Answer:
-    """What the world's user saw of one request; times in virtual seconds."""
+    """What the world's user saw of request ``number``, counted from 0; times in virtual seconds."""
 
+    number: int = 0
     tokens: list[int] = field(default_factory=list)
     emitted_at: list[tuple[float, int]] = field(default_factory=list)
     submitted_at: float = 0.0
@@ -158,7 +162,7 @@ class Host:
 
 
 class World:
-    """Runs the requests of ``spec`` one after the other; ``witnesses`` watch."""
+    """Runs the requests of ``spec``; ``witnesses`` watch."""
 
     def __init__(self, spec: WorldSpec, witnesses: tuple[Witness, ...] = ()) -> None:
         self.spec = spec
@@ -210,8 +214,12 @@ class World:
             for address in host.executor.addresses:
                 host.executor.deliver(address, Started(), 0.0)
         self._submit(0.0)
-        if self.spec.withdraw_s is not None:
-            self.at(self.spec.withdraw_s, self._withdraw)
+        while self.spec.at_once and self._todo:
+            self._submit(0.0)
+        for when, number in self.spec.withdrawals:
+            self.at(when, partial(self._say, Withdrawn(number)))
+        if self.spec.closes_s is not None:
+            self.at(self.spec.closes_s, self._close)
         while self._agenda:
             self.now, _, action = heapq.heappop(self._agenda)
             action(self.now)
@@ -223,18 +231,21 @@ class World:
 
     def _submit(self, now: float) -> None:
         if self._todo:
-            self.answers.append(Answer(submitted_at=now))
-            self._tell(Submitted(self._todo.popleft()), now)
-        else:
-            self._tell(Closed(), now)
+            number = len(self.answers)
+            self.answers.append(Answer(number, submitted_at=now))
+            self._say(Submitted(self._todo.popleft(), number), now)
+        elif all(answer.tally is not None for answer in self.answers):
+            self._say(Closed(), now)
 
-    def _withdraw(self, now: float) -> None:
-        if not self.hosts[0].executor.is_halted:
-            self._tell(Withdrawn(), now)
+    def _close(self, now: float) -> None:
+        self._todo.clear()
+        self._say(Closed(), now)
 
-    def _tell(self, event: Event, now: float) -> None:
-        """What the user says; a layer that is being computed there goes on."""
+    def _say(self, event: Event, now: float) -> None:
+        """What the user says, if anybody still hears it; a layer that is being computed there goes on."""
         head = self.hosts[0]
+        if head.executor.is_halted:
+            return
         head.executor.deliver(ORCHESTRATOR, event, now)
         if not head.stepping:
             head.run(now)
@@ -245,7 +256,7 @@ class World:
 
     def hear(self, command: Emit | Finish | Idle, now: float) -> None:
         """What the user hears from the orchestrator."""
-        answer = self.answers[-1]
+        answer = self.answers[command.number]
         if isinstance(command, Emit):
             answer.tokens += command.tokens
             answer.emitted_at.append((now, len(command.tokens)))
@@ -253,7 +264,7 @@ class World:
             answer.reason = command.reason
         else:
             answer.tally = command.tally
-            request = self.spec.requests[len(self.answers) - 1]
+            request = self.spec.requests[command.number]
             for witness in self.witnesses:
                 witness.on_idle(self, answer, request)
             self.at(now, self._submit)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from launch.job import News
+from launch.requests import News
 from pipeinfer.cli.live import DRAW_S, Footline
 from tests.cli.run import ROOT, pipeinfer
 

@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 
+from pipeinfer.errors import LocalProtocolError, RemoteProtocolError, StallError
+from pipeinfer.sim.chronicle import LawBroken
 from pipeinfer.sim.random_worlds import check_world, random_world
 
 WORLDS = range(150)
+CATCHES = (LawBroken, LocalProtocolError, RemoteProtocolError, StallError)
+"""What says that a fault was noticed: a law, or the machines' own checks."""
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -58,9 +62,7 @@ def hunt(
             tried += 1
             try:
                 check_world(random_world(seed, planted.schedule))
-            except (AttributeError, NameError, TypeError):
-                raise  # the fault is not planted any more: what it patches has changed
-            except Exception as error:  # whatever else goes wrong is a catch
+            except CATCHES as error:  # whatever else is raised is the fault's own: what it patches has changed
                 law = str(error).partition(":")[0]
                 catches[law if law[:1] == "L" and law[1:].isdigit() else type(error).__name__] += 1
             if catches[until] or catches.total() == most:

@@ -146,7 +146,7 @@ def activations_are_overwritten_on_their_way(patch: pytest.MonkeyPatch) -> None:
     wrap(patch, Network, "arrivals", arrivals)
 
 
-@mutant("ValueError")
+@mutant("LocalProtocolError")
 def activations_of_dropped_rows_stay(patch: pytest.MonkeyPatch) -> None:
     def step(original: Any, executor: Executor, now: float) -> Any:
         for address, job in list(executor._jobs.items()):

@@ -13,6 +13,7 @@ from kvbuffers.partitions import Partitions
 from pipeinfer.orchestrator import Orchestrator
 from pipeinfer.ports import Idle, Send
 from pipeinfer.protocol import CellOpKind, Edges, Flag, Kind
+from pipeinfer.session import Waiting
 from pipeinfer.sim.network import Network
 from speculation.accept import accept
 from speculation.continuous import choose_rows
@@ -44,12 +45,35 @@ def stop_tokens_are_ignored(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L1")
 def one_token_too_many(patch: pytest.MonkeyPatch) -> None:
-    def submit(original: Any, machine: Orchestrator, request: Any) -> Any:
-        if len(request.prompt) + request.max_new_tokens < machine._context:
+    def take(original: Any, waiting: Waiting) -> Any:
+        number, request = original(waiting)
+        if len(request.prompt) + request.max_new_tokens < waiting._context:
             request = replace(request, max_new_tokens=request.max_new_tokens + 1)
-        return original(machine, request)
+        return number, request
 
-    wrap(patch, Orchestrator, "_submit", submit)
+    wrap(patch, Waiting, "take", take)
+
+
+@mutant("L2")
+def the_newest_request_goes_first(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Waiting, "take", lambda original, waiting: waiting._requests.popitem())
+
+
+@mutant("L1")
+def withdrawing_ends_whatever_is_served(patch: pytest.MonkeyPatch) -> None:
+    def withdraw(original: Any, machine: Orchestrator, number: int) -> Any:
+        session = machine._session
+        return original(machine, session.caller_number if session else number)
+
+    wrap(patch, Orchestrator, "_withdraw", withdraw)
+
+
+@mutant("StallError")
+def the_next_request_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    def open_(original: Any, machine: Orchestrator) -> Any:
+        return original(machine) if len(machine._waiting) < 2 else []
+
+    wrap(patch, Orchestrator, "_open", open_)
 
 
 @mutant("L1")
@@ -116,7 +140,7 @@ def idle_before_the_last_run_is_back(patch: pytest.MonkeyPatch) -> None:
         if session is None or not session.is_over or len(machine._flight) > 1:
             return []
         machine._session = None
-        return [Idle(session.tally)]
+        return [Idle(session.tally, session.caller_number), *machine._open()]
 
     wrap(patch, Orchestrator, "_settle", settle)
 

@@ -128,6 +128,19 @@ EDGES |= {
     )
     for name, policy in SCHEDULES.items()
 }
+QUEUED = replace(SMALL, requests=(LONG, Request((7,), 3), replace(LONG, prompt=(2, 7)), Request((9,), 8)), at_once=True)
+USERS: dict[str, dict[str, Any]] = {
+    "all requests at once": {},
+    "all at once, some withdrawn": {"withdrawals": ((6.0, 0), (3.0, 2), (3.0, 2), (1e4, 1))},
+    "all at once, all withdrawn at once": {"withdrawals": tuple((0.0, number) for number in (2, 0, 1, 3))},
+    "closed while requests wait": {"closes_s": 12.0},
+    "closed before anybody is ready": {"closes_s": 0.0, "link": Link(delay_s=3.0)},
+}
+EDGES |= {
+    f"{user}, {name}": replace(QUEUED, policy=policy, **does)
+    for name, policy in SCHEDULES.items()
+    for user, does in USERS.items()
+}
 EDGES |= {
     f"repetition is penalised, {name}": replace(
         SMALL,

@@ -43,7 +43,8 @@ def test_any_world(rng: random.Random, seed: int, schedule: str) -> None:
 @pytest.mark.parametrize("schedule", ["frontier", "continuous"])  # the others have nothing to cancel before the end
 @pytest.mark.parametrize("seed", range(5))
 def test_advice_changes_time_and_never_tokens(seed: int, schedule: str) -> None:
-    spec = replace(random_world(seed, schedule), withdraw_s=None)  # else time decides how many tokens there are
+    # Where a user ends requests, time decides how many tokens there are.
+    spec = replace(random_world(seed, schedule), withdrawals=(), closes_s=None)
     variants = [replace(spec, policy=replace(spec.policy, cancel=cancel)) for cancel in ("direct", "relay", "off")]
     variants.append(replace(variants[0], link=replace(spec.link, control_loss=1.0)))
     variants.append(replace(variants[1], link=replace(spec.link, control_loss=0.5, control_repeat=0.5, jitter_s=2.0)))

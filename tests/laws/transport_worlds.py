@@ -20,7 +20,7 @@ from launch.driver import Driver
 from launch.roles import homes, seat
 from launch.transport import MpiTransport
 from pipeinfer.executor import Executor
-from pipeinfer.ports import Closed, Command, Emit, Event, Finish, Received, Started, Submitted
+from pipeinfer.ports import Closed, Command, Emit, Event, Finish, Idle, Received, Started, Submitted
 from pipeinfer.protocol import ORCHESTRATOR, Kind, Message, Row, decode, encode
 from pipeinfer.sim.bounds import Bounds
 from pipeinfer.sim.cell_laws import Cells, Replicas
@@ -210,27 +210,33 @@ class DrivenWorld:
         for address in executor.addresses:
             driver.deliver(address, Started())
         if rank == self.home[ORCHESTRATOR]:
-            for request in self.spec.requests:
-                self._serve(driver, Submitted(request))
-            driver.deliver(ORCHESTRATOR, Closed())
+            self._lead(driver)
         driver.run(lambda: executor.is_halted, STALL_S, lambda: f"rank {rank} does not end")
         transport.close()
 
-    def _serve(self, driver: Driver, submitted: Submitted) -> None:
-        answer = Answer()
-        self.answers.append(answer)
-        driver.deliver(ORCHESTRATOR, submitted)
-        while answer.tally is None:
+    def _lead(self, driver: Driver) -> None:
+        """All requests at once, or each when the one before is idle; then the end."""
+        todo, at_once = deque(enumerate(self.spec.requests)), self.spec.at_once
+        while any(answer.tally is None for answer in self.answers) or todo:
+            if todo and (at_once or all(answer.tally is not None for answer in self.answers)):
+                number, request = todo.popleft()
+                self.answers.append(Answer(number))
+                driver.deliver(ORCHESTRATOR, Submitted(request, number))
+                continue
             driver.run(lambda: bool(driver.news), STALL_S, lambda: "; ".join(self.orchestrator.report()))
-            _, command = driver.news.popleft()
-            if isinstance(command, Emit):
-                answer.tokens += command.tokens
-            elif isinstance(command, Finish):
-                answer.reason = command.reason
-            else:
-                answer.tally = command.tally
-        for witness in self.witnesses:
-            witness.on_idle(self, answer, submitted.request)  # type: ignore[arg-type]
+            self._hear(driver.news.popleft()[1])
+        driver.deliver(ORCHESTRATOR, Closed())
+
+    def _hear(self, command: Emit | Finish | Idle) -> None:
+        answer = self.answers[command.number]
+        if isinstance(command, Emit):
+            answer.tokens += command.tokens
+        elif isinstance(command, Finish):
+            answer.reason = command.reason
+        else:
+            answer.tally = command.tally
+            for witness in self.witnesses:
+                witness.on_idle(self, answer, self.spec.requests[command.number])  # type: ignore[arg-type]
 
     def _see(self, message: Message, now: float) -> None:
         for witness in self.witnesses:
@@ -258,7 +264,7 @@ def random_driven_world(seed: int) -> tuple[WorldSpec, int]:
         spec = replace(spec, policy=replace(spec.policy, window=rng.randint(1, 2 * stages)))
     spec = replace(
         spec, stages=stages, model=replace(spec.model, layers=stages),
-        placement=rng.choice(("spread", "oversubscribed")), withdraw_s=None, silent_s=None,
+        placement=rng.choice(("spread", "oversubscribed")), withdrawals=(), closes_s=None, silent_s=None,
         drafters=min(spec.drafters, 2), requests=spec.requests[:2],
         stage_s=tuple(SCALE * pass_s for pass_s in spec.stage_s), draft_s=SCALE * spec.draft_s,
     )  # fmt: skip

@@ -13,8 +13,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from pipeinfer.errors import LocalProtocolError
 from stages.choices import best_choices
 from stages.generic import GenericShard
+from stages.generic_cells import CellCache, UnsupportedError
 from stages.generic_spec import GenericSpec
 from tests.models.tiny_generic import MODELS, make_model
 from tests.models.walk import Reference, compute, greedy, make_batch, prefill
@@ -175,10 +177,22 @@ def test_yields_after_each_layer_and_leaves_its_input_alone(gemma2: Path) -> Non
     before = hidden.clone()
     list(last.forward(batch, hidden))
     assert torch.equal(hidden, before)
-    with pytest.raises(AssertionError, match="embed"):
+    with pytest.raises(LocalProtocolError, match="embed"):
         list(last.forward(batch, None))
-    with pytest.raises(AssertionError, match="choose"):
+    with pytest.raises(LocalProtocolError, match="choose"):
         first.choose(hidden, [0], 1)
+
+
+def test_a_layer_that_keeps_more_than_its_own_cells_is_noticed(gemma2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shard,), update = load(gemma2), CellCache.update
+
+    def update_twice(cache: CellCache, keys: Any, values: Any, layer: int, *rest: Any) -> Any:
+        update(cache, keys, values, layer, *rest)
+        return update(cache, keys, values, layer, *rest)
+
+    monkeypatch.setattr(CellCache, "update", update_twice)
+    with pytest.raises(UnsupportedError, match="writes the cells"):
+        list(shard.forward(make_batch([1], [0], [0], [set()]), None))
 
 
 def test_a_row_that_sees_nothing_poisons_nothing(gemma2: Path) -> None:

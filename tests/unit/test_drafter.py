@@ -195,3 +195,13 @@ def test_guesses_are_drawn_as_the_target_will_draw() -> None:
     draw = compute_of(told.order(1)).draw
     assert draw is not None
     assert (draw.sampling, draw.positions.tolist(), draw.is_guess) == (sampling, [4], True)
+
+
+def test_an_order_of_no_passes_ends_what_was_held_back_and_evaluates_nothing() -> None:
+    """Found by reading: the choices held back counted as one pass, and one less than none never ends."""
+    told = Told(width=2)
+    told.order(1, cutoff=0.5)
+    told.computed([(4, 0.6), (5, 0.3)])
+    commands = told.order(0, cutoff=0.1)
+    assert [token for found, _ in nodes(commands) for token, _ in found] == [5]
+    assert not [command for command in commands if isinstance(command, Compute)]

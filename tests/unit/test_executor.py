@@ -26,6 +26,8 @@ from pipeinfer.ports import (
     Sampling,
     Send,
     Started,
+    Wake,
+    Woke,
 )
 from pipeinfer.protocol import Kind, Message
 
@@ -240,3 +242,17 @@ def test_a_halted_role_hears_nothing_and_its_job_is_dropped() -> None:
     executor.deliver(1, Started(), 0.0)
     assert executor.step(0.0) is None
     assert len(role.heard) == 2
+
+
+def test_an_alarm_that_was_moved_meanwhile_rings_at_its_new_time() -> None:
+    """Waking the first role sends the second one a message, upon which that asks to be woken later."""
+    first = Script(1, [Wake(1.0)], [word(1, 2)])
+    second = Script(2, [Wake(1.0)], [Wake(5.0)])
+    executor = Executor([first, second], {}, Outside())
+    for address in (1, 2):
+        executor.deliver(address, Started(), 0.0)
+    executor.ring(1.0)
+    assert [type(event) for event in second.heard] == [Started, Received]
+    assert executor.alarm == 5.0
+    executor.ring(5.0)
+    assert isinstance(second.heard[-1], Woke)

@@ -29,7 +29,7 @@ OTHER_NAN = float("nan")
         ([1, (2, 3)], [1, (2, 4)], "commands.1.1 was 3, is 4"),
         ((Wake(1.0), Halt()), (Wake(1.0),), "commands.1 was Halt(), is None"),
         ((), (Halt(),), "commands.0 was None, is Halt()"),
-        ((Emit((1,)),), (Halt(),), "commands.0 was Emit(tokens=(1,), logps=()), is Halt()"),
+        ((Emit((1,)),), (Halt(),), "commands.0 was Emit(tokens=(1,), logps=(), number=0), is Halt()"),
         (Emit((1, 2)), Emit((1, 3)), "commands.tokens.1 was 2, is 3"),
         (RUN, Message(Kind.RUN, 0, 1, rows=(RUN.rows[0], Row(5, 6, 9, 8))), "commands.rows.1.parent was 7, is 9"),
         (RESULT, Message(Kind.RESULT, 1, 0, rows=(ChoiceRow(1, 2, 3, OTHER_NAN),)), ""),

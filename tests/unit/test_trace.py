@@ -97,8 +97,10 @@ EVENTS: dict[type, st.SearchStrategy[Any]] = {
     Started: st.builds(Started),
     Received: st.builds(Received, MESSAGES, PAYLOADS),
     Computed: st.builds(Computed, INTEGER, PAYLOADS, st.none() | CHOICES),
-    Submitted: st.builds(Submitted, st.builds(Request, TUPLES, INTEGER, st.frozensets(TOKEN, max_size=3), SAMPLINGS)),
-    Withdrawn: st.builds(Withdrawn),
+    Submitted: st.builds(
+        Submitted, st.builds(Request, TUPLES, INTEGER, st.frozensets(TOKEN, max_size=3), SAMPLINGS), COUNT
+    ),
+    Withdrawn: st.builds(Withdrawn, COUNT),
     Closed: st.builds(Closed),
     Stalled: st.builds(Stalled),
     Woke: st.builds(Woke),
@@ -117,9 +119,9 @@ COMMANDS: dict[type, st.SearchStrategy[Any]] = {
     ),
     Abandon: st.builds(Abandon, INTEGER),
     Wake: st.builds(Wake, REAL),
-    Emit: st.builds(Emit, TUPLES, REALS),
-    Finish: st.builds(Finish, st.text()),
-    Idle: st.builds(Idle, st.builds(Tally, *[COUNT] * 8, REAL, REAL, COUNT, REAL, REAL, LEARNT)),
+    Emit: st.builds(Emit, TUPLES, REALS, COUNT),
+    Finish: st.builds(Finish, st.text(), COUNT, st.none() | COUNT),
+    Idle: st.builds(Idle, st.builds(Tally, *[COUNT] * 8, REAL, REAL, COUNT, REAL, REAL, LEARNT), COUNT),
     Note: st.builds(Note, st.text()),
     Halt: st.builds(Halt),
 }
@@ -254,9 +256,9 @@ def test_a_line_that_is_no_event_is_damage(line: str, folder: Path) -> None:
         ("not JSON", "is no trace"),
         ("[]", "is no trace"),
         ("{}", "is no trace"),
-        ('{"pipeinfer_trace": 2, "protocol": 2}', "is no trace"),
+        ('{"pipeinfer_trace": 3, "protocol": 2}', "is no trace"),
         ('{"pipeinfer_trace": 77, "protocol": 2}', "made by another version"),
-        ('{"pipeinfer_trace": 2, "protocol": 1}', "made by another version"),
+        ('{"pipeinfer_trace": 3, "protocol": 1}', "made by another version"),
         ("\udcff", "is no trace"),
     ],
 )

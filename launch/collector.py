@@ -1,0 +1,18 @@
+"""Python's cyclic garbage collector in processes that are ours; a program that uses the engine keeps its own habits."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def frozen() -> Iterator[None]:
+    """What is loaded stays while the ``with`` lasts: the collector would look at all of it, for as long as many a run
+    takes. For ranks that we start and for our own commands."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

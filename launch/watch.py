@@ -1,0 +1,112 @@
+"""Who has made no progress for how long: pure bookkeeping, for whoever waits until several processes are ready.
+
+What counts is progress, not time: a rank that reads weights for an hour is well, one that neither reads nor computes
+for ``timeout_s`` is not. Whoever watches is told a number for each rank that changes while it works (see progress).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pipeinfer.errors import StallError
+
+
+@dataclass(slots=True)
+class _Watched:
+    name: str
+    progress: int = -1
+    heard_at: float = 0.0  # when it was last heard of
+    moved_at: float = 0.0  # when its progress was last another one
+    doing: str = "starting"
+
+
+@dataclass(slots=True)
+class Watch:
+    """The ranks that are waited for, by number. ``timeout_s``: how long one may make no progress; 0: for ever."""
+
+    timeout_s: float
+    _watched: dict[int, _Watched] = field(default_factory=dict)
+
+    def expect(self, rank: int, name: str, now: float) -> None:
+        """Wait for ``rank``, which people know by ``name``, from ``now`` (seconds) on."""
+        self._watched[rank] = _Watched(name, heard_at=now, moved_at=now)
+
+    def heard(self, rank: int, progress: int, doing: str, now: float) -> None:
+        """``rank`` is ``doing`` something, and its progress is this number."""
+        watched = self._watched.get(rank)
+        if watched is None:
+            return
+        watched.heard_at, watched.doing = now, doing
+        if progress != watched.progress:
+            watched.progress, watched.moved_at = progress, now
+
+    def done(self, rank: int) -> None:
+        """``rank`` need not be waited for any more."""
+        self._watched.pop(rank, None)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody is waited for."""
+        return not self._watched
+
+    def check(self, now: float) -> None:
+        """Raise StallError, naming them, if ranks have made no progress for too long."""
+        late = [watched for watched in self._watched.values() if now - watched.moved_at > self.timeout_s]
+        if not self.timeout_s or not late:
+            return
+        said = "; ".join(
+            f"{watched.name}, {watched.doing}, "
+            + ("has not been heard of" if now - watched.heard_at > self.timeout_s else "neither reads nor computes")
+            for watched in late[:8]
+        )
+        more = f" and {len(late) - 8} more" if len(late) > 8 else ""
+        raise StallError(f"no progress for {self.timeout_s:g} s (--timeout allows more, 0 any time): {said}{more}")
+
+
+def progress(pid: int | str = "self") -> int:
+    """A number that grows while process ``pid``, of this host, computes or reads; -1 where it is not to be had.
+
+    Of one's own process it is the main thread's, for a thread that looks would count itself."""
+    place = f"/proc/{pid}" if pid != "self" else f"/proc/self/task/{threading.main_thread().native_id}"
+    total = -1
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        with open(f"{place}/stat", "rb") as file:
+            words = file.read().rpartition(b")")[2].split()
+        total = int(words[11]) + int(words[12])  # user and system time, in ticks
+        with contextlib.suppress(OSError, ValueError), open(f"{place}/io", "rb") as file:
+            total += int(file.readline().split()[1])
+    return total
+
+
+class Pulse:
+    """Calls ``beat`` every ``period_s`` in a thread of its own while the main thread is busy inside the ``with``."""
+
+    def __init__(self, beat: Callable[[], None], period_s: float) -> None:
+        self._beat, self._period_s = beat, period_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pipeinfer pulse", daemon=True)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._period_s):
+            self._beat()
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def name_of(rank: int, host: str, pid: int) -> str:
+    """How a rank is named to people, who may want to look at it."""
+    return f"rank {rank} (process {pid} on {host})" if pid else f"rank {rank}"
+
+
+def here() -> tuple[str, int]:
+    """This process as name_of wants it."""
+    return os.uname().nodename, os.getpid()
