@@ -176,4 +176,4 @@ def test_nothing_loads_torch_before_reading(single: Path) -> None:
         f"Checkpoint({str(single)!r}).validate(ModelSpec.read({str(single)!r}))\n"
         "sys.exit(bool({'torch', 'safetensors', 'transformers'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=300).returncode == 0
