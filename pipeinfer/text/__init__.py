@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from pipeinfer.errors import refuse
@@ -47,8 +48,11 @@ class Text:
 
     def decode(self, tokens: list[int]) -> str:
         """The text of ``tokens``, special tokens left out."""
-        with blaming(f"the tokenizer in {self._directory} cannot write the answer", "copy it again"):
+        with self._writing():
             return self._tokenizer.decode(tokens)
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return blaming(f"the tokenizer in {self._directory} cannot write such text", "copy it again")
 
     def special_stop(self, stop: str) -> int | None:
         """The token to stop at where ``stop`` is the name of a special token. Raises UserError where it contains one:
@@ -64,7 +68,9 @@ class Text:
     def reader(self, silent: frozenset[int], stops: Sequence[str], prompt: Sequence[int] = ()) -> Reader:
         """A fresh reader of one answer to ``prompt``: the text of both without its common prefix with the text of the
         prompt, up to the first of ``stops``. Tokens of the answer in ``silent`` are no text."""
-        return Reader(self._source(stops, prompt), silent)
+        with self._writing():
+            source = self._source(stops, prompt)
+        return Reader(source, silent, self._writing)
 
     def _source(self, stops: Sequence[str], prompt: Sequence[int]) -> Source:
         before = self.decode(list(prompt)) if prompt else ""
@@ -105,6 +111,9 @@ class Numbers(Text):
     def special_stop(self, stop: str) -> int | None:
         """None: a number is no special token."""
         return None
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def _source(self, stops: Sequence[str], prompt: Sequence[int]) -> Source:
         return Streamed(Chain([Joined()]), str, (), "", stops)

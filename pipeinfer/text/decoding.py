@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 REPLACED = "\N{REPLACEMENT CHARACTER}"
 CLEANED = " .?!,'ntmsver"  # the characters of what transformers' clean_up_tokenization replaces
-SHOWN = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))  # bytes that are their own letters, as GPT-2 has it
+SHOWN = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))  # GPT-2's bytes that are their own letters
 LETTERS = {chr(byte): byte for byte in SHOWN}
 LETTERS |= {chr(0x100 + n): byte for n, byte in enumerate(byte for byte in range(0x100) if byte not in SHOWN)}
 

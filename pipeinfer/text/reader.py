@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from pipeinfer.text.decoding import Chain
@@ -143,11 +144,15 @@ class Whole:
 class Reader:
     """Reads an answer up to the token that completes a stop string. Tokens in ``silent`` are no text.
 
-    It takes tokens one by one, so that where an answer ends does not depend on how they arrived."""
+    It takes tokens one by one, so that where an answer ends does not depend on how they arrived. ``guarded`` makes a
+    context in which text is decoded, for errors to be told in it."""
 
-    def __init__(self, source: Source, silent: frozenset[int]) -> None:
+    def __init__(
+        self, source: Source, silent: frozenset[int], guarded: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         self._source = source
         self._silent = silent
+        self._guarded = guarded
         self._is_closed = False
         self.shown = ""  # the text so far; after close, the answer's
 
@@ -159,12 +164,13 @@ class Reader:
     def read(self, tokens: Sequence[int]) -> tuple[int, str]:
         """How many of ``tokens`` belong to the answer, and what can be shown now that they have come."""
         piece, count = "", 0
-        for token in tokens:
-            if self.is_stopped:
-                break
-            count += 1
-            if token not in self._silent:
-                piece += self._source.push(token)
+        with self._guarded():
+            for token in tokens:
+                if self.is_stopped:
+                    break
+                count += 1
+                if token not in self._silent:
+                    piece += self._source.push(token)
         self.shown += piece
         return count, piece
 
@@ -173,6 +179,7 @@ class Reader:
         if self._is_closed:
             return ""
         self._is_closed = True
-        piece = self._source.close()
+        with self._guarded():
+            piece = self._source.close()
         self.shown += piece
         return piece

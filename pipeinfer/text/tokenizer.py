@@ -110,7 +110,7 @@ class Plain(Tokenizer):
 
     def decode(self, tokens: list[int]) -> str:
         """See Tokenizer."""
-        return str(self.library.decode(tokens))
+        return str(self.library.decode(tokens)) if self._is_any_text(tokens) else ""
 
     def vocabulary(self) -> dict[str, int]:
         """See Tokenizer."""
@@ -129,6 +129,10 @@ class Plain(Tokenizer):
         """See Tokenizer."""
         decoder = self.library.decoder
         return chain(None if decoder is None else json.loads(decoder.__getstate__()), self.clean_up)
+
+    def _is_any_text(self, tokens: list[int]) -> bool:
+        """Whether there is anything to decode; some decoders fail where there is not."""
+        return any(self.name(token) is not None for token in tokens)
 
     def name(self, token: int) -> str | None:
         """See Tokenizer."""
@@ -160,6 +164,8 @@ class Full(Plain):
 
     def decode(self, tokens: list[int]) -> str:
         """See Tokenizer."""
+        if not self.is_opaque and not self._is_any_text(tokens):
+            return ""
         with quietly():
             return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
@@ -292,17 +298,33 @@ def _explain(directory: Path, error: BaseException) -> NoReturn:
             continue
         except (OSError, ValueError, RecursionError) as reason:
             raise CheckpointError(f"{directory / name} cannot be read ({one_line(reason)}); copy it again") from error
-    files = [name for name in (MAIN, *MODELS, *VOCABULARIES) if (directory / name).is_file()]
     if "trust_remote_code" in str(error):
-        raise CheckpointError(
-            f"{directory / CONFIG}: this tokenizer needs program code of its own, which is never run; "
-            "use a model whose tokenizer transformers has"
-        ) from error
-    if files[0] in MODELS:
-        thing = f"{directory / files[0]} cannot be read as a SentencePiece model or by tiktoken"
+        thing, fix = f"{directory / CONFIG}: this tokenizer needs program code of its own", "no such code is ever run"
+    elif (directory / MAIN).is_file():
+        thing, fix = f"{_to_blame(directory)} cannot be used ({one_line(error)})", "copy it again"
+    elif (directory / "vocab.json").is_file() and not (directory / "merges.txt").is_file():
+        thing, fix = f"{directory} has vocab.json and no merges.txt", "copy that too"
+    elif "Couldn't instantiate" in str(error):  # what it goes on to say, of missing packages, is a guess
+        thing, fix = f"{directory} has no {MAIN}", f"copy one, or name in {CONFIG} the tokenizer_class of what there is"
+    elif "`tiktoken`" in str(error):  # what transformers tries last
+        (model, *_) = (directory / name for name in MODELS if (directory / name).is_file())
+        thing, fix = f"{model} is no SentencePiece model that can be read", f"copy it again, or add a {MAIN}"
     else:
-        thing = f"{directory / files[0]} cannot be loaded"
-    raise CheckpointError(f"{thing} ({one_line(error)}); copy it again, or save it anew with transformers") from error
+        thing, fix = f"the tokenizer in {directory} cannot be loaded ({one_line(error)})", "copy its files again"
+    raise CheckpointError(f"{thing}; {fix}") from error
+
+
+def _to_blame(directory: Path) -> Path:
+    """The file with which transformers could not use tokenizer.json."""
+    from tokenizers import Tokenizer as Library
+
+    try:
+        Library.from_file(str(directory / MAIN))
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        return directory / MAIN
+    return directory / (CONFIG if (directory / CONFIG).is_file() else MAIN)
 
 
 def _refuse_unread(directory: Path, tokenizer: Any) -> None:
