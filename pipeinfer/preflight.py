@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.roles import Plan, assign
 from pipeinfer.config import DEFAULT_CONTEXT, DTYPES, Config
 from pipeinfer.errors import refuse
-from pipeinfer.text import has_tokenizer, vocabulary
+from pipeinfer.text import Text, has_tokenizer, same_tokens
 from pipeinfer.trace import refuse_unwritable
 from speculation.policy import Policy
 from stages.checkpoint import Checkpoint, Weights
@@ -75,8 +75,8 @@ def _refuse_forcing(config: Config) -> None:
 def _refuse_few_tokens(target_directory: Path, models: dict[Path, Model]) -> None:
     """Where acceptance is forced vocabularies may differ, but each must have the prompt's tokens and the forced."""
     spec, _ = models[target_directory]
-    named = vocabulary(target_directory).values() if has_tokenizer(target_directory) else (255,)
-    needed = max(FORCED_TOKENS, min(spec.vocab_size, 1 + max(named)))
+    named = Text(target_directory).vocabulary().values() if has_tokenizer(target_directory) else (255,)
+    needed = max(FORCED_TOKENS, min(spec.vocab_size, 1 + max(named, default=0)))
     for place, (spec, _) in models.items():
         if spec.vocab_size < needed:
             refuse(f"{place}: a vocabulary of {spec.vocab_size} tokens", f"forced acceptance needs {needed} here")
@@ -100,7 +100,9 @@ def _model(directory: Path) -> Model:
 
 
 def _same_vocabulary(target_directory: Path, draft_directory: Path) -> None:
-    target, draft = vocabulary(target_directory), vocabulary(draft_directory)
+    if has_tokenizer(target_directory) and same_tokens(target_directory, draft_directory):
+        return  # without loading either, as is usual
+    target, draft = (Text(directory).vocabulary() for directory in (target_directory, draft_directory))
     if target != draft:
         odd = sorted(token for token in target.keys() | draft.keys() if target.get(token) != draft.get(token))
         refuse(
