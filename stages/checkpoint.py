@@ -107,9 +107,9 @@ class Weights(Protocol):
 class Checkpoint:
     """The weights of one model directory, their headers read and their lengths checked; safetensors before pickles.
 
-    ``tensors`` has them by the names that the model's code gives them (see stages/names.py): with ``llama`` those of the
-    Llama family, otherwise those of wrappers are taken off and the rest is the architecture's affair. Raises
-    CheckpointError for files that are missing, damaged or of another format, and for names of which two mean the same.
+    ``tensors`` has them by the names that the model's code gives them (see stages/names.py). With ``llama`` those are
+    the Llama family's; otherwise only what wrappers added is taken off. Raises CheckpointError for files that are
+    missing, damaged or of another format, and for names of which two mean the same.
     """
 
     def __init__(self, directory: str | Path, llama: bool = True) -> None:

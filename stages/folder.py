@@ -98,7 +98,8 @@ def status(path: Path) -> os.stat_result | None:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         if os.path.islink(path):
-            refuse(f"{path} is a link to {os.readlink(path)}, which is missing", "bring that back, or give another copy")
+            target = printable(os.readlink(path))
+            refuse(f"{path} is a link to {target}, which is missing", "bring that back, or give another copy")
         return None
     except ValueError:
         refuse(f"{path}: no file has a name with a null character", "correct the name")

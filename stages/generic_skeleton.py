@@ -13,6 +13,7 @@ no others, with its own renaming, conversion (fused experts) and tying.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -192,7 +193,7 @@ def build(
     layers: Iterable[int] = (),
     ends: Iterable[str] = (),
 ) -> tuple[Skeleton, set[str], set[tuple[str, torch.Size, torch.Size]]]:
-    """The model with the weights of ``layers`` and of the modules ``ends``; the names of the tensors that were not among
+    """The model with the weights of ``layers`` and of the modules ``ends``; the names of tensors that were not among
     ``weights`` (see stages/generic_weights.py); and names, stored and wanted shapes of those that did not fit.
     Everything else keeps the meta device or gets a stand-in."""
     notes, kept_layers, kept_ends = Notes(), set(layers), set(ends)
@@ -237,7 +238,7 @@ def quiet() -> Iterator[None]:
     """Let transformers neither draw progress bars nor print reports meanwhile: what counts is refused in one line."""
     bar, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    hf_logging.set_verbosity(hf_logging.CRITICAL)
+    hf_logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """Tensors by the names that the model's code gives them, whatever a training program put before them.
 
-torch.compile, data parallelism and sharded training wrap a model, and each wrapper leaves a part in every name; who saves
-the base model alone leaves one out. The rule is applied once, where the headers have been read.
+torch.compile, data parallelism and sharded training wrap a model, and each wrapper leaves a part in every name. Whoever
+saves the base model alone leaves one out. The rule is applied once, where the headers have been read.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Weights that torch has pickled (``pytorch_model.bin``): numbers only, never code, and mapped rather than read, so that
-a shard takes its own tensors and no others. Imports torch when a file is opened."""
+"""Weights that torch has pickled (``pytorch_model.bin``): numbers only, never code; and mapped, not read, so that a shard
+takes its own tensors and no others. Imports torch when a file is opened."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
 
 
 def open_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, each a window on it. Raises CheckpointError for what is not tensors by name, for a file that
-    only code can unpickle, and for the format that torch had before version 1.6, which cannot be mapped."""
+    """The tensors of a file, each a window on it. Raises CheckpointError for what is not tensors by name, for a file
+    that only code can unpickle, and for the format of torch before version 1.6, which cannot be mapped."""
     import torch
 
     try:
