@@ -1,8 +1,8 @@
 """The tensors of a checkpoint for a model that transformers builds: compared before the model is run, and handed over
 unread, so that each shard reads its own.
 
-Renaming, conversion and tying are transformers' own (as of fused experts, or of a base model that was saved alone). What
-is added here is only that nothing is missing, double, misshapen or not a float.
+Renaming, conversion and tying are transformers' own (as of fused experts, or of a base model that was saved alone).
+What is added here is only that nothing is missing, double, misshapen or not a float.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Weights that torch has pickled (``pytorch_model.bin``): numbers only, never code; and mapped, not read, so that a shard
-takes its own tensors and no others. Imports torch when a file is opened."""
+"""Weights that torch has pickled (``pytorch_model.bin``): numbers only, never code; and mapped, not read, so that a
+shard takes its own tensors and no others. Imports torch when a file is opened."""
 
 from __future__ import annotations
 
