@@ -96,9 +96,12 @@ class Driver:
         return True
 
     def run(self, until: Callable[[], bool], deadline_s: float = 0.0, explain: Callable[[], str] = str) -> None:
-        """Turn until ``until()``; StallError, saying ``explain()``, if nothing moves for ``deadline_s`` (0: never)."""
+        """Turn until ``until()``; StallError, saying ``explain()``, if nothing moves for ``deadline_s`` (0: never).
+        Where it has nothing to say, all is well."""
         self.moved_at = self._clock.monotonic()
         while not until():
             self.turn()
             if deadline_s and self._clock.monotonic() - self.moved_at > deadline_s:
-                raise StallError(explain())
+                if words := explain():
+                    raise StallError(words)
+                self.moved_at = self._clock.monotonic()

@@ -79,8 +79,8 @@ class Head:
         news = self._job.turn()
         while news:
             self._pass_on(*news.popleft())
-        if self._served and self._job.is_stalled:
-            raise StallError(self._job.explain())
+        if self._served and self._job.is_stalled and (words := self._job.explain()):
+            raise StallError(words)
 
     def _carry_out(self, order: Order) -> None:
         if isinstance(order, Submit):
@@ -104,8 +104,8 @@ class Head:
 
 
 class LocalJob:
-    """A job whose head is this process. ``fail`` ends the other ranks, if there are any; ``is_threaded``: whether a thread of
-    its own drives it, or whoever waits."""
+    """A job whose head is this process. ``fail`` ends the other ranks, if there are any; ``is_threaded``: whether a
+    thread of its own drives it, or whoever waits."""
 
     def __init__(self, job: Job, is_threaded: bool, fail: Callable[[BaseException], object] | None = None) -> None:
         self._job, self._fail = job, fail
@@ -116,8 +116,9 @@ class LocalJob:
         self._error: BaseException | None = None
         self._left = threading.Event()
         self._owner = threading.current_thread()
-        self._thread = threading.Thread(target=self._lead, name="pipeinfer driver", daemon=True) if is_threaded else None
-        if self._thread is not None:
+        self._thread: threading.Thread | None = None
+        if is_threaded:
+            self._thread = threading.Thread(target=self._lead, name="pipeinfer driver", daemon=True)
             self._thread.start()
 
     @property

@@ -1,4 +1,4 @@
-"""A job: one rank's roles, cast and driven. The head's part is led by head.py, the other ranks serve until it closes."""
+"""A job: one rank's roles, cast and driven. head.py leads on rank 0; the other ranks serve until it closes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 LAST_WORDS_S = 1.0
 PROBE_S = 2.0
-"""How long silent roles get to answer before the head gives up on them."""
+"""Least time that silent roles get to answer before the head gives up on them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +147,15 @@ class Job:
         return timeout_s > 0 and time.monotonic() - self._driver.moved_at > timeout_s
 
     def explain(self) -> str:
-        """Ask every role what it is doing; what they say, or that they are silent."""
+        """Nothing has moved for long: ask every role what it is doing; what they say, or nothing where one of them is
+        computing: a layer may take longer than the job allows for silence, and its rank answers only after it."""
         assert self._orchestrator is not None
-        self._driver.deliver(ORCHESTRATOR, Stalled())
-        until = time.monotonic() + PROBE_S
-        self._driver.run(lambda: time.monotonic() > until)
+        roster, began = self._orchestrator.roster, time.monotonic()
+        self.deliver(Stalled())
+        until = began + max(PROBE_S, self._config.timeout_s)
+        self._driver.run(lambda: roster.is_heard or time.monotonic() > until)
+        if roster.is_busy:
+            return ""
         said = "\n  ".join(self._orchestrator.report())
         waited = f"nothing has moved for {self._config.timeout_s:g} s (--timeout allows more)"
         return f"{waited}; what each role says:\n  {said}"
@@ -173,13 +177,14 @@ class Job:
 
     def close(self) -> None:
         """On the head: let everybody go. Collective with their ``serve``."""
-        self._driver.deliver(ORCHESTRATOR, Closed())
+        self.deliver(Closed())
         self._driver.run(lambda: self._executor.is_halted, self._config.timeout_s, self.explain)
         self._end()
 
     def kill(self) -> None:
         """Let go of what this process holds for the job, models included; nothing else outlives it."""
         self._shards.clear()
+        self._driver.close()
         if self._trace is not None:
             self._trace.close()
 

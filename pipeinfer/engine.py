@@ -372,7 +372,7 @@ def _lead(job: Job, world: World | None = None) -> HeadJob:
     """``job`` as its head leads it: on a thread of its own, unless MPI is there and allows none."""
     from launch.head import LocalJob
 
-    return LocalJob(job, world is None or world.may_thread, world and world.fail)
+    return LocalJob(job, world is None or world.may_thread, None if world is None else world.fail)
 
 
 def _spawn(config: Config, ranks: int) -> HeadJob:

@@ -137,6 +137,11 @@ class Orchestrator:
         """How many runs are in flight, and how many corrections the request being served has had."""
         return len(self._flight), self._session.tally.corrections if self._session else 0
 
+    @property
+    def roster(self) -> Roster:
+        """Who is led, and what they answered to the last Stalled."""
+        return self._roster
+
     def status(self) -> str:
         """One line for a person who asks why nothing moves."""
         if self._session is None or self._roster.awaited:

@@ -72,7 +72,7 @@ class Kind(enum.IntEnum):
     CLOSE = 9  # orchestrator -> drafter: the request is over
     SHUTDOWN = 10  # orchestrator -> everybody
     PROBE = 11  # orchestrator -> everybody: what are you doing? (asked when nothing has moved for long)
-    STATUS = 12  # the answer: ``run`` the run being worked on, ``txn`` messages taken, ``epoch`` runs waiting
+    STATUS = 12  # the answer: ``run`` the run being worked on (BUSY), ``txn`` messages taken, ``epoch`` runs waiting
     REQUEST = 13  # orchestrator -> first stage -> ... -> last stage, and -> drafters: how tokens are drawn
     ORDER = 14  # orchestrator -> drafter: so many more passes (see Order), until the next word
     CALIBRATE = 15  # orchestrator -> drafter: what your probabilities mean (see speculation.calibration)
@@ -88,6 +88,7 @@ class Flag(enum.IntFlag):
     SILENT = 4  # no choice is wanted after these rows
     LAST = 8  # PROMPT: the prompt ends here. RUN: only the last row's choice is wanted. NODES: the order is done
     RELAY = 16  # CANCEL: pass it on to the stage before you
+    BUSY = 64  # STATUS: something is being computed
     RESTART = 32  # ORDER, ADVANCE: forget every guess and begin again at the last accepted token
 
 

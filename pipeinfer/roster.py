@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeinfer.errors import RemoteProtocolError
 from pipeinfer.ports import Send
-from pipeinfer.protocol import ORCHESTRATOR, Kind, Message, address_name, drafter_address, stage_address
+from pipeinfer.protocol import ORCHESTRATOR, Flag, Kind, Message, address_name, drafter_address, stage_address
 
 
 class Roster:
@@ -38,6 +38,16 @@ class Roster:
         """Take a STATUS."""
         self._answers[message.source] = message
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether everybody has answered the last probe."""
+        return len(self._answers) == len(self.everybody)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody was computing when it answered."""
+        return any(Flag.BUSY in answer.flags for answer in self._answers.values())
+
     def waiting_for(self) -> str:
         """Whose HELLO is missing, in words; empty if nobody's is."""
         names = ", ".join(address_name(address) for address in sorted(self.awaited))
@@ -49,5 +59,6 @@ class Roster:
         for address in self.everybody:
             answer = self._answers.get(address)
             said = f"run {answer.run}, {answer.epoch} waiting, {answer.txn} messages taken" if answer else "no answer"
-            lines.append(f"{address_name(address)}: {said}")
+            busy = ", computing" if answer and Flag.BUSY in answer.flags else ""
+            lines.append(f"{address_name(address)}: {said}{busy}")
         return lines

@@ -136,7 +136,8 @@ class Drafter:
         elif message.kind is Kind.SHUTDOWN:
             return [Halt()]
         elif message.kind is Kind.PROBE:
-            return [Send(Message(Kind.STATUS, self.address, ORCHESTRATOR, txn=self._edges.taken, run=self._job))]
+            flags = Flag.BUSY if self._busy else Flag.NONE
+            return [Send(Message(Kind.STATUS, self.address, ORCHESTRATOR, flags, txn=self._edges.taken, run=self._job))]
         else:
             raise RemoteProtocolError(f"{address_name(self.address)} got {message.kind.name}")
         return self._next()

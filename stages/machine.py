@@ -122,14 +122,10 @@ class Stage:
         if message.kind is Kind.SHUTDOWN:
             return [Halt()]
         if message.kind is Kind.PROBE:
-            run = self._current.run if self._current else self._newest_done
-            return [
-                Send(
-                    Message(
-                        Kind.STATUS, self.address, ORCHESTRATOR, txn=self._edges.taken, run=run, epoch=len(self._queue)
-                    )
-                )
-            ]
+            run, flags = (self._current.run, Flag.BUSY) if self._current else (self._newest_done, Flag.NONE)
+            taken, waiting = self._edges.taken, len(self._queue)
+            status = Message(Kind.STATUS, self.address, ORCHESTRATOR, flags, txn=taken, run=run, epoch=waiting)
+            return [Send(status)]
         raise RemoteProtocolError(f"{address_name(self.address)} got {message.kind.name}")
 
     def _cancel(self, message: Message) -> list[Command]:

@@ -16,9 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 from launch.mpiexec import command
@@ -26,9 +26,11 @@ from launch.mpiexec import command
 ROOT = Path(__file__).resolve().parents[2]
 PLANTED = Path(__file__).parent / "planted"
 CODES = {"exception": 1, "exit": 7, "interrupt": 130, "sigterm": 143}
+FROZEN = {"freeze": 3}
+"""For tests of its own: it takes as long as --timeout says."""
 PHASES = ("checking", "loading", "serving", "closing")
 RANKS = 2
-HANG_S = 60.0
+HANG_S = 300.0
 """So long a case may take, start included, before it counts as a hang; a busy machine starts slowly."""
 SOON_S = 5.0
 PROMPT = ("--prompt", "def read_lines(path):\n", "--max-new-tokens", "40", "--ignore-eos")
@@ -36,7 +38,8 @@ MODULE = ("-m", "pipeinfer")
 PROGRAM = str(Path(__file__).parent / "program.py")
 ENTRIES: dict[str, tuple[str, ...]] = {
     "run": (*MODULE, "run", *PROMPT),
-    "calibrate": (*MODULE, "calibrate", "--prompts", "{place}/prompts", "--out", "{place}/out", "--max-new-tokens", "24"),
+    "calibrate": (*MODULE, "calibrate", "--prompts", "{place}/prompts", "--out", "{place}/out", "--max-new-tokens",
+                  "24"),
     "bench": (*MODULE, "bench", "real-builtin", "--ranks", str(RANKS), "--repeats", "1", "--prompts", "1", "--tokens",
               "24", "--policies", "continuous"),
     "doctor": (*MODULE, "doctor"),
@@ -72,11 +75,11 @@ class Ending:
         """What is wrong with it; empty if nothing is."""
         if self.code is None:
             return "hangs"
-        if self.code != CODES[case.kind]:
+        if self.code != (CODES | FROZEN)[case.kind]:
             return f"exit code {self.code}"
         if len(self.ours) != 1 or self.said.count("Traceback") != (case.kind == "exception"):
             return f"{len(self.ours)} messages, {self.said.count('Traceback')} tracebacks"
-        return "" if f"rank {case.rank} on " in self.ours[0] else "another rank is named"
+        return "" if f"rank {case.rank} " in self.ours[0] else "another rank is named"
 
 
 def cases() -> Iterator[Case]:
@@ -89,11 +92,29 @@ def cases() -> Iterator[Case]:
         yield Case(entry, start, rank, phase, kind)
 
 
-def end(case: Case, python: str = sys.executable) -> Ending:
-    """Start the job of ``case`` and wait for its end."""
+def pairwise_cases(mpis: tuple[str, ...]) -> list[tuple[str, Case]]:
+    """Few cases, each with an MPI, in which every pair of values of two properties occurs that occurs at all."""
+    left = [(mpi, case) for mpi in mpis for case in cases()]
+    missing = set().union(*(_pairs(one) for one in left))
+    chosen = []
+    while missing:
+        best = max(left, key=lambda one: len(_pairs(one) & missing))
+        missing -= _pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+def _pairs(one: tuple[str, Case]) -> set[tuple[tuple[str, object], ...]]:
+    mpi, case = one
+    values = [("mpi", mpi), *((name, getattr(case, name)) for name in Case.__slots__)]
+    return set(combinations(values, 2))
+
+
+def end(case: Case, python: str = sys.executable, more: Sequence[str] = ()) -> Ending:
+    """Start the job of ``case``, with ``more`` arguments, and wait for its end."""
     with tempfile.TemporaryDirectory() as place:
         Path(place, "prompts").write_text("import os\n")
-        words = [python, *(word.format(place=place) for word in ENTRIES[case.entry])]
+        words = [python, *(word.format(place=place) for word in ENTRIES[case.entry]), *more]
         environ = dict(os.environ)
         if case.start == "mpirun":
             words, environ = command(RANKS, words, python)

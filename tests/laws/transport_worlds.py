@@ -232,7 +232,7 @@ class DrivenWorld:
         if isinstance(command, Emit):
             answer.tokens += command.tokens
         elif isinstance(command, Finish):
-            answer.reason = command.reason
+            answer.reason, answer.fault = command.reason, command.fault
         else:
             answer.tally = command.tally
             for witness in self.witnesses:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from pipeinfer import Engine, Sampling
-from pipeinfer.engine import Completion
+from pipeinfer.answer import Completion
 from pipeinfer.errors import UserError
 
 pytestmark = pytest.mark.slow

@@ -80,7 +80,7 @@ def test_a_foreign_header_is_refused(at: int) -> None:
 
 def test_only_advice_is_control() -> None:
     control = {kind for kind in Kind if Message(kind, 0, 1).is_control}
-    assert control == {Kind.CANCEL, Kind.PROBE, Kind.STATUS}
+    assert control == {Kind.CANCEL, Kind.PROBE, Kind.STATUS, Kind.FAILED}
 
 
 def test_edges_count_per_peer_and_ignore_control() -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 
 PLACES = {
+    "joining": (("pipeinfer.config", "Config.of", 0),),  # only ranks that we start have it, before MPI
     "checking": (("pipeinfer.preflight", "clear", 0), ("pipeinfer.doctor", "facts", 0)),
     "loading": (("launch.job", "make_shards", 0),),
     "serving": (("pipeinfer.executor", "Executor.step", 12),),
@@ -36,7 +37,7 @@ def happen(kind):
         raise SystemExit(7)
     if kind == "interrupt":
         raise KeyboardInterrupt
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), {"sigterm": signal.SIGTERM, "freeze": signal.SIGSTOP}[kind])
 
 
 def planted(right, kind, spared):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Generator
 from typing import Any
 
+from launch.head import LocalJob
 from launch.job import Job
 from launch.mpi import World
 from launch.roles import assign
@@ -62,9 +63,9 @@ def main(fault: str, trace: str | None = None) -> None:
         config = Config(policy=CONTINUOUS.settings(), timeout_s=5.0, trace=trace)
         job = Job(config, plan, 200, pair, world)
         if world.is_head:
-            for _ in job.submit(Request((1, 2, 3), 100)):
-                pass
-            job.close()
+            head = LocalJob(job, is_threaded=False)
+            head.decode(Request((1, 2, 3), 100))
+            head.close()
         else:
             job.serve()
     except BaseException as error:

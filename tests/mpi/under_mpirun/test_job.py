@@ -7,6 +7,7 @@ import gc
 
 import pytest
 
+from launch.head import LocalJob
 from launch.job import Job
 from launch.mpi import World
 from launch.roles import assign
@@ -20,21 +21,27 @@ pytestmark = pytest.mark.mpi(min_size=2)
 RELAY = Policy("continuous", rows=6, width=3, leaves=3, lead=24, cancel="relay", prefill_chunk=5)
 
 
-def decode(policy: Policy, spec: EmulatedSpec, requests: list[Request], layer_s: float = 0.0) -> list[list[int]]:
+def decode(
+    policy: Policy,
+    spec: EmulatedSpec,
+    requests: list[Request],
+    layer_s: float = 0.0,
+    is_threaded: bool = True,
+    timeout_s: float = 0.0,
+) -> list[list[int]]:
     """Every request's tokens, on the head; on the other ranks nothing."""
     world = World()
     pair = EmulatedPair(spec, lambda rows, context: layer_s, lambda rows, context: layer_s)
     plan = assign(world.size, spec.layers, policy.speculate)
-    job = Job(Config(policy=policy.settings()), plan, 256, pair, world)
-    assert gc.get_freeze_count(), "what is loaded is looked at again and again"
+    job = Job(Config(policy=policy.settings(), timeout_s=timeout_s), plan, 256, pair, world)
+    assert not gc.get_freeze_count(), "the collector is the program's own"
     answers: list[list[int]] = []
     if world.is_head:
-        for request in requests:
-            answers.append([token for news in job.submit(request) for token in news.tokens])
-        job.close()
+        head = LocalJob(job, is_threaded)
+        answers = [[token for news in head.decode(request) for token in news.tokens] for request in requests]
+        head.close()
     else:
         job.serve()
-    assert not gc.get_freeze_count(), "the job is over, and what it froze may be collected"
     world.close()
     return answers
 
@@ -49,6 +56,20 @@ def test_tokens_are_those_of_plain_decoding(policy: Policy, acceptance: float) -
         Request((5,), 1),
     ]
     for request, answer in zip(requests, decode(policy, spec, requests), strict=False):
+        assert answer == plain_tokens(spec, request.prompt, request.max_new_tokens, request.stop_tokens)
+
+
+def test_where_mpi_grants_one_thread_only_the_caller_s_drives() -> None:
+    spec = EmulatedSpec(layers=8, vocab=50, seed=5)
+    request = Request((1, 2, 3), 24)
+    for answer in decode(CONTINUOUS, spec, [request, request], is_threaded=False):
+        assert answer == plain_tokens(spec, request.prompt, request.max_new_tokens, request.stop_tokens)
+
+
+def test_a_layer_that_takes_longer_than_the_job_waits_is_no_stall() -> None:
+    spec = EmulatedSpec(layers=4, vocab=50, seed=6)
+    request = Request((1, 2, 3), 1)
+    for answer in decode(PLAIN, spec, [request], layer_s=1.5, timeout_s=1.0):
         assert answer == plain_tokens(spec, request.prompt, request.max_new_tokens, request.stop_tokens)
 
 

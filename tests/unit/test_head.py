@@ -1,0 +1,142 @@
+"""A job whose head is this process: requests from any thread, in order, and what becomes of them when it breaks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from launch.head import LocalJob
+from launch.job import Job
+from launch.requests import JobOver, News
+from launch.roles import assign
+from pipeinfer.config import Config
+from pipeinfer.errors import UserError
+from pipeinfer.ports import Batch, Request
+from speculation.policy import CONTINUOUS
+from stages.emulated import EmulatedPair, EmulatedShard, EmulatedSpec, plain_tokens
+
+SPEC = EmulatedSpec(layers=4, vocab=50, seed=9)
+HANG_S = 300.0
+
+
+class BreakingPair(EmulatedPair):
+    """Its target fails in its tenth pass."""
+
+    def stage(self, layers: range, capacity: int) -> EmulatedShard:
+        passes = iter(range(10))
+
+        class Breaking(EmulatedShard):
+            def forward(self, batch: Batch, hidden: Any) -> Generator[float, None, Any]:
+                if next(passes, None) is None:
+                    raise RuntimeError("the tenth pass fails")
+                return super().forward(batch, hidden)
+
+        return Breaking(SPEC, layers, capacity)
+
+
+@contextmanager
+def opened(is_threaded: bool = True, pair: type[EmulatedPair] = EmulatedPair) -> Iterator[LocalJob]:
+    no_time: Callable[[int, int], float] = lambda rows, context: 0.0  # noqa: E731
+    config = Config(policy=CONTINUOUS.settings())
+    job = LocalJob(Job(config, assign(1, SPEC.layers, 1), 200, pair(SPEC, no_time, no_time)), is_threaded)
+    try:
+        yield job
+    finally:
+        job.kill()
+
+
+def request(seed: int, tokens: int = 20) -> Request:
+    return Request((1, seed % 50, seed // 50), tokens)
+
+
+def expected(asked: Request) -> list[int]:
+    return plain_tokens(SPEC, asked.prompt, asked.max_new_tokens, asked.stop_tokens)
+
+
+def tokens(told: list[News]) -> list[int]:
+    return [token for news in told for token in news.tokens]
+
+
+@pytest.mark.parametrize("is_threaded", [True, False])
+def test_requests_queue_in_order(is_threaded: bool) -> None:
+    ended: list[int] = []
+    with opened(is_threaded) as job:
+        told: dict[int, list[News]] = {}
+
+        def hear(news: News) -> None:
+            told.setdefault(news.number, []).append(news)
+            if news.is_last:
+                ended.append(news.number)
+
+        asked = {job.submit(request(seed), hear): request(seed) for seed in range(6)}
+        last = job.decode(request(77))
+        job.close()
+    assert ended == list(asked)
+    assert {number: tokens(news) for number, news in told.items()} == {n: expected(one) for n, one in asked.items()}
+    assert tokens(last) == expected(request(77))
+    with pytest.raises(JobOver):
+        job.submit(request(1), print)
+
+
+def test_any_thread_may_ask() -> None:
+    found: dict[int, list[int]] = {}
+    with opened() as job:
+
+        def ask(seed: int) -> None:
+            found[seed] = tokens(job.decode(request(seed)))
+
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(HANG_S)
+    assert found == {seed: expected(request(seed)) for seed in range(8)}
+
+
+def test_without_a_thread_of_its_own_only_the_opener_s_may_wait() -> None:
+    said: list[str] = []
+    with opened(is_threaded=False) as job:
+
+        def ask() -> None:
+            with pytest.raises(UserError, match="one thread only") as refused:
+                job.decode(request(1))
+            said.append(str(refused.value))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join(HANG_S)
+        assert tokens(job.decode(request(2))) == expected(request(2))
+    assert said
+
+
+def test_a_cancelled_request_ends_and_the_next_is_served() -> None:
+    with opened() as job:
+        ends: dict[int, str] = {}
+
+        def hear(news: News) -> None:
+            if news.is_last:
+                ends[news.number] = news.reason
+
+        running, waiting = (job.submit(request(seed, 150), hear) for seed in (1, 2))
+        job.cancel(waiting)
+        job.cancel(running)
+        job.cancel(99)  # nobody's
+        assert tokens(job.decode(request(3))) == expected(request(3))
+        assert ends == {running: "withdrawn", waiting: "withdrawn"}
+
+
+@pytest.mark.parametrize("is_threaded", [True, False])
+def test_a_job_that_breaks_ends_its_requests_and_takes_no_more(is_threaded: bool) -> None:
+    with opened(is_threaded, BreakingPair) as job:
+        waiting: list[News] = []
+        with pytest.raises(RuntimeError):
+            job.submit(request(1, 150), waiting.append)
+            job.decode(request(2))
+        assert isinstance(waiting[-1].error, RuntimeError) and waiting[-1].reason == "error"
+        assert tokens(waiting) == expected(request(1, 150))[: len(tokens(waiting))]
+        with pytest.raises(JobOver, match="the job has ended"):
+            job.submit(request(3), print)
