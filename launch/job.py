@@ -88,6 +88,7 @@ class Job:
             config.digest(),
             calibrations=config.calibrations,
             placement=placement or (world.placement if world else "alone"),
+            draft_contexts=pair.draft_contexts,
         )
         self._trace = _open_trace(config, plan, cast, rank) if config.trace is not None else None
         with muster.busy("loading") if muster else nullcontext():

@@ -21,7 +21,8 @@ class Cast:
 
     ``digest``: what ranks compare at HELLO. ``guess_cells``: cells for guesses in flight, if fewer than the policy
     wants. ``calibrations``: what is known of each source's probabilities.
-    ``placement``: what processors the roles have."""
+    ``placement``: what processors the roles have. ``draft_contexts``: of each drafter the positions that its model was
+    made for, 0 for any number; empty if none has a limit."""
 
     stages: int
     drafters: int
@@ -31,6 +32,7 @@ class Cast:
     guess_cells: int | None = None
     calibrations: dict[str, dict[str, Any]] = field(default_factory=dict)
     placement: Placement = "spread"
+    draft_contexts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
@@ -39,7 +41,8 @@ class Cast:
     @classmethod
     def of(cls, numbers: Mapping[str, Any]) -> Cast:
         """What ``numbers`` made, JSON in between or not. Raises TypeError or ValueError for what they cannot be."""
-        return cls(**{**numbers, "policy": Policy(**numbers["policy"])})
+        contexts = tuple(numbers.get("draft_contexts", ()))
+        return cls(**{**numbers, "policy": Policy(**numbers["policy"]), "draft_contexts": contexts})
 
     def numbers(self) -> dict[str, Any]:
         """All of it, in words that JSON knows."""
@@ -69,7 +72,9 @@ class Cast:
             numbers = (self.stages, self.drafters, self.policy, self.context, self.digest, guesses)
             return Orchestrator(*numbers, self.calibrations, self.placement)
         if address >= FIRST_DRAFTER:
-            return Drafter(address, self.policy, self.context, self.digest)
+            index = address - FIRST_DRAFTER
+            positions = self.draft_contexts[index] if index < len(self.draft_contexts) else 0
+            return Drafter(address, self.policy, self.context, self.digest, positions)
         # Where one stage is all, its result is the best there is to know for the next run.
         result_first = self.policy.schedule == "continuous" and self.stages == 1
         credits_early = self.policy.schedule != "frontier" and not result_first

@@ -334,6 +334,11 @@ class Pair(Protocol):
         """The target's layers."""
         ...
 
+    @property
+    def draft_contexts(self) -> tuple[int, ...]:
+        """Of each drafter the positions that its model was made for; empty if none has a limit."""
+        ...
+
     def stage(self, layers: range, capacity: int) -> ShardModel:
         """The target's ``layers`` with ``capacity`` cells; with the first layer comes the embedding, with the last the
         output head."""

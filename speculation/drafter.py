@@ -59,11 +59,15 @@ MOST_FAULTY = 8
 
 
 class Drafter:
-    """The machine of one draft model. ``context`` is the most tokens a request may have, prompt included."""
+    """The machine of one draft model. ``context`` is the most tokens a request may have, prompt included.
 
-    def __init__(self, address: int, policy: Policy, context: int, digest: int = 0) -> None:
+    ``positions``: how many the model was made for (0: any number). No token beyond them is evaluated: the tree ends
+    there, and of a prompt that is longer nothing is read."""
+
+    def __init__(self, address: int, policy: Policy, context: int, digest: int = 0, positions: int = 0) -> None:
         self.address = address
         self._policy = policy
+        self._positions = positions or context
         self._digest = digest
         self._edges = Edges(address)
         self._ledger = Partitions(context, policy.lead + policy.leaves)
@@ -73,7 +77,7 @@ class Drafter:
         self._prefilled = 0
         self._tree: Tree | None = None  # made when the prompt is complete
         self._origin: Node | None = None  # its first root, the prompt's last token
-        self._last_position = 0  # nodes beyond it are of no use to the request
+        self._last_position = 0  # from it on nodes are of no use to the request, or beyond the model
         self._names = 0
         self._ahead: set[Node] = set()  # evaluated guesses below the root
         self._batch: list[Node] = []  # nodes under evaluation whose children are wanted
@@ -89,7 +93,7 @@ class Drafter:
         self._rows = 0
         self._wanted: tuple[int, ...] = ()  # rows of the pass under way whose choices are wanted
         self._faulty_passes = 0  # in a row
-        self._is_mute = False
+        self._is_mute = False  # says nothing more in this request
         self._withheld: list[tuple[Node, list[Choice]]] = []  # choices below the cutoff: a later order may want them
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -155,10 +159,10 @@ class Drafter:
             self._tree.take(self._tree.root)
             self._tree.root.name = accepted_name(position)
             self._origin = self._tree.root
-            self._last_position = message.run
+            self._last_position = min(message.run, self._positions)
             self._passes = UNLIMITED if self._policy.schedule == "continuous" else 0
             self._most_leaves = self._policy.leaves
-            self._faulty_passes, self._is_mute = 0, False
+            self._faulty_passes, self._is_mute = 0, len(self._prompt) > self._positions
 
     def _close(self) -> None:
         self._tree = None
@@ -212,7 +216,7 @@ class Drafter:
         if self._busy:
             wanted = self._tree is not None and (not self._batch or any(node.alive for node in self._batch))
             return [] if wanted else [Abandon(self._job)]
-        if self._prefilled < len(self._prompt) and self._tree is not None:
+        if self._prefilled < len(self._prompt) and self._tree is not None and not self._is_mute:
             return [self._prefill(self._tree)]
         nodes = self._leaves() if self._passes and not self._is_mute else []
         if not nodes:

@@ -199,6 +199,7 @@ class EmulatedPair:
         self._layer_s = layer_s
         self._draft_s = draft_s
         self.layers = spec.layers
+        self.draft_contexts: tuple[int, ...] = ()
 
     def stage(self, layers: range, capacity: int) -> EmulatedShard:
         """See Pair."""

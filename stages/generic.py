@@ -148,6 +148,8 @@ class GenericShard:
         """See ShardModel; ``hidden``: [*, hidden_size]. Of equal tokens the lowest, as argmax has it."""
         if self._range.stop != self._spec.layer_count:
             raise LocalProtocolError("only the last shard can choose")
+        if not rows:
+            return []  # some models cannot be run without a row
         wanted = torch.as_tensor(hidden, dtype=self._dtype, device=self._device)[list(rows)]
         choices = best_choices(self._skeleton.leave(wanted).float()[:, : self._vocabulary], count, draw)
         for row in [row for row, found in zip(rows, choices, strict=True) if not found]:

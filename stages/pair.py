@@ -34,6 +34,7 @@ class CheckpointPair:
         self._dtype = DTYPES[dtype]
         self._forced = forced
         self.layers = target[0].layer_count
+        self.draft_contexts = tuple(spec.context for spec, _ in drafts)
 
     def stage(self, layers: range, capacity: int) -> ShardModel:
         """See Pair."""
@@ -44,15 +45,24 @@ class CheckpointPair:
     def draft(self, index: int, capacity: int) -> ShardModel:
         """See Pair."""
         spec, checkpoint = self._drafts[index]
-        shard = self._load(spec, checkpoint, range(spec.layer_count), capacity)
+        # One tokenizer, but embeddings may differ in height.
+        vocabulary = self._target[0].vocab_size
+        shard = self._load(spec, checkpoint, range(spec.layer_count), capacity, vocabulary)
         return ForcedShard(shard, self._forced, capacity, is_draft=True) if self._forced else shard
 
-    def _load(self, spec: ModelSpec | GenericSpec, checkpoint: Weights, layers: range, capacity: int) -> ShardModel:
+    def _load(
+        self,
+        spec: ModelSpec | GenericSpec,
+        checkpoint: Weights,
+        layers: range,
+        capacity: int,
+        vocabulary: int | None = None,
+    ) -> ShardModel:
         if isinstance(spec, ModelSpec):
-            return LlamaShard.load(spec, checkpoint, layers, self._dtype, capacity)
+            return LlamaShard.load(spec, checkpoint, layers, self._dtype, capacity, vocabulary=vocabulary)
         from stages.generic import GenericShard  # transformers takes a second to import
 
-        return GenericShard.load(spec, layers, self._dtype, capacity)
+        return GenericShard.load(spec, layers, self._dtype, capacity, vocabulary=vocabulary)
 
     def pack(self, hidden: Payload) -> npt.NDArray[np.uint8]:
         """See Pair; ``hidden``: a tensor [rows, hidden_size]."""

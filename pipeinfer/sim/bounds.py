@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from kvbuffers.partitions import Partitions
 from pipeinfer.orchestrator import RUNS_AHEAD, Orchestrator
-from pipeinfer.ports import Command, Event, Machine, Send
+from pipeinfer.ports import Command, Compute, Event, Machine, Send
 from pipeinfer.protocol import (
+    FIRST_DRAFTER,
     MAX_OPS,
     Kind,
     Row,
@@ -38,6 +39,7 @@ class Bounds(Witness):
         for what, value, most in _bounds(world.machine(address), self.spec):
             if not 0 <= value <= most:
                 raise LawBroken(f"L8: {what} of {address_name(address)}: {value}, the bound is {most}")
+        self._check_positions(address, commands)
         self._check_host(world, address)
         self._check_rows(world.orchestrator, commands)
 
@@ -59,6 +61,13 @@ class Bounds(Witness):
                 position = max((row.position for row in command.message.rows_as(Row)), default=0)
                 if position > last:
                     raise LawBroken(f"L8: run {command.message.run} has a row at {position}, the last of use is {last}")
+
+    def _check_positions(self, address: int, commands: list[Command]) -> None:
+        """A draft evaluates nothing beyond the positions that it was made for."""
+        limits = dict(enumerate(self.spec.draft_contexts, FIRST_DRAFTER))
+        for command in commands if limits.get(address) else ():
+            if isinstance(command, Compute) and command.batch.positions.max() >= limits[address]:
+                raise LawBroken(f"L8: {address_name(address)} is made for {limits[address]} positions: {command.batch}")
 
     def _check_host(self, world: World, address: int) -> None:
         """What waits on a rank: a few local words, and messages that came during a layer. A stage has at most a window

@@ -89,6 +89,7 @@ def draw_world(rng: random.Random, seed: int, schedule: str = "") -> WorldSpec:
         silent_s=rng.uniform(1, 30) if policy.schedule == "continuous" and rng.random() < 0.1 else None,
         **_draw_user(rng, stages, len(requests), 0.15),
         **_draw_faults(rng, model),
+        draft_contexts=tuple(rng.choice((0, 1, 5, rng.randint(1, need))) for _ in range(3) if rng.random() < 0.15),
     )
 
 

@@ -66,6 +66,7 @@ class WorldSpec:
     context: int = 256
     placement: Placement = "spread"
     drafter_beside_orchestrator: bool = True
+    draft_contexts: tuple[int, ...] = ()  # positions that each draft was made for, 0 for any number
     guess_cells: int | None = None  # cells for guesses in flight, if not what the policy wants
     at_once: bool = False  # all requests are submitted at the beginning, not each when the one before is idle
     withdrawals: tuple[tuple[float, int], ...] = ()  # when the user withdraws which request, counted from 0
@@ -275,7 +276,8 @@ def make_cast(spec: WorldSpec) -> Cast:
     """Who plays in the world of ``spec``; drafters only if the policy wants any."""
     drafters = spec.drafters if spec.policy.speculate else 0
     numbers = (spec.stages, drafters, spec.policy, spec.context)
-    return Cast(*numbers, guess_cells=spec.guess_cells, placement=spec.placement)
+    limits = spec.draft_contexts
+    return Cast(*numbers, guess_cells=spec.guess_cells, placement=spec.placement, draft_contexts=limits)
 
 
 def make_machines(spec: WorldSpec) -> list[Machine]:

@@ -209,3 +209,12 @@ def everybody_is_told_at_once_what_to_cancel(patch: pytest.MonkeyPatch) -> None:
         return [Send(advice._replace(dest=stage, flags=Flag.NONE)) for stage in machine._stages]
 
     wrap(patch, Orchestrator, "_cancel", cancel)
+
+
+@mutant("L8")
+def a_draft_goes_on_beyond_its_positions(patch: pytest.MonkeyPatch) -> None:
+    def open_(original: Any, drafter: Drafter, message: Any, rows: Any) -> Any:
+        drafter._positions = 1 << 30
+        return original(drafter, message, rows)
+
+    wrap(patch, Drafter, "_open", open_)

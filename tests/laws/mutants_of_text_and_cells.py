@@ -10,6 +10,7 @@ import pytest
 
 from kvbuffers.cells import CellTable
 from kvbuffers.partitions import Partitions
+from pipeinfer.flight import Run
 from pipeinfer.orchestrator import Orchestrator
 from pipeinfer.ports import Idle, Send
 from pipeinfer.protocol import CellOpKind, Edges, Flag, Kind
@@ -52,6 +53,19 @@ def one_token_too_many(patch: pytest.MonkeyPatch) -> None:
         return number, request
 
     wrap(patch, Waiting, "take", take)
+
+
+@mutant("L1")
+def a_faulty_row_is_taken_for_a_good_one(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("stages.machine._marked", lambda message, event: message.rows)
+
+
+@mutant("L1")
+def what_is_faulty_in_a_prompt_is_no_matter(patch: pytest.MonkeyPatch) -> None:
+    def hear(original: Any, run: Run, message: Any) -> None:
+        original(run, message)
+
+    wrap(patch, Run, "hear", hear)
 
 
 @mutant("L2")

@@ -158,6 +158,12 @@ EDGES |= {
     if policy.speculate or "draft" not in fault
 }
 EDGES |= {
+    f"a draft made for {positions} positions, {name}": replace(SMALL, policy=policy, draft_contexts=(positions,))
+    for name, policy in SCHEDULES.items()
+    for positions in (3, 12)
+    if policy.speculate
+}
+EDGES |= {
     "a draft of nothing finite, one rank": replace(
         small(govern=True, hold=True), placement="alone", stages=1, model=replace(MODEL, layers=4, draft_faulty=1.0)
     ),

@@ -186,6 +186,12 @@ def test_yields_after_each_layer_and_leaves_its_input_alone(gemma2: Path) -> Non
         first.choose(hidden, [0], 1)
 
 
+def test_no_rows_are_no_choices(model: Path) -> None:
+    """As after a part of a prompt; found with GPT-2, which cannot be run without a row."""
+    shards = load(model)
+    assert shards[-1].choose(compute(shards, make_batch([1], [0], [0], [set()])), (), 1) == []
+
+
 def test_a_layer_that_keeps_more_than_its_own_cells_is_noticed(gemma2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (shard,), update = load(gemma2), CellCache.update
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pipeinfer.protocol import fault_token
 from speculation.accept import accept
 from speculation.tree import Node, Tree
 
@@ -68,3 +69,18 @@ def test_a_stop_token_is_the_last_one_accepted() -> None:
     outcome = accept(tree, 9, frozenset({1, 3}))
     assert [node.token for node in outcome.accepted] == [1]
     assert outcome.stopped
+
+
+def test_the_walk_ends_at_an_accepted_row_whose_numbers_are_not_finite() -> None:
+    tree, nodes = chain(1, 2)
+    judge(nodes, 1, fault_token(4), 3)
+    judged = list[Node]()
+    outcome = accept(tree, 9, frozenset(), judged.append)
+    assert ([node.token for node in outcome.accepted], outcome.fault, judged) == ([1], 4, nodes[:1])
+
+
+def test_a_faulty_guess_that_is_not_accepted_is_a_wrong_guess() -> None:
+    tree, nodes = chain(1)
+    judge(nodes, 7, fault_token(0))
+    outcome = accept(tree, 9, frozenset())
+    assert ([node.token for node in outcome.accepted], outcome.fault) == ([7], None)

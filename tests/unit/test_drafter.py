@@ -19,7 +19,7 @@ from pipeinfer.protocol import (
     SettingRow,
     accepted_name,
 )
-from speculation.drafter import Drafter
+from speculation.drafter import MOST_FAULTY, Drafter
 from speculation.policy import Policy
 
 PROMPT = (1, 2, 3)
@@ -31,13 +31,15 @@ class Told:
     """A drafter whose prompt is through, and what it is told; the first token, 7, has been accepted."""
 
     def __init__(self, **knobs: Any) -> None:
+        positions = knobs.pop("positions", 0)
         settings: dict[str, Any] = {"schedule": "frontier", "rows": 3, "lead": 9} | knobs
-        self.drafter = Drafter(FIRST_DRAFTER, Policy("test", **settings), 64)
+        self.drafter = Drafter(FIRST_DRAFTER, Policy("test", **settings), 64, positions=positions)
         self._edges = Edges(ORCHESTRATOR)
         self.busy = 0
         rows = tuple(DraftRow(token, 0, 0, 0.0) for token in PROMPT)
         self.say(Kind.PROMPT, rows, Flag.LAST, run=20)
-        self.computed([(9, 0.9)])
+        if self.busy:  # else the prompt is longer than what the model was made for
+            self.computed([(9, 0.9)])
         assert self.accept(7) == [], "it waits for its order"
 
     def say(self, kind: Kind, rows: tuple[Any, ...] = (), flags: Flag = Flag.NONE, run: int = 0) -> list[Command]:
@@ -60,10 +62,11 @@ class Told:
         rows = tuple(DraftRow(token, accepted_name(first + index), 0, 0.0) for index, token in enumerate(tokens))
         return self.say(Kind.ADVANCE, rows, flags)
 
-    def computed(self, *choices: list[tuple[int, float]]) -> list[Command]:
-        """The pass ends; for each of its nodes the choices with their probabilities."""
+    def computed(self, *choices: list[tuple[int, float]], faulty: tuple[int, ...] = ()) -> list[Command]:
+        """The pass ends; for each of its nodes the choices with their probabilities. ``faulty``: rows of it."""
         logged = [[(token, math.log(probability)) for token, probability in best] for best in choices]
-        return self._follow(self.drafter.handle(Computed(self.busy, choices=logged), 0.0))
+        faults = dict.fromkeys(faulty, 1)
+        return self._follow(self.drafter.handle(Computed(self.busy, choices=logged, faults=faults), 0.0))
 
 
 def compute_of(commands: list[Command]) -> Compute:
@@ -205,3 +208,41 @@ def test_an_order_of_no_passes_ends_what_was_held_back_and_evaluates_nothing() -
     commands = told.order(0, cutoff=0.1)
     assert [token for found, _ in nodes(commands) for token, _ in found] == [5]
     assert not [command for command in commands if isinstance(command, Compute)]
+
+
+def test_a_faulty_row_has_no_children_and_the_order_is_answered() -> None:
+    told = Told(width=2, leaves=2)
+    told.order(2)
+    assert evaluated(told.computed([(4, 0.6), (5, 0.3)])) == [4, 5]
+    ((found, is_done),) = nodes(told.computed([(6, 0.9)], [(8, 0.9)], faulty=(0,)))
+    assert ([token for token, _ in found], is_done) == ([8], True)
+
+
+def test_a_draft_of_faulty_rows_alone_is_heard_no_more_in_this_request() -> None:
+    told = Told()
+    for token in range(MOST_FAULTY):
+        assert evaluated(told.order(3)), "it tries"
+        assert nodes(told.computed([(4, 0.9)], faulty=(0,))) == [([], True)]
+        told.accept(20 + token)
+    assert nodes(told.order(3)) == [([], True)], "it has given up, and says so at once"
+
+
+@pytest.mark.parametrize(("positions", "depth"), [(4, 1), (5, 2), (6, 3), (0, 5)])
+def test_nothing_beyond_the_draft_s_positions_is_evaluated(positions: int, depth: int) -> None:
+    """The root is at position 3; a node at the last position may still have children."""
+    told = Told(positions=positions)
+    commands, passes = told.order(5), 0
+    while compute := [command for command in commands if isinstance(command, Compute)]:
+        passes += 1
+        assert compute[0].batch.positions.max() < (positions or 64)
+        commands = told.computed([(30 + passes, 0.9)])
+    assert passes == depth
+    assert nodes(commands)[-1][1], "the order is answered"
+
+
+def test_a_prompt_longer_than_the_draft_is_not_read() -> None:
+    told = Told(positions=2)
+    assert told.busy == 0
+    assert nodes(told.order(5)) == [([], True)]
+    assert told.accept(5, 6) == []
+    assert nodes(told.order(1, restart=True)) == [([], True)]

@@ -22,6 +22,8 @@ from pipeinfer.protocol import (
     Message,
     Row,
     SettingRow,
+    fault_layer,
+    fault_token,
 )
 from stages.machine import Stage
 
@@ -290,3 +292,33 @@ def test_a_foreign_message_is_refused() -> None:
     message = Message(Kind.ORDER, ORCHESTRATOR, MIDDLE, txn=1, rows=(SettingRow(0, 1, 0, 0.0),))
     with pytest.raises(RemoteProtocolError, match="stage 1 got ORDER"):
         around.hear(message)
+
+
+# Rows whose numbers are not finite.
+
+
+def test_a_faulty_row_travels_on_without_its_token_and_the_first_layer_counts() -> None:
+    around = Neighbours()
+    marked = TREE[1]._replace(token=fault_token(0))
+    around.run(2, TREE[0], marked, *TREE[2:])
+    (passed_on,) = sent(around.stage.handle(Computed(2, np.zeros(4), faults={0: 5, 1: 6}), 0.0))
+    assert passed_on.rows == (TREE[0]._replace(token=fault_token(5)), marked, *TREE[2:])
+
+
+def test_the_last_stage_says_the_layer_and_no_number_that_is_none() -> None:
+    around = Neighbours(LAST)
+    around.run(2, *TREE[:3])
+    choices = [[(90, -0.5)], [(91, float("nan"))], []]
+    (result,) = sent(around.stage.handle(Computed(2, choices=choices, faults={1: 7, 2: 9}), 0.0))
+    assert result.rows == (ChoiceRow(90, 2, 2, -0.5), ChoiceRow(-8, 3, 3, 0.0), ChoiceRow(-10, 4, 3, 0.0))
+    assert [fault_layer(row.token) for row in result.rows_as(ChoiceRow)] == [None, 7, 9]
+
+
+@pytest.mark.parametrize(("flags", "chosen"), [(Flag.SILENT, []), (Flag.LAST, [ChoiceRow(90, 3, 3, -0.5)])])
+def test_faulty_rows_of_a_prompt_come_back_unasked(flags: Flag, chosen: list[ChoiceRow]) -> None:
+    around = Neighbours(LAST)
+    rows = (Row(5, 2, NO_SLOT, 2), Row(6, 3, NO_SLOT, 3))
+    around.run(2, *rows, flags=Flag.CANONICAL | flags)
+    choices = [[(90, -0.5)] for _ in chosen]
+    (result,) = sent(around.stage.handle(Computed(2, choices=choices, faults={0: 1}), 0.0))
+    assert result.rows == (ChoiceRow(fault_token(1), 2, 2, 0.0), *chosen)

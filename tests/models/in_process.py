@@ -1,0 +1,105 @@
+"""Real shards under the simulator's clock: a whole job of real models in one process, and plain decoding beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeinfer.executor import Executor
+from pipeinfer.ports import Choice, Request
+from pipeinfer.protocol import FIRST_STAGE, drafter_address
+from pipeinfer.sim.world import Answer, World, WorldSpec
+from speculation.drafter import draft_cells
+from speculation.policy import Policy
+from speculation.schedule import Placement
+from stages.checkpoint import Checkpoint
+from stages.generic_spec import GenericSpec
+from stages.pair import CheckpointPair
+from stages.spec import ModelSpec
+from tests.models.walk import compute, make_batch
+
+POLICIES = {
+    "continuous": Policy("test", rows=6, width=3, leaves=3, lead=18),
+    "rounds": Policy("test", schedule="rounds", levels=3, rows=8, width=3, leaves=3, lead=12),
+    "frontier": Policy("test", schedule="frontier", rows=3, lead=12, p_accept=0.1, p_recovery=0.2),
+    "plain": Policy("plain", speculate=False),
+}
+
+
+def pair_of(target: Path, draft: Path, dtype: str = "fp32", is_generic: bool = False) -> CheckpointPair:
+    """The two models, by the Llama family's shard or by the one for any architecture."""
+    read: Callable[[Path], Any] = GenericSpec.read if is_generic else ModelSpec.read
+    models = [(read(folder), Checkpoint(folder)) for folder in (target, draft)]
+    return CheckpointPair(models[0], models[1:], dtype)
+
+
+def decode(
+    pair: CheckpointPair, policy: Policy, requests: Sequence[Request], stages: int = 2, placement: Placement = "spread"
+) -> list[Answer]:
+    """What a job of ``stages`` stages and a drafter answers."""
+    spec = WorldSpec(
+        1, policy, stages, tuple(requests), context=224, placement=placement, draft_contexts=pair.draft_contexts
+    )
+    world = World(spec)
+    cells = spec.context + policy.most_guesses(stages)
+    cuts = [pair.layers * index // stages for index in range(stages + 1)]
+    shards: dict[int, Any] = {
+        FIRST_STAGE + index: pair.stage(range(*piece), cells) for index, piece in enumerate(pairwise(cuts))
+    }
+    shards[drafter_address(0)] = pair.draft(0, draft_cells(policy, spec.context))
+    for host in world.hosts:
+        machines = [world.machine(address) for address in host.executor.addresses]
+        host.executor = Executor(machines, {address: _Paced(shard) for address, shard in shards.items()}, host)
+    return world.run()
+
+
+class _Paced:
+    """``shard``, whose every step takes a tenth of a second of the simulator's time."""
+
+    def __init__(self, shard: Any) -> None:
+        self._shard = shard
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._shard, name)
+
+    def forward(self, batch: Any, hidden: Any) -> Any:
+        steps = self._shard.forward(batch, hidden)
+        try:
+            while True:
+                next(steps)
+                yield 0.1
+        except StopIteration as done:
+            return done.value
+        finally:
+            steps.close()
+
+
+def plain(pair: CheckpointPair, prompt: Sequence[int], count: int) -> tuple[list[int], int | None]:
+    """Plain greedy decoding, token by token, up to the first row that is not finite: the tokens, and its layer."""
+    shard, tokens, choices = pair.stage(range(pair.layers), len(prompt) + count), list(prompt), list[list[Choice]]()
+    for position in range(len(prompt) + count - 1):
+        batch = make_batch([tokens[position]], [position], [position], [set(range(position))])
+        hidden = compute([shard], batch)  # type: ignore[list-item]
+        is_wanted = position >= len(prompt) - 1
+        choices = shard.choose(hidden, [0] if is_wanted else [], 1)
+        if shard.faults:
+            return tokens[len(prompt) :], shard.faults[0]
+        if is_wanted:
+            tokens.append(choices[0][0][0])
+    return tokens[len(prompt) :], None
+
+
+def damage(folder: Path, name: str, place: Any, value: float) -> None:
+    """Set a part of the tensor ``name`` of the checkpoint in ``folder``."""
+    for path in folder.glob("*.safetensors"):
+        tensors: dict[str, torch.Tensor] = load_file(path)
+        if name in tensors:
+            tensors[name][place] = value
+            save_file(tensors, path, {"format": "pt"})
+            return
+    raise KeyError(name)
