@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import time
+from typing import Protocol
 
 SHORTEST_S = 20e-6
 LONG_S = 100e-6
@@ -13,10 +14,23 @@ QUIET_S = 5.0
 PR_SET_TIMERSLACK = 29
 
 
+class Clock(Protocol):
+    """What tells the time and sleeps: the module ``time``, or a virtual one. Seconds."""
+
+    def monotonic(self) -> float:
+        """The time; it never goes back."""
+        ...
+
+    def sleep(self, seconds: float, /) -> None:
+        """Return so many seconds later."""
+        ...
+
+
 class Backoff:
     """How long to sleep when nothing moves: 20 us, growing by half to 100 us, and to 1 ms after five seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = time) -> None:
+        self._clock = clock
         _wake_on_time()
         self.reset()
 
@@ -27,20 +41,20 @@ class Backoff:
 
     def next_s(self) -> float:
         """How long to sleep now, in seconds."""
-        now, delay_s = time.monotonic(), self._delay_s
+        now, delay_s = self._clock.monotonic(), self._delay_s
         self._quiet_since = self._quiet_since or now
         self._delay_s = min(1.5 * delay_s, LONG_S if now - self._quiet_since < QUIET_S else LONGEST_S)
         return delay_s
 
     def wait(self) -> None:
         """Sleep a little."""
-        time.sleep(self.next_s())
+        self._clock.sleep(self.next_s())
 
 
-def sleep_until(due: float) -> None:
-    """Sleep until ``time.monotonic()`` says ``due``; not at all if it does already."""
-    if (left_s := due - time.monotonic()) > 0:
-        time.sleep(left_s)
+def sleep_until(due: float, clock: Clock = time) -> None:
+    """Sleep until ``clock`` says ``due``; not at all if it does already."""
+    if (left_s := due - clock.monotonic()) > 0:
+        clock.sleep(left_s)
 
 
 def _wake_on_time() -> None:

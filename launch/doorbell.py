@@ -12,6 +12,29 @@ import contextlib
 import select
 import socket
 import time
+from typing import Protocol
+
+
+class Bell(Protocol):
+    """What wakes a waiting rank; a bell may be lost."""
+
+    name: bytes
+
+    def meet(self, names: dict[int, bytes]) -> None:
+        """The names of this host's ranks, the own one included."""
+        ...
+
+    def ring(self, rank: int) -> None:
+        """Wake ``rank``, if it is a neighbour."""
+        ...
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep until somebody rings, ``seconds`` at most; whether somebody did."""
+        ...
+
+    def close(self) -> None:
+        """Take it down."""
+        ...
 
 
 class Doorbell:

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from launch.backoff import sleep_until
+from launch.backoff import Clock, sleep_until
 from launch.doorbell import Doorbell
 from pipeinfer.errors import StallError
 from pipeinfer.executor import Executor
@@ -17,9 +17,10 @@ MOST_IDLE_S = 50e-3
 
 
 class Driver:
-    """Runs an executor's machines against a transport (None for a rank that is alone) and the wall clock."""
+    """Runs an executor's machines against a transport (None for a rank that is alone) and a ``clock``."""
 
-    def __init__(self, homes: Mapping[int, int], transport: Transport | None) -> None:
+    def __init__(self, homes: Mapping[int, int], transport: Transport | None, clock: Clock = time) -> None:
+        self._clock = clock
         self._homes = homes
         self._transport = transport
         self._due = 0.0  # when the current layer's rest is over
@@ -27,7 +28,7 @@ class Driver:
         self._bell = Doorbell() if transport is None else None  # a rank that is alone is woken by its own threads
         if self._bell is not None:
             self._bell.meet({0: self._bell.name})
-        self.moved_at = time.monotonic()
+        self.moved_at = self._clock.monotonic()
         self.executor: Executor  # set by whoever casts the roles
         self.news: deque[tuple[float, Emit | Finish | Idle]] = deque()
 
@@ -42,24 +43,24 @@ class Driver:
 
     def deliver(self, address: int, event: Event) -> None:
         """Hand a role an event from outside."""
-        self.moved_at = time.monotonic()
+        self.moved_at = self._clock.monotonic()
         self.executor.deliver(address, event, self.moved_at)
 
     def turn(self) -> None:
         """One turn of the loop."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         moved = False
         if self._transport is not None:
             for event in self._transport.poll():
-                self.executor.deliver(event.message.dest, event, time.monotonic())
+                self.executor.deliver(event.message.dest, event, self._clock.monotonic())
                 moved = True
         alarm = self.executor.alarm
         if alarm is not None and now >= alarm:
             self.executor.ring(now)
             moved = True
-        moved |= self._step(time.monotonic())
+        moved |= self._step(self._clock.monotonic())
         if moved:
-            self.moved_at = time.monotonic()  # a layer may have taken long
+            self.moved_at = self._clock.monotonic()  # a layer may have taken long
             return
         idle_s = MOST_IDLE_S if alarm is None else min(MOST_IDLE_S, max(0.0, alarm - now))
         if self._bell is not None:
@@ -88,7 +89,7 @@ class Driver:
             return False
         if rest_s:
             self._due = (self._due or now - self._overslept_s) + rest_s
-            sleep_until(self._due)
+            sleep_until(self._due, self._clock)
         else:
             self._overslept_s = now - self._due if self._due else 0.0
             self._due = 0.0
@@ -96,8 +97,8 @@ class Driver:
 
     def run(self, until: Callable[[], bool], deadline_s: float = 0.0, explain: Callable[[], str] = str) -> None:
         """Turn until ``until()``; StallError, saying ``explain()``, if nothing moves for ``deadline_s`` (0: never)."""
-        self.moved_at = time.monotonic()
+        self.moved_at = self._clock.monotonic()
         while not until():
             self.turn()
-            if deadline_s and time.monotonic() - self.moved_at > deadline_s:
+            if deadline_s and self._clock.monotonic() - self.moved_at > deadline_s:
                 raise StallError(explain())

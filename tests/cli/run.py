@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def pipeinfer(
-    *arguments: str, stdin: bytes = b"", timeout_s: float = 60.0, environ: dict[str, str] | None = None
+    *arguments: str, stdin: bytes = b"", timeout_s: float = 300.0, environ: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """``pipeinfer ARGUMENTS``, from the checkout."""
     line = [sys.executable, "-m", "pipeinfer", *arguments]

@@ -119,7 +119,7 @@ def watched(*more: str, stdout_too: bool, program: tuple[str, ...] = ("-m", "pip
             os.close(theirs)
             said = everything(ours)
             out = process.stdout.read().decode() if process.stdout else ""
-            assert process.wait(60) == 0, said
+            assert process.wait(300) == 0, said
     return said, out
 
 

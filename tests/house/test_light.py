@@ -18,7 +18,7 @@ HEAVY = "{name for name in ('torch', 'mpi4py', 'transformers', 'numpy') if name 
 
 
 def python(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
 
 
 def best_ms(measure: Callable[[], float], limit_ms: float, attempts: int = 20) -> float:

@@ -93,7 +93,7 @@ def change(path: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
         (-1, "is cut short: .* its header announces"),
         (3000, "is cut short|not a safetensors file"),
         (5, "cut short or not a safetensors file"),
-        (0, "cut short or not a safetensors file"),
+        (0, "is empty; download"),
     ],
 )
 def test_cut_short(single: Path, nbytes: int, says: str) -> None:
@@ -110,9 +110,9 @@ def test_shards_missing_or_cut_short(sharded: Path) -> None:
     third.unlink()
     with pytest.raises(CheckpointError, match=f"{third.name} is missing, but {INDEX} names it; download"):
         check(sharded)
-    for damaged in ("{", "[]", "{}", '{"weight_map": 3}'):
+    for damaged in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../b"}}', '{"weight_map": {"a": 1}}'):
         (sharded / INDEX).write_text(damaged)
-        with pytest.raises(CheckpointError, match="not a safetensors index"):
+        with pytest.raises(CheckpointError, match="cannot be read as JSON|must hold an object|no index of weights"):
             check(sharded)
 
 
@@ -161,19 +161,10 @@ def test_untied_without_a_head(single: Path) -> None:
         check(single)
 
 
-def test_pickled_weights_and_no_weights(single: Path) -> None:
-    (single / WHOLE).rename(single / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"only pickled weights .*; convert to safetensors"):
-        check(single)
-    (single / "pytorch_model.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing; give a directory"):
-        check(single)
-
-
 def test_nothing_loads_torch_before_reading(single: Path) -> None:
     code = (
         "import sys; from stages.spec import ModelSpec; from stages.checkpoint import Checkpoint\n"
         f"Checkpoint({str(single)!r}).validate(ModelSpec.read({str(single)!r}))\n"
         "sys.exit(bool({'torch', 'safetensors', 'transformers'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=300).returncode == 0

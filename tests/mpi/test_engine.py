@@ -16,7 +16,7 @@ PROMPT = "def read_lines(path):\n"
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_stream_is_its_completion_and_may_be_left_early(ranks: int) -> None:
-    with Engine(ranks=ranks, timeout_s=20.0) as engine:
+    with Engine(ranks=ranks, timeout_s=300.0) as engine:
         assert engine is not None
         *pieces, completion = engine.stream(PROMPT, 24, ignore_eos=True)
         assert isinstance(completion, Completion)
@@ -36,7 +36,7 @@ def test_a_stream_is_its_completion_and_may_be_left_early(ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_stop_string_ends_the_answer(ranks: int) -> None:
-    with Engine(ranks=ranks, timeout_s=20.0) as engine:
+    with Engine(ranks=ranks, timeout_s=300.0) as engine:
         assert engine is not None
         whole = engine.generate(PROMPT, 48, ignore_eos=True)
         word = whole.text[20:24]
@@ -62,7 +62,7 @@ def test_a_stop_string_ends_the_answer(ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_what_is_sampled_depends_on_the_seed_alone(ranks: int) -> None:
-    with Engine(ranks=ranks, timeout_s=20.0) as engine:
+    with Engine(ranks=ranks, timeout_s=300.0) as engine:
         assert engine is not None
         answers = set()
         for seed in (1, 2**64 - 1):

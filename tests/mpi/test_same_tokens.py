@@ -84,7 +84,7 @@ def test_every_rank_count_and_policy_says_what_transformers_says(tmp_path: Path)
 def mpich_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Python with the packages of this one, but with MPICH as its MPI."""
     place = tmp_path_factory.mktemp("mpich")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True, timeout=300)
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(place)}))
     (packages / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--ignore-installed", "--prefix", str(place)]
@@ -103,7 +103,7 @@ def mpich_python(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_mpich_says_the_same_as_open_mpi(mpich_python: str, tmp_path: Path) -> None:
     told = subprocess.run(
         [mpich_python, "-c", "from mpi4py import MPI; print(MPI.get_vendor()[0])"],
-        capture_output=True, text=True, timeout=60, check=True, env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True, text=True, timeout=300, check=True, env={**os.environ, "PYTHONPATH": ""},
     )  # fmt: skip
     assert told.stdout.strip() == "MPICH"
     target, draft = map(str, make_tiny_pair(tmp_path, "Qwen3ForCausalLM", seed=1))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])  # where Debian has daemons
 OUTER_JOB = ("SLURM_", "SBATCH_", "SRUN_", "OMPI_", "PMIX_", "PMI_")
-START_S, END_S = 20.0, 20.0
+START_S, END_S = 120.0, 120.0
 UNDER_WAY = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING"}
 
 # Virtual nodes share /tmp, where Slurm's PMIx plugin makes a directory named for the step alone: hence TmpFS.

@@ -1,44 +1,49 @@
-"""Whoever ends a job waits until its words have been read, but not for ever."""
+"""Whoever ends a job waits until its words have been read, but not for ever. Time is virtual."""
 
 from __future__ import annotations
 
+import math
 import os
-import threading
-import time
 from pathlib import Path
 
-from launch.last_words import let_it_be_read
+import pytest
+
+from launch import last_words
 
 
-def test_it_waits_for_the_reader_of_a_pipe() -> None:
+class Clock:
+    """Sleeping takes no time, but so much passes; ``read_at``: then somebody reads ``source``."""
+
+    def __init__(self, source: int, read_at: float = math.inf) -> None:
+        self.now, self._source, self._read_at = 0.0, source, read_at
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        if self.now < self._read_at <= self.now + seconds:
+            assert os.read(self._source, 10) == b"why"
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("read_at", "least", "most"), [(0.3, 0.3, 0.31), (math.inf, 1.0, 1.01)])
+def test_it_waits_for_the_reader_of_a_pipe_but_not_for_ever(
+    read_at: float, least: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, sink = os.pipe()
+    clock = Clock(source, read_at)
+    monkeypatch.setattr(last_words, "time", clock)
     with os.fdopen(sink, "w") as stream:
         stream.write("why")
-        done = threading.Event()
-
-        def speak() -> None:
-            let_it_be_read(stream, 60.0)
-            done.set()
-
-        speaker = threading.Thread(target=speak)
-        speaker.start()
-        assert not done.wait(0.05)
-        assert os.read(source, 10) == b"why"
-        assert done.wait(30.0)
-        speaker.join()
+        last_words.let_it_be_read(stream, 1.0)
     os.close(source)
+    assert least <= clock.now <= most
 
 
-def test_it_waits_for_nobody_for_ever(tmp_path: Path) -> None:
-    source, sink = os.pipe()
-    with os.fdopen(sink, "w") as stream:
-        stream.write("why")
-        began = time.monotonic()
-        let_it_be_read(stream, 0.05)
-        assert 0.05 <= time.monotonic() - began < 30.0
-    os.close(source)
-    began = time.monotonic()
+def test_a_file_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(-1)
+    monkeypatch.setattr(last_words, "time", clock)
     with open(tmp_path / "log", "w", encoding="utf-8") as stream:
         stream.write("why")
-        let_it_be_read(stream, 60.0)
-    assert time.monotonic() - began < 30.0
+        last_words.let_it_be_read(stream, 60.0)
+    assert clock.now == 0.0

@@ -27,7 +27,7 @@ source "$0"
 
 def bash(*arguments: str) -> str:
     environ = {"PATH": os.environ["PATH"], "SLURM_CPUS_PER_TASK": "3", "LC_ALL": "C.UTF-8"}
-    done = subprocess.run(["bash", *arguments], env=environ, capture_output=True, timeout=30, check=False)
+    done = subprocess.run(["bash", *arguments], env=environ, capture_output=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     return done.stdout.decode()

@@ -59,7 +59,7 @@ def main(fault: str, trace: str | None = None) -> None:
             lose_runs(Stage)
         pair = pair_type(SPEC, lambda rows, context: 0.0, lambda rows, context: 0.0)
         plan = assign(world.size, SPEC.layers, 1)
-        config = Config(policy=CONTINUOUS.settings(), timeout_s=2.0, trace=trace)
+        config = Config(policy=CONTINUOUS.settings(), timeout_s=5.0, trace=trace)
         job = Job(config, plan, 200, pair, world)
         if world.is_head:
             for _ in job.submit(Request((1, 2, 3), 100)):

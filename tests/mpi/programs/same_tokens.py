@@ -34,7 +34,7 @@ def main(path: str) -> None:
 
 def decode(comm: Any, words: dict[str, Any], requests: list[dict[str, Any]]) -> dict[str, Any] | None:
     """On the head of ``comm``: each request's tokens, and what they cost together."""
-    with Engine(**words, comm=comm, timeout_s=60.0) as engine:
+    with Engine(**words, comm=comm, timeout_s=300.0) as engine:
         if engine is None:
             return None
         done = [engine.generate(**request | {"sampling": Sampling(**request["sampling"])}) for request in requests]

@@ -10,7 +10,6 @@ from launch.mpi import World
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("cores", [1, 4], ids=["one core each", "four cores each"])
 def test_ranks_with_cores_of_their_own_are_spread(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -24,7 +23,6 @@ def test_ranks_with_cores_of_their_own_are_spread(cores: int, monkeypatch: pytes
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.timeout(60)
 def test_all_know_that_some_are_oversubscribed(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = World()
     mine = {0} if whole.rank < 2 else {whole.rank}  # two ranks on one core, the others alone

@@ -15,7 +15,7 @@ from pipeinfer.ports import Request
 from speculation.policy import CONTINUOUS, PLAIN, Policy
 from stages.emulated import EmulatedPair, EmulatedSpec, plain_tokens, spread
 
-pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.timeout(60)]
+pytestmark = pytest.mark.mpi(min_size=2)
 
 RELAY = Policy("continuous", rows=6, width=3, leaves=3, lead=24, cancel="relay", prefill_chunk=5)
 
