@@ -1,4 +1,4 @@
-"""Signals that ask the command line to end."""
+"""Signals that ask a process of ours to end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeinfer.cli import signals
+from launch import signals
 from pipeinfer.errors import Terminated, exit_code
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
