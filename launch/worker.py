@@ -8,11 +8,12 @@ import signal
 import sys
 import threading
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from launch.environment import launched
 from launch.failure import say
 from launch.lines import Lines, connect
+from launch.signals import end_in_order
 from pipeinfer.config import Config
 from pipeinfer.errors import Terminated, exit_code
 from pipeinfer.ports import Request, Sampling
@@ -91,7 +92,7 @@ def main(name: str) -> int:
     """``name``: the socket of whoever started us. Returns the exit code; where a rank fails, all end."""
     launch = launched()
     rank = launch.rank if launch is not None else 0
-    signal.signal(signal.SIGTERM, _terminate)
+    end_in_order()
     parent, world = None, None
     try:
         parent = Parent(name, rank)
@@ -109,10 +110,6 @@ def main(name: str) -> int:
         return exit_code(error) or 1
     world.close()
     return 0
-
-
-def _terminate(signum: int, frame: object) -> NoReturn:
-    raise Terminated(signum)
 
 
 def play(world: World, parent: Parent) -> None:

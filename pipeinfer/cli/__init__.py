@@ -9,8 +9,8 @@ from typing import NoReturn
 
 from launch.environment import launched
 from launch.failure import leave, write
+from launch.signals import end_in_order
 from pipeinfer import __version__
-from pipeinfer.cli.signals import end_in_order
 from pipeinfer.cli.streams import OutputError, drop_output, insist_on_utf8, put_in_place
 from pipeinfer.errors import exit_code
 

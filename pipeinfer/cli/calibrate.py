@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeinfer.cli.run import add_models, add_sampling, open_engine, read_sampling, refuse_half_a_pair
 from pipeinfer.errors import refuse
+from pipeinfer.files import refuse_unwritable
 
 if TYPE_CHECKING:
     from pipeinfer.engine import Engine
@@ -41,12 +42,11 @@ def calibrate(args: argparse.Namespace) -> int:
     refuse_half_a_pair(args)
     read_sampling(args)
     prompts = read_prompts(args.prompts)
-    if not Path(args.out).resolve().parent.is_dir():
-        refuse(f"{args.out} cannot be written", "name a file in a directory that exists")
     from launch.collector import frozen
     from speculation.calibration_file import write_calibrations
 
     def check(engine: Engine) -> None:
+        refuse_unwritable(args.out)  # on the head, which writes it
         for prompt in prompts:
             engine.tokenize(prompt, args.max_new_tokens)
 

@@ -20,13 +20,29 @@ SRUN = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
         (SRUN, "srun"),
         ({**SRUN, **HYDRA}, "srun"),  # --mpi=pmi2
         ({**SRUN, **OPEN}, "Open MPI mpirun"),  # mpirun in a batch script reaches other nodes by srun
+        ({**SRUN, **HYDRA, "SLURM_STEP_NUM_TASKS": "1"}, "srun"),  # mpiexec in a shell that srun started
     ],
 )
 def test_launchers_are_told_apart(environ: dict[str, str], launcher: str) -> None:
     assert launched(environ) == Launch(launcher, 4, 2)
 
 
-@pytest.mark.parametrize("environ", [{}, {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}])
+ONE = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"},
+        ONE,  # srun --pty bash
+        {**ONE, "PMI_SIZE": "1", "PMI_RANK": "0"},  # srun --mpi=pmi2 --pty bash
+        {**SRUN, "SLURM_STEP_ID": "4294967291"},  # the batch script itself, as newer versions number it
+        {**SRUN, "SLURM_PROCID": "4"},  # no rank of four
+        {**HYDRA, "PMI_SIZE": "²"},
+        {**OPEN, "OMPI_COMM_WORLD_SIZE": "0"},
+    ],
+)
 def test_a_shell_or_a_batch_script_is_no_launcher(environ: dict[str, str]) -> None:
     assert launched(environ) is None
 

@@ -17,7 +17,7 @@ class _Ending:
         self._asked_s: float | None = None
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Raise Terminated, once: `timeout` and batch systems send the same signal several times."""
+        """Raise Terminated, once: `timeout`, batch systems and MPICH's launcher send the same signal several times."""
         now = time.monotonic()
         if self._asked_s is None:
             self._asked_s = now
