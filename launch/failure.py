@@ -13,7 +13,7 @@ from launch.environment import launched
 from launch.last_words import let_it_be_read
 from pipeinfer.errors import PipeinferError, Terminated, UserError, exit_code
 
-SIGNALLED_S = 1.5
+SIGNALLED_S = 1.3
 """A rank waits so long before it takes a signal for its own affair. A launcher that ends a job signals all ranks, and
 kills them a second later: then whoever failed has told it, or rank 0, which waits for half a second less, does."""
 

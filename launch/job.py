@@ -26,12 +26,13 @@ from pipeinfer.ports import (
     Finish,
     Idle,
     Pair,
+    Send,
     ShardModel,
     Stalled,
     Started,
     Transport,
 )
-from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR
+from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR, Kind, Message
 from pipeinfer.trace import Header, TraceWriter
 from speculation.drafter import draft_cells
 from speculation.policy import Policy
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from launch.muster import Muster
     from pipeinfer.preflight import Cleared
 
+LAST_WORDS_S = 1.0
 PROBE_S = 2.0
 """How long silent roles get to answer before the head gives up on them."""
 
@@ -100,6 +102,8 @@ class Job:
             self._transport = MpiTransport(world.comm, pair.pack, pair.unpack, cast.window)
             if link is not None:
                 self._transport = PacedLinks(self._transport, link)
+            if not world.is_head:
+                world.last_words = self._tell_head
         self._driver = Driver(homes(plan), self._transport)
         machines = [cast.machine(role.address) for role in plan[rank]]
         self._orchestrator = next((machine for machine in machines if isinstance(machine, Orchestrator)), None)
@@ -157,6 +161,16 @@ class Job:
         self._driver.run(lambda: self._executor.is_halted)
         self._end()
 
+    def _tell_head(self, code: int) -> None:
+        """This rank has failed and will end the job with exit code ``code``: let the head's program save what it has,
+        for LAST_WORDS_S; it ends the job as soon as it has."""
+        assert self._transport is not None
+        until, backoff = time.monotonic() + LAST_WORDS_S, Backoff()
+        self._driver.send(Send(Message(Kind.FAILED, self._executor.addresses[0], ORCHESTRATOR, run=code)), 0.0)
+        while time.monotonic() < until:
+            self._transport.poll()
+            backoff.wait()
+
     def close(self) -> None:
         """On the head: let everybody go. Collective with their ``serve``."""
         self._driver.deliver(ORCHESTRATOR, Closed())
@@ -171,8 +185,9 @@ class Job:
 
     def _end(self) -> None:
         if self._transport is not None:
-            self._transport.close()
             assert self._world is not None
+            self._world.last_words = None
+            self._transport.close()
             sent = self._world.gather({"messages": self._transport.messages, "nbytes": self._transport.nbytes})
             self.traffic = (sum(rank["messages"] for rank in sent), sum(rank["nbytes"] for rank in sent))
         self.kill()

@@ -72,6 +72,7 @@ class World:
         shared: Placement = "oversubscribed" if is_oversubscribed else "spread"
         self.placement: Placement = shared if self.size > 1 else "alone"
         self._failing = threading.Lock()
+        self.last_words: Callable[[int], None] | None = None  # what to do between saying what failed and ending all
 
     def muster(self, timeout_s: float) -> Muster:
         """Watch the ranks from now until all are ready. Collective."""
@@ -162,13 +163,16 @@ class World:
 
     def abort(self, code: int) -> None:
         """End all ranks now."""
-        self.comm.Abort(code)
+        abort(code)
 
     def fail(self, error: BaseException) -> NoReturn:
         """Say what went wrong here and take every rank of the job down, now; once, whichever thread calls it first."""
         code = exit_code(error) or 1
         if self._failing.acquire(blocking=False):
             say(error, self.rank)
+            if self.last_words is not None:
+                with contextlib.suppress(Exception):  # what has failed may fail again
+                    self.last_words(code)
             self.abort(code)
         raise SystemExit(code)
 

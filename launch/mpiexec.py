@@ -6,18 +6,36 @@ python -m launch.mpiexec -n 4 -- PROGRAM ARG ...
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.surroundings import (
+    SHARED_MEMORY,
+    own_environment,
+    refuse_lost_directory,
+    settle,
+    shared_memory_nbytes,
+)
 from pipeinfer.errors import PipeinferError, refuse
 
+OPEN_MPI = re.compile(r"Open MPI|OpenRTE|PRRTE")
 OPEN_MPI_BEFORE_5 = re.compile(r"\((Open MPI|OpenRTE)\) [1-4]\.")  # shared memory had another name there
-OUTER_JOB = ("OMPI_COMM_WORLD_", "PMIX_", "PMI_")
+OPEN_MPI_SHARED_NBYTES = 16 << 20
+"""Of each rank, at most. Open MPI shares no memory at all where a directory has less room than one rank could take."""
+MPICH_SHARED_NBYTES, MPICH_SHARED_NBYTES_A_RANK = 16 << 20, 6 << 20
+"""At once, by trial with 2 to 8 ranks of MPICH 5.0: with less some crash, and MPICH knows no other directory."""
+MPICH_LONGEST_HOST = 63
+VERSION_S = 20.0
+GRACE_S = 10.0
+"""Longest wait for a launcher to end its ranks."""
 
 
 def find_mpiexec(python: str = sys.executable) -> str:
@@ -30,31 +48,105 @@ def find_mpiexec(python: str = sys.executable) -> str:
 
 
 def command(ranks: int, program: list[str], python: str = sys.executable) -> tuple[list[str], dict[str, str]]:
-    """What starts ``program`` on ``ranks`` local ranks with the MPI of ``python``: command line and environment."""
+    """What starts ``program`` on ``ranks`` local ranks with the MPI of ``python``: command line and environment. Raises
+    UserError where this machine does not allow it."""
     mpiexec = find_mpiexec(python)
-    told = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
-    # What an outer launcher told this process is not for the ranks: they are a job of their own.
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(OUTER_JOB)}
+    refuse_lost_directory()
+    environ = own_environment(os.environ)
+    place = settle(environ)
+    told = ask_version(mpiexec, environ)
     flags = ["-n", str(ranks)]
-    if "HYDRA" not in told and "Intel" not in told:  # Open MPI
-        flags += ["--host", f"localhost:{ranks}", "--oversubscribe"]  # here, even inside an allocation of many nodes
+    if OPEN_MPI.search(told):
+        flags += ["--host", f"localhost:{ranks}", "--oversubscribe"]  # here, whatever a file of hosts says
+        if is_address(socket.gethostname()):
+            environ.setdefault("PRTE_MCA_prte_keep_fqdn_hostnames", "1")  # or it is not recognised as localhost
         if ranks > len(os.sched_getaffinity(0)):
             flags += ["--bind-to", "none"]
         if os.geteuid() == 0:
             flags += ["--allow-run-as-root"]
         # All ranks are on this host: shared memory, and none of the fabrics that would be probed in vain.
+        shared = "vader" if OPEN_MPI_BEFORE_5.search(told) else "sm"
         environ.setdefault("OMPI_MCA_pml", "ob1")
-        environ.setdefault("OMPI_MCA_btl", f"self,{'vader' if OPEN_MPI_BEFORE_5.search(told) else 'sm'}")
+        environ.setdefault("OMPI_MCA_btl", f"self,{shared}")
         environ.setdefault("OMPI_MCA_osc", "^ucx")
+        if shared_memory_nbytes() < ranks * OPEN_MPI_SHARED_NBYTES:
+            environ.setdefault(f"OMPI_MCA_btl_{shared}_backing_directory", place)
+    elif ranks > 1:
+        refuse_what_mpich_cannot(ranks, shared_memory_nbytes(), socket.gethostname())
     return [mpiexec, *flags, *program], environ
 
 
+def is_address(host: str) -> bool:
+    """Whether a host is called by an address instead of a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def ask_version(mpiexec: str, environ: dict[str, str]) -> str:
+    """What ``mpiexec`` says of itself. Raises UserError where it does not say anything."""
+    line = [mpiexec, "--version"]
+    try:
+        with subprocess.Popen(
+            line, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as asked:  # fmt: skip
+            try:
+                return asked.communicate(timeout=VERSION_S)[0].decode(errors="replace")
+            except BaseException:
+                os.killpg(asked.pid, signal.SIGKILL)  # with whatever it started, which may hold the pipe
+                raise
+    except OSError as error:
+        refuse(f"{mpiexec} cannot be started ({error.strerror})", "mend it, or put another one first on the PATH")
+    except subprocess.TimeoutExpired:
+        refuse(f"`{mpiexec} --version` says nothing", "mend it, or put another one first on the PATH")
+
+
+def refuse_what_mpich_cannot(ranks: int, shared_nbytes: int, host: str) -> None:
+    """Raise UserError where MPICH's ``ranks`` ranks would crash: too little shared memory, too long a host name."""
+    needed = MPICH_SHARED_NBYTES + ranks * MPICH_SHARED_NBYTES_A_RANK
+    if shared_nbytes < needed:
+        refuse(
+            f"{SHARED_MEMORY} has room for {shared_nbytes >> 20} MB, and {ranks} ranks of MPICH need {needed >> 20} MB",
+            "make it larger (docker run --shm-size=1g), start fewer ranks, or use Open MPI",
+        )
+    if len(host) > MPICH_LONGEST_HOST:
+        refuse(f"this host's name has {len(host)} characters", "MPICH takes 63: shorten it, or use Open MPI")
+
+
 def start_again(ranks: int, argv: Sequence[str]) -> int:
-    """Run ``pipeinfer ARGV`` on ``ranks`` local ranks; the exit code is mpiexec's."""
-    line, environ = command(ranks, [sys.executable, "-m", "pipeinfer", *argv])
+    """Run ``pipeinfer ARGV`` on ``ranks`` local ranks; the exit code is mpiexec's. Their standard output passes
+    through this process, so that a full disk is not overlooked."""
+    line, environ = command(ranks, [sys.executable, "-P", "-m", "pipeinfer", *argv])
     root = str(Path(__file__).resolve().parents[1])  # a bare checkout works without being installed
     environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environ.get("PYTHONPATH")]))
-    return subprocess.run(line, env=environ, check=False).returncode
+    process = subprocess.Popen(
+        line, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    try:
+        while said := os.read(process.stdout.fileno(), 1 << 16):
+            sys.stdout.buffer.write(said)
+            sys.stdout.flush()
+        code = process.wait()
+    except BaseException:
+        stop(process)
+        raise
+    finally:
+        process.stdout.close()
+    return code if code >= 0 else 128 - code
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the launcher ``process``, which leads a session of its own, and its ranks."""
+    process.terminate()  # it takes its ranks along
+    try:
+        process.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ for ``timeout_s`` is not. Whoever watches is told a number for each rank that ch
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -30,6 +31,7 @@ class Watch:
 
     timeout_s: float
     _watched: dict[int, _Watched] = field(default_factory=dict)
+    _looked_at: float = math.inf
 
     def expect(self, rank: int, name: str, now: float) -> None:
         """Wait for ``rank``, which people know by ``name``, from ``now`` (seconds) on."""
@@ -54,7 +56,12 @@ class Watch:
         return not self._watched
 
     def check(self, now: float) -> None:
-        """Raise StallError, naming them, if ranks have made no progress for too long."""
+        """Raise StallError, naming them, if ranks have made no progress for too long. Who did not look for long itself,
+        stopped perhaps, knows nothing of the others, and waits anew."""
+        if now - self._looked_at > self.timeout_s / 2:
+            for watched in self._watched.values():
+                watched.heard_at = watched.moved_at = now
+        self._looked_at = now
         late = [watched for watched in self._watched.values() if now - watched.moved_at > self.timeout_s]
         if not self.timeout_s or not late:
             return

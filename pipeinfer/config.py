@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 from pipeinfer.errors import refuse
 from pipeinfer.protocol import VERSION
 
+ModelName = str | os.PathLike[str]
 BUILTIN = "builtin"
 NONE = "none"
 DTYPES = ("fp32", "bf16")
@@ -65,16 +67,29 @@ DEFAULT_CONTEXT = 4096
 """Most tokens of a request unless ``context`` says more: cells for a whole long context are paid for even if unused."""
 
 
+def model_name(name: object, part: str) -> str:
+    """A directory that a program gave as text or as a path. ``part``: ``target`` or ``draft``. Raises UserError."""
+    if not isinstance(name, (str, bytes, os.PathLike)):
+        refuse(f"the {part} is a {type(name).__name__}", "give its directory as text or as a path")
+    given = os.fsdecode(name)
+    if not given.strip():
+        refuse(f"the name of the {part}'s directory is empty", "give a local directory in Hugging Face layout")
+    return given
+
+
 def model_directory(name: str, part: str) -> Path:
     """The directory that ``name`` means; ``part`` is ``target`` or ``draft``."""
-    return Path(__file__).parent / BUILTIN / part if name == BUILTIN else Path(name)
+    return Path(__file__).parent / BUILTIN / part if name == BUILTIN else Path(model_name(name, part))
 
 
-def draft_names(target: str, draft: str | Sequence[str] | None, drafters: int | None) -> tuple[str, ...]:
+def draft_names(
+    target: str | os.PathLike[str], draft: ModelName | Sequence[ModelName] | None, drafters: int | None
+) -> tuple[str, ...]:
     """The draft of each drafter. ``draft``: one for all, one for each, or ``none``; the built-in target brings its own.
 
     Raises UserError where their number and ``drafters`` do not fit."""
-    names = [draft] if isinstance(draft, str) else list(draft or ())
+    given = () if draft is None else draft if isinstance(draft, (list, tuple)) else (draft,)
+    names = [model_name(name, "draft") for name in given]
     if names == [NONE]:
         names = []
     elif not names and target == BUILTIN:

@@ -23,7 +23,7 @@ from launch.environment import launched, refuse_singletons
 from pipeinfer.answer import Completion, Handle, HeadJob
 from pipeinfer.config import BUILTIN, Config, draft_names
 from pipeinfer.errors import UserError, exit_code, refuse
-from pipeinfer.generation import ModelSampling, model_sampling
+from pipeinfer.generation import Generation, model_sampling
 from pipeinfer.ports import Request, Sampling
 from pipeinfer.preflight import Cleared, clear
 from pipeinfer.prompt import Prompt, token_ids
@@ -154,7 +154,7 @@ class Engine:
         self._vocab_size = spec.vocab_size
         self._text = (Numbers if forced else Text)(directory)
         self._stop_tokens = frozenset() if forced else self._text.eos_tokens | frozenset(spec.eos_tokens)
-        defaults = ModelSampling() if forced else model_sampling(directory)
+        defaults = Generation() if forced else model_sampling(directory)
         self.sampling, self.ignored = defaults.sampling, defaults.ignored
 
     @property

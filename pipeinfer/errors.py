@@ -39,6 +39,16 @@ class NotFiniteError(PipeinferError):
     """The model's numbers are not finite where an answer depends on them; the message says in which layer and rank."""
 
 
+class RankFailed(PipeinferError):
+    """Another rank has failed, says why, and ends the job with exit code ``code``."""
+
+    is_told = True
+
+    def __init__(self, who: str, code: int) -> None:
+        super().__init__(f"the rank of {who} has failed")
+        self.exit_code = code
+
+
 class Terminated(BaseException):
     """A signal asked this process to end (SIGTERM, SIGHUP); as KeyboardInterrupt, nothing but the top catches it."""
 

@@ -163,23 +163,24 @@ class Executor:
         shard = self._shards[job.address]
         if not job.abandoned:
             if job.passes is None:
-                hidden, keep = job.compute.hidden, job.compute.keep
-                if hidden is not None and keep is not None:
-                    hidden = hidden[list(keep)]
-                job.passes, job.began = shard.forward(job.compute.batch, hidden), now
+                given, keep = job.compute.hidden, job.compute.keep
+                if given is not None and keep is not None:
+                    given = given[list(keep)]
+                job.passes, job.began = shard.forward(job.compute.batch, given), now
             try:
                 return next(job.passes)
             except StopIteration as done:
-                found = self._outcome(job.compute, shard, done.value)
+                found = (*self._outcome(job.compute, shard, done.value), dict(shard.faults))
         else:
             if job.passes is not None:
                 job.passes.close()
-            found = (None, None)
+            found = (None, None, {})
         del self._jobs[job.address]
         self._current = None
         ended = self._clock() if self._clock else now
         seconds = ended - job.began if job.passes else 0.0
-        self.deliver(job.address, Computed(job.compute.job, *found, seconds), ended)
+        hidden, choices, faults = found
+        self.deliver(job.address, Computed(job.compute.job, hidden, choices, seconds, faults), ended)
         return 0.0
 
     def _outcome(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pipeinfer.errors import RemoteProtocolError
-from pipeinfer.protocol import Row
+from pipeinfer.protocol import ChoiceRow, Message, Row, fault_layer
 from speculation.tree import Node
 
 
@@ -23,6 +23,19 @@ class Run:
     carries_root: bool = False
     launched_at: float = 0.0
     cancelled_at: float | None = None
+
+    def hear(self, message: Message) -> int | None:
+        """Take the RESULT of this run, not skipped: its nodes learn what the target says after them. Of a prompt's run,
+        the layer whose numbers are not finite, if any. Raises RemoteProtocolError where a living row is missing."""
+        choices: dict[int | None, ChoiceRow] = {row.slot: row for row in message.rows_as(ChoiceRow)}
+        for node in self.nodes:
+            choice = choices.get(node.slot)
+            if choice is not None:
+                node.choice, node.choice_logp = choice.token, choice.logp
+            elif node.alive:
+                raise RemoteProtocolError(f"run {self.number} came back without its row at position {node.position}")
+        faulty = [row.token for row in choices.values() if row.token < 0] if self.is_prefill else []
+        return fault_layer(faulty[0]) if faulty else None
 
     def is_of_use(self, root: Node) -> bool:
         """Whether any of its rows may still tell what nobody knows, the tree being at ``root``."""

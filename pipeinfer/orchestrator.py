@@ -27,7 +27,7 @@ from operator import attrgetter
 from typing import Any
 
 from kvbuffers.partitions import Partitions
-from pipeinfer.errors import LocalProtocolError, RemoteProtocolError
+from pipeinfer.errors import LocalProtocolError, RankFailed, RemoteProtocolError
 from pipeinfer.flight import Flight, Run
 from pipeinfer.ports import (
     GREEDY,
@@ -56,7 +56,6 @@ from pipeinfer.protocol import (
     ORCHESTRATOR,
     AnyRow,
     CellOp,
-    ChoiceRow,
     Edges,
     Flag,
     Kind,
@@ -168,6 +167,8 @@ class Orchestrator:
         if message.kind is Kind.STATUS:
             self._roster.answered(message)
             return []
+        if message.kind is Kind.FAILED:
+            raise RankFailed(address_name(message.source), message.run)
         raise RemoteProtocolError(f"the orchestrator got {message.kind.name} from {address_name(message.source)}")
 
     # A request begins and ends.
@@ -225,12 +226,12 @@ class Orchestrator:
             return commands + self._withdraw(self._session.caller_number)
         return commands + self._open()
 
-    def _finish(self, session: Session, reason: str) -> list[Command]:
+    def _finish(self, session: Session, reason: str, fault: int | None = None) -> list[Command]:
         session.is_over = True
         # A later run may carry the commit of the root's cell, so the root's own run must be written everywhere.
         root = session.tree.root.run
         doomed = [run for run in self._flight if run.cancelled_at is None and (run.is_prefill or run.number != root)]
-        commands: list[Command] = [Finish(reason, session.caller_number)]
+        commands: list[Command] = [Finish(reason, session.caller_number, fault)]
         commands += self._cancel(doomed, [], session)
         commands += self._sources.close()
         return commands + self._settle()
@@ -333,20 +334,14 @@ class Orchestrator:
             return self._settle()
         if not run.is_prefill:
             session.tally.busy_s += 1e-6 * message.work_us / len(self._stages)
-        choices: dict[int | None, ChoiceRow] = {row.slot: row for row in message.rows_as(ChoiceRow)}
-        for node in run.nodes:
-            choice = choices.get(node.slot)
-            if choice is not None:
-                node.choice, node.choice_logp = choice.token, choice.logp
-            elif node.alive:
-                raise RemoteProtocolError(f"run {run.number} came back without its row at position {node.position}")
-        return self._accept(session)
+        fault = run.hear(message)
+        return self._accept(session) if fault is None else self._finish(session, "error", fault)
 
     def _accept(self, session: Session) -> list[Command]:
         left = session.request.max_new_tokens - session.emitted
         outcome = accept(session.tree, left, session.request.stop_tokens, self._sources.judged)
         if not outcome.accepted:
-            return []
+            return [] if outcome.fault is None else self._finish(session, "error", outcome.fault)
         session.emitted += len(outcome.accepted)
         for node in outcome.accepted:
             if node.slot is None:
@@ -363,6 +358,8 @@ class Orchestrator:
         self._ledger.release(*[node.slot for node in outcome.died if node.slot is not None])
         if outcome.stopped or session.emitted == session.request.max_new_tokens:
             return commands + self._finish(session, "stop" if outcome.stopped else "length")
+        if outcome.fault is not None:
+            return commands + self._finish(session, "error", outcome.fault)
         if decided := self._schedule.accepted(len(outcome.accepted), self._now):
             commands.append(Note(decided))
         runs, rows = self._flight.losses(session.tree.root, outcome.died)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -88,9 +88,16 @@ class ShardModel(Protocol):
 
     def choose(self, hidden: Payload, rows: Sequence[int], count: int, draw: Draw | None = None) -> list[list[Choice]]:
         """The ``count`` best next tokens after each of ``rows``, best first; the first one is what ``draw`` draws, by
-        default the most probable one. Only for the last shard. Log-probabilities are those of the model's own logits;
-        for a guess, of its scores with the noise of the draw in them: how likely another model, given the same noise,
-        is to draw that token."""
+        default the most probable one. What stands for a row of ``faults`` means nothing. Only for the last shard.
+        Log-probabilities are those of the model's own logits; for a guess, of its scores with the noise of the draw in
+        them: how likely another model, given the same noise, is to draw that token."""
+        ...
+
+    @property
+    def faults(self) -> Mapping[int, int]:
+        """Rows of the last pass whose numbers were not finite, and the first layer of the whole model where that
+        showed; the model's number of layers stands for the output head (``choose``). Such a row's activations are
+        zeros, and so is what was not finite of its keys and values."""
         ...
 
     @property
@@ -113,12 +120,13 @@ class Received:
 @dataclass(frozen=True, slots=True)
 class Computed:
     """A Compute command ended: with activations, with choices, or abandoned (both None). ``seconds``: what it took once
-    it was this role's turn."""
+    it was this role's turn. ``faults``: see ShardModel."""
 
     job: int
     hidden: Payload | None = None
     choices: list[list[Choice]] | None = None
     seconds: float = 0.0
+    faults: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

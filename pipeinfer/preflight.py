@@ -9,10 +9,11 @@ from pathlib import Path
 from launch.roles import Plan, assign
 from pipeinfer.config import DEFAULT_CONTEXT, DTYPES, Config
 from pipeinfer.errors import refuse
-from pipeinfer.text import has_tokenizer, vocabulary
+from pipeinfer.text import Text, has_tokenizer, same_tokens
 from pipeinfer.trace import refuse_unwritable
 from speculation.policy import Policy
 from stages.checkpoint import Checkpoint, Weights
+from stages.folder import model_folder, shown
 from stages.forced import FORCED_TOKENS
 from stages.generic_spec import GenericSpec
 from stages.random_weights import RandomCheckpoint
@@ -44,18 +45,20 @@ def clear(config: Config, ranks: int) -> Cleared:
     places = config.draft_directories if policy.speculate else []
     if policy.speculate and not places and (policy.schedule != "continuous" or not policy.lookup):
         refuse(f"policy {policy.name} needs a draft model", "give one with --draft DIR, or use --policy plain")
+    if config.context < 0:
+        refuse(f"--context {config.context}", "ask for at least one token, or for 0: what the target was made for")
     read = _random_model if config.random_weights else _model
-    target = read(config.target_directory)
-    models = {place: read(place) for place in dict.fromkeys(places)}
+    target = read(config.target_directory, config.context or DEFAULT_CONTEXT)
     spec, _ = target
+    if config.context > spec.context:
+        refuse(f"--context {config.context}, but the target was made for {spec.context} tokens", "ask for fewer")
+    context = config.context or min(spec.context, DEFAULT_CONTEXT)
+    models = {place: read(place, context) for place in dict.fromkeys(places)}
     if config.forced_acceptance:
         _refuse_few_tokens(config.target_directory, {config.target_directory: target, **models})
     else:
         for place in models:
             _same_vocabulary(config.target_directory, place)
-    if config.context > spec.context:
-        refuse(f"--context {config.context}, but the target was made for {spec.context} tokens", "ask for fewer")
-    context = config.context or min(spec.context, DEFAULT_CONTEXT)
     plan = assign(ranks, spec.layer_count, len(places), spec.head_in_layers)
     return Cleared(target, [models[place] for place in places], plan, context)
 
@@ -75,32 +78,50 @@ def _refuse_forcing(config: Config) -> None:
 def _refuse_few_tokens(target_directory: Path, models: dict[Path, Model]) -> None:
     """Where acceptance is forced vocabularies may differ, but each must have the prompt's tokens and the forced."""
     spec, _ = models[target_directory]
-    named = vocabulary(target_directory).values() if has_tokenizer(target_directory) else (255,)
-    needed = max(FORCED_TOKENS, min(spec.vocab_size, 1 + max(named)))
+    named = Text(target_directory).vocabulary().values() if has_tokenizer(target_directory) else (255,)
+    needed = max(FORCED_TOKENS, min(spec.vocab_size, 1 + max(named, default=0)))
     for place, (spec, _) in models.items():
         if spec.vocab_size < needed:
             refuse(f"{place}: a vocabulary of {spec.vocab_size} tokens", f"forced acceptance needs {needed} here")
 
 
-def _random_model(directory: Path) -> Model:
+def _random_model(directory: Path, context: int) -> Model:
+    model_folder(directory)
     if not is_llama_family(directory):
         able = ", ".join(FAMILIES)
-        refuse(f"{directory}: no random weights are made for {architecture_of(directory)}", f"use one of {able}")
+        name = shown(architecture_of(directory))
+        refuse(f"{directory}: no random weights are made for {name}", f"use one of {able}")
     spec = ModelSpec.read(directory)
+    if _is_windowed(spec, context):
+        refuse(f"{directory}: no random weights are made for windows of {spec.window} tokens", "ask for less --context")
     return spec, RandomCheckpoint(spec)
 
 
-def _model(directory: Path) -> Model:
+def _model(directory: Path, context: int) -> Model:
+    """The model in ``directory``, to be served with at most ``context`` tokens."""
     if not is_llama_family(directory):  # the only case that loads torch: such a model has to be looked at
-        return GenericSpec.read(directory), Checkpoint(directory)
+        return _generic(directory)
     spec = ModelSpec.read(directory)
+    if _is_windowed(spec, context):
+        return _generic(directory)
     checkpoint = Checkpoint(directory)
     checkpoint.validate(spec)
     return spec, checkpoint
 
 
+def _is_windowed(spec: ModelSpec, context: int) -> bool:
+    """Whether a sliding window hides a token from another one in ``context`` tokens: LlamaShard has no windows."""
+    return spec.window is not None and spec.window < min(context, spec.context)
+
+
+def _generic(directory: Path) -> Model:
+    return GenericSpec.read(directory), Checkpoint(directory, llama=False)
+
+
 def _same_vocabulary(target_directory: Path, draft_directory: Path) -> None:
-    target, draft = vocabulary(target_directory), vocabulary(draft_directory)
+    if has_tokenizer(target_directory) and same_tokens(target_directory, draft_directory):
+        return  # without loading either, as is usual
+    target, draft = (Text(directory).vocabulary() for directory in (target_directory, draft_directory))
     if target != draft:
         odd = sorted(token for token in target.keys() | draft.keys() if target.get(token) != draft.get(token))
         refuse(

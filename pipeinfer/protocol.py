@@ -76,6 +76,7 @@ class Kind(enum.IntEnum):
     REQUEST = 13  # orchestrator -> first stage -> ... -> last stage, and -> drafters: how tokens are drawn
     ORDER = 14  # orchestrator -> drafter: so many more passes (see Order), until the next word
     CALIBRATE = 15  # orchestrator -> drafter: what your probabilities mean (see speculation.calibration)
+    FAILED = 16  # any rank -> orchestrator: I have failed, have said why, and end the job with exit code ``run``
 
 
 class Flag(enum.IntFlag):
@@ -108,7 +109,8 @@ class CellOp(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One token of a run. ``parent`` is the slot it descends from, or NO_SLOT."""
+    """One token of a run. ``parent`` is the slot it descends from, or NO_SLOT. Behind a stage where the row's numbers
+    were not finite, ``token`` tells the layer instead: see ``fault_token``."""
 
     token: int
     slot: int
@@ -117,7 +119,9 @@ class Row(NamedTuple):
 
 
 class ChoiceRow(NamedTuple):
-    """The target's next token after the row in ``slot``, with its log-probability (natural log)."""
+    """The target's next token after the row in ``slot``, with its log-probability (natural log). Of a row whose numbers
+    were not finite ``token`` tells the layer (see ``fault_token``), and ``logp`` is 0. Such rows come back even where
+    no choice was wanted after them."""
 
     token: int
     slot: int
@@ -157,7 +161,7 @@ _ROW_TYPES: dict[Kind, tuple[struct.Struct, type[Row] | type[ChoiceRow] | type[D
     Kind.ORDER: (REAL_ROW, SettingRow),
     Kind.CALIBRATE: (REAL_ROW, SettingRow),
 }
-CONTROL_KINDS = frozenset({Kind.CANCEL, Kind.PROBE, Kind.STATUS})
+CONTROL_KINDS = frozenset({Kind.CANCEL, Kind.PROBE, Kind.STATUS, Kind.FAILED})
 
 
 def row_type(kind: Kind) -> type[Row] | type[ChoiceRow] | type[DraftRow] | type[SettingRow]:
@@ -285,6 +289,17 @@ class Edges:
     def taken(self) -> int:
         """How many ordered messages this role has taken."""
         return sum(self._seen.values())
+
+
+def fault_token(layer: int) -> int:
+    """What stands for the token of a row whose numbers were not finite in ``layer`` (the number of layers: in the
+    output head); tokens themselves are never negative."""
+    return -1 - layer
+
+
+def fault_layer(token: int) -> int | None:
+    """The layer that ``token`` tells, or None if it is a token."""
+    return None if token >= 0 else -1 - token
 
 
 def accepted_name(position: int) -> int:

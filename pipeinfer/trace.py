@@ -261,6 +261,7 @@ _READERS: dict[type, dict[str, Callable[[Any], Any]]] = {
     Computed: {
         "hidden": _payload,
         "choices": lambda stored: [[(token, logp) for token, logp in row] for row in stored],
+        "faults": lambda stored: {int(row): layer for row, layer in stored.items()},  # JSON's names are text
     },
     Submitted: {"request": _maker(Request, prompt=tuple, stop_tokens=frozenset, sampling=_SAMPLING)},
     Send: {"message": _message, "payload": _payload},

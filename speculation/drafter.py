@@ -54,6 +54,10 @@ LEAST_PATH = math.log(4.5e-4)
 Found by trying, see docs/log.md."""
 
 
+MOST_FAULTY = 8
+"""Passes in a row whose numbers are not finite, after which the draft says nothing more in this request."""
+
+
 class Drafter:
     """The machine of one draft model. ``context`` is the most tokens a request may have, prompt included."""
 
@@ -83,6 +87,9 @@ class Drafter:
         self._most_leaves = policy.leaves
         self._curve = CostCurve() if policy.govern else None
         self._rows = 0
+        self._wanted: tuple[int, ...] = ()  # rows of the pass under way whose choices are wanted
+        self._faulty_passes = 0  # in a row
+        self._is_mute = False
         self._withheld: list[tuple[Node, list[Choice]]] = []  # choices below the cutoff: a later order may want them
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -150,6 +157,7 @@ class Drafter:
             self._last_position = message.run
             self._passes = UNLIMITED if self._policy.schedule == "continuous" else 0
             self._most_leaves = self._policy.leaves
+            self._faulty_passes, self._is_mute = 0, False
 
     def _close(self) -> None:
         self._tree = None
@@ -205,7 +213,7 @@ class Drafter:
             return [] if wanted else [Abandon(self._job)]
         if self._prefilled < len(self._prompt) and self._tree is not None:
             return [self._prefill(self._tree)]
-        nodes = self._leaves() if self._passes else []
+        nodes = self._leaves() if self._passes and not self._is_mute else []
         if not nodes:
             return self._report([], ends_order=True)
         if self._passes != UNLIMITED:
@@ -277,7 +285,7 @@ class Drafter:
     def _compute(self, rows: list[Row], canonical: bool, wanted: tuple[int, ...]) -> Compute:
         self._job += 1
         self._busy = True
-        self._rows = len(rows)
+        self._rows, self._wanted = len(rows), wanted
         batch = self._cells.admit(rows, canonical)
         if not wanted:
             return Compute(self._job, batch)
@@ -292,8 +300,13 @@ class Drafter:
         if self._curve and nodes and event.choices:
             self._curve.observe(self._rows, event.seconds)
         found: list[DraftRow] = []
-        for node, choices in zip(nodes, event.choices or (), strict=False):
-            found += self._children(node, choices)
+        faulty = [index in event.faults for index in self._wanted]
+        for node, choices, is_faulty in zip(nodes, event.choices or (), faulty, strict=False):
+            if not is_faulty:  # else nothing is known of what follows it
+                found += self._children(node, choices)
+        if faulty and event.choices:
+            self._faulty_passes = self._faulty_passes + 1 if all(faulty) else 0
+            self._is_mute |= self._faulty_passes >= MOST_FAULTY
         return self._report(found, ends_order=self._passes == 0) + self._next()
 
     def _children(self, node: Node, choices: list[Choice]) -> list[DraftRow]:

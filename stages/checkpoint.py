@@ -1,19 +1,31 @@
 """The weights of a model directory: which tensors there must be, whether they are there, and reading some of them.
 
-Opening and validating parse the safetensors headers here (8 bytes of length, then JSON), so that a damaged download is
-refused in milliseconds and before torch is loaded; only ``read`` imports torch.
+Opening and validating read headers only, so that a damaged download is refused in milliseconds and before torch is
+loaded; torch is imported by ``read``, and to open pickled weights.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from stages.spec import ModelSpec, refuse
+from stages.folder import (
+    AGAIN,
+    has_file,
+    model_folder,
+    read_object,
+    refuse,
+    refuse_system,
+    refuse_without_weights,
+    said,
+    shown,
+)
+from stages.names import llama_name, refuse_collisions, unwrapped
+from stages.pickle_file import open_pickle, read_pickle
+from stages.safetensors_file import FLOAT_NBYTES, StoredTensor, read_header
+from stages.spec import ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -21,9 +33,8 @@ if TYPE_CHECKING:
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
-AGAIN = "download or export the model again"
-FLOAT_NBYTES = {"F32": 4, "F16": 2, "BF16": 2}
-MAX_HEADER_NBYTES = 100_000_000  # the format's own limit
+FORMATS = (("model.safetensors", read_header), ("pytorch_model.bin", read_pickle))  # the first that is there counts
+MAX_NAME = 200  # characters of a file's name; file systems have 255 bytes
 
 
 def layer_tensors(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
@@ -54,15 +65,19 @@ def layer_tensors(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of everything the model needs; a tied model's head is its embedding."""
-    tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
+def expected(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of everything the model needs, layer by layer; a tied model's head is its embedding."""
+    yield EMBEDDING, (spec.vocab_size, spec.hidden_size)
     for layer in range(spec.layer_count):
-        tensors.update(layer_tensors(spec, layer))
-    tensors[NORM] = (spec.hidden_size,)
+        yield from layer_tensors(spec, layer).items()
+    yield NORM, (spec.hidden_size,)
     if not spec.tied:
-        tensors[HEAD] = (spec.vocab_size, spec.hidden_size)
-    return tensors
+        yield HEAD, (spec.vocab_size, spec.hidden_size)
+
+
+def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """What ``expected`` yields, at once."""
+    return dict(expected(spec))
 
 
 def shard_tensors(spec: ModelSpec, layers: range) -> list[str]:
@@ -78,15 +93,6 @@ def shard_tensors(spec: ModelSpec, layers: range) -> list[str]:
     return names
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where a tensor lies, and what its file says of it; ``dtype`` in safetensors' spelling, as "BF16"."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
 class Weights(Protocol):
     """Where a shard gets its tensors from."""
 
@@ -100,40 +106,45 @@ class Weights(Protocol):
 
 
 class Checkpoint:
-    """The safetensors files of one model directory, their headers read and their lengths checked.
+    """The weights of one model directory, their headers read and their lengths checked; safetensors before pickles.
 
-    Raises CheckpointError for files that are missing, cut short or not safetensors.
+    ``tensors`` has them by the names that the model's code gives them (see stages/names.py). With ``llama`` those are
+    the Llama family's; otherwise only what wrappers added is taken off. Raises CheckpointError for files that are
+    missing, damaged or of another format, and for names of which two mean the same.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        self.tensors: dict[str, StoredTensor] = {}
-        single, index = self.directory / "model.safetensors", self.directory / "model.safetensors.index.json"
-        if single.is_file():
-            self.tensors = read_header(single)
-        elif index.is_file():
-            self._read_index(index)
-        elif list(self.directory.glob("*.bin")):
-            refuse(
-                f"{self.directory} holds only pickled weights (*.bin)",
-                "convert to safetensors: load it in transformers and save_pretrained it",
-            )
-        else:
-            refuse(f"{single} is missing", "give a directory that holds model.safetensors or its index and shards")
+    def __init__(self, directory: str | Path, llama: bool = True) -> None:
+        self.directory = model_folder(directory)
+        stored = self._stored()
+        rename = llama_name if llama else unwrapped
+        meant = {tensor.name: rename(tensor.name) for tensor in stored}
+        refuse_collisions(self.directory, meant.items())
+        self.tensors: dict[str, StoredTensor] = {meant[tensor.name]: tensor for tensor in stored}
 
-    def _read_index(self, index: Path) -> None:
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(weight_map.values()))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            refuse(f"{index} is not a safetensors index ({error!r})", AGAIN)
+    def _stored(self) -> list[StoredTensor]:
+        for name, read in FORMATS:
+            if has_file(self.directory / name):
+                return list(read(self.directory / name).values())
+            index = self.directory / f"{name}.index.json"
+            if has_file(index):
+                return self._indexed(index)
+        refuse_without_weights(self.directory)
+
+    def _indexed(self, index: Path) -> list[StoredTensor]:
+        """The tensors that an index names, each from the file that it names."""
+        read = dict(FORMATS)[index.name.removesuffix(".index.json")]
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            refuse(f"{index} is no index of weights: weight_map is {shown(weight_map)}", AGAIN)
         headers: dict[str, dict[str, StoredTensor]] = {}
-        for file in files:
-            path = self.directory / str(file)
-            if not path.is_file():
-                refuse(f"{path} is missing, but {index.name} names it", AGAIN)
-            headers[file] = read_header(path)
-        self.tensors = {name: headers[file][name] for name, file in weight_map.items() if name in headers[file]}
+        for file in weight_map.values():
+            if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or len(file) > MAX_NAME:
+                refuse(f"{index} is no index of weights: it names the file {shown(file)}", AGAIN)
+            if file not in headers:
+                if not has_file(self.directory / file):
+                    refuse(f"{self.directory / file} is missing, but {index.name} names it", AGAIN)
+                headers[file] = read(self.directory / file)
+        return [headers[file][name] for name, file in weight_map.items() if name in headers[file]]
 
     def stored_name(self, name: str) -> str:
         """The tensor that stands for ``name``: where only one of embedding and head is stored, it serves as both.
@@ -144,65 +155,67 @@ class Checkpoint:
 
     def validate(self, spec: ModelSpec) -> None:
         """Check that every tensor of the model is there, in shape and in a float type. Raises CheckpointError."""
-        for name, shape in expected_tensors(spec).items():
+        for name, shape in expected(spec):
             stored = self.tensors.get(self.stored_name(name) if spec.tied else name)
             if stored is None:
-                refuse(f"{self.directory}: tensor {name} {list(shape)} is missing", AGAIN)
-            if stored.shape != shape:
-                refuse(
-                    f"{stored.path}: tensor {name} has shape {list(stored.shape)}, config.json asks for {list(shape)}",
-                    "the two are of different models: download both again",
-                )
-            if stored.dtype not in FLOAT_NBYTES:
-                refuse(f"{stored.path}: tensor {name} is {stored.dtype}", f"use one of {', '.join(FLOAT_NBYTES)}")
+                refuse(f"{self.directory}: tensor {name} {shown(list(shape))} is missing", AGAIN)
+            refuse_unlike(stored, shape)
+        if spec.tied and HEAD in self.tensors:
+            refuse_unlike(self.tensors[HEAD], (spec.vocab_size, spec.hidden_size))
 
     def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Read these tensors and no others, as ``dtype``, in memory of their own. Raises CheckpointError."""
-        from safetensors import SafetensorError, safe_open
-
-        by_path: dict[Path, list[str]] = {}
+        wanted: dict[Path, dict[str, str]] = {}  # by file: our names by stored names
         for name in names:
             if name not in self.tensors:
                 refuse(f"{self.directory}: tensor {name} is missing", AGAIN)
-            by_path.setdefault(self.tensors[name].path, []).append(name)
+            wanted.setdefault(self.tensors[name].path, {})[self.tensors[name].name] = name
         read: dict[str, torch.Tensor] = {}
-        for path, wanted in by_path.items():
-            try:
-                with safe_open(path, framework="pt", device="cpu") as file:
-                    for name in wanted:
-                        # Without the copy the tensor would stay a window on the mapped file.
-                        read[name] = file.get_tensor(name).to(dtype, copy=True)
-            except (OSError, SafetensorError) as error:
-                refuse(f"{path} cannot be read ({error})", AGAIN)
+        for path, by_stored in wanted.items():
+            with reading(path), opened(path, by_stored) as windows:
+                for stored, window in windows:
+                    # Without the copy the tensor would stay a window on the mapped file.
+                    read[by_stored[stored]] = window[...].to(dtype, copy=True)
         return read
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """What a safetensors file holds; raises CheckpointError unless its length is exactly what its header announces."""
-    size = path.stat().st_size
+def refuse_unlike(stored: StoredTensor, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape, or of a type that is not a float."""
+    if stored.shape != shape:
+        asked = f"config.json asks for {shown(list(shape))}"
+        refuse(
+            f"{stored.path}: tensor {stored.name} has shape {shown(list(stored.shape))}, {asked}",
+            "the two are of different models: download both again",
+        )
+    if stored.dtype not in FLOAT_NBYTES:
+        refuse(f"{stored.path}: tensor {stored.name} is {stored.dtype}", f"use one of {', '.join(FLOAT_NBYTES)}")
+
+
+@contextmanager
+def opened(path: Path, names: Iterable[str]) -> Iterator[Iterator[tuple[str, Any]]]:
+    """Windows on these tensors of one file, by the names in it; as long as it is open, ``window[...]`` reads."""
+    if path.suffix == ".bin":
+        content = open_pickle(path)
+        yield ((name, content[name]) for name in names)
+        return
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device="cpu") as file:
+        yield ((name, file.get_slice(name)) for name in names)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while weights are read from ``path`` into a CheckpointError that says why."""
+    from safetensors import SafetensorError
+
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_NBYTES):
-                refuse(f"{path} is cut short or not a safetensors file ({size} bytes)", AGAIN)
-            entries = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        tensors = {name: _stored(path, entry) for name, entry in entries.items()}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        refuse(f"{path} has a damaged safetensors header ({error!r})", AGAIN)
-    if size != end:
-        state = "cut short" if size < end else "too long"
-        refuse(f"{path} is {state}: {size} bytes, its header announces {end}", AGAIN)
-    return tensors
-
-
-def _stored(path: Path, entry: dict[str, Any]) -> StoredTensor:
-    """One header entry; raises ValueError where its extent and its shape contradict each other."""
-    shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
-    if any(type(number) is not int or number < 0 for number in (*shape, start, stop)):
-        raise ValueError("negative or fractional extent")
-    width = FLOAT_NBYTES.get(entry["dtype"])
-    if width is not None and stop - start != width * math.prod(shape):
-        raise ValueError(f"{stop - start} bytes for shape {list(shape)}")
-    return StoredTensor(path, str(entry["dtype"]), shape)
+        yield
+    except OSError as error:
+        refuse_system(path, error)
+    except (SafetensorError, KeyError) as error:  # the file was another one when its header was read
+        refuse(f"{path} cannot be read ({said(error)})", AGAIN)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "alloc" in str(error):  # torch has no name of its own for it
+            refuse(f"{path} does not fit into memory ({said(error)})", "use more ranks, bf16 or a smaller model")
+        refuse(f"{path} cannot be loaded ({said(error)})", AGAIN)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from stages.sampling import changes_nothing, drawing_scores
 
 def best_choices(logits: Tensor, count: int, draw: Draw | None = None) -> list[list[Choice]]:
     """The ``count`` best tokens of each row of ``logits`` (float32 [rows, vocabulary]) with their log-probabilities,
-    best first; of equal ones the lowest token, as argmax has it.
+    best first; of equal ones the lowest token, as argmax has it. None of a row whose logits are not finite.
 
     With a ``draw`` they are ordered by the scores that decide it, so that the first is the token that is drawn; tokens
     that cannot be drawn are left out, even if fewer remain. The log-probabilities are those of ``logits`` all the same,
@@ -28,8 +30,9 @@ def _ranked(scores: Tensor, count: int, judged: Tensor) -> list[list[Choice]]:
     totals = torch.logsumexp(judged, -1, keepdim=True)
     if count == 1:
         best = scores.argmax(-1, keepdim=True)
-        logps = judged.gather(-1, best) - totals
-        return [[choice] for choice in zip(best[:, 0].tolist(), logps[:, 0].tolist(), strict=True)]
+        logps = judged.gather(-1, best) - totals  # finite where the total is
+        found = zip(best[:, 0].tolist(), logps[:, 0].tolist(), strict=True)
+        return [[choice] if math.isfinite(choice[1]) else [] for choice in found]
     # topk leaves open which of equal scores it takes and in what order; only its lowest value is used.
     count = min(count, scores.shape[-1])
     floors = scores.topk(count, -1).values[:, -1:].clamp_min(torch.finfo(scores.dtype).min)
@@ -37,5 +40,6 @@ def _ranked(scores: Tensor, count: int, judged: Tensor) -> list[list[Choice]]:
     for row, floor, known, total in zip(scores, floors, judged, totals, strict=True):
         tokens = (row >= floor).nonzero()[:, 0]
         tokens = tokens[row[tokens].argsort(descending=True, stable=True)[:count]]
-        choices.append(list(zip(tokens.tolist(), (known[tokens] - total).tolist(), strict=True)))
+        named = list(zip(tokens.tolist(), (known[tokens] - total).tolist(), strict=True))
+        choices.append(named if math.isfinite(total) else [])
     return choices

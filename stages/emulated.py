@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from pipeinfer.errors import LocalProtocolError
 from pipeinfer.ports import GREEDY, Batch, Choice, Draw, Sampling
+from pipeinfer.protocol import fault_layer, fault_token
 
 Words = npt.NDArray[np.uint64]
 DRAFT_RESTS = 16
@@ -63,7 +64,10 @@ class EmulatedSpec:
     """An emulated target of ``layers`` layers and its draft; ``claims`` is what the draft believes of its own ranks.
 
     ``burst``: (tokens, share); in blocks of so many tokens this share of them have their rank in common, so that hits
-    and misses come together; over all blocks each rank keeps its probability."""
+    and misses come together; over all blocks each rank keeps its probability.
+
+    ``faulty``, ``draft_faulty``: the share of rows whose numbers are said not to be finite, in the target and in its
+    draft. Which ones, and in which layer, follows from the context."""
 
     layers: int = 8
     vocab: int = 1000
@@ -71,6 +75,8 @@ class EmulatedSpec:
     ranks: tuple[float, ...] = (0.8,)
     claims: tuple[float, ...] | None = None
     burst: tuple[int, float] = (1, 0.0)
+    faulty: float = 0.0
+    draft_faulty: float = 0.0
 
 
 class EmulatedShard:
@@ -89,6 +95,9 @@ class EmulatedShard:
         self._layers = layers
         self._layer_s = layer_s
         self._is_draft = is_draft
+        self.faults: dict[int, int] = {}
+        share = spec.draft_faulty if is_draft else spec.faulty
+        self._fault_share = 1.0 - (1.0 - share) ** (1 / (spec.layers + 1))  # of one layer, or of the head
         self._cells = np.zeros((len(layers), capacity), dtype=np.uint64)
         self._totals = list(accumulate(spec.ranks))
         self._claims = [math.log(max(share, NEVER)) for share in spec.claims or spec.ranks]
@@ -103,6 +112,7 @@ class EmulatedShard:
         """See ShardModel; ``hidden``: uint64 [rows]."""
         if hidden is not None and len(hidden) != len(batch.tokens):
             raise LocalProtocolError(f"activations of {len(hidden)} rows for a pass of {len(batch.tokens)}")
+        self.faults = {}
         pace = self._layer_s(len(batch.tokens), int(batch.positions[-1]) + 1)
         words = mix(batch.tokens.astype(np.uint64) + np.uint64(self._spec.seed)) if hidden is None else hidden
         places = mix(batch.positions.astype(np.uint64) + np.uint64(0x9E3779B9))
@@ -114,12 +124,14 @@ class EmulatedShard:
                 keys = self._cells[index]
                 keys[batch.slots] = mix(words ^ self._salts[index] ^ places)
                 words = mix(words + np.einsum("ij,j->i", sees, keys[:span]))
+                self._note_faults(words, range(len(words)), self._layers[index])
             yield pace * len(layers)  # the hashes were made within it
         return words
 
     def choose(self, hidden: Words, rows: Sequence[int], count: int, draw: Draw | None = None) -> list[list[Choice]]:
         """See ShardModel; log-probabilities of a draft are what it believes, with or without noise."""
         wanted = hidden[list(rows)]
+        self._note_faults(wanted, rows, self._spec.layers)
         if draw is not None:
             wanted = _stirred(wanted, draw)
         truths = (mix(wanted + np.uint64(1)) % np.uint64(self._spec.vocab)).tolist()
@@ -131,6 +143,12 @@ class EmulatedShard:
             blocks = (draw.positions // length).astype(np.uint64) + np.uint64(self._spec.seed << 32)
             lots = np.where(_lot(wanted, 3) < share, _lot(mix(blocks), 4), lots)
         return [self._guess(truth, lot, count) for truth, lot in zip(truths, lots.tolist(), strict=True)]
+
+    def _note_faults(self, words: Words, rows: Sequence[int], layer: int) -> None:
+        if self._fault_share:
+            lots = _lot(words ^ mix(np.full_like(words, layer)), 5 + self._is_draft).tolist()
+            for row in [row for row, lot in zip(rows, lots, strict=True) if lot < self._fault_share]:
+                self.faults.setdefault(row, layer)
 
     def _guess(self, truth: int, lot: float, count: int) -> list[Choice]:
         """``count`` tokens, the true one at the rank that ``lot`` in [0, 1) falls on, or nowhere."""
@@ -208,12 +226,25 @@ def plain_tokens(
     sampling: Sampling = GREEDY,
 ) -> list[int]:
     """What the emulated target says after ``prompt``, computed token by token with no tree, table or message."""
+    return plain_answer(spec, prompt, count, stop_tokens, sampling)[0]
+
+
+def plain_answer(
+    spec: EmulatedSpec,
+    prompt: Sequence[int],
+    count: int,
+    stop_tokens: frozenset[int],
+    sampling: Sampling = GREEDY,
+) -> tuple[list[int], int | None]:
+    """The same, and the layer whose numbers are not finite where the text ends by that."""
     emitted = list[int]()
     for token, _ in _plain(spec, prompt, count, sampling):
+        if token < 0:
+            return emitted, fault_layer(token)
         emitted.append(token)
         if token in stop_tokens:
             break
-    return emitted
+    return emitted, None
 
 
 def right_choices(spec: EmulatedSpec, prompt: Sequence[int], count: int) -> list[int]:
@@ -231,7 +262,8 @@ def right_choices(spec: EmulatedSpec, prompt: Sequence[int], count: int) -> list
 def _plain(
     spec: EmulatedSpec, prompt: Sequence[int], count: int, sampling: Sampling
 ) -> Generator[tuple[int, Words], None, None]:
-    """The target's next ``count`` tokens, each with the activations that it was chosen from."""
+    """The target's next ``count`` tokens, each with the activations that it was chosen from; where they are not finite,
+    the layer as ``fault_token`` has it, and no more."""
     shard = EmulatedShard(spec, range(spec.layers), len(prompt) + count)
     tokens = list(prompt)
     for position in range(len(prompt) + count - 1):
@@ -239,10 +271,16 @@ def _plain(
         hidden = finish(
             shard.forward(Batch(np.array([tokens[position]]), here, here, np.ones((1, position + 1), bool)), None)
         )
+        choices = list[list[Choice]]()
         if position >= len(prompt) - 1:
             draw = None if sampling == GREEDY else Draw(sampling, here + 1, (np.unique(tokens),))
-            tokens.append(shard.choose(hidden, (0,), 1, draw)[0][0][0])
-            yield tokens[-1], hidden
+            choices = shard.choose(hidden, (0,), 1, draw)
+        if shard.faults:
+            yield fault_token(shard.faults[0]), hidden
+            return
+        for ((token, _),) in choices:
+            tokens.append(token)
+            yield token, hidden
 
 
 def finish(passes: Generator[float, None, Words]) -> Words:

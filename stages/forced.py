@@ -8,7 +8,7 @@ ignored, for their time; the hashes beside them take some microseconds a row.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 from pipeinfer.ports import Batch, Choice, Draw, Payload, ShardModel
 from stages.emulated import EmulatedShard, EmulatedSpec, Words, finish
@@ -28,6 +28,11 @@ class ForcedShard:
         self._shard = shard
         self._speaker = EmulatedShard(spec, range(1), capacity, is_draft=is_draft)
         self._words: Words
+
+    @property
+    def faults(self) -> Mapping[int, int]:
+        """Those of the real shard."""
+        return self._shard.faults
 
     @property
     def weight_nbytes(self) -> int:

@@ -50,6 +50,7 @@ class View:
     visible: Tensor  # bool [rows, span]
     masks: list[Tensor] = field(default_factory=list)  # what the mask function has answered so far
     probing: bool = False  # a layer is left where its attention begins
+    bad: Tensor | None = None  # bool [rows]: where it is given, rows that are not finite are noted, and zeros written
 
 
 _VIEW: ContextVar[View] = ContextVar("pipeinfer_view")
@@ -144,6 +145,10 @@ class LayerCells(CacheLayerMixin):  # type: ignore[no-untyped-call]
         view: View = kwargs["view"]
         if self.keys is None or self.values is None:
             raise UnsupportedError("a layer that writes the cells of another shard")
+        if view.bad is not None:
+            for states in (key_states, value_states):
+                view.bad.logical_or_(~states[0].isfinite().all(-1).all(0))
+            key_states, value_states = (s.nan_to_num(0.0, 0.0, 0.0) for s in (key_states, value_states))
         self.keys.index_copy_(2, view.slots, key_states)
         self.values.index_copy_(2, view.slots, value_states)
         span = len(view.cell_positions)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from stages.folder import refuse, said
 from stages.generic_cells import ProbeCache, Probed, UnsupportedError, View, looking
-from stages.generic_skeleton import Call, Skeleton, build
-from stages.spec import refuse
+from stages.generic_skeleton import Call, Skeleton, build, find_ends, find_layers
 
 # Out of order, with a gap, and as many as hardly any model has heads: a tensor's dimension of this size holds rows.
 POSITIONS = (3, 0, 9, 4, 12, 7, 1, 10, 6, 2, 11)
@@ -39,24 +39,25 @@ class Findings:
 
 
 @torch.inference_mode()
-def probe(folder: Path, config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Findings:
-    """Build, run and judge the model that ``config`` describes. Raises CheckpointError."""
-    about = f"{folder / 'config.json'}: {model_class.__name__}"
+def probe(path: Path, config: PreTrainedConfig, whole: PreTrainedModel) -> Findings:
+    """Build, run and judge the model that ``config``, read from ``path``, describes. ``whole``: all of it, without
+    memory. Raises CheckpointError."""
+    model_class = type(whole)
+    about = f"{path}: {model_class.__name__}"
     takes = inspect.signature(model_class.forward).parameters
     for name in ("input_ids", "position_ids", "past_key_values"):
         if name not in takes:
             refuse(f"{about} takes no {name}", FIX)
     try:
-        skeleton, _ = build(model_class, config, None, torch.float32)
-        return _findings(skeleton, model_class, config)
+        skeleton, *_ = build(model_class, config, {}, torch.float32)
+        return _findings(skeleton, whole)
     except UnsupportedError as error:
         refuse(f"{about} cannot be cut into stages: it has {error}", FIX)
     except Exception as error:  # whatever a model does that was never meant to be run like this
-        said = str(error).strip().split("\n")[0]
-        refuse(f"{about} cannot be cut into stages ({type(error).__name__}: {said})", FIX)
+        refuse(f"{about} cannot be cut into stages ({said(error)})", FIX)
 
 
-def _findings(skeleton: Skeleton, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Findings:
+def _findings(skeleton: Skeleton, whole: PreTrainedModel) -> Findings:
     notes, straight = skeleton.notes, list(range(len(POSITIONS)))
     try:
         entered, calls, view = _enter(skeleton, straight)
@@ -74,8 +75,8 @@ def _findings(skeleton: Skeleton, model_class: type[PreTrainedModel], config: Pr
     last = tuple(dict.fromkeys(notes.used[notes.used_before :]))
     if set(entry) & set(last):
         raise UnsupportedError(f"{min(set(entry) & set(last))} both before and after its layers")
-    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in _ends(model_class, config).items()}
-    tied = bool(config.tie_word_embeddings) and bool(getattr(model_class, "_tied_weights_keys", None))
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in _ends(whole).items()}
+    tied = bool(whole.config.tie_word_embeddings) and bool(getattr(whole, "_tied_weights_keys", None))
     idle = sizes.keys() - {*entry, *last}
     if idle:
         raise UnsupportedError(f"weights in {min(idle)}, which plain text does not use")
@@ -91,14 +92,10 @@ def _findings(skeleton: Skeleton, model_class: type[PreTrainedModel], config: Pr
     )
 
 
-def _ends(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, nn.Module]:
+def _ends(whole: PreTrainedModel) -> dict[str, nn.Module]:
     """The modules with weights beside the layers, as they are before anything replaces them."""
-    from stages.generic_skeleton import find_ends, find_layers
-
-    with torch.device("meta"):
-        model = model_class(config)
-    names = find_ends(model, find_layers(model, config.num_hidden_layers))
-    return {name: model.get_submodule(name) for name in names}
+    names = find_ends(whole, find_layers(whole, whole.config.num_hidden_layers))
+    return {name: whole.get_submodule(name) for name in names}
 
 
 def _enter(skeleton: Skeleton, order: list[int], shift: int = 0, seen: int = 0) -> tuple[Tensor, list[Call], View]:

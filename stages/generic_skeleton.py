@@ -13,9 +13,10 @@ no others, with its own renaming, conversion (fused experts) and tying.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -187,13 +188,14 @@ class Skeleton:
 def build(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
-    directory: Path | None,
+    weights: dict[str, Any],
     dtype: torch.dtype,
     layers: Iterable[int] = (),
     ends: Iterable[str] = (),
-) -> tuple[Skeleton, set[str]]:
-    """The model with the weights of ``layers`` and of the modules ``ends``, from ``directory`` (None: no weights), and
-    the names of the tensors that were not there. Everything else keeps the meta device or gets a stand-in."""
+) -> tuple[Skeleton, set[str], set[tuple[str, torch.Size, torch.Size]]]:
+    """The model with the weights of ``layers`` and of the modules ``ends``; the names of tensors that were not among
+    ``weights`` (see stages/generic_weights.py); and names, stored and wanted shapes of those that did not fit.
+    Everything else keeps the meta device or gets a stand-in."""
     notes, kept_layers, kept_ends = Notes(), set(layers), set(ends)
 
     def prune(model: PreTrainedModel, config: PreTrainedConfig) -> None:
@@ -216,25 +218,33 @@ def build(
         {"__init__": prune, "__module__": model_class.__module__, "_keys_to_ignore_on_load_unexpected": [".*"]},
     )
     fused = bool(getattr(model_class, "_supports_sdpa", False))
-    bar = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
+    with quiet():
         model, report = cut.from_pretrained(  # type: ignore[attr-defined]
-            directory,
+            None,
             config=config,
+            state_dict=weights,
             dtype=dtype,
             attn_implementation="sdpa" if fused else "eager",  # some classes know no other names when they are built
-            use_safetensors=True,
-            local_files_only=True,
             output_loading_info=True,
-            **({} if directory is not None else {"state_dict": {}}),
+            ignore_mismatched_sizes=True,  # they are reported
         )
-    finally:
-        if bar:
-            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     model.config._attn_implementation = IMPLEMENTATIONS[fused]
     model.config.pad_token_id = None  # nothing is padded, and a token of that id deserves no warning
-    return Skeleton(model, notes), set(report["missing_keys"])
+    return Skeleton(model, notes), set(report["missing_keys"]), set(report["mismatched_keys"])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let transformers neither draw progress bars nor print reports meanwhile: what counts is refused in one line."""
+    bar, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    hf_logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bar:
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def model_class_of(name: str) -> type[PreTrainedModel]:

@@ -10,13 +10,13 @@ This module imports neither torch nor transformers until a directory is read.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.checkpoint import Checkpoint
-from stages.spec import refuse
+from stages.checkpoint import Checkpoint, reading
+from stages.folder import AGAIN, plain, printable, read_config, refuse, said, shown
+from stages.spec import CORRECT, MOST, eos_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from stages.generic_skeleton import Skeleton
 
 LAYER_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+LAYER_COUNTS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}
+MOST_EXPERTS = 1 << 16
 USE_ANOTHER = "use a decoder-only model with plain attention layers"
 
 
@@ -52,21 +54,27 @@ class GenericSpec:
     def read(cls, directory: str | Path) -> GenericSpec:
         """Look at the model in ``directory``; its weights are not read. Raises CheckpointError for a directory that is
         missing, damaged, or of a model that cannot be cut or would not be decoded exactly."""
-        folder = Path(directory)
-        fields = _read_json(folder, "config.json")
-        _refuse_by_config(folder, fields)
-        _refuse_by_files(Checkpoint(folder))
-        config, model_class = _classes(folder, fields)
+        path, fields = read_config(directory)
+        _refuse_by_config(path, fields)
+        checkpoint = Checkpoint(path.parent, llama=False)
+        _refuse_by_files(checkpoint)
+        config, model_class = _classes(path, fields, len(checkpoint.tensors))
         from stages.generic_probe import probe
+        from stages.generic_weights import refuse_by_tensors, whole
 
-        found = probe(folder, config, model_class)
+        try:
+            model = whole(model_class, config)
+        except Exception as error:  # whatever a damaged config leads to in a class of transformers
+            refuse(f"{path} cannot be used ({said(error)})", CORRECT)
+        refuse_by_tensors(path, checkpoint, model)
+        found = probe(path, config, model)
         return cls(
-            directory=folder,
+            directory=path.parent,
             architecture=model_class.__name__,
             vocab_size=int(config.vocab_size),
             hidden_size=found.hidden_size,
             layer_count=len(found.cells),
-            context=_context(folder, config),
+            context=_context(path, config),
             tied=found.tied,
             cells=found.cells,
             tuples=found.tuples,
@@ -74,7 +82,7 @@ class GenericSpec:
             exit=found.exit,
             layer_numel=found.layer_numel,
             exit_numel=found.exit_numel,
-            eos_tokens=_eos_tokens(folder, config),
+            eos_tokens=eos_tokens(path, getattr(config, "eos_token_id", None)),
             dtype=str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
         )
 
@@ -85,21 +93,23 @@ class GenericSpec:
 
     def skeleton(self, layers: range, dtype: torch.dtype) -> Skeleton:
         """The model with the weights of ``layers`` and of the ends that go with them. Raises CheckpointError."""
-        from safetensors import SafetensorError
-
         from stages.generic_skeleton import build
+        from stages.generic_weights import unread
 
-        config, model_class = _classes(self.directory, _read_json(self.directory, "config.json"))
+        path, fields = read_config(self.directory)
+        checkpoint = Checkpoint(self.directory, llama=False)
+        config, model_class = _classes(path, fields, len(checkpoint.tensors))
         ends = set(self.entry if layers.start == 0 else ())
         ends |= set(self.exit if layers.stop == self.layer_count else ())
         if self.tied and ends:  # the two are one tensor, known to the checkpoint by either name
             ends |= self.tied_ends()
-        try:
-            skeleton, missing = build(model_class, config, self.directory, dtype, layers, ends)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            refuse(f"{self.directory}: the weights cannot be loaded ({_line(error)})", "download the model again")
-        if missing:
-            refuse(f"{self.directory}: tensor {min(missing)} is missing", "download or export the model again")
+        with reading(self.directory), unread(checkpoint) as weights:
+            skeleton, missing, unlike = build(model_class, config, weights, dtype, layers, ends)
+        for name in sorted(missing):
+            refuse(f"{self.directory}: tensor {name} is missing", AGAIN)
+        for name, stored, wanted in sorted(unlike):
+            shapes = f"{list(stored)}, config.json asks for {list(wanted)}"
+            refuse(f"{self.directory}: tensor {name} has shape {shapes}", "the two are of different models")
         skeleton.notes.tuples = self.tuples
         return skeleton
 
@@ -112,43 +122,25 @@ class GenericSpec:
         return names & {*self.entry, *self.exit}
 
 
-def _line(error: Exception) -> str:
-    """The first line of what an exception says."""
-    said = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    if not folder.is_dir():
-        refuse(f"{folder}: no such model directory", "give a local directory in Hugging Face layout")
-    path = folder / name
-    if not path.is_file():
-        refuse(f"{path} is missing", "give a directory that holds config.json and model.safetensors")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        refuse(f"{path} cannot be read as JSON ({error})", "download or export it again")
-    if not isinstance(content, dict):
-        refuse(f"{path} must hold an object", "download or export it again")
-    return content
-
-
-def _refuse_by_config(folder: Path, fields: dict[str, Any]) -> None:
+def _refuse_by_config(path: Path, fields: dict[str, Any]) -> None:
     """What needs no look at the model."""
-    path = folder / "config.json"
     names = fields.get("architectures")
     if not isinstance(names, list) or not names:
         refuse(f"{path}: architectures is missing", "add it or export the model again")
+    name = printable(str(names[0]))
     if fields.get("is_encoder_decoder"):
-        refuse(f"{path}: {names[0]} is an encoder-decoder", USE_ANOTHER)
+        refuse(f"{path}: {name} is an encoder-decoder", USE_ANOTHER)
     if fields.get("quantization_config") is not None:
         refuse(f"{path}: quantised weights are not supported", "use the float32, float16 or bfloat16 release")
     for part in ("vision_config", "audio_config", "text_config"):
         if fields.get(part) is not None:
-            refuse(f"{path}: {names[0]} is multimodal ({part})", "use a release of its language model alone")
-    foreign = [kind for kind in fields.get("layer_types") or [] if kind not in LAYER_KINDS]
+            refuse(f"{path}: {name} is multimodal ({part})", "use a release of its language model alone")
+    kinds = fields.get("layer_types") or []
+    if not isinstance(kinds, list):
+        refuse(f"{path}: layer_types must be a list, not {shown(kinds)}", CORRECT)
+    foreign = [kind for kind in kinds if not isinstance(kind, str) or kind not in LAYER_KINDS]
     if foreign:
-        refuse(f"{path}: {names[0]} has {foreign[0]} layers, whose state is not keys and values", USE_ANOTHER)
+        refuse(f"{path}: {name} has {plain(foreign[0])} layers, whose state is not keys and values", USE_ANOTHER)
 
 
 def _refuse_by_files(checkpoint: Checkpoint) -> None:
@@ -158,53 +150,51 @@ def _refuse_by_files(checkpoint: Checkpoint) -> None:
             refuse(f"{stored.path}: tensor {name} is {stored.dtype}", "use the float32, float16 or bfloat16 release")
 
 
-def _classes(folder: Path, fields: dict[str, Any]) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
-    """transformers' config for the directory and its class of causal language models."""
+def _classes(
+    path: Path, fields: dict[str, Any], tensor_count: int
+) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """transformers' config for the directory, whose files hold so many tensors, and its class of causal language
+    models."""
     from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from stages.generic_skeleton import model_class_of
+    from stages.generic_skeleton import model_class_of, quiet
 
-    path, kind, name = folder / "config.json", str(fields.get("model_type")), str(fields["architectures"][0])
+    kind, name = str(fields.get("model_type")), str(fields["architectures"][0])
     if kind not in CONFIG_MAPPING:
         fix = "code from a model's repository is never run" if "auto_map" in fields else "update transformers"
-        refuse(f"{path}: model_type {kind} is unknown to the installed transformers", fix)
+        refuse(f"{path}: model_type {printable(kind)} is unknown to the installed transformers", fix)
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     if name not in ((names,) if isinstance(names, str) else tuple(names or ())):
-        refuse(f"{path}: {name} is not a causal language model of transformers", USE_ANOTHER)
+        refuse(f"{path}: {printable(name)} is not a causal language model of transformers", USE_ANOTHER)
+    for key, value in fields.items():  # transformers builds a list or a module of each: no number may be beyond reason
+        most = tensor_count if key in LAYER_COUNTS else MOST_EXPERTS if "expert" in key else MOST
+        if type(value) in (int, float) and not -most <= value <= most:
+            refuse(f"{path}: {printable(key)} is {shown(value)}, more than such a model can have", CORRECT)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with quiet():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, local_files_only=True)
         model_class = model_class_of(name)
     except Exception as error:  # whatever a damaged config leads to in a class of transformers
-        refuse(f"{path} cannot be used ({_line(error)})", "correct it or export the model again")
+        refuse(f"{path} cannot be used ({said(error)})", CORRECT)
     config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     if getattr(model_class, "_is_stateful", False):
         refuse(f"{path}: {name} has recurrent layers, whose state is not keys and values", USE_ANOTHER)
     return config, model_class
 
 
-def _context(folder: Path, config: PreTrainedConfig) -> int:
+def _context(path: Path, config: PreTrainedConfig) -> int:
     """Positions that the model was made for, and for which its rotary frequencies do not depend on the text's length:
     in a batch of guesses the longest one would change them for all rows."""
     limit = getattr(config, "max_position_embeddings", None)
     if type(limit) is not int or limit < 1:
-        refuse(f"{folder / 'config.json'}: {config.model_type} does not say its context", USE_ANOTHER)
+        refuse(f"{path}: {config.model_type} does not say its context", USE_ANOTHER)
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in (ropes, *(value for value in ropes.values() if isinstance(value, dict))):
         if rope.get("rope_type") in ("longrope", "dynamic"):
             original = rope.get("original_max_position_embeddings")
-            original = original or getattr(config, "original_max_position_embeddings", None)
-            limit = min(limit, original or limit)
+            original = original or getattr(config, "original_max_position_embeddings", None) or limit
+            if type(original) is not int or original < 1:
+                refuse(f"{path}: original_max_position_embeddings must be a number, not {shown(original)}", CORRECT)
+            limit = min(limit, original)
     return limit
-
-
-def _eos_tokens(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:
-    """The tokens that end a text: generation_config.json's, else config.json's (as ModelSpec has it)."""
-    found = getattr(config, "eos_token_id", None)
-    if (folder / "generation_config.json").is_file():
-        said = _read_json(folder, "generation_config.json").get("eos_token_id")
-        found = found if said is None else said
-    tokens = [] if found is None else found if isinstance(found, list) else [found]
-    if any(type(token) is not int for token in tokens):
-        refuse(f"{folder}: eos_token_id must be a token id or a list of them, not {found!r}", "correct it")
-    return tuple(tokens)

@@ -6,8 +6,10 @@ embedding turns together lie side by side: the rotation is then one complex prod
 because q and k are reordered alike. And keys and values of a layer share one tensor, so that one call writes both.
 
 A row never reads a cell that ``Batch.visible`` hides: its weight in the softmax is exactly 0. But 0 times NaN is NaN,
-so no cell may ever hold anything but finite numbers: cells start at zero, and even a row that sees nothing at all
-leaves a finite mean behind, because hidden scores are the lowest finite number and not minus infinity.
+so no cell may hold anything but finite numbers when it is read: cells start at zero, and even a row that sees nothing
+at all leaves a finite mean behind, because hidden scores are the lowest finite number and not minus infinity. A pass is
+checked once, at its end. Where something is not finite the pass is computed again, with zeros in its place, before
+anybody else reads a cell, and the rows are named (``faults``); a pass that is given up is cleared of such numbers.
 """
 
 from __future__ import annotations
@@ -54,16 +56,28 @@ class _Pass(NamedTuple):
     turns: Tensor  # complex64 [rows, 1, head_dim / 2]: multiplying rotates to the row's position
     slots: Tensor  # int64 [rows]
     mask: Tensor  # [1, 1, rows x heads per key head, span]: 0 where visible, else the lowest finite number
+    bad: Tensor | None = None  # bool [rows]: where it is given, rows that are not finite are noted, and zeros written
 
 
 class LlamaShard:
     """Layers ``layers`` of a model: a ShardModel. The first shard embeds, the last one chooses tokens."""
 
-    def __init__(self, spec: ModelSpec, weights: list[_Layer], ends: dict[str, Tensor], cells: Tensor) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: list[_Layer],
+        ends: dict[str, Tensor],
+        cells: Tensor,
+        first_layer: int = 0,
+        vocabulary: int | None = None,
+    ) -> None:
         """``ends`` holds what the shard has of EMBEDDING, NORM, HEAD; ``cells``: zeros
         [layers, 2 * kv heads, capacity, head_dim], keys before values. Use ``load``."""
+        self.faults: dict[int, int] = {}
         self._spec = spec
         self._layers = weights
+        self._first_layer, self._vocabulary = first_layer, vocabulary
+        self._all_cells = cells
         self._embedding, self._norm, self._head = ends.get(EMBEDDING), ends.get(NORM), ends.get(HEAD)
         self._cells = cells.unbind(0)
         self._keys, self._values = cells[:, None, : spec.kv_head_count], cells[:, None, spec.kv_head_count :]
@@ -86,8 +100,12 @@ class LlamaShard:
         dtype: torch.dtype,
         capacity: int,
         device: str = "cpu",
+        vocabulary: int | None = None,
     ) -> LlamaShard:
-        """Read the shard's weights, layer by layer, and set up ``capacity`` zeroed cells. Raises CheckpointError."""
+        """Read the shard's weights, layer by layer, and set up ``capacity`` zeroed cells. Raises CheckpointError.
+
+        ``vocabulary``: of a draft, how many tokens its target has rows for. It chooses none beyond those, and embeds
+        tokens beyond its own rows as its last one."""
         with torch.inference_mode():
             weights = []
             for layer in layers:
@@ -95,7 +113,7 @@ class LlamaShard:
                 weights.append(_fuse(spec, {name.split(".", 3)[3]: tensor for name, tensor in read.items()}, device))
             ends = _read_ends(spec, checkpoint, layers, dtype, device)
             shape = (len(layers), 2 * spec.kv_head_count, capacity, spec.head_dim)
-            return cls(spec, weights, ends, torch.zeros(shape, dtype=dtype, device=device))
+            return cls(spec, weights, ends, torch.zeros(shape, dtype=dtype, device=device), layers.start, vocabulary)
 
     @property
     def weight_nbytes(self) -> int:
@@ -108,18 +126,50 @@ class LlamaShard:
     def forward(self, batch: Batch, hidden: Payload | None) -> Generator[float, None, Payload]:
         """Run the layers on ``batch``; ``hidden`` [rows, hidden_size] is None for the shard that embeds and is left as
         it is. Yields 0.0 in the middle and at the end of each layer; returns [rows, hidden_size]."""
-        step = self._prepare(batch)
-        if hidden is not None:
-            x = torch.as_tensor(hidden, dtype=self._dtype, device=self._device)
-        else:
-            assert self._embedding is not None, "only the first shard can embed"
-            x = F.embedding(torch.from_numpy(batch.tokens).to(self._device), self._embedding)
-        for layer, cells in zip(self._layers, self._views(batch.visible.shape[1]), strict=True):
-            x = x + self._attend(layer, cells, x, step)
-            yield 0.0
-            x = x + self._feed(layer, x)
-            yield 0.0
+        self.faults = {}
+        step, span = self._prepare(batch), batch.visible.shape[1]
+        entered = x = self._enter(batch, hidden)
+        try:
+            for layer, cells in zip(self._layers, self._views(span), strict=True):
+                x = x + self._attend(layer, cells, x, step)
+                yield 0.0
+                x = x + self._feed(layer, x)
+                yield 0.0
+        except GeneratorExit:  # the pass is given up
+            written = self._written(step.slots)
+            self._all_cells.index_copy_(2, step.slots, written.nan_to_num_(0.0, 0.0, 0.0))
+            raise
+        # One number tells of all: finite ones may add up to infinity, but then the second look finds nothing.
+        if not (self._written(step.slots).sum() + x.sum()).isfinite():
+            x = self._mend(entered, step, span)
         return x
+
+    def _enter(self, batch: Batch, hidden: Payload | None) -> Tensor:
+        """The first layer's input [rows, hidden_size]."""
+        if hidden is not None:
+            return torch.as_tensor(hidden, dtype=self._dtype, device=self._device)
+        assert self._embedding is not None, "only the first shard can embed"
+        tokens = torch.from_numpy(batch.tokens).to(self._device)
+        if self._vocabulary is not None:
+            tokens = tokens.clamp_max(len(self._embedding) - 1)
+        return F.embedding(tokens, self._embedding)
+
+    def _written(self, slots: Tensor) -> Tensor:
+        """A copy of the keys and values at ``slots`` of all layers: [layers, 2 * kv heads, rows, head_dim]."""
+        return self._all_cells.index_select(2, slots)
+
+    def _mend(self, x: Tensor, step: _Pass, span: int) -> Tensor:
+        """The pass once more, from the first layer's input ``x`` on: whatever is not finite is not written, its rows
+        are noted in ``faults``, and zeros are passed on for them."""
+        bad = ~x.isfinite().all(-1)
+        step = step._replace(bad=bad)
+        for index, (layer, cells) in enumerate(zip(self._layers, self._views(span), strict=True), self._first_layer):
+            x = x + self._attend(layer, cells, x, step)
+            x = x + self._feed(layer, x)
+            bad |= ~x.isfinite().all(-1)
+            for row in bad.nonzero()[:, 0].tolist():
+                self.faults.setdefault(row, index)
+        return x.masked_fill(bad[:, None], 0.0)
 
     def _views(self, span: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of each layer: all its cells, and the keys and the values [1, kv heads, span, head_dim] of the first ``span``
@@ -149,7 +199,11 @@ class LlamaShard:
         if layer.head_norm is not None:
             torch.mul(F.rms_norm(rotated, self._head_shape, None, self._eps), layer.head_norm, out=rotated)
         _rotate(rotated, step.turns)
-        own.index_copy_(1, step.slots, heads[:, queries:].transpose(0, 1))
+        written = heads[:, queries:]
+        if step.bad is not None:
+            step.bad.logical_or_(~written.isfinite().all(-1).all(-1))
+            written = written.nan_to_num(0.0, 0.0, 0.0)
+        own.index_copy_(1, step.slots, written.transpose(0, 1))
         # The heads that share a key head stand as rows of one head: on CPUs that is faster than grouped attention, in
         # bf16 several times.
         packed = heads[:, :queries].view(rows, kv_heads, -1, size)
@@ -178,7 +232,10 @@ class LlamaShard:
         assert self._norm is not None and self._head is not None, "only the last shard can choose"
         wanted = torch.as_tensor(hidden, dtype=self._dtype, device=self._device)[list(rows)]
         logits = F.linear(F.rms_norm(wanted, self._hidden_shape, self._norm, self._eps), self._head).float()
-        return best_choices(logits, count, draw)
+        choices = best_choices(logits[:, : self._vocabulary], count, draw)
+        for row in [row for row, found in zip(rows, choices, strict=True) if not found]:
+            self.faults.setdefault(row, self._spec.layer_count)
+        return choices
 
 
 def _rotate(heads: Tensor, turns: Tensor) -> None:

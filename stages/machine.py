@@ -5,6 +5,9 @@ is not computed: it goes on as a tombstone, a header with its operations. News o
 run, while it waits, between two of its layers, or never. It may be about single rows; they leave their run where they
 are next taken up. A row whose parent was skipped is dead too; a run that loses all its rows becomes a tombstone.
 
+A row whose numbers are not finite stays in its run, so that whoever launched it hears of it. It travels without its
+token, which only the first stage needs.
+
 The first stage also paces the orchestrator. Its credit for one more run leaves just in time: as long before the end of
 the current run as a credit and the run that answers it were seen to take. The later a run is chosen, the more is known.
 """
@@ -44,6 +47,7 @@ from pipeinfer.protocol import (
     Row,
     SettingRow,
     address_name,
+    fault_token,
 )
 from stages.pacer import Pacer
 
@@ -205,6 +209,7 @@ class Stage:
         if self._is_first and not is_abandoned and Flag.CANONICAL not in message.flags:
             self._measured = (SettingRow(0, len(message.rows), spent_us, 0.0),)
         message = message._replace(
+            rows=_marked(message, event),
             work_us=min(MOST_US, message.work_us + spent_us),
             slowest_us=max(message.slowest_us, spent_us),
         )
@@ -269,8 +274,22 @@ def _wanted(message: Message) -> tuple[int, ...]:
 
 
 def _choice_rows(message: Message, event: Computed) -> tuple[ChoiceRow, ...]:
-    rows = message.rows_as(Row)
-    return tuple(
-        ChoiceRow(choices[0][0], rows[index].slot, rows[index].position, choices[0][1])
-        for index, choices in zip(_wanted(message), event.choices or (), strict=True)
-    )
+    """The choices that are wanted, and every row whose numbers were not finite."""
+    chosen = dict(zip(_wanted(message), event.choices or (), strict=True))
+    found = []
+    for index, row in enumerate(message.rows_as(Row)):
+        if row.token < 0:
+            found.append(ChoiceRow(row.token, row.slot, row.position, 0.0))
+        elif index in chosen:
+            token, logp = chosen[index][0]
+            found.append(ChoiceRow(token, row.slot, row.position, logp))
+    return tuple(found)
+
+
+def _marked(message: Message, event: Computed) -> tuple[AnyRow, ...]:
+    """The rows, those that the pass found faulty without their tokens; what an earlier stage found stays."""
+    if not event.faults:
+        return message.rows
+    rows = enumerate(message.rows_as(Row))
+    faults = {index: fault_token(layer) for index, layer in event.faults.items()}
+    return tuple(row if row.token < 0 else row._replace(token=faults.get(index, row.token)) for index, row in rows)

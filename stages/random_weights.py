@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from stages.checkpoint import EMBEDDING, HEAD, expected_tensors
+from stages.checkpoint import EMBEDDING, HEAD, expected_tensors, layer_tensors
 from stages.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -22,15 +23,21 @@ class RandomCheckpoint:
     """Takes the place of a Checkpoint (see Weights) for a model of the Llama family."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._shapes = expected_tensors(spec)
+        self._spec = spec
+        self._ends = expected_tensors(replace(spec, layer_count=0))
 
     def stored_name(self, name: str) -> str:
         """See Weights: a tied model has no head of its own."""
-        return EMBEDDING if name == HEAD and HEAD not in self._shapes else name
+        return EMBEDDING if name == HEAD and HEAD not in self._ends else name
 
     def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """See Weights."""
-        return {name: random_tensor(name, self._shapes[name], dtype) for name in names}
+        return {name: random_tensor(name, self._shape(name), dtype) for name in names}
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name in self._ends:
+            return self._ends[name]
+        return layer_tensors(self._spec, int(name.split(".")[2]))[name]
 
 
 def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

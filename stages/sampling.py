@@ -71,7 +71,8 @@ def _penalised(logits: Tensor, draw: Draw) -> Tensor:
     """Seen tokens become less likely, whatever the sign of their logits."""
     penalty, scores = draw.sampling.repetition_penalty, logits.clone()
     for row, seen in zip(scores, draw.seen, strict=True):
-        tokens = torch.from_numpy(seen[seen < len(row)])  # a draft's vocabulary may be the shorter one
+        # A draft's vocabulary may be the shorter one, and what stands for a faulty row is no token.
+        tokens = torch.from_numpy(seen[(seen >= 0) & (seen < len(row))])
         known = row[tokens]
         row[tokens] = torch.where(known < 0, known * penalty, known / penalty)
     return scores

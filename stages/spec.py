@@ -6,13 +6,15 @@ out, the default is the one transformers 5 takes for that family: the tokens hav
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeinfer.errors import CheckpointError
+from stages.folder import has_file, plain, printable, read_config, read_object, refuse, shown
 
+CORRECT = "correct it or export the model again"
+LEAST, MOST = 1e-18, 2**31 - 1  # of any number that a config may hold; what is beyond is damage
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -38,11 +40,6 @@ FAMILIES = {
 }
 
 
-def refuse(thing: str, fix: str) -> NoReturn:
-    """Raise a CheckpointError in the house's form: what is wrong, then what to do about it."""
-    raise CheckpointError(f"{thing}; {fix}")
-
-
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
     """Rotary position embedding: its kind (of ROPE_KINDS), its base, and what else that kind needs."""
@@ -63,7 +60,9 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One decoder's sizes and variants. ``context`` is max_position_embeddings: no position may reach it."""
+    """One decoder's sizes and variants. ``context`` is max_position_embeddings: no position may reach it. ``window``:
+    how many tokens a row sees in layers with a sliding window, itself included; None: always all. LlamaShard has no
+    windows, so it is for contexts no longer than that (0: for none)."""
 
     architecture: str
     vocab_size: int
@@ -83,6 +82,7 @@ class ModelSpec:
     rope: RopeSpec
     eos_tokens: tuple[int, ...]
     dtype: str | None  # the checkpoint's own, as "bfloat16"; None if it does not say
+    window: int | None = None
 
     @property
     def head_in_layers(self) -> float:
@@ -94,19 +94,13 @@ class ModelSpec:
     def read(cls, directory: str | Path) -> ModelSpec:
         """Parse ``config.json`` and, if there, ``generation_config.json``. Raises CheckpointError for a directory that
         is missing, damaged, or of a model that would not be decoded exactly."""
-        folder = Path(directory)
-        if not folder.is_dir():
-            refuse(f"{folder}: no such model directory", "give a local directory in Hugging Face layout")
-        path = folder / "config.json"
-        if not path.is_file():
-            refuse(f"{path} is missing", "give a directory that holds config.json and model.safetensors")
-        fields = _Fields(path)
+        path, content = read_config(directory)
+        fields = _Fields(path, content)
         architecture, family = _family(fields)
-        _refuse_foreign(fields, family)
+        _refuse_foreign(fields)
         layer_count, context = fields.count("num_hidden_layers"), fields.count("max_position_embeddings")
         head_count = fields.count("num_attention_heads")
         kv_head_count, head_dim = _heads(fields, family, head_count)
-        _refuse_window(fields, family, layer_count, context)
         attention_bias = family.attention_bias and fields.flag("attention_bias")
         return cls(
             architecture=architecture,
@@ -125,17 +119,18 @@ class ModelSpec:
             mlp_bias=family.mlp_bias and fields.flag("mlp_bias"),
             qk_norm=family.qk_norm,
             rope=_rope(fields, context),
-            eos_tokens=_eos_tokens(folder, fields, family),
+            eos_tokens=eos_tokens(path, fields.get("eos_token_id", family.eos_token)),
             dtype=_dtype(fields),
+            window=_window(fields, family, layer_count),
         )
 
 
 def architecture_of(directory: str | Path) -> str | None:
     """What ``config.json`` calls the model's architecture; None where it is missing or damaged."""
     try:
-        names = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["architectures"]
+        names = read_config(directory)[1]["architectures"]
         return str(names[0])
-    except (OSError, ValueError, TypeError, KeyError, IndexError):
+    except (CheckpointError, TypeError, KeyError, IndexError):
         return None
 
 
@@ -148,19 +143,14 @@ def is_llama_family(directory: str | Path) -> bool:
 class _Fields:
     """A JSON object with typed access; every complaint names the file and the key."""
 
-    def __init__(self, path: Path, content: dict[str, Any] | None = None, within: str = "") -> None:
+    def __init__(self, path: Path, content: Any, within: str = "") -> None:
         self.path, self.within = path, within
-        if content is None:
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                refuse(f"{path} cannot be read as JSON ({error})", "download or export it again")
         if not isinstance(content, dict):
-            self.bad("it", "an object")
+            refuse(f"{path}: {within.rstrip('.')} must be an object, not {shown(content)}", CORRECT)
         self.content: dict[str, Any] = content
 
     def bad(self, key: str, wanted: str) -> NoReturn:
-        refuse(f"{self.path}: {self.within}{key} must be {wanted}", "correct it or export the model again")
+        refuse(f"{self.path}: {self.within}{key} must be {wanted}", CORRECT)
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.content.get(key, default)
@@ -170,8 +160,8 @@ class _Fields:
         if key not in self.content and default is None:
             refuse(f"{self.path}: {self.within}{key} is missing", "add it or export the model again")
         value = self.get(key, default)
-        if type(value) is not int or value < 1:
-            self.bad(key, f"a positive integer, not {value!r}")
+        if type(value) is not int or not 1 <= value <= MOST:
+            self.bad(key, f"a positive integer, not {shown(value)}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -179,8 +169,8 @@ class _Fields:
         if key not in self.content and default is None:
             refuse(f"{self.path}: {self.within}{key} is missing", "add it or export the model again")
         value = self.get(key, default)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
-            self.bad(key, f"a positive number, not {value!r}")
+        if type(value) not in (int, float) or not LEAST <= value <= MOST:
+            self.bad(key, f"a positive number, not {shown(value)}")
         return float(value)
 
     def optional(self, key: str) -> float | None:
@@ -190,7 +180,7 @@ class _Fields:
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.get(key, default)
         if type(value) is not bool:
-            self.bad(key, f"true or false, not {value!r}")
+            self.bad(key, f"true or false, not {shown(value)}")
         return value
 
 
@@ -199,28 +189,31 @@ def _family(fields: _Fields) -> tuple[str, _Family]:
     names = fields.get("architectures")
     if not isinstance(names, list) or not names:
         refuse(f"{fields.path}: architectures is missing", supported)
-    family = FAMILIES.get(str(names[0]))
+    name = str(names[0])
+    family = FAMILIES.get(name)
     if family is None:
-        refuse(f"{fields.path}: architecture {names[0]} is not supported", supported)
+        refuse(f"{fields.path}: architecture {printable(name)} is not supported", supported)
     if fields.get("model_type", family.model_type) != family.model_type:
-        refuse(f"{fields.path}: model_type {fields.get('model_type')} is not a {names[0]}", supported)
-    return str(names[0]), family
+        refuse(f"{fields.path}: model_type {plain(fields.get('model_type'))} is not a {name}", supported)
+    return name, family
 
 
-def _refuse_foreign(fields: _Fields, family: _Family) -> None:
+def _refuse_foreign(fields: _Fields) -> None:
     """Refuse what changes the arithmetic in ways the shard does not do."""
     for key in ("quantization_config", "per_layer_config"):
         if fields.get(key) is not None:
             refuse(f"{fields.path}: {key} is not supported", "use the model's float32, float16 or bfloat16 release")
     if fields.get("pretraining_tp", 1) not in (None, 1):
-        refuse(f"{fields.path}: pretraining_tp {fields.get('pretraining_tp')} is not supported", "set it to 1")
+        refuse(f"{fields.path}: pretraining_tp {plain(fields.get('pretraining_tp'))} is not supported", "set it to 1")
     act = fields.get("hidden_act", "silu")
     if act != "silu":
-        refuse(f"{fields.path}: hidden_act {act} is not supported", "only silu is")
-    types = fields.get("layer_types") or []
-    foreign = [kind for kind in types if kind not in ("full_attention", "sliding_attention")]
+        refuse(f"{fields.path}: hidden_act {plain(act)} is not supported", "only silu is")
+    types = fields.get("layer_types")
+    if types is not None and not isinstance(types, list):
+        fields.bad("layer_types", f"a list, not {shown(types)}")
+    foreign = [kind for kind in types or [] if kind not in ("full_attention", "sliding_attention")]
     if foreign:
-        refuse(f"{fields.path}: layer_types names {foreign[0]}", "only full_attention is supported")
+        refuse(f"{fields.path}: layer_types names {plain(foreign[0])}", "only full_attention is supported")
 
 
 def _heads(fields: _Fields, family: _Family, head_count: int) -> tuple[int, int]:
@@ -245,22 +238,20 @@ def _heads(fields: _Fields, family: _Family, head_count: int) -> tuple[int, int]
     return kv_heads, head_dim
 
 
-def _refuse_window(fields: _Fields, family: _Family, layer_count: int, context: int) -> None:
-    """Refuse a sliding window that could ever hide a token; one at least as long as the context never does."""
-    in_force = "sliding_attention" in (fields.get("layer_types") or [])
-    window: object = None
+def _window(fields: _Fields, family: _Family, layer_count: int) -> int | None:
+    """See ModelSpec. Absent keys mean what they mean to transformers: a window of 4096 from the 28th layer on."""
+    windowed = "sliding_attention" in (fields.get("layer_types") or [])
     if family.model_type == "mistral":
-        window = fields.get("sliding_window", 4096)  # absent means 4096 to transformers; only null means none
-        in_force = in_force or window is not None
-    elif family.model_type != "llama" and fields.flag("use_sliding_window"):
-        window = fields.get("sliding_window", 4096)
-        if fields.get("layer_types") is None:
-            in_force = window is not None and fields.count("max_window_layers", 28) < layer_count
-    if in_force and (type(window) is not int or window < context):
-        refuse(
-            f"{fields.path}: sliding window attention ({window}) is shorter than the context ({context})",
-            "it is refused unless the context fits in it: lower max_position_embeddings to the window or less",
-        )
+        windowed = windowed or fields.get("sliding_window", 4096) is not None
+    elif family.model_type != "llama" and fields.flag("use_sliding_window") and fields.get("layer_types") is None:
+        first = fields.get("max_window_layers", 28)
+        if type(first) is not int or first < 0:
+            fields.bad("max_window_layers", f"a number of layers, not {shown(first)}")
+        windowed = fields.get("sliding_window", 4096) is not None and first < layer_count
+    if not windowed:
+        return None
+    given = family.model_type == "mistral" or (family.model_type != "llama" and fields.flag("use_sliding_window"))
+    return fields.count("sliding_window", 4096) if given and fields.get("sliding_window", 4096) is not None else 0
 
 
 def _rope(fields: _Fields, context: int) -> RopeSpec:
@@ -271,7 +262,7 @@ def _rope(fields: _Fields, context: int) -> RopeSpec:
         refuse(f"{fields.path}: {key} differs by layer type", "only one rotary embedding for all layers is supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_KINDS:
-        refuse(f"{fields.path}: rope type {kind} is not supported", "supported are " + ", ".join(ROPE_KINDS))
+        refuse(f"{fields.path}: rope type {plain(kind)} is not supported", "supported are " + ", ".join(ROPE_KINDS))
     for source in (rope, fields):
         if source.get("partial_rotary_factor") not in (None, 1):
             refuse(f"{fields.path}: partial_rotary_factor is not supported", "only models that rotate whole heads are")
@@ -305,18 +296,17 @@ def _rope(fields: _Fields, context: int) -> RopeSpec:
     )
 
 
-def _eos_tokens(folder: Path, fields: _Fields, family: _Family) -> tuple[int, ...]:
-    """The tokens that end a text: generation_config.json's, else config.json's, else the family's.
+def eos_tokens(config: Path, found: object) -> tuple[int, ...]:
+    """The tokens that end a text: generation_config.json's, else what was ``found`` in config.json or its family.
 
     (transformers stops nowhere when a generation_config.json without them hides config.json's; nobody wants that.)"""
-    found = fields.get("eos_token_id", family.eos_token)
-    path = folder / "generation_config.json"
-    if path.is_file():
-        said = _Fields(path).get("eos_token_id")
-        found = found if said is None else said
+    path, source = config.with_name("generation_config.json"), config
+    if has_file(path):
+        stated = read_object(path).get("eos_token_id")
+        found, source = (found, source) if stated is None else (stated, path)
     tokens = [] if found is None else found if isinstance(found, list) else [found]
-    if any(type(token) is not int for token in tokens):
-        fields.bad("eos_token_id", f"a token id or a list of them, not {found!r}")
+    if any(type(token) is not int or abs(token) > MOST for token in tokens):
+        refuse(f"{source}: eos_token_id must be a token id or a list of them, not {shown(found)}", CORRECT)
     return tuple(tokens)
 
 

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from launch.environment import launched
+from launch.failure import leave, write
 from pipeinfer import __version__
+from pipeinfer.cli.signals import end_in_order
+from pipeinfer.cli.streams import OutputError, drop_output, insist_on_utf8, put_in_place
+from pipeinfer.errors import exit_code
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,7 +28,7 @@ def say(message: str) -> None:
     """One line on standard error, from the rank that speaks for all."""
     launch = launched()
     if launch is None or launch.leads:
-        print(f"pipeinfer: {message}", file=sys.stderr, flush=True)
+        write(f"pipeinfer: {message}")
 
 
 def build_parser() -> Parser:
@@ -47,19 +51,36 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that ``argv`` says; returns the exit code."""
-    from pipeinfer.errors import PipeinferError
-
-    args = build_parser().parse_args(argv)
-    args.argv = sys.argv[1:] if argv is None else list(argv)
+    """Run the command that ``argv`` says; returns the exit code. Without ``argv`` the process is ours: its arguments,
+    its standard streams and the signals that end it. Every way out leads through here."""
     try:
-        return int(args.command(args))
-    except PipeinferError as error:
-        if str(error):
-            say(str(error))
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has left; there is nobody to tell
-        return 141
+        if argv is None:
+            put_in_place()
+            insist_on_utf8()
+            end_in_order()
+        code = _command(sys.argv[1:] if argv is None else list(argv))
+        sys.stdout.flush()
+        return code
+    except BaseException as error:
+        return _end(error)
+
+
+def _command(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    args.argv = argv
+    return int(args.command(args))
+
+
+def _end(error: BaseException) -> int:
+    """Say what ``error`` has to say, and return the exit code."""
+    try:
+        sys.stdout.flush()
+    except OutputError as lost:
+        drop_output()
+        if isinstance(error, SystemExit) and exit_code(error) == 0:
+            error = lost  # a help text that nobody got
+    if isinstance(error, SystemExit):
+        if isinstance(error.code, str):
+            write(error.code)
+        return exit_code(error)
+    return leave(error)

@@ -15,7 +15,7 @@ from pipeinfer.protocol import (
 )
 from pipeinfer.sim.world import Witness, World, WorldSpec
 from pipeinfer.timeline import Service
-from stages.emulated import EmulatedSpec, plain_tokens
+from stages.emulated import EmulatedSpec, plain_answer
 
 _THROWN_AWAY = (Kind.ADVANCE, Flag.RESTART)
 
@@ -25,9 +25,17 @@ class LawBroken(AssertionError):
 
 
 @functools.lru_cache(maxsize=64)
+def ending(model: EmulatedSpec, request: Request) -> tuple[tuple[int, ...], int | None]:
+    """What plain decoding answers, and the layer by whose numbers it ends, if any; worlds are often run more than
+    once."""
+    words = request.prompt, request.max_new_tokens, request.stop_tokens, request.sampling
+    tokens, fault = plain_answer(model, *words)
+    return tuple(tokens), fault
+
+
 def oracle(model: EmulatedSpec, request: Request) -> tuple[int, ...]:
-    """What plain decoding answers; worlds are often run more than once."""
-    return tuple(plain_tokens(model, request.prompt, request.max_new_tokens, request.stop_tokens, request.sampling))
+    """The tokens that plain decoding answers."""
+    return ending(model, request)[0]
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +73,7 @@ class Chronicle(Witness):
         self.served = 0  # the same, before the orchestrator's last event
         self.text: list[int] = []  # the prompt and what has been emitted
         self.truth: list[int] = []  # the prompt and what ought to be emitted
+        self.fault: int | None = None  # the layer by whose numbers the request ought to end
         self.over = True
         self.has_begun = False  # whether a token of this request has been emitted
         self.runs: dict[int, Launched] = {}
@@ -100,7 +109,8 @@ class Chronicle(Witness):
     def _begin(self, request: Request) -> None:
         self.requests += 1
         self.text = list(request.prompt)
-        self.truth = [*request.prompt, *oracle(self.spec.model, request)]
+        tokens, self.fault = ending(self.spec.model, request)
+        self.truth = [*request.prompt, *tokens]
         self.over = self.has_begun = False
         self.runs, self._at = {}, {}
         self._known = {}

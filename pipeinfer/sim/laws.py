@@ -36,7 +36,7 @@ from pipeinfer.protocol import (
     Row,
     address_name,
 )
-from pipeinfer.sim.chronicle import Chronicle, Launched, LawBroken, Reader, oracle
+from pipeinfer.sim.chronicle import Chronicle, Launched, LawBroken, Reader, ending, oracle
 from pipeinfer.sim.world import Answer, World, WorldSpec
 
 
@@ -73,20 +73,30 @@ class Exact(Reader):
         for row in message.rows_as(ChoiceRow):
             written, after = run.written[row.slot] if run else None, row.position + 1
             is_accepted = row.position < len(story.text) and not story.is_dead(written)
+            if row.token < 0:
+                if is_accepted and story.fault is None:
+                    raise LawBroken(f"L1: request {story.requests}: run {message.run} finds {row}, which is accepted")
+                continue
             if is_accepted and after < len(story.truth) and row.token != story.truth[after]:
                 what = f"{row.token} after position {row.position}, plain decoding says {story.truth[after]}"
                 raise LawBroken(f"L1: request {story.requests}: run {message.run} found {what}")
 
     def on_idle(self, world: World, answer: Answer, request: Request) -> None:
         """See Witness."""
-        spec, wanted = world.spec, list(oracle(world.spec.model, request))
+        spec = world.spec
+        tokens, fault = ending(spec.model, request)
+        wanted = list(tokens)
         ends = [when for when, number in spec.withdrawals if number == answer.number]
         ends += [spec.closes_s] if spec.closes_s is not None else []
         if answer.reason == "withdrawn" and any(when <= world.now for when in ends):
-            wanted = wanted[: len(answer.tokens)]  # nobody waited for the rest
+            wanted, fault = wanted[: len(answer.tokens)], None  # nobody waited for the rest
         if answer.tokens != wanted:
             raise LawBroken(f"L1: request {answer.number}: the user saw {answer.tokens}, wanted {wanted}")
-        reason = "stop" if wanted[-1:] and wanted[-1] in request.stop_tokens else "length"
+        reason = "error" if fault is not None else "length"
+        if fault is None and wanted[-1:] and wanted[-1] in request.stop_tokens:
+            reason = "stop"
+        if answer.fault != fault:
+            raise LawBroken(f"L1: request {answer.number} ended by layer {answer.fault}, plain decoding by {fault}")
         if answer.reason not in (reason, "withdrawn" if ends else reason):
             raise LawBroken(f"L1: request {answer.number} finished by {answer.reason!r}, not by {reason!r}")
 
@@ -232,12 +242,16 @@ class Advice(Reader):
         if run is None:
             raise LawBroken(f"L6: {address_name(message.source)} passes on run {message.run}, which was never launched")
         who = address_name(message.source)
+        told = message.rows_as(Row)
         if message.kind is Kind.RUN:
             if message.ops != run.message.ops:
                 raise LawBroken(f"L6: {who} changes the operations of run {message.run}")
-            if not set(message.rows) <= set(run.message.rows):
+            tokens = {row.slot: row.token for row in run.message.rows_as(Row)}
+            # A row whose numbers were not finite travels on without its token.
+            rows = {row._replace(token=tokens.get(row.slot, 0) if row.token < 0 else row.token) for row in told}
+            if not rows <= set(run.message.rows):
                 raise LawBroken(f"L6: {who} changes the rows of run {message.run}")
-            self._must_be_dead(run, {row.slot for row in message.rows_as(Row)}, f"{who} skips")
+            self._must_be_dead(run, {row.slot for row in told}, f"{who} skips")
         elif not run.message.flags & Flag.SILENT:
             kept = {row.slot for row in message.rows_as(ChoiceRow)}
             if run.message.flags & Flag.LAST:

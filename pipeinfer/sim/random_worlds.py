@@ -77,7 +77,6 @@ def draw_world(rng: random.Random, seed: int, schedule: str = "") -> WorldSpec:
         policy=policy,
         stages=stages,
         requests=requests,
-        model=model,
         stage_s=(1.0,) if equal else tuple(rng.choice((0.2, 0.7, 1.0, 1.3, 3.0)) for _ in range(stages)),
         draft_s=rng.choice((0.01, 0.05, 0.1, 0.1, 0.2, 0.3, 1.0, 5.0)),
         row_cost=rng.choice((0.0, 0.0, 0.05, 0.3)),
@@ -89,6 +88,7 @@ def draw_world(rng: random.Random, seed: int, schedule: str = "") -> WorldSpec:
         guess_cells=few_cells if rng.random() < 0.25 else None,
         silent_s=rng.uniform(1, 30) if policy.schedule == "continuous" and rng.random() < 0.1 else None,
         **_draw_user(rng, stages, len(requests), 0.15),
+        **_draw_faults(rng, model),
     )
 
 
@@ -122,6 +122,13 @@ def _draw_user(rng: random.Random, stages: int, requests: int, share: float) -> 
         withdrawals = tuple((rng.uniform(0, most), number) for number in chosen)
     closes_s = rng.uniform(0, 40 * stages) if rng.random() < 0.05 else None
     return {"at_once": at_once, "withdrawals": withdrawals, "closes_s": closes_s}
+
+
+def _draw_faults(rng: random.Random, model: EmulatedSpec) -> dict[str, Any]:
+    """``model``, whose numbers are not finite now and then in some worlds."""
+    if rng.random() < 0.75:
+        return {"model": model}
+    return {"model": replace(model, faulty=rng.choice((0.0, 0.02, 0.1)), draft_faulty=rng.choice((0.0, 0.1, 1.0)))}
 
 
 def _draw_model(rng: random.Random, seed: int, stages: int) -> EmulatedSpec:

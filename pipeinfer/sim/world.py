@@ -82,6 +82,7 @@ class Answer:
     emitted_at: list[tuple[float, int]] = field(default_factory=list)
     submitted_at: float = 0.0
     reason: str = ""
+    fault: int | None = None
     tally: Tally | None = None
 
 
@@ -261,7 +262,7 @@ class World:
             answer.tokens += command.tokens
             answer.emitted_at.append((now, len(command.tokens)))
         elif isinstance(command, Finish):
-            answer.reason = command.reason
+            answer.reason, answer.fault = command.reason, command.fault
         else:
             answer.tally = command.tally
             request = self.spec.requests[command.number]

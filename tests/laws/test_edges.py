@@ -17,6 +17,7 @@ from pipeinfer.sim.network import Network
 from pipeinfer.sim.random_worlds import check_world, every_law
 from pipeinfer.sim.replay import Recorder
 from pipeinfer.sim.world import Answer, World, WorldSpec
+from speculation.drafter import MOST_FAULTY
 from speculation.policy import Policy, read_policy
 from stages.emulated import EmulatedSpec, spread
 
@@ -141,6 +142,29 @@ EDGES |= {
     for name, policy in SCHEDULES.items()
     for user, does in USERS.items()
 }
+FAULTS: dict[str, dict[str, Any]] = {
+    "rows that are not finite": {"faulty": 0.02, "seed": 10},
+    "many such rows, two stages": {"faulty": 0.3},
+    "such rows in the draft": {"draft_faulty": 0.3},
+    "a draft of nothing else": {"draft_faulty": 1.0},
+    "in the first token": {"faulty": 1.0},
+}
+EDGES |= {
+    f"{fault}, {name}": replace(
+        QUEUED, policy=policy, at_once=False, model=replace(MODEL, **shares), stages=4 - 2 * (fault[0] == "m")
+    )
+    for name, policy in SCHEDULES.items()
+    for fault, shares in FAULTS.items()
+    if policy.speculate or "draft" not in fault
+}
+EDGES |= {
+    "a draft of nothing finite, one rank": replace(
+        small(govern=True, hold=True), placement="alone", stages=1, model=replace(MODEL, layers=4, draft_faulty=1.0)
+    ),
+    "rows that are not finite, one rank": replace(
+        small(govern=True, hold=True), placement="alone", stages=1, model=replace(MODEL, layers=4, faulty=0.05)
+    ),
+}
 EDGES |= {
     f"repetition is penalised, {name}": replace(
         SMALL,
@@ -220,6 +244,25 @@ def test_a_silent_drafter_costs_time_only() -> None:
     assert told is not None
     assert told_before is not None
     assert told.drafted == 0 < told_before.drafted
+
+
+def test_rows_that_are_not_finite_end_a_request_where_plain_decoding_ends_and_no_other() -> None:
+    told = answers(EDGES["rows that are not finite, continuous"])
+    assert {answer.reason for answer in told} == {"error", "length"}
+    assert any(answer.tokens for answer in told if answer.reason == "error"), "what was decoded before stands"
+
+
+@pytest.mark.parametrize("name", SCHEDULES.keys() - {"plain"})
+def test_a_draft_whose_numbers_are_never_finite_costs_little(name: str) -> None:
+    def seconds(spec: WorldSpec) -> float:
+        world = World(spec)
+        world.run()
+        return world.now
+
+    policy = replace(SCHEDULES[name], hold=name == "continuous", govern=name == "continuous")
+    for spec in (SMALL, replace(SMALL, placement="alone", stages=1)):
+        broken = replace(spec, policy=policy, model=replace(spec.model, draft_faulty=1.0), draft_s=0.5)
+        assert seconds(broken) < seconds(replace(broken, drafters=0)) + 2 * MOST_FAULTY * broken.draft_s
 
 
 def test_calibration_stops_believing_a_liar() -> None:

@@ -93,7 +93,7 @@ def change(path: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
         (-1, "is cut short: .* its header announces"),
         (3000, "is cut short|not a safetensors file"),
         (5, "cut short or not a safetensors file"),
-        (0, "cut short or not a safetensors file"),
+        (0, "is empty; download"),
     ],
 )
 def test_cut_short(single: Path, nbytes: int, says: str) -> None:
@@ -110,9 +110,9 @@ def test_shards_missing_or_cut_short(sharded: Path) -> None:
     third.unlink()
     with pytest.raises(CheckpointError, match=f"{third.name} is missing, but {INDEX} names it; download"):
         check(sharded)
-    for damaged in ("{", "[]", "{}", '{"weight_map": 3}'):
+    for damaged in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../b"}}', '{"weight_map": {"a": 1}}'):
         (sharded / INDEX).write_text(damaged)
-        with pytest.raises(CheckpointError, match="not a safetensors index"):
+        with pytest.raises(CheckpointError, match="cannot be read as JSON|must hold an object|no index of weights"):
             check(sharded)
 
 
@@ -158,15 +158,6 @@ def test_a_larger_vocabulary_in_the_config(single: Path) -> None:
 def test_untied_without_a_head(single: Path) -> None:
     change(single / WHOLE, lambda tensors: tensors.pop("lm_head.weight"))  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=r"tensor lm_head.weight \[512, 64\] is missing"):
-        check(single)
-
-
-def test_pickled_weights_and_no_weights(single: Path) -> None:
-    (single / WHOLE).rename(single / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"only pickled weights .*; convert to safetensors"):
-        check(single)
-    (single / "pytorch_model.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing; give a directory"):
         check(single)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
-import transformers
 from safetensors.torch import load_file
 
 from pipeinfer.errors import LocalProtocolError
@@ -120,11 +120,14 @@ def test_weight_bytes_add_up(model: Path) -> None:
 def test_only_own_tensors_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = make_model(tmp_path, "mixtral")
     read: list[str] = []
-    real = transformers.modeling_utils.safe_open
+    real = safetensors.safe_open
 
     class Opened:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.file = real(*args, **kwargs)
+
+        def __enter__(self) -> Opened:
+            return self
 
         def __exit__(self, *args: Any) -> None:
             self.file.__exit__(*args)
@@ -146,7 +149,7 @@ def test_only_own_tensors_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
             return Slice()
 
-    monkeypatch.setattr(transformers.modeling_utils, "safe_open", Opened)
+    monkeypatch.setattr(safetensors, "safe_open", Opened)
     spec = GenericSpec.read(directory)
     assert not read
     GenericShard.load(spec, range(2, 4), torch.float32, 8)

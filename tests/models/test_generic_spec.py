@@ -101,7 +101,7 @@ def test_directories_are_refused(phi3: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such model directory"):
         GenericSpec.read(tmp_path / "nowhere")
     (phi3 / "model.safetensors.index.json").rename(phi3 / "index")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"holds parts, but no model\.safetensors\.index\.json"):
         GenericSpec.read(phi3)
     (phi3 / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="JSON"):
@@ -122,7 +122,7 @@ def test_damaged_weights_are_refused(phi3: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tensor model\.norm\.weight is missing"):
         GenericShard.load(spec, range(3, 6), torch.float32, 8)
     save_file(tensors | {"model.norm.weight": norm[:32].clone()}, path, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"norm\.weight has shape \[32\], config\.json asks for \[64\]"):
         GenericShard.load(spec, range(3, 6), torch.float32, 8)
     save_file(tensors | {"model.norm.weight": norm.to(torch.float8_e4m3fn)}, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match="F8_E4M3"):

@@ -118,7 +118,6 @@ def test_dtype(tmp_path: Path, key: str, said: str | None) -> None:
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act gelu is not supported; only silu"),
         (LLAMA, {"pretraining_tp": 2}, "pretraining_tp 2 is not supported; set it to 1"),
         (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config is not supported; use the model's float32"),
-        (LLAMA, {"layer_types": ["sliding_attention"] * 6}, "sliding window attention"),
         (LLAMA, {"per_layer_config": {}}, "per_layer_config is not supported"),
         (LLAMA, {"layer_types": ["linear_attention"] * 6}, "layer_types names linear_attention"),
         (LLAMA, {"eos_token_id": "</s>"}, "eos_token_id must be a token id or a list"),
@@ -132,11 +131,13 @@ def test_dtype(tmp_path: Path, key: str, said: str | None) -> None:
         (LLAMA, {"rope_parameters": {"rope_theta": 1}}, "rope_theta must be above 1"),
         (LLAMA, {"rope_scaling": {"type": "llama3", "factor": 8}}, "rope_scaling.low_freq_factor is missing"),
         (QWEN3, {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differs by layer type"),
-        (MISTRAL, {"sliding_window": 255}, "(255) is shorter than the context (256); it is refused unless"),
-        (MISTRAL, {"sliding_window": DROP, "max_position_embeddings": 4097}, "(4096) is shorter"),
-        (QWEN2, {"use_sliding_window": True, "sliding_window": 64, "layer_types": DROP, "max_window_layers": 5}, "(64"),
-        (QWEN3, {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 6}, "(64)"),
-        (QWEN3, {"layer_types": ["sliding_attention"] * 6}, "(None) is shorter"),
+        (LLAMA, {"layer_types": 6}, "layer_types must be a list, not 6"),
+        (LLAMA, {"vocab_size": 10**12}, "vocab_size must be a positive integer, not 1000000000000"),
+        (LLAMA, {"rope_theta": 10**400, "rope_parameters": DROP}, "rope_theta must be a positive number, not 1000"),
+        (LLAMA, {"eos_token_id": [[1]]}, "eos_token_id must be a token id"),
+        (LLAMA, {"hidden_act": ["x"] * 10000}, "hidden_act a list of 10000 is not supported"),
+        (MISTRAL, {"sliding_window": 0}, "sliding_window must be a positive integer, not 0"),
+        (QWEN2, {"use_sliding_window": True, "layer_types": DROP, "max_window_layers": -1}, "max_window_layers"),
     ],
 )  # fmt: skip
 def test_refused(tmp_path: Path, architecture: str, changes: dict[str, Any], says: str) -> None:
@@ -148,19 +149,27 @@ def test_refused(tmp_path: Path, architecture: str, changes: dict[str, Any], say
 
 
 @pytest.mark.parametrize(
-    ("architecture", "changes"),
+    ("architecture", "changes", "window"),
     [
-        (MISTRAL, {"sliding_window": 256}),
-        (MISTRAL, {"sliding_window": None}),
-        (MISTRAL, {"sliding_window": DROP}),
-        (QWEN2, {"use_sliding_window": False, "sliding_window": 64}),
-        (QWEN2, {"use_sliding_window": True, "sliding_window": 64, "layer_types": DROP, "max_window_layers": 6}),
-        (QWEN2, {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["full_attention"] * 6}),
-        (QWEN3, {"use_sliding_window": True, "sliding_window": 256, "layer_types": ["sliding_attention"] * 6}),
+        (MISTRAL, {"sliding_window": 256}, 256),
+        (MISTRAL, {"sliding_window": None}, None),
+        (MISTRAL, {"sliding_window": DROP}, 4096),
+        (MISTRAL, {"sliding_window": None, "layer_types": ["sliding_attention"] * 6}, 0),
+        (LLAMA, {"layer_types": ["sliding_attention"] * 6}, 0),
+        (QWEN2, {"use_sliding_window": False, "sliding_window": 64}, None),
+        (QWEN2, {"use_sliding_window": True, "sliding_window": 64, "layer_types": DROP, "max_window_layers": 6}, None),
+        (QWEN2, {"use_sliding_window": True, "sliding_window": 64, "layer_types": DROP, "max_window_layers": 5}, 64),
+        (QWEN2, {"use_sliding_window": True, "sliding_window": 64, "layer_types": DROP, "max_window_layers": 0}, 64),
+        (QWEN2, {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["full_attention"] * 6}, None),
+        (QWEN3, {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 6}, 64),
+        (QWEN3, {"use_sliding_window": True, "sliding_window": None, "layer_types": ["sliding_attention"] * 6}, 0),
+        (QWEN3, {"layer_types": ["sliding_attention"] * 6}, 0),
     ],
 )
-def test_a_window_that_hides_nothing_is_fine(tmp_path: Path, architecture: str, changes: dict[str, Any]) -> None:
-    assert ModelSpec.read(write(tmp_path, architecture, **changes)).context == 256
+def test_the_window_is_the_one_in_force(
+    tmp_path: Path, architecture: str, changes: dict[str, Any], window: int | None
+) -> None:
+    assert ModelSpec.read(write(tmp_path, architecture, **changes)).window == window
 
 
 def test_directories_that_hold_no_model(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ class Layers:
     """A shard that counts its layers."""
 
     weight_nbytes = 0
+    faults = {1: 4}  # noqa: RUF012
 
     def __init__(self, layers: int, rest: float = 1.0) -> None:
         self.done = 0
@@ -124,7 +125,7 @@ def test_choices_are_asked_of_the_shard() -> None:
     executor.deliver(1, Started(), 0.0)
     while executor.step(0.0) is not None:
         pass
-    assert role.heard[-1] == Computed(5, choices=[[(0, 0.0)] * 2, [(20, 0.0)] * 2])
+    assert role.heard[-1] == Computed(5, choices=[[(0, 0.0)] * 2, [(20, 0.0)] * 2], faults={1: 4})
     assert shard.draws == [draw]
 
 

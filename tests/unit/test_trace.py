@@ -96,7 +96,9 @@ CHOICES = st.lists(st.lists(st.tuples(TOKEN, REAL), max_size=3), max_size=3)
 EVENTS: dict[type, st.SearchStrategy[Any]] = {
     Started: st.builds(Started),
     Received: st.builds(Received, MESSAGES, PAYLOADS),
-    Computed: st.builds(Computed, INTEGER, PAYLOADS, st.none() | CHOICES),
+    Computed: st.builds(
+        Computed, INTEGER, PAYLOADS, st.none() | CHOICES, REAL, st.dictionaries(COUNT, COUNT, max_size=2)
+    ),
     Submitted: st.builds(
         Submitted, st.builds(Request, TUPLES, INTEGER, st.frozensets(TOKEN, max_size=3), SAMPLINGS), COUNT
     ),

@@ -1,0 +1,35 @@
+"""Signals that ask this process to end: they end it as an error does, so that ranks and files are not left behind."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+
+from pipeinfer.errors import Terminated
+
+ORDERLY_S = 15.0
+"""An orderly end takes less. Whoever asks again so much later gets what the system does with the signal."""
+
+
+class _Ending:
+    def __init__(self) -> None:
+        self._asked_s: float | None = None
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        """Raise Terminated, once: `timeout` and batch systems send the same signal several times."""
+        now = time.monotonic()
+        if self._asked_s is None:
+            self._asked_s = now
+            raise Terminated(signum)
+        if now - self._asked_s > ORDERLY_S:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+
+
+def end_in_order() -> None:
+    """From now on SIGTERM and SIGHUP raise Terminated in the main thread; what `nohup` ignores stays ignored."""
+    ending = _Ending()
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, ending)

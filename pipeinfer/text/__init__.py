@@ -1,0 +1,119 @@
+"""Text to tokens and back, with the model's own tokenizer. Loads no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from pipeinfer.errors import refuse
+from pipeinfer.text.decoding import Chain, Joined
+from pipeinfer.text.reader import Reader, Source, StopStrings, Streamed, Whole
+from pipeinfer.text.tokenizer import Full, blaming, has_tokenizer, open_full, open_tokenizer, render_chat, same_tokens
+
+__all__ = ["Numbers", "Reader", "StopStrings", "Text", "has_tokenizer", "same_tokens"]
+
+
+class Text:
+    """The tokenizer in ``directory``: tokenizer.json, a SentencePiece model or a vocabulary with merges. Raises
+    CheckpointError where none can be had."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._tokenizer = open_tokenizer(directory)
+
+    @property
+    def eos_tokens(self) -> frozenset[int]:
+        """The tokens that end a text or a turn, as the tokenizer has it."""
+        token = self._tokenizer.eos_token
+        return frozenset(() if token is None else (token,))
+
+    def vocabulary(self) -> dict[str, int]:
+        """All tokens, added ones included, and their numbers."""
+        return self._tokenizer.vocabulary()
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of ``text``, with whatever the tokenizer adds."""
+        return self._encode(text, is_bare=False)
+
+    def encode_chat(self, text: str) -> list[int]:
+        """The tokens of one user turn under the tokenizer's chat template, up to where the assistant answers."""
+        mine = self._tokenizer
+        full = mine.tokenizer if isinstance(mine, Full) else open_full(self._directory)
+        return self._encode(render_chat(self._directory, full, text), is_bare=True)
+
+    def _encode(self, text: str, is_bare: bool) -> list[int]:
+        with blaming(f"the tokenizer in {self._directory} cannot read the prompt", "give another"):
+            return self._tokenizer.encode(text, is_bare)
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of ``tokens``, special tokens left out."""
+        with self._writing():
+            return self._tokenizer.decode(tokens)
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return blaming(f"the tokenizer in {self._directory} cannot write such text", "copy it again")
+
+    def special_stop(self, stop: str) -> int | None:
+        """The token to stop at where ``stop`` is the name of a special token. Raises UserError where it contains one:
+        special tokens are no text, so it would never be found."""
+        special = self._tokenizer.special()
+        if stop in special:
+            return special[stop]
+        for name in special:
+            if name and name in stop:
+                refuse(f"--stop {stop!r} contains the special token {name!r}, which is no text", f"use {name!r} alone")
+        return None
+
+    def reader(self, silent: frozenset[int], stops: Sequence[str], prompt: Sequence[int] = ()) -> Reader:
+        """A fresh reader of one answer to ``prompt``: the text of both without its common prefix with the text of the
+        prompt, up to the first of ``stops``. Tokens of the answer in ``silent`` are no text."""
+        with self._writing():
+            source = self._source(stops, prompt)
+        return Reader(source, silent, self._writing)
+
+    def _source(self, stops: Sequence[str], prompt: Sequence[int]) -> Source:
+        before = self.decode(list(prompt)) if prompt else ""
+        chain = self._tokenizer.chain()
+        if chain is None:
+            return Whole(self.decode, prompt, before, stops)
+        return Streamed(chain, self._tokenizer.name, prompt, before, stops)
+
+
+class Numbers(Text):
+    """For answers that mean nothing, which are shown as their tokens' numbers. A prompt is read by the tokenizer in
+    ``directory``; where there is none, its tokens are its bytes."""
+
+    def __init__(self, directory: Path) -> None:
+        self._reads_bytes = not has_tokenizer(directory)
+        if not self._reads_bytes:
+            super().__init__(directory)
+
+    def encode(self, text: str) -> list[int]:
+        """See Text."""
+        return list(text.encode()) if self._reads_bytes else super().encode(text)
+
+    def encode_chat(self, text: str) -> list[int]:
+        """See Text."""
+        if self._reads_bytes:
+            refuse("a chat template needs a tokenizer", "leave out --chat")
+        return super().encode_chat(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        """The numbers, with blanks between them."""
+        return " ".join(map(str, tokens))
+
+    @property
+    def eos_tokens(self) -> frozenset[int]:
+        """None: no token ends such an answer."""
+        return frozenset()
+
+    def special_stop(self, stop: str) -> int | None:
+        """None: a number is no special token."""
+        return None
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def _source(self, stops: Sequence[str], prompt: Sequence[int]) -> Source:
+        return Streamed(Chain([Joined()]), str, (), "", stops)

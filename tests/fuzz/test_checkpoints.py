@@ -1,0 +1,16 @@
+"""A short run of the fuzz of checkpoints; see tests/fuzz/checkpoints.py for a long one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.checkpoints import run
+
+
+@pytest.mark.parametrize("seed", [17])
+def test_damaged_checkpoints(tmp_path: Path, seed: int) -> None:
+    ends, faults = run(seed, range(150), tmp_path)
+    assert not faults, "\n\n".join(faults)
+    assert ends["exact"] > 20 and ends["refused"] > 20, ends
