@@ -17,7 +17,7 @@ from pipeinfer.bench import measure
 from pipeinfer.bench.hardware import Hardware, read_hardware
 from pipeinfer.cli.doctor import TRIALS, best_trip_s
 from pipeinfer.config import DTYPES
-from tests.cli.run import ROOT, pipeinfer
+from tests.cli.run import ROOT, here, pipeinfer
 
 
 def test_it_says_what_is_here_in_a_table_and_in_json() -> None:
@@ -121,7 +121,7 @@ def test_links_of_any_speed_are_measured_in_time(trip_s: float, trips: int) -> N
     ],
 )
 def test_what_is_refused(words: str, says: str) -> None:
-    done = pipeinfer("doctor", *words.split())
+    done = here("doctor", *words.split())
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("pipeinfer: ")
     assert done.stderr.count("\n") == 1
