@@ -2,7 +2,8 @@
 of it.
 
 Each number is the median of many. Kernels are given what they are given in a shard: one matrix after the other, so that
-weights come from memory.
+weights come from memory. All of it together takes a given time: each number gets an equal part of what is left, and
+where a machine is slow it is the median of fewer, of fewer matrices or of smaller ones.
 """
 
 from __future__ import annotations
@@ -42,22 +43,44 @@ class Sizes:
 
 PROCESSOR = Sizes(40_000_000, 2048, (4096, 1536), 128_000_000, 1024, 64)
 GPU = Sizes(1_000_000_000, 8192, (28672, 8192), 4_000_000_000, 16384, 128)
+SECONDS = 30.0
+"""For all numbers together; starting ranks, loading torch and measuring links come on top."""
+LONGEST_S = 0.4
+MOST_TIMES = 1000
+LEAST_SQUARE = 128
+NUMBERS = 1 + len(DTYPES) * (2 + len(ROWS) + len(PACKED_ROWS))
 
 
-def describe(cpu: str, threads: int, link: tuple[float, float], device: str = "cpu") -> str:
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """``wall``: what a measurement may take of; ``work``: what computing is timed by. Seconds."""
+
+    wall: Callable[[], float]
+    work: Callable[[], float]
+
+
+def describe(
+    cpu: str,
+    threads: int,
+    link: tuple[float, float],
+    device: str = "cpu",
+    seconds: float = SECONDS,
+    clocks: Clocks | None = None,
+) -> str:
     """A description of this host, stages having ``threads`` threads each, or a ``device`` as torch names it; ``link``:
-    seconds and bytes per second between ranks. Takes about a minute."""
+    seconds and bytes per second between ranks. Takes ``seconds``, as far as twice each kernel once allows."""
     import torch
 
     torch.set_num_threads(threads)
     with torch.inference_mode():
-        return "\n".join(_describe(cpu, threads, link, device))
+        return "\n".join(_describe(cpu, threads, link, Probe(device, seconds, clocks)))
 
 
-def _describe(cpu: str, threads: int, link: tuple[float, float], device: str) -> Iterator[str]:
+def _describe(cpu: str, threads: int, link: tuple[float, float], here: Probe) -> Iterator[str]:
+    device = here.device
     asked = "--measure" if device == "cpu" else f"--measure --device {device}"
     by = f"pipeinfer doctor {asked}, {datetime.datetime.now(datetime.UTC).date()}"
-    here, version = Probe(device), f"torch {metadata.version('torch')}"
+    version = f"torch {metadata.version('torch')}"
     sizes = here.sizes
     if device == "cpu":
         cores, memory = len(os.sched_getaffinity(0)), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -75,10 +98,11 @@ def _describe(cpu: str, threads: int, link: tuple[float, float], device: str) ->
     yield _figure("link.latency", link[0], f"{by}: 8 bytes over MPI, half a round trip")
     yield _figure("link.bandwidth", link[1], f"{by}: 4 MiB over MPI, beyond the latency")
     for dtype in DTYPES:
-        square = f"{by}: product of two {sizes.square} x {sizes.square} matrices"
-        yield _figure(f"{dtype}.peak", here.peak(dtype), square)
+        peak, square = here.peak(dtype)
+        yield _figure(f"{dtype}.peak", peak, f"{by}: product of two {square} x {square} matrices")
         yield _figure(f"{dtype}.overhead", here.overhead_s(dtype), f"{by}: a layer of 64 hidden units")
-        weights = f"{by}: {sizes.stream_nbytes // 10**6} MB of {sizes.matrix[0]} x {sizes.matrix[1]} weights in turn"
+        matrix = " x ".join(map(str, sizes.matrix))
+        weights = f"{by}: up to {sizes.stream_nbytes // 10**6} MB of {matrix} weights in turn"
         yield _curve(f"{dtype}.linear", ROWS, here.linear(dtype), weights)
         cells = f"{by}: {sizes.context} cells, {KV_HEADS} key heads of {sizes.head_dim}, layers in turn"
         yield _curve(f"{dtype}.attention", PACKED_ROWS, here.attention(dtype), cells)
@@ -98,28 +122,42 @@ def _short(value: float) -> str:
 
 
 class Probe:
-    """Measures ``device``, as torch names it."""
+    """Measures ``device``, as torch names it, NUMBERS numbers within ``seconds``."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.sizes = PROCESSOR if device == "cpu" else GPU
-
-    def usual_s(self, calls: Sequence[Callable[[], object]], budget_s: float = 0.4) -> float:
-        """The median time of each of ``calls``, summed up; made in turn for ``budget_s`` seconds, at least thrice. A
-        GPU works on while the processor calls, so there the median time of all in turn."""
+    def __init__(self, device: str, seconds: float = SECONDS, clocks: Clocks | None = None) -> None:
         import torch
 
-        now = clock(torch.get_num_threads())
+        self.device = device
+        self.sizes = PROCESSOR if device == "cpu" else GPU
+        work = clock(torch.get_num_threads()) if device == "cpu" else time.perf_counter
+        self._clocks = clocks or Clocks(time.monotonic, work)
+        self._end = self._clocks.wall() + seconds
+        self._left = NUMBERS
+
+    def _share_s(self) -> float:
+        """How long the next number may take."""
+        share_s = (self._end - self._clocks.wall()) / max(1, self._left)
+        self._left -= 1
+        return min(LONGEST_S, share_s)
+
+    def usual_s(self, calls: Sequence[Callable[[], object]]) -> float:
+        """The median time of each of ``calls``, summed up; made in turn as often as there is time for. The first one is
+        made once before. Where they would take too long only the first few are made, and stand for the others. A
+        GPU works on while the processor calls, so there the median time of all in turn."""
+        end = self._clocks.wall() + self._share_s()
         if self.device != "cpu":
-            now, calls = time.perf_counter, [lambda calls=calls: self._finish(calls)]  # type: ignore[misc]
-        taken: list[list[float]] = [[] for _ in calls]
-        end = time.monotonic() + budget_s
-        while len(taken[0]) < 3 or time.monotonic() < end:
-            for call, times in zip(calls, taken, strict=True):
-                began = now()
+            calls = [lambda calls=calls: self._finish(calls)]  # type: ignore[misc]
+        began = self._clocks.wall()
+        calls[0]()
+        once_s = max(self._clocks.wall() - began, 1e-9)
+        some = calls[: max(1, int((end - self._clocks.wall()) / (3 * once_s)))]
+        taken: list[list[float]] = [[] for _ in some]
+        while not taken[0] or (self._clocks.wall() < end and len(taken[0]) < MOST_TIMES):
+            for call, times in zip(some, taken, strict=True):
+                began = self._clocks.work()
                 call()
-                times.append(now() - began)
-        return sum(percentile(times, 0.5) for times in taken)
+                times.append(self._clocks.work() - began)
+        return sum(percentile(times, 0.5) for times in taken) * len(calls) / len(some)
 
     def _finish(self, calls: Sequence[Callable[[], object]]) -> None:
         import torch
@@ -135,11 +173,18 @@ class Probe:
         parts = torch.ones(10, self.sizes.part_nbytes // 4, device=self.device).unbind()
         return 10 * self.sizes.part_nbytes / self.usual_s([part.sum for part in parts])
 
-    def peak(self, dtype: str) -> float:
-        """FLOP/s of a large matrix product."""
-        size = self.sizes.square
-        left, right = self._random(dtype, size, size), self._random(dtype, size, size)
-        return float(2 * size**3 / self.usual_s([lambda: left @ right]))
+    def peak(self, dtype: str) -> tuple[float, int]:
+        """FLOP/s of the product of two square matrices, and their side: the largest of which there is time for ten."""
+        size, wall = LEAST_SQUARE if self.device == "cpu" else self.sizes.square, self._clocks.wall
+        most_s = min(LONGEST_S, (self._end - wall()) / max(1, self._left)) / 10
+        while True:
+            left, right = self._random(dtype, size, size), self._random(dtype, size, size)
+            began = wall()
+            left @ right
+            if size == self.sizes.square or 8 * (wall() - began) > most_s:
+                break
+            size *= 2
+        return float(2 * size**3 / self.usual_s([lambda: left @ right])), size
 
     def overhead_s(self, dtype: str) -> float:
         """Seconds of a layer that has next to nothing to compute."""

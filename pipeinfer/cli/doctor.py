@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.environment import launched
 from pipeinfer.errors import refuse
 
+if TYPE_CHECKING:
+    from launch.mpi import World
+
 SMALL_NBYTES, LARGE_NBYTES = 8, 1 << 22
+SMALL_TRIPS, LARGE_TRIPS, TRIALS = 1000, 50, 3
+"""Most round trips with each rank, and how many tell how many there is time for."""
+LINKS_S = 2.5
+"""For the round trips of one size, with all ranks together."""
 
 
 def add_parser(commands: Any) -> None:
@@ -26,7 +34,8 @@ def add_parser(commands: Any) -> None:
     what.add_argument(
         "--measure",
         action="store_true",
-        help="measure memory, arithmetic and links and write a hardware description (a minute). Links are those "
+        help="measure memory, arithmetic and links and write a hardware description (less than a minute, also on a "
+        "slow machine, which then has fewer and smaller samples). Links are those "
         "between rank 0 and the others: start it with mpirun or srun, one rank a node; otherwise two ranks start here",
     )
     what.add_argument(
@@ -38,6 +47,12 @@ def add_parser(commands: Any) -> None:
         metavar="NAME",
         help="with --measure or --validate: what computes, as torch names it, for instance cuda (default: cpu)",
     )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="with --measure: how long measuring may take, beside starting ranks and measuring links (default: 30)",
+    )
     parser.add_argument("--out", metavar="FILE", help="with --measure: where to write it (default: standard output)")
     parser.add_argument("--target", metavar="DIR", help="with --validate: the model (default: the built-in target)")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
@@ -45,9 +60,13 @@ def add_parser(commands: Any) -> None:
 
 def doctor(args: argparse.Namespace) -> int:
     """Do what ``args`` say."""
-    for name, given, needs in (("--out", args.out, args.measure), ("--target", args.target, args.validate)):
-        if given and not needs:
-            refuse(f"{name} without {'--measure' if name == '--out' else '--validate'}", "say both, or neither")
+    of_measure = {"--out": args.out, "--seconds": args.seconds}
+    for name, given in {**of_measure, "--target": args.target}.items():
+        needed = "--measure" if name in of_measure else "--validate"
+        if given is not None and not (args.measure if name in of_measure else args.validate):
+            refuse(f"{name} without {needed}", "say both, or neither")
+    if args.seconds is not None and not 0 < args.seconds < math.inf:
+        refuse(f"--seconds {args.seconds:g}", "give a number above 0")
     if args.device != "cpu":
         from pipeinfer.bench.passes import check_device
 
@@ -79,7 +98,7 @@ def measure(args: argparse.Namespace) -> int:
 
         return start_again(2, args.argv)
     from pipeinfer.bench.fingerprint import fingerprint
-    from pipeinfer.bench.measure import describe
+    from pipeinfer.bench.measure import SECONDS, describe
     from pipeinfer.doctor import world
     from pipeinfer.files import write_whole
 
@@ -87,16 +106,23 @@ def measure(args: argparse.Namespace) -> int:
         assert not isinstance(here, str), "a launcher means MPI"
         if here.size < 2:
             refuse("one rank has no link to measure", "start at least two")
-        latency_s, large_s = here.ping(SMALL_NBYTES, 1000), here.ping(LARGE_NBYTES, 50)
+        latency_s, large_s = best_trip_s(here, SMALL_NBYTES, SMALL_TRIPS), best_trip_s(here, LARGE_NBYTES, LARGE_TRIPS)
         if here.is_head:
             link = (latency_s, LARGE_NBYTES / (large_s - latency_s))
-            described = describe(fingerprint({}, "")["cpu"], here.threads, link, args.device)
+            described = describe(fingerprint({}, "")["cpu"], here.threads, link, args.device, args.seconds or SECONDS)
             if args.out:
                 write_whole(args.out, described)
             else:
                 print(described, end="", flush=True)
         here.agree(0)  # so long the other ranks sleep
     return 0
+
+
+def best_trip_s(here: World, nbytes: int, most: int) -> float:
+    """See World.ping: for up to ``most`` round trips with each rank, fewer where they take long. Collective."""
+    trial_s = here.ping(nbytes, TRIALS)
+    trips = LINKS_S / max(2 * trial_s * max(1, here.size - 1), 1e-9) if here.is_head else 0
+    return here.ping(nbytes, here.agree(max(TRIALS, min(most, int(trips)))))
 
 
 def validate(args: argparse.Namespace) -> int:

@@ -1,11 +1,17 @@
-"""Running the command line as a user does: a process of its own, its output and its exit code."""
+"""Running the command line: in a process of its own, as a user does, or in this one, for what ends before anything is
+computed (there a process's start takes most of the time)."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
+
+from pipeinfer.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,3 +24,11 @@ def pipeinfer(
     env = {**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})}
     done = subprocess.run(line, input=stdin, env=env, capture_output=True, timeout=timeout_s, check=False)
     return subprocess.CompletedProcess(line, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def here(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+    """``pipeinfer ARGUMENTS`` in this process."""
+    out, err, given = io.StringIO(), io.StringIO(), io.TextIOWrapper(io.BytesIO(stdin), "utf-8", "surrogateescape")
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "stdin", given):
+        code = main(list(arguments))
+    return subprocess.CompletedProcess(list(arguments), code, out.getvalue(), err.getvalue())

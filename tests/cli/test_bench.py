@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.run import pipeinfer
+from tests.cli.run import here, pipeinfer
 
 SMALL = """
 title = "a small one"
@@ -71,7 +71,7 @@ def test_rows_as_a_table_and_as_json(suite: str, tmp_path: Path) -> None:
     ],
 )
 def test_refusals(arguments: list[str], word: str) -> None:
-    result = pipeinfer("bench", *arguments)
+    result = here("bench", *arguments)
     assert result.returncode == 2
     assert word in result.stderr
     assert len(result.stderr.splitlines()) == 1

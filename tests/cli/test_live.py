@@ -23,7 +23,7 @@ DRAWING = re.compile(r"\x1b7\x1b\[(\d+);1H\x1b\[2K(.*?)\x1b8", re.DOTALL)
 RESERVING = re.compile(r"\r?\n\x1b\[1A\x1b7\x1b\[1;(\d+)r\x1b8")
 GIVING_BACK = re.compile(r"\x1b7\x1b\[r\x1b\[(\d+);1H\x1b\[2K\x1b8")
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
-ARGUMENTS = ["--prompt", "def read_lines(path):\n", "--max-new-tokens", "300", "--ignore-eos", "--policy", "plain"]
+ARGUMENTS = ["--prompt", "def read_lines(path):\n", "--max-new-tokens", "80", "--ignore-eos", "--policy", "plain"]
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def test_the_text_is_not_touched() -> None:
     assert out == plain.stdout
     assert footlines(alone)[0].startswith("━")
     together, _ = watched(stdout_too=True)
-    assert "/300 tokens" in footlines(together)[-1]
+    assert "/80 tokens" in footlines(together)[-1]
     shown = without_footlines(together).replace("\r\n", "\n")
     assert plain.stdout in shown
     assert GIVING_BACK.findall(together) == ["24"]

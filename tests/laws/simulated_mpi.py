@@ -63,7 +63,7 @@ class Request:
 
     def Wait(self, status: Status | None = None) -> None:
         while not self.Test(status):
-            self.library.time.sleep(POLL_S)
+            self.library.time.rest(POLL_S)
 
     def Cancel(self) -> None:
         if not self.is_matched:
@@ -285,7 +285,7 @@ class Bell:
     def wait(self, seconds: float) -> bool:
         if not self._has_rung:
             self._is_waiting = True
-            self._library.time.sleep(seconds)
+            self._library.time.rest(seconds)
             self._is_waiting = False
         has_rung, self._has_rung = self._has_rung, False
         return has_rung

@@ -47,13 +47,15 @@ class VirtualTime:
         """Have ``action`` called then, by whoever is awake; it must not sleep."""
         self._push(when, action, None, 0)
 
-    def sleep(self, seconds: float) -> None:
+    def rest(self, seconds: float) -> None:
         """Let the others run for so long, or until the running program is woken."""
         me = self._running
         assert me is not None, "only programs sleep"
         me.ticket += 1
         self._push(self._now + max(0.0, seconds), None, me, me.ticket)
         self._pass_on(me)
+
+    sleep = rest  # as launch/backoff.py calls it
 
     def wake(self, index: int) -> None:
         """End the sleep of that program, if it sleeps."""

@@ -1,6 +1,7 @@
 """Many engines on one MPI job, and what transformers says to the same requests: what the tests of equal tokens share.
 
 With PIPEINFER_MATRIX=full in the environment they take all prompts, 128 tokens each and every configuration: hours.
+Without, each kind of engine, model and draw has a few.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Suites over real MPI ranks: emulation agrees with the simulator, speculation gains there and never costs, and real
-weights beside transformers give the same tokens."""
+"""Suites over real MPI ranks, and real weights beside transformers. That emulation takes the time that the simulator
+says, and that speculation gains there and never costs, is measured only on request (QUIET); in virtual time always."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,16 @@ from tests.cli.run import pipeinfer
 pytestmark = pytest.mark.slow
 
 EIGHT_STAGES = """
-title = "eight stages of 20 ms"
+title = "eight stages"
 execution = "emulated"
 policies = ["plain", "sync-chain", "continuous"]
-repeats = 2
+repeats = {repeats}
 [[points]]
 stages = 8
 acceptance = [[0.8]]
 draft_time = 0.5
-stage_ms = 20.0
-tokens = 40
+stage_ms = {stage_ms}
+tokens = {tokens}
 """
 NEVER_RIGHT = """
 title = "no guess is right though the draft claims that most are"
@@ -38,26 +39,53 @@ draft_time = 0.5
 stage_ms = 20.0
 tokens = 32
 """
+QUIET = pytest.mark.skipif(
+    os.environ.get("PIPEINFER_MEASURE") != "1",
+    reason="compares measured times, which need a machine of one's own: PIPEINFER_MEASURE=1",
+)
 
 
 def measured(tmp_path: Path, text: str, *arguments: str) -> dict[str, dict[str, Any]]:
     path = tmp_path / "suite.toml"
     path.write_text(text)
-    result = pipeinfer("bench", str(path), "--json", *arguments, timeout_s=110)
+    result = pipeinfer("bench", str(path), "--json", *arguments)
     assert result.returncode == 0, result.stderr
     print(result.stdout)
     return {row["policy"]: row for row in map(json.loads, result.stdout.splitlines())}
 
 
+def test_speculation_gains_and_costs_nothing_where_no_guess_is_right(tmp_path: Path) -> None:
+    gains = measured(tmp_path, EIGHT_STAGES.format(repeats=2, stage_ms=20.0, tokens=40), "--simulate")
+    assert gains["continuous"]["ratio_to_plain"] >= 2.5
+    costs = measured(tmp_path, NEVER_RIGHT, "--simulate")
+    assert costs["continuous"]["ratio_to_plain"] >= 0.97
+    assert costs["continuous"]["ttft_ms"] <= 1.1 * costs["plain"]["ttft_ms"]
+
+
+def test_an_emulated_job_of_eight_stages_says_the_simulator_s_tokens(tmp_path: Path) -> None:
+    suite = EIGHT_STAGES.format(repeats=1, stage_ms=1.0, tokens=16)
+    emulated, simulated = (measured(tmp_path, suite, flag) for flag in ("--emulate", "--simulate"))
+    assert emulated.keys() == simulated.keys()
+    for policy, row in emulated.items():
+        told = simulated[policy]
+        assert (row["execution"], told["execution"]) == ("emulated", "simulated")
+        for key in ("tokens_digest", "stages", "ranks"):
+            assert row[key] == told[key], policy
+        assert row["tokens_per_s"]["n"] == 1
+    assert emulated["plain"]["messages_per_token"] == pytest.approx(simulated["plain"]["messages_per_token"], rel=0.3)
+
+
+@QUIET
 def test_emulation_agrees_with_the_simulator_and_speculation_gains(tmp_path: Path) -> None:
-    emulated, simulated = (measured(tmp_path, EIGHT_STAGES, flag) for flag in ("--emulate", "--simulate"))
+    suite = EIGHT_STAGES.format(repeats=2, stage_ms=20.0, tokens=40)
+    emulated, simulated = (measured(tmp_path, suite, flag) for flag in ("--emulate", "--simulate"))
     assert emulated["continuous"]["ratio_to_plain"] >= 2.5
     for policy, row in emulated.items():
         ratio = row["tokens_per_s"]["median"] / simulated[policy]["tokens_per_s"]["median"]
         assert 0.85 < ratio < 1.1, f"{policy}: {ratio:.3f} of the simulator"
-    assert emulated["plain"]["messages_per_token"] == pytest.approx(simulated["plain"]["messages_per_token"], rel=0.3)
 
 
+@QUIET
 def test_with_no_guess_right_it_is_as_fast_as_plain_decoding(tmp_path: Path) -> None:
     found = measured(tmp_path, NEVER_RIGHT)
     assert found["continuous"]["ratio_to_plain"] >= 0.97
@@ -67,7 +95,7 @@ def test_with_no_guess_right_it_is_as_fast_as_plain_decoding(tmp_path: Path) -> 
 def test_real_weights_beside_transformers(tmp_path: Path) -> None:
     arguments = ["--ranks", "3", "--repeats", "1", "--prompts", "2", "--tokens", "24"]
     names = "hf,plain,continuous,hf-assisted"
-    result = pipeinfer("bench", "real-builtin", "--json", *arguments, "--policies", names, timeout_s=110)
+    result = pipeinfer("bench", "real-builtin", "--json", *arguments, "--policies", names)
     assert result.returncode == 0, result.stderr
     rows = {row["policy"]: row for row in map(json.loads, result.stdout.splitlines())}
     assert list(rows) == names.split(",")

@@ -18,6 +18,7 @@ from pipeinfer.cast import Cast
 from pipeinfer.ports import Compute, Computed, Event, Stalled
 from pipeinfer.replay import Retold, retell
 from pipeinfer.trace import Trace
+from tests.mpi.matrix import FULL
 from tests.mpi.test_programs import PROMPT, ROOT, environment, under_mpiexec
 
 pytestmark = pytest.mark.slow
@@ -39,7 +40,10 @@ def events(path: Path) -> list[type[Event]]:
     return [type(step.event) for step in Trace(path).steps()]
 
 
-@pytest.mark.parametrize("policy", ["continuous", "plain", "pipeinfer.toml", "sync-tree.toml"])
+POLICIES = ["continuous", "pipeinfer.toml", *(["plain", "sync-tree.toml"] if FULL else [])]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_four_ranks_replay_to_the_same_commands(policy: str, tmp_path: Path) -> None:
     name = str(BASELINES / policy) if policy.endswith(".toml") else policy
     with Engine(ranks=4, policy=name, timeout_s=300.0, trace=tmp_path / "run") as engine:

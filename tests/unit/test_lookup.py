@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import random
-import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from speculation.lookup import CANDIDATES, CLAIMS, EVIDENCE, LONGEST_MATCH, RANKS, Guess, Lookup, rank_of
+from tests.unit.effort import lines_of
 
 TEXTS = st.lists(st.integers(0, 2), max_size=40)
 
@@ -183,20 +183,10 @@ def test_memory_is_bounded_as_promised() -> None:
     assert used < 4096 * (3 * 24 + 1.25 * 16)
 
 
-def best_us(action: Callable[[], object], repeats: int = 50) -> float:
-    """Best of several, because machines have neighbours."""
-    best = math.inf
-    for _ in range(repeats):
-        began = time.perf_counter()
-        action()
-        best = min(best, time.perf_counter() - began)
-    return 1e6 * best
-
-
 @pytest.mark.parametrize("alphabet", [1, 3, 1000])
-def test_it_is_quick_on_any_text(alphabet: int) -> None:
+def test_it_is_little_work_on_any_text(alphabet: int) -> None:
     draws = random.Random(0)
     text = [draws.randrange(alphabet) for _ in range(8000)]
     made = lookup(text, most_tokens=8192)
-    assert best_us(lambda: made.propose(8)) < 50
-    assert best_us(lambda: made.extend(text[:10])) < 50
+    assert lines_of(lambda: made.propose(8)) < 600
+    assert lines_of(lambda: made.extend(text[:10])) < 300
