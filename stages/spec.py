@@ -112,7 +112,7 @@ class ModelSpec:
             kv_head_count=kv_head_count,
             head_dim=head_dim,
             context=context,
-            norm_eps=fields.number("rms_norm_eps", 1e-6),
+            norm_eps=fields.number("rms_norm_eps", 1e-6, below=1),
             tied=fields.flag("tie_word_embeddings"),
             qkv_bias=family.qkv_bias or attention_bias,
             output_bias=attention_bias,
@@ -164,12 +164,12 @@ class _Fields:
             self.bad(key, f"a positive integer, not {shown(value)}")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
+    def number(self, key: str, default: float | None = None, below: float = MOST) -> float:
         """A positive number; refused when absent without a default, and when null."""
         if key not in self.content and default is None:
             refuse(f"{self.path}: {self.within}{key} is missing", "add it or export the model again")
         value = self.get(key, default)
-        if type(value) not in (int, float) or not LEAST <= value <= MOST:
+        if type(value) not in (int, float) or not LEAST <= value < below:
             self.bad(key, f"a positive number, not {shown(value)}")
         return float(value)
 

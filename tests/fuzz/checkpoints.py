@@ -83,7 +83,10 @@ def make_sound(work: Path) -> list[Sound]:
 @torch.no_grad()
 def reference(folder: Path) -> torch.Tensor:
     """transformers' natural logarithms of probabilities [tokens, vocabulary] after each token of TEXT."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    auto: Any = transformers.AutoModelForCausalLM
+    model, report = auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    if report["missing_keys"]:  # as by names that wrappers left: transformers makes such tensors up
+        raise ValueError(f"missing {min(report['missing_keys'])}")
     logps: torch.Tensor = model(torch.tensor([TEXT])).logits[0].float().log_softmax(-1)
     return logps
 
