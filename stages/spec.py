@@ -161,7 +161,8 @@ class _Fields:
             refuse(f"{self.path}: {self.within}{key} is missing", "add it or export the model again")
         value = self.get(key, default)
         if type(value) is not int or not 1 <= value <= MOST:
-            self.bad(key, f"a positive integer, not {shown(value)}")
+            most = f" up to {MOST}" if type(value) is int and value > MOST else ""
+            self.bad(key, f"a positive integer{most}, not {shown(value)}")
         return value
 
     def number(self, key: str, default: float | None = None, below: float = MOST) -> float:
@@ -170,7 +171,8 @@ class _Fields:
             refuse(f"{self.path}: {self.within}{key} is missing", "add it or export the model again")
         value = self.get(key, default)
         if type(value) not in (int, float) or not LEAST <= value < below:
-            self.bad(key, f"a positive number, not {shown(value)}")
+            most = f" below {below}" if below < MOST else ""
+            self.bad(key, f"a positive number{most}, not {shown(value)}")
         return float(value)
 
     def optional(self, key: str) -> float | None:

@@ -99,7 +99,7 @@ def damage_json(dice: random.Random, path: Path, more: dict[str, tuple[Any, ...]
             value = _other(dice, old)
         if len(place) == 1 and value is DROP and place[0] not in content:
             continue
-        _set(content, place, copy.deepcopy(value))
+        _set(content, place, value if value is DROP else copy.deepcopy(value))
         said.append(f"{'.'.join(map(str, place))}={'(dropped)' if value is DROP else repr(value)[:60]}")
     path.write_text(written(content))
     return f"{path.name}: {', '.join(said)}"

@@ -132,7 +132,7 @@ def test_dtype(tmp_path: Path, key: str, said: str | None) -> None:
         (LLAMA, {"rope_scaling": {"type": "llama3", "factor": 8}}, "rope_scaling.low_freq_factor is missing"),
         (QWEN3, {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differs by layer type"),
         (LLAMA, {"layer_types": 6}, "layer_types must be a list, not 6"),
-        (LLAMA, {"vocab_size": 10**12}, "vocab_size must be a positive integer, not 1000000000000"),
+        (LLAMA, {"vocab_size": 10**12}, "vocab_size must be a positive integer up to 2147483647, not 1000000000000"),
         (LLAMA, {"rope_theta": 10**400, "rope_parameters": DROP}, "rope_theta must be a positive number, not 1000"),
         (LLAMA, {"eos_token_id": [[1]]}, "eos_token_id must be a token id"),
         (LLAMA, {"hidden_act": ["x"] * 10000}, "hidden_act a list of 10000 is not supported"),
