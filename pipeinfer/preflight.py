@@ -13,7 +13,7 @@ from pipeinfer.text import Text, has_tokenizer, same_tokens
 from pipeinfer.trace import refuse_unwritable
 from speculation.policy import Policy
 from stages.checkpoint import Checkpoint, Weights
-from stages.folder import model_folder, shown
+from stages.folder import model_folder, plain
 from stages.forced import FORCED_TOKENS
 from stages.generic_spec import GenericSpec
 from stages.random_weights import RandomCheckpoint
@@ -89,7 +89,7 @@ def _random_model(directory: Path, context: int) -> Model:
     model_folder(directory)
     if not is_llama_family(directory):
         able = ", ".join(FAMILIES)
-        name = shown(architecture_of(directory))
+        name = plain(architecture_of(directory))
         refuse(f"{directory}: no random weights are made for {name}", f"use one of {able}")
     spec = ModelSpec.read(directory)
     if _is_windowed(spec, context):

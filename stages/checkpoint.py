@@ -213,7 +213,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         refuse_system(path, error)
-    except (SafetensorError, KeyError) as error:  # the file was another one when its header was read
+    except (SafetensorError, KeyError, ValueError) as error:  # the file was another one when its header was read
         refuse(f"{path} cannot be read ({said(error)})", AGAIN)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "alloc" in str(error):  # torch has no name of its own for it

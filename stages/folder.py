@@ -179,10 +179,10 @@ def _explain(folder: Path, foreign: tuple[tuple[str, str, str], ...] = _FOREIGN)
     snapshots = _folders(folder / "snapshots")
     if snapshots:
         refuse(f"{folder} is a hub cache, not a model directory", f"give {_snapshot(folder, snapshots)}")
-    inner = [inside for inside in _folders(folder) if has_file(inside / "config.json")]
+    inner = [inside for inside in _folders(folder) if os.path.isfile(inside / "config.json")]
     if inner:
         names = ", ".join(printable(inside.name, 40) for inside in inner[:3]) + ", ..." * (len(inner) > 3)
-        refuse(f"{folder} holds no model itself, but folders that do: {names}", f"give one, as {inner[0]}")
+        refuse(f"{folder} holds no config.json, but folders that do: {names}", f"give one, as {inner[0]}")
     cached = [inside for inside in _folders(folder) if inside.name.startswith("models--")]
     if cached:
         names = ", ".join(printable(inside.name, 40) for inside in cached[:3]) + ", ..." * (len(cached) > 3)

@@ -163,7 +163,7 @@ def _cells(index: int, layer: nn.Module, entered: Tensor, call: Call, view: View
     except UnsupportedError:
         raise
     except Exception as error:
-        raise UnsupportedError(f"state other than keys and values in layer {index} ({error})") from error
+        raise UnsupportedError(f"state other than keys and values in layer {index} ({said(error)})") from error
     else:
         if not READ & {type(module).__name__ for module in layer.modules()}:
             raise UnsupportedError(f"attention in code of its own in layer {index}, which may add a mask of its own")

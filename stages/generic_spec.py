@@ -174,6 +174,8 @@ def _classes(
     try:
         with quiet():
             config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, local_files_only=True)
+        if config.model_type != kind:  # as of a Mistral with layer_types, which is taken for a Ministral
+            name = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
         model_class = model_class_of(name)
     except Exception as error:  # whatever a damaged config leads to in a class of transformers
         refuse(f"{path} cannot be used ({said(error)})", CORRECT)

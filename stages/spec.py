@@ -97,8 +97,8 @@ class ModelSpec:
         path, content = read_config(directory)
         fields = _Fields(path, content)
         architecture, family = _family(fields)
-        _refuse_foreign(fields)
         layer_count, context = fields.count("num_hidden_layers"), fields.count("max_position_embeddings")
+        _refuse_foreign(fields, layer_count)
         head_count = fields.count("num_attention_heads")
         kv_head_count, head_dim = _heads(fields, family, head_count)
         attention_bias = family.attention_bias and fields.flag("attention_bias")
@@ -112,7 +112,7 @@ class ModelSpec:
             kv_head_count=kv_head_count,
             head_dim=head_dim,
             context=context,
-            norm_eps=fields.number("rms_norm_eps", 1e-6),
+            norm_eps=fields.number("rms_norm_eps", 1e-6, below=1),
             tied=fields.flag("tie_word_embeddings"),
             qkv_bias=family.qkv_bias or attention_bias,
             output_bias=attention_bias,
@@ -161,16 +161,18 @@ class _Fields:
             refuse(f"{self.path}: {self.within}{key} is missing", "add it or export the model again")
         value = self.get(key, default)
         if type(value) is not int or not 1 <= value <= MOST:
-            self.bad(key, f"a positive integer, not {shown(value)}")
+            most = f" up to {MOST}" if type(value) is int and value > MOST else ""
+            self.bad(key, f"a positive integer{most}, not {shown(value)}")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
+    def number(self, key: str, default: float | None = None, below: float = MOST) -> float:
         """A positive number; refused when absent without a default, and when null."""
         if key not in self.content and default is None:
             refuse(f"{self.path}: {self.within}{key} is missing", "add it or export the model again")
         value = self.get(key, default)
-        if type(value) not in (int, float) or not LEAST <= value <= MOST:
-            self.bad(key, f"a positive number, not {shown(value)}")
+        if type(value) not in (int, float) or not LEAST <= value < below:
+            most = f" below {below}" if below < MOST else ""
+            self.bad(key, f"a positive number{most}, not {shown(value)}")
         return float(value)
 
     def optional(self, key: str) -> float | None:
@@ -198,8 +200,11 @@ def _family(fields: _Fields) -> tuple[str, _Family]:
     return name, family
 
 
-def _refuse_foreign(fields: _Fields) -> None:
+def _refuse_foreign(fields: _Fields, layer_count: int) -> None:
     """Refuse what changes the arithmetic in ways the shard does not do."""
+    for key in ("text_config", "vision_config", "audio_config"):
+        if fields.get(key) is not None:
+            refuse(f"{fields.path} is of a multimodal model ({key})", "use a release of its language model alone")
     for key in ("quantization_config", "per_layer_config"):
         if fields.get(key) is not None:
             refuse(f"{fields.path}: {key} is not supported", "use the model's float32, float16 or bfloat16 release")
@@ -213,7 +218,9 @@ def _refuse_foreign(fields: _Fields) -> None:
         fields.bad("layer_types", f"a list, not {shown(types)}")
     foreign = [kind for kind in types or [] if kind not in ("full_attention", "sliding_attention")]
     if foreign:
-        refuse(f"{fields.path}: layer_types names {plain(foreign[0])}", "only full_attention is supported")
+        refuse(f"{fields.path}: layer_types names {plain(foreign[0])}", "only full and sliding attention are supported")
+    if types is not None and len(types) != layer_count:
+        refuse(f"{fields.path}: layer_types names {len(types)} layers, num_hidden_layers {layer_count}", CORRECT)
 
 
 def _heads(fields: _Fields, family: _Family, head_count: int) -> tuple[int, int]:
@@ -241,9 +248,11 @@ def _heads(fields: _Fields, family: _Family, head_count: int) -> tuple[int, int]
 def _window(fields: _Fields, family: _Family, layer_count: int) -> int | None:
     """See ModelSpec. Absent keys mean what they mean to transformers: a window of 4096 from the 28th layer on."""
     windowed = "sliding_attention" in (fields.get("layer_types") or [])
-    if family.model_type == "mistral":
-        windowed = windowed or fields.get("sliding_window", 4096) is not None
-    elif family.model_type != "llama" and fields.flag("use_sliding_window") and fields.get("layer_types") is None:
+    if fields.get("layer_types") is not None:
+        pass  # they decide, for Mistral, too: transformers takes it for Ministral then
+    elif family.model_type == "mistral":
+        windowed = fields.get("sliding_window", 4096) is not None
+    elif family.model_type != "llama" and fields.flag("use_sliding_window"):
         first = fields.get("max_window_layers", 28)
         if type(first) is not int or first < 0:
             fields.bad("max_window_layers", f"a number of layers, not {shown(first)}")

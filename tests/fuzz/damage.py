@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -39,7 +40,8 @@ MORE: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (3.0,), "scale_attn_weights": (False,), "reorder_and_upcast_attn": (True,),
     "scale_attn_by_inverse_layer_idx": (True,), "activation_function": ("relu",), "layer_norm_eps": (0.1,),
     "use_bidirectional_attention": (True,), "output_attentions": (True,), "return_dict": (False,),
-    "use_cache": (False,), "add_cross_attention": (True,), "torch_dtype": ("float16", "nothing"), "dtype": ("bfloat16", "nothing"),
+    "use_cache": (False,), "add_cross_attention": (True,), "torch_dtype": ("float16", "nothing"),
+    "dtype": ("bfloat16", "nothing"),
 }  # fmt: skip
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "eos_token_id", "num_beams")
 Damage = Callable[[random.Random, Path], str]
@@ -97,7 +99,7 @@ def damage_json(dice: random.Random, path: Path, more: dict[str, tuple[Any, ...]
             value = _other(dice, old)
         if len(place) == 1 and value is DROP and place[0] not in content:
             continue
-        _set(content, place, value)
+        _set(content, place, value if value is DROP else copy.deepcopy(value))
         said.append(f"{'.'.join(map(str, place))}={'(dropped)' if value is DROP else repr(value)[:60]}")
     path.write_text(written(content))
     return f"{path.name}: {', '.join(said)}"
@@ -133,7 +135,7 @@ def damage_header(dice: random.Random, path: Path) -> str:
         return f"{path.name}: length {new}"
     header = json.loads(data[8 : 8 + length])
     names = [name for name in header if name != "__metadata__"]
-    one, two = dice.sample(names, 2)
+    one, two = dice.choice(names), dice.choice(names)
     text = None
     how = dice.choice(("type", "shape", "extent", "swap", "same", "twice", "drop", "name", "field", "metadata", "pad"))
     if how == "type":

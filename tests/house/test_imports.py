@@ -11,12 +11,13 @@ from pathlib import Path
 from tests.house.source import PACKAGES, ROOT, imports, module_name, python_files, text, tree
 
 WORDS = {f"pipeinfer.{name}" for name in ("config", "errors", "files", "metrics", "ports", "protocol", "trace")}
-GENERIC = {f"stages.generic{part}" for part in ("", "_cells", "_probe", "_skeleton")}
+GENERIC = {f"stages.generic{part}" for part in ("", "_cells", "_probe", "_skeleton", "_weights")}
 SHARDS = {
     f"stages.{name}"
     for name in ("pair", "llama", "emulated", "checkpoint", "rope", "spec", "choices", "sampling", "generic_spec")
 }
 SHARDS |= GENERIC | {"stages.forced", "stages.random_weights"}
+SHARDS |= {"stages.folder", "stages.names", "stages.safetensors_file", "stages.pickle_file"}
 HEAVY = {"torch", "transformers", "mpi4py"}
 SPEAKS_MPI = {"launch.mpi"}
 EAGER_TORCH = {

@@ -117,7 +117,20 @@ def test_shards_missing_or_cut_short(sharded: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", [b"{", b"[]", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}']
+    "header",
+    [
+        b"{",
+        b"[]",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {}}',
+        b'{"__metadata__": {"a": 1}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [4, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": '
+        b'{"dtype": "U8", "shape": [2], "data_offsets": [2, 4]}}',
+        b"[" * 100_000,
+    ],
+    ids=lambda header: header[:60].decode(),
 )
 def test_damaged_header(single: Path, header: bytes) -> None:
     (single / WHOLE).write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
@@ -146,6 +159,13 @@ def test_tensors_missing_misshapen_or_not_floats(single: Path) -> None:
         check(single)
     change(single / WHOLE, lambda tensors: tensors.update({name: original.to(torch.float16)}))
     check(single)
+
+
+def test_layers_without_end(single: Path) -> None:
+    config = json.loads((single / "config.json").read_text())
+    (single / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    with pytest.raises(CheckpointError, match=r"tensor model\.layers\.2\.\S+ \[64\] is missing"):
+        check(single)
 
 
 def test_a_larger_vocabulary_in_the_config(single: Path) -> None:

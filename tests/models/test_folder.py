@@ -131,7 +131,7 @@ def test_a_folder_of_models_names_them(tmp_path: Path) -> None:
     for name in "abcde":
         config(tmp_path / name)
     said = refusal(tmp_path)
-    assert said == f"{tmp_path} holds no model itself, but folders that do: a, b, c, ...; give one, as {tmp_path}/a"
+    assert said == f"{tmp_path} holds no config.json, but folders that do: a, b, c, ...; give one, as {tmp_path}/a"
 
 
 @pytest.mark.parametrize(

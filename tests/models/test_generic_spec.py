@@ -84,6 +84,11 @@ EDITS: dict[str, tuple[dict[str, Any], str]] = {
     "another head": ({"architectures": ["Phi3ForSequenceClassification"]}, "not a causal language model"),
     "no context": ({"max_position_embeddings": None}, "context|cannot be used"),
     "damaged": ({"hidden_size": "wide"}, "cannot be used|cannot be cut"),
+    "kinds of layers": ({"layer_types": 5}, "layer_types must be a list, not 5"),
+    "layers without end": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, more than such a model"),
+    "one layer more": ({"num_hidden_layers": 7}, r"tensor model\.layers\.6\.\S+ \[.*\] is missing; download"),
+    "wider than memory": ({"hidden_size": 2**31 - 1}, "cannot be used|asks for"),
+    "another vocabulary": ({"vocab_size": 640}, r"has shape \[512, 64\], config\.json asks for \[640, 64\]"),
 }
 
 
@@ -95,6 +100,13 @@ def test_configs_are_refused(case: str, phi3: Path) -> None:
     with pytest.raises(CheckpointError, match=reason) as caught:
         GenericSpec.read(phi3)
     assert "\n" not in str(caught.value)
+
+
+def test_tables_that_no_memory_holds_are_refused(tmp_path: Path) -> None:
+    path = make_model(tmp_path, "codegen") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_positions": 10**9}))
+    with pytest.raises(CheckpointError, match=r"asks for 4\.8e\+10 numbers beside the weights"):
+        GenericSpec.read(tmp_path)
 
 
 def test_directories_are_refused(phi3: Path, tmp_path: Path) -> None:

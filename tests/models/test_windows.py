@@ -24,6 +24,10 @@ WINDOW = 12
 ON: dict[str, Any] = {"use_sliding_window": True, "sliding_window": WINDOW}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", {"sliding_window": WINDOW}),
+    "mistral-types": (
+        "MistralForCausalLM",
+        {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 3},
+    ),
     "qwen2": ("Qwen2ForCausalLM", ON | {"max_window_layers": 1}),
     "qwen2-types": ("Qwen2ForCausalLM", ON | {"layer_types": ["sliding_attention", "full_attention"] * 3}),
     "qwen3": ("Qwen3ForCausalLM", ON | {"max_window_layers": 0}),
