@@ -369,6 +369,8 @@ def render_chat(directory: Path, tokenizer: Any, text: str) -> str:
     path = directory / ("chat_template.jinja" if (directory / "chat_template.jinja").is_file() else CONFIG)
     if not tokenizer.chat_template:
         refuse(f"the tokenizer in {directory} has no chat template", "leave out --chat")
+    if not isinstance(tokenizer.chat_template, str | dict):
+        refuse(f"{path}: the chat template is no template but {tokenizer.chat_template!r:.40}", "leave out --chat")
     turns = [{"role": "user", "content": text}]
     with blaming(f"{path}: the chat template cannot be used", "mend it, or leave out --chat"), quietly():
         return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
