@@ -9,7 +9,16 @@ from pathlib import Path
 from pipeinfer.errors import refuse
 from pipeinfer.text.decoding import Chain, Joined
 from pipeinfer.text.reader import Reader, Source, StopStrings, Streamed, Whole
-from pipeinfer.text.tokenizer import Full, blaming, has_tokenizer, open_full, open_tokenizer, render_chat, same_tokens
+from pipeinfer.text.tokenizer import (
+    Full,
+    blaming,
+    has_tokenizer,
+    open_full,
+    open_tokenizer,
+    refuse_no_template,
+    render_chat,
+    same_tokens,
+)
 
 __all__ = ["Numbers", "Reader", "StopStrings", "Text", "has_tokenizer", "same_tokens"]
 
@@ -38,6 +47,7 @@ class Text:
 
     def encode_chat(self, text: str) -> list[int]:
         """The tokens of one user turn under the tokenizer's chat template, up to where the assistant answers."""
+        refuse_no_template(self._directory)
         mine = self._tokenizer
         full = mine.tokenizer if isinstance(mine, Full) else open_full(self._directory)
         return self._encode(render_chat(self._directory, full, text), is_bare=True)

@@ -364,6 +364,19 @@ def _saying(directory: Path) -> object:
     return said, model.get("model_type"), model.get("tokenizer_class")
 
 
+def refuse_no_template(directory: Path) -> None:
+    """Refuse what certainly has no chat template, without loading anything."""
+    places = (directory / "chat_template.jinja", directory / "additional_chat_templates")
+    try:
+        has_any = any(place.exists() for place in places) or bool(_object(directory / CONFIG).get("chat_template"))
+    except FileNotFoundError:
+        has_any = False
+    except (OSError, ValueError):
+        return
+    if not has_any:
+        refuse(f"the tokenizer in {directory} has no chat template", "leave out --chat")
+
+
 def render_chat(directory: Path, tokenizer: Any, text: str) -> str:
     """The prompt that ``tokenizer``'s chat template makes of one user turn, up to where the assistant answers."""
     path = directory / ("chat_template.jinja" if (directory / "chat_template.jinja").is_file() else CONFIG)

@@ -126,12 +126,14 @@ def test_the_usual_files_are_read_without_transformers(folder: Path) -> None:
         (config(tokenizer_class=7), ["tokenizer_config.json"]),
         (config(tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", None]}), ["code of its own", "ever run"]),
         (lambda folder: (folder / "tokenizer.json").unlink(), ["has no tokenizer"]),
-        (lambda folder: (sentencepiece(folder), (folder / "tokenizer.model").write_bytes(b"\xff")), ["tokenizer.model"]),
+        (lambda folder: (sentencepiece(folder), file("tokenizer.model", "x")(folder)), ["tokenizer.model"]),
         (lambda folder: (merges_alone(folder), (folder / "merges.txt").unlink()), ["merges.txt"]),
         (lambda folder: (merges_alone(folder), config(tokenizer_class=None)(folder)), ["tokenizer_class"]),
-        (lambda folder: (sentencepiece(folder), file("config.json", {"model_type": "gpt2"})(folder)), ["lacks vocab.json"]),
+        (lambda folder: (sentencepiece(folder), file("config.json", {"model_type": "gpt2"})(folder)), ["vocab.json"]),
     ],
-    ids=["damaged", "a-list", "no-object", "side", "class", "code", "none", "model", "no-merges", "no-class", "other-file"],
+    ids=[
+        "damaged", "a-list", "no-object", "side", "class", "code", "none", "model", "no-merges", "no-class", "other",
+    ],
 )  # fmt: skip
 def test_what_cannot_be_loaded_is_one_line_that_names_the_file(folder: Path, edit: Edit, says: list[str]) -> None:
     edit(folder)
