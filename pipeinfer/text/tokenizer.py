@@ -164,10 +164,12 @@ class Full(Plain):
 
     def decode(self, tokens: list[int]) -> str:
         """See Tokenizer."""
-        if not self.is_opaque and not self._is_any_text(tokens):
-            return ""
-        with quietly():
+        if self.is_opaque:
             return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        if not self._is_any_text(tokens):
+            return ""
+        cleans = self.clean_up is not None
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=cleans))
 
     def vocabulary(self) -> dict[str, int]:
         """See Tokenizer."""

@@ -22,7 +22,7 @@ ADDED = [
 PLAIN = ["PreTrainedTokenizerFast", "TokenizersBackend"]
 CLASSES = [
     "LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer", "GemmaTokenizer", "T5Tokenizer",
-    "BertTokenizer", "NoSuch", None,
+    "BertTokenizer", "CodeGenTokenizer", "CTRLTokenizer", "NoSuch", None,
 ]  # fmt: skip
 TYPES = ["llama", "llama", "llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma", "no-such"]
 TEMPLATES: list[Any] = [

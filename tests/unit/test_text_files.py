@@ -112,6 +112,12 @@ def test_tokens_are_those_of_transformers(folder: Path, edits: list[Edit]) -> No
     assert text.vocabulary() == wanted.get_vocab()
 
 
+@pytest.mark.parametrize("kind", [Text, Numbers])
+def test_what_is_no_text_cannot_be_a_prompt(folder: Path, kind: type[Text]) -> None:
+    with pytest.raises(UserError, match=r"no character \('\\udc80'\)"):
+        kind(folder).encode("a\udc80")
+
+
 def test_the_usual_files_are_read_without_transformers(folder: Path) -> None:
     assert type(Text(folder)._tokenizer) is Plain
 
