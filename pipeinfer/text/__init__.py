@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pipeinfer.errors import refuse
 from pipeinfer.text.decoding import Chain, Joined
 from pipeinfer.text.reader import Reader, Source, StopStrings, Streamed, Whole
-from pipeinfer.text.tokenizer import Full, blaming, has_tokenizer, open_full, open_tokenizer, render_chat, same_tokens
+from pipeinfer.text.tokenizer import (
+    Full,
+    blaming,
+    has_tokenizer,
+    open_full,
+    open_tokenizer,
+    refuse_no_template,
+    render_chat,
+    same_tokens,
+)
 
 __all__ = ["Numbers", "Reader", "StopStrings", "Text", "has_tokenizer", "same_tokens"]
 
@@ -38,11 +49,18 @@ class Text:
 
     def encode_chat(self, text: str) -> list[int]:
         """The tokens of one user turn under the tokenizer's chat template, up to where the assistant answers."""
+        _refuse_no_unicode(text)
+        refuse_no_template(self._directory)
+        return self._encode(render_chat(self._directory, self._full, text), is_bare=True)
+
+    @cached_property
+    def _full(self) -> Any:
+        """AutoTokenizer, which alone knows of chats."""
         mine = self._tokenizer
-        full = mine.tokenizer if isinstance(mine, Full) else open_full(self._directory)
-        return self._encode(render_chat(self._directory, full, text), is_bare=True)
+        return mine.tokenizer if isinstance(mine, Full) else open_full(self._directory)
 
     def _encode(self, text: str, is_bare: bool) -> list[int]:
+        _refuse_no_unicode(text)
         with blaming(f"the tokenizer in {self._directory} cannot read the prompt", "give another"):
             return self._tokenizer.encode(text, is_bare)
 
@@ -80,6 +98,13 @@ class Text:
         return Streamed(chain, self._tokenizer.name, prompt, before, stops)
 
 
+def _refuse_no_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        refuse(f"the prompt has what is no character ({error.object[error.start]!a})", "give it in UTF-8")
+
+
 class Numbers(Text):
     """For answers that mean nothing, which are shown as their tokens' numbers. A prompt is read by the tokenizer in
     ``directory``; where there is none, its tokens are its bytes."""
@@ -91,6 +116,7 @@ class Numbers(Text):
 
     def encode(self, text: str) -> list[int]:
         """See Text."""
+        _refuse_no_unicode(text)
         return list(text.encode()) if self._reads_bytes else super().encode(text)
 
     def encode_chat(self, text: str) -> list[int]:

@@ -257,16 +257,18 @@ def _flat(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _of_tokens(part: dict[str, Any]) -> Stage | None:
-    match part["type"]:
-        case "Replace" | "Strip":
+    match part:
+        case {"type": "Replace", "pattern": {"String": pattern}, "content": content} if pattern:
+            return Each(lambda strings: strings[-1].replace(pattern, content))
+        case {"type": "Replace" | "Strip"}:
             return Each(_library(part))
-        case "Metaspace" | "WordPiece":
+        case {"type": "Metaspace" | "WordPiece"}:
             return Each(_library(part), [""])
-        case "BPEDecoder":
+        case {"type": "BPEDecoder"}:
             return LastApart(_library(part))
-        case "CTC":
+        case {"type": "CTC"}:
             return Distinct(_library(part))
-        case "ByteFallback":
+        case {"type": "ByteFallback"}:
             return ByteRuns()
     return None
 

@@ -164,10 +164,12 @@ class Full(Plain):
 
     def decode(self, tokens: list[int]) -> str:
         """See Tokenizer."""
-        if not self.is_opaque and not self._is_any_text(tokens):
-            return ""
-        with quietly():
+        if self.is_opaque:
             return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        if not self._is_any_text(tokens):
+            return ""
+        cleans = self.clean_up is not None
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=cleans))
 
     def vocabulary(self) -> dict[str, int]:
         """See Tokenizer."""
@@ -364,11 +366,26 @@ def _saying(directory: Path) -> object:
     return said, model.get("model_type"), model.get("tokenizer_class")
 
 
+def refuse_no_template(directory: Path) -> None:
+    """Refuse what certainly has no chat template, without loading anything."""
+    places = (directory / "chat_template.jinja", directory / "additional_chat_templates")
+    try:
+        has_any = any(place.exists() for place in places) or bool(_object(directory / CONFIG).get("chat_template"))
+    except FileNotFoundError:
+        has_any = False
+    except (OSError, ValueError):
+        return
+    if not has_any:
+        refuse(f"the tokenizer in {directory} has no chat template", "leave out --chat")
+
+
 def render_chat(directory: Path, tokenizer: Any, text: str) -> str:
     """The prompt that ``tokenizer``'s chat template makes of one user turn, up to where the assistant answers."""
     path = directory / ("chat_template.jinja" if (directory / "chat_template.jinja").is_file() else CONFIG)
     if not tokenizer.chat_template:
         refuse(f"the tokenizer in {directory} has no chat template", "leave out --chat")
+    if not isinstance(tokenizer.chat_template, str | dict):
+        refuse(f"{path}: the chat template is no template but {tokenizer.chat_template!r:.40}", "leave out --chat")
     turns = [{"role": "user", "content": text}]
     with blaming(f"{path}: the chat template cannot be used", "mend it, or leave out --chat"), quietly():
         return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))

@@ -9,17 +9,24 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from tests.fuzz.sentencepiece_model import write_model
+
 LETTERS = "abhelot .?!,'nsmvérw☃\n"
-WORDS = ["he", "hello", "ll", "lo", "n't", "'s", " '", "☃", "é", "tool", "the", ".", "?", "  ", " ", "a", "l", "\n\n", "do not"]
-ADDED = ["<s>", "</s>", "<|im_end|>", "<0x41>", "he", " x", "é", "▁tool", "n't", " .", "[UNK]", "##s", "a</w>", "☃☃", "Ā"]
+WORDS = [
+    "he", "hello", "ll", "lo", "n't", "'s", " '", "☃", "é", "tool", "the", ".", "?", "  ", " ", "a", "l", "\n\n",
+    "do not", " n", "'t", "'", "'ve",
+]  # fmt: skip
+ADDED = [
+    "<s>", "</s>", "<|im_end|>", "<0x41>", "he", " x", "é", "▁tool", "n't", " .", "[UNK]", "##s", "a</w>", "☃☃", "Ā",
+]  # fmt: skip
 PLAIN = ["PreTrainedTokenizerFast", "TokenizersBackend"]
 CLASSES = [
     "LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer", "GemmaTokenizer", "T5Tokenizer",
-    "BertTokenizer", "NoSuch", None,
+    "BertTokenizer", "CodeGenTokenizer", "CTRLTokenizer", "NoSuch", None,
 ]  # fmt: skip
 TYPES = ["llama", "llama", "llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma", "no-such"]
 TEMPLATES: list[Any] = [
-    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}he{% endif %}",
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}{{ 'he' if add_generation_prompt }}",
     "{{ bos_token }}{{ messages[0]['content'] | trim }}{{ eos_token }}",
     "{{ raise_exception('a system message\nis needed first') }}",
     "{% for m in messages %}{{ m.content }",
@@ -68,7 +75,8 @@ def byte_fallback(dice: random.Random) -> Tokenizer:
     names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *LETTERS.replace(" ", ""), "▁he", "▁t", "llo"]
     vocabulary = {name: n for n, name in enumerate(dict.fromkeys(names))}
     merges = _merges(dice, vocabulary, dice.randint(0, 40))
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    model = models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(parts[: dice.choice([3, 4, 4])])
@@ -78,7 +86,8 @@ def byte_fallback(dice: random.Random) -> Tokenizer:
 def unigram(dice: random.Random) -> Tokenizer:
     """As T5 and XGLM."""
     has_bytes = dice.random() < 0.5
-    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256) if has_bytes), "▁", *LETTERS, *(f"▁{word}" for word in WORDS)]
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256) if has_bytes), "▁", *LETTERS]
+    names += [f"▁{word}" for word in WORDS]
     pieces = [(name, -dice.random() * 9) for name in dict.fromkeys(names)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=has_bytes))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=dice.choice(["always", "never", "first"]))
@@ -105,8 +114,9 @@ def word_piece(dice: random.Random) -> Tokenizer:
 
 def _decoder(dice: random.Random) -> Any:
     """One part of a decoder."""
+    pattern, content = dice.choice(["▁", "l", " .", "☃", Regex("l+"), Regex("^h")]), dice.choice([" ", "", "xy", "l"])
     return dice.choice([
-        lambda: decoders.Replace(dice.choice(["▁", "l", " .", "☃", Regex("l+"), Regex("^h")]), dice.choice([" ", "", "xy", "l"])),
+        lambda: decoders.Replace(pattern, content),
         decoders.ByteFallback,
         decoders.Fuse,
         lambda: decoders.Strip(dice.choice([" ", "l", "▁"]), dice.randint(0, 2), dice.randint(0, 2)),
@@ -121,7 +131,9 @@ def _decoder(dice: random.Random) -> Any:
 def _vary(dice: random.Random, tokenizer: Tokenizer) -> None:
     """Change any part of a tokenizer now and then."""
     if dice.random() < 0.4:
-        parts = [_decoder(dice) for _ in range(dice.randint(0, 4))]
+        parts = [_decoder(dice) for _ in range(dice.randint(0, 3))]
+        if dice.random() < 0.4:
+            parts.insert(0, decoders.Fuse())
         tokenizer.decoder = None if not parts else parts[0] if len(parts) == 1 else decoders.Sequence(parts)
     if dice.random() < 0.2:
         tokenizer.normalizer = dice.choice([
@@ -152,7 +164,7 @@ def _vary(dice: random.Random, tokenizer: Tokenizer) -> None:
 
 def _config(dice: random.Random, tokenizer: Tokenizer) -> dict[str, Any]:
     """tokenizer_config.json: half of the time what agrees with the tokenizer, else more or other."""
-    added = tokenizer.get_added_tokens_decoder()
+    added = dict(sorted(tokenizer.get_added_tokens_decoder().items()))
     special = [token.content for token in added.values() if token.special]
     entries = {str(number): token.__getstate__() for number, token in added.items()}
     config: dict[str, Any] = {"tokenizer_class": dice.choice(PLAIN), "model_max_length": 64}
@@ -160,7 +172,7 @@ def _config(dice: random.Random, tokenizer: Tokenizer) -> dict[str, Any]:
         config[name] = dice.choice(special) if special else None
     if dice.random() < 0.3:
         config["added_tokens_decoder"] = entries
-    _add(dice, config, 0.2, {"chat_template": TEMPLATES, "clean_up_tokenization_spaces": [True, False]})
+    _add(dice, config, 0.3, {"chat_template": TEMPLATES, "clean_up_tokenization_spaces": [True, True, False]})
     if dice.random() < 0.5:
         return config
     if dice.random() < 0.5:
@@ -178,7 +190,7 @@ def _config(dice: random.Random, tokenizer: Tokenizer) -> dict[str, Any]:
         "extra_special_tokens": [special, {"image_token": "<image>"}],
     }
     flags = ("add_bos_token", "add_eos_token", "split_special_tokens", "legacy", "add_prefix_space")
-    _add(dice, config, 0.15, more | dict.fromkeys(flags, [True, False]))
+    _add(dice, config, 0.15, more | {name: [True, False] for name in flags})
     wrong = {"padding_side": ["middle"], "tokenizer_class": [7], "added_tokens_decoder": [{"0": "x"}], "eos_token": [3]}
     _add(dice, config, 0.02, wrong | {"extra_special_tokens": ["x"], "chat_template": [7, [7]]})
     return config
@@ -211,7 +223,8 @@ def make_folder(dice: random.Random, folder: Path) -> None:
     if dice.random() < 0.1:
         files["added_tokens.json"] = {"<|im_start|>": tokenizer.get_vocab_size()}
     if dice.random() < 0.1:
-        files["special_tokens_map.json"] = {"eos_token": dice.choice(ADDED), "bos_token": {"content": "<s>", "lstrip": True}}
+        begin = {"content": "<s>", "lstrip": True}
+        files["special_tokens_map.json"] = {"eos_token": dice.choice(ADDED), "bos_token": begin}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     template = dice.choice(TEMPLATES)
@@ -221,8 +234,6 @@ def make_folder(dice: random.Random, folder: Path) -> None:
         (folder / "tokenizer.json").unlink()
         tokenizer.model.save(str(folder))
     elif dice.random() < 0.08:
-        from tests.fuzz.sentencepiece_model import write_model
-
         (folder / "tokenizer.json").unlink()
         write_model(dice, folder / "tokenizer.model")
     if dice.random() < 0.12:

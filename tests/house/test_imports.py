@@ -27,7 +27,7 @@ EAGER_TORCH = {
     "stages.choices",
     "stages.sampling",
 } | GENERIC  # what computes; whoever loads it imports it late
-LATE_TORCH = re.compile(r"(launch|stages|pipeinfer\.bench)\.|pipeinfer\.(engine|text\.tokenizer)$")  # may load it inside functions
+LATE_TORCH = re.compile(r"(launch|stages|pipeinfer\.(bench|text))\.|pipeinfer\.engine$")  # may load it inside functions
 
 
 def top(name: str) -> str:

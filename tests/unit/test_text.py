@@ -8,39 +8,54 @@ from hypothesis import strategies as st
 
 from pipeinfer.config import BUILTIN, model_directory
 from pipeinfer.errors import CheckpointError
-from pipeinfer.text import StopStrings, Text, vocabulary
+from pipeinfer.text import StopStrings, Text
 
 TEXT = Text(model_directory(BUILTIN, "target"))
 
 
-@given(st.text(max_size=60), st.lists(st.integers(1, 5), min_size=1))
-def test_streaming_gives_the_whole_text(text: str, groups: list[int]) -> None:
-    tokens = TEXT.encode(text)
-    stream, shown, index = TEXT.stream(), "", 0
+def read(
+    tokens: list[int], stops: list[str], groups: list[int], prompt: list[int] | None = None
+) -> tuple[int, list[str], bool]:
+    """How many tokens were taken, the pieces shown, and whether a stop string ended them."""
+    reader, pieces, taken, index = TEXT.reader(frozenset(), stops, prompt or []), list[str](), 0, 0
     while tokens:
         size = groups[index % len(groups)]
-        piece, tokens, index = tokens[:size], tokens[size:], index + 1
-        shown += stream.push(piece)
-    assert shown + stream.close() == text
+        count, piece = reader.read(tokens[:size])
+        taken, tokens, index = taken + count, tokens[size:], index + 1
+        pieces.append(piece)
+    pieces.append(reader.close())
+    assert "".join(pieces) == reader.shown
+    return taken, pieces, reader.is_stopped
 
 
-@given(st.lists(st.integers(0, 2047), max_size=40))
-def test_any_tokens_stream_to_what_they_decode_to(tokens: list[int]) -> None:
-    stream = TEXT.stream()
-    shown = "".join(stream.push([token]) for token in tokens)
-    assert shown + stream.close() == TEXT.decode(tokens)
+GROUPS = st.lists(st.integers(1, 5), min_size=1)
+
+
+@given(st.text(max_size=60), GROUPS)
+def test_streaming_gives_the_whole_text(text: str, groups: list[int]) -> None:
+    assert "".join(read(TEXT.encode(text), [], groups)[1]) == text
+
+
+@given(st.lists(st.integers(0, 2047), max_size=40), GROUPS)
+def test_any_tokens_stream_to_what_they_decode_to(tokens: list[int], groups: list[int]) -> None:
+    assert "".join(read(tokens, [], groups)[1]) == TEXT.decode(tokens)
 
 
 def test_half_a_character_is_held_back() -> None:
     halves = TEXT.encode("\N{SNOWMAN}")
     assert len(halves) > 1
-    stream = TEXT.stream()
-    assert [stream.push([half]) for half in halves[:-1]] == [""] * (len(halves) - 1)
-    assert stream.push(halves[-1:]) == "\N{SNOWMAN}"
+    _, pieces, _ = read(halves, [], [1])
+    assert pieces == [""] * (len(halves) - 1) + ["\N{SNOWMAN}", ""]
+
+
+def test_an_answer_may_begin_within_a_character() -> None:
+    *first, last = TEXT.encode("a\N{SNOWMAN}")
+    assert TEXT.decode(first).endswith("\N{REPLACEMENT CHARACTER}")
+    assert read([last], [], [1], first) == (1, ["\N{SNOWMAN}", ""], False)
 
 
 def test_both_built_in_models_have_one_vocabulary() -> None:
-    target, draft = (vocabulary(model_directory(BUILTIN, part)) for part in ("target", "draft"))
+    target, draft = (Text(model_directory(BUILTIN, part)).vocabulary() for part in ("target", "draft"))
     assert target == draft
     assert len(target) == 2048
 
@@ -56,33 +71,20 @@ def test_no_tokenizer_is_a_clear_error(tmp_path) -> None:  # type: ignore[no-unt
 def first_stop(tokens: list[int], stops: list[str]) -> tuple[int, str, bool]:
     """What must come out, by the definition: the first token after which the text that is whole has a stop string in
     it, and the text before that string."""
-    stream, text = TEXT.stream(), ""
+    reader, text = TEXT.reader(frozenset(), []), ""
     for count, token in enumerate(tokens, 1):
-        text += stream.push([token])
+        text += reader.read([token])[1]
         if places := [text.find(stop) for stop in stops if stop in text]:
             return count, text[: min(places)], True
-    text += stream.close()
+    text += reader.close()
     places = [text.find(stop) for stop in stops if stop in text]
     return len(tokens), text[: min(places)] if places else text, bool(places)
-
-
-def read(tokens: list[int], stops: list[str], groups: list[int]) -> tuple[int, list[str], bool]:
-    """How many tokens were taken, the pieces shown, and whether a stop string ended them."""
-    reader, pieces, taken, index = TEXT.reader(frozenset(), stops), list[str](), 0, 0
-    while tokens:
-        size = groups[index % len(groups)]
-        count, piece = reader.read(tokens[:size])
-        taken, tokens, index = taken + count, tokens[size:], index + 1
-        pieces.append(piece)
-    pieces.append(reader.close())
-    assert "".join(pieces) == reader.shown
-    return taken, pieces, reader.is_stopped
 
 
 FEW = st.text("abcé\N{SNOWMAN}\n ", min_size=1, max_size=4)
 
 
-@given(st.text("abcé\N{SNOWMAN}\n ", max_size=40), st.lists(FEW, max_size=3), st.lists(st.integers(1, 5), min_size=1))
+@given(st.text("abcé\N{SNOWMAN}\n ", max_size=40), st.lists(FEW, max_size=3), GROUPS)
 def test_a_stop_string_ends_the_text_however_tokens_arrive(text: str, stops: list[str], groups: list[int]) -> None:
     tokens = TEXT.encode(text)
     count, shown, is_stopped = first_stop(tokens, stops)
