@@ -43,7 +43,8 @@ def say(error: BaseException, rank: int | None = None) -> None:
             write(f"pipeinfer: {error}")
     elif isinstance(error, KeyboardInterrupt | Terminated | SystemExit):
         if rank is not None and not isinstance(error, SystemExit):
-            time.sleep(SIGNALLED_S + 0.5 * (rank > 0))
+            launch = launched()
+            time.sleep(SIGNALLED_S if launch is not None and launch.leads else SIGNALLED_S + 0.5)
         if where:
             write(f"pipeinfer: {where} {_asked(error)}, and the job with it")
     else:
