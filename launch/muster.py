@@ -1,4 +1,4 @@
-"""The muster: while ranks check and load, each tells two of them that it makes progress; who makes none is named.
+"""The muster: while ranks check and load, each tells another that it makes progress; who makes none is named.
 
 Ranks of a job that MPI has joined wait for each other: for the head's verdict, then until all have loaded. A rank that
 is stopped, swapped out or waits for a dead disk would keep all of them for ever. So every rank sends a pulse twice a
@@ -39,7 +39,8 @@ class Muster:
     ) -> None:
         self._comm, self._may_beat, self._fail = comm, may_beat, fail
         rank, size = comm.Get_rank(), comm.Get_size()
-        self._leaders = [leader for leader in (0, 1) if leader != rank and leader < size]
+        # Only who watches this rank: what nobody hears may reach the next communicator, which MPICH numbers alike.
+        self._leaders = [0] if rank else [1][: size - 1]
         self._watch = Watch(timeout_s)
         now = time.monotonic()
         for other in {0: range(1, size), 1: range(1)}.get(rank, range(0)):
