@@ -139,7 +139,8 @@ def test_the_usual_files_are_read_without_transformers(folder: Path) -> None:
         (lambda folder: (sentencepiece(folder), file("config.json", {"model_type": "gpt2"})(folder)), ["vocab.json"]),
     ],
     ids=[
-        "damaged", "a-list", "no-object", "deep", "side", "class", "code", "none", "model", "no-merges", "no-class", "other",
+        "damaged", "a-list", "no-object", "deep", "side", "class", "code", "none", "model", "no-merges", "no-class",
+        "other",
     ],
 )  # fmt: skip
 def test_what_cannot_be_loaded_is_one_line_that_names_the_file(folder: Path, edit: Edit, says: list[str]) -> None:
