@@ -26,7 +26,6 @@ import numpy.typing as npt
 
 from pipeinfer.errors import LocalProtocolError
 from pipeinfer.ports import GREEDY, Batch, Choice, Draw, Sampling
-from pipeinfer.protocol import fault_layer, fault_token
 
 Words = npt.NDArray[np.uint64]
 DRAFT_RESTS = 16
@@ -241,7 +240,7 @@ def plain_answer(
     emitted = list[int]()
     for token, _ in _plain(spec, prompt, count, sampling):
         if token < 0:
-            return emitted, fault_layer(token)
+            return emitted, -1 - token
         emitted.append(token)
         if token in stop_tokens:
             break
@@ -264,7 +263,7 @@ def _plain(
     spec: EmulatedSpec, prompt: Sequence[int], count: int, sampling: Sampling
 ) -> Generator[tuple[int, Words], None, None]:
     """The target's next ``count`` tokens, each with the activations that it was chosen from; where they are not finite,
-    the layer as ``fault_token`` has it, and no more."""
+    -1 minus the layer instead of a token, and no more."""
     shard = EmulatedShard(spec, range(spec.layers), len(prompt) + count)
     tokens = list(prompt)
     for position in range(len(prompt) + count - 1):
@@ -277,7 +276,7 @@ def _plain(
             draw = None if sampling == GREEDY else Draw(sampling, here + 1, (np.unique(tokens),))
             choices = shard.choose(hidden, (0,), 1, draw)
         if shard.faults:
-            yield fault_token(shard.faults[0]), hidden
+            yield -1 - shard.faults[0], hidden
             return
         for ((token, _),) in choices:
             tokens.append(token)
