@@ -7,7 +7,8 @@
     times      ways differ from message to message, and some between two ranks are all far longer
     sizes      a message of more than ``eager_nbytes`` is sent only when its receive is there
 
-Misuse raises MpiMisuse: too small a buffer, a communicator freed before its requests are over.
+Misuse raises MpiMisuse: too small a buffer, a communicator freed before its requests are over or all its
+messages received.
 """
 
 from __future__ import annotations
@@ -205,6 +206,9 @@ class Communicator:
     def Free(self) -> None:
         if waiting := sum(not request.is_done for request in self._box.open):
             raise MpiMisuse(f"rank {self._rank} frees a communicator in which {waiting} of its requests are open")
+        if self._box.unexpected:
+            left = len(self._box.unexpected)
+            raise MpiMisuse(f"rank {self._rank} frees a communicator and leaves {left} messages there")
 
     def _open(self, data: memoryview, source: int = -1) -> Request:
         request = Request(self._library, self._members[self._rank], data, source, len(data))
