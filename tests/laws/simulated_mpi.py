@@ -85,6 +85,7 @@ class _Box:
 
     posted: deque[Request] = field(default_factory=deque)
     unexpected: deque[_Sent] = field(default_factory=deque)
+    is_freed: bool = False
     open: list[Request] = field(default_factory=list)  # of either kind, for the check at the end
 
 
@@ -142,6 +143,8 @@ class Library:
         self.time.at(when, action)
 
     def arrive(self, box: _Box, sent: _Sent) -> None:
+        if box.is_freed:
+            raise MpiMisuse(f"a message of rank {sent.source} comes to a communicator that is freed")
         for request in box.posted:
             if request.source in (NAMES.ANY_SOURCE, sent.source):
                 box.posted.remove(request)
@@ -209,6 +212,7 @@ class Communicator:
         if self._box.unexpected:
             left = len(self._box.unexpected)
             raise MpiMisuse(f"rank {self._rank} frees a communicator and leaves {left} messages there")
+        self._box.is_freed = True
 
     def _open(self, data: memoryview, source: int = -1) -> Request:
         request = Request(self._library, self._members[self._rank], data, source, len(data))
