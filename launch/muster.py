@@ -39,7 +39,7 @@ class Muster:
     ) -> None:
         self._comm, self._may_beat, self._fail = comm, may_beat, fail
         rank, size = comm.Get_rank(), comm.Get_size()
-        # Only who watches this rank hears it: what nobody receives would turn up in the next communicator of that number.
+        # Only who watches it hears it: what nobody receives would turn up in the next communicator of that number.
         self._leaders = [leader for leader in ([0] if rank else [1]) if leader < size]
         self._watch = Watch(timeout_s)
         now = time.monotonic()
