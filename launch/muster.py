@@ -39,8 +39,8 @@ class Muster:
     ) -> None:
         self._comm, self._may_beat, self._fail = comm, may_beat, fail
         rank, size = comm.Get_rank(), comm.Get_size()
-        # Only who watches this rank: what nobody hears may reach the next communicator, which MPICH numbers alike.
-        self._leaders = [0] if rank else [1][: size - 1]
+        # Only who watches it hears it: what nobody receives would turn up in the next communicator of that number.
+        self._leaders = [leader for leader in ([0] if rank else [1]) if leader < size]
         self._watch = Watch(timeout_s)
         now = time.monotonic()
         for other in {0: range(1, size), 1: range(1)}.get(rank, range(0)):
@@ -57,7 +57,8 @@ class Muster:
 
     def _beat(self) -> None:
         try:
-            self._poll(progress())
+            # Who checks may wait for a person's words, as long as that takes: that it is there is enough.
+            self._poll(progress() if self._doing == "loading" else self._count())
         except StallError as error:
             self._fail(error)
 
@@ -65,8 +66,11 @@ class Muster:
         """Beat for a main thread that waits, and hear the others. Raises StallError, which names who makes no
         progress."""
         self._doing = "waiting"
+        self._poll(self._count())
+
+    def _count(self) -> int:
         self._beats += 1
-        self._poll(self._beats)
+        return self._beats
 
     def _poll(self, moved: int) -> None:
         now = time.monotonic()

@@ -7,7 +7,8 @@
     times      ways differ from message to message, and some between two ranks are all far longer
     sizes      a message of more than ``eager_nbytes`` is sent only when its receive is there
 
-Misuse raises MpiMisuse: too small a buffer, a communicator freed before its requests are over.
+Misuse raises MpiMisuse: too small a buffer, a communicator freed before its requests are over or all its
+messages received.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class _Box:
 
     posted: deque[Request] = field(default_factory=deque)
     unexpected: deque[_Sent] = field(default_factory=deque)
+    is_freed: bool = False
     open: list[Request] = field(default_factory=list)  # of either kind, for the check at the end
 
 
@@ -141,6 +143,8 @@ class Library:
         self.time.at(when, action)
 
     def arrive(self, box: _Box, sent: _Sent) -> None:
+        if box.is_freed:
+            raise MpiMisuse(f"a message of rank {sent.source} comes to a communicator that is freed")
         for request in box.posted:
             if request.source in (NAMES.ANY_SOURCE, sent.source):
                 box.posted.remove(request)
@@ -205,6 +209,10 @@ class Communicator:
     def Free(self) -> None:
         if waiting := sum(not request.is_done for request in self._box.open):
             raise MpiMisuse(f"rank {self._rank} frees a communicator in which {waiting} of its requests are open")
+        if self._box.unexpected:
+            left = len(self._box.unexpected)
+            raise MpiMisuse(f"rank {self._rank} frees a communicator and leaves {left} messages there")
+        self._box.is_freed = True
 
     def _open(self, data: memoryview, source: int = -1) -> Request:
         request = Request(self._library, self._members[self._rank], data, source, len(data))

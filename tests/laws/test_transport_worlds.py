@@ -19,7 +19,7 @@ from launch.transport import MpiTransport
 from pipeinfer.errors import PipeinferError, StallError
 from pipeinfer.sim.chronicle import LawBroken
 from tests.laws.hunt import wrap
-from tests.laws.simulated_mpi import NAMES, Library, MpiMisuse
+from tests.laws.simulated_mpi import NAMES, Bell, Library, MpiMisuse
 from tests.laws.transport_worlds import check_driven_world, random_traffic
 from tests.laws.virtual_time import VirtualTime
 
@@ -60,6 +60,25 @@ def test_there_are_more_tensors_than_buffers() -> None:
 def test_a_seed_is_a_world() -> None:
     first, second = (check_driven_world(3) for _ in range(2))
     assert [answer.tally for answer in first.answers] == [answer.tally for answer in second.answers]
+
+
+@pytest.mark.parametrize(("hosts", "most"), [((0, 0), 60), ((0, 1), 11_000)], ids=["one host", "two hosts"])
+def test_a_quiet_transport_looks_up_rarely(hosts: tuple[int, ...], most: int) -> None:
+    """How often each of two ranks wakes in a second: where both hear the bell hardly ever, else each 100 us."""
+    time, bells, woken = VirtualTime(), dict[bytes, Bell](), [0, 0]
+    library = Library(time, random.Random(1), hosts)
+
+    def wait(rank: int) -> None:
+        quiet = MpiTransport(library.world(rank), bytes, bytes, 1, NAMES, Bell(library, rank, bells), time)
+        until = time.monotonic() + 1.0
+        while time.monotonic() < until:
+            assert not quiet.poll()
+            quiet.wait(50e-3)
+            woken[rank] += 1
+        quiet.close()
+
+    time.run([lambda: wait(0), lambda: wait(1)])
+    assert max(woken) < most
 
 
 def one_staging_buffer(patch: pytest.MonkeyPatch) -> None:
