@@ -179,6 +179,10 @@ def _classes(
         model_class = model_class_of(name)
     except Exception as error:  # whatever a damaged config leads to in a class of transformers
         refuse(f"{path} cannot be used ({said(error)})", CORRECT)
+    for key in ("sliding_window", "attention_chunk_size"):  # one that hides every token decodes noise
+        window = getattr(config, key, None)
+        if window is not None and (type(window) is not int or window < 1):
+            refuse(f"{path}: {key} must be a positive integer, not {shown(window)}", CORRECT)
     config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     if getattr(model_class, "_is_stateful", False):
         refuse(f"{path}: {name} has recurrent layers, whose state is not keys and values", USE_ANOTHER)

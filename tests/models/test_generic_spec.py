@@ -84,6 +84,7 @@ EDITS: dict[str, tuple[dict[str, Any], str]] = {
     "another head": ({"architectures": ["Phi3ForSequenceClassification"]}, "not a causal language model"),
     "no context": ({"max_position_embeddings": None}, "context|cannot be used"),
     "damaged": ({"hidden_size": "wide"}, "cannot be used|cannot be cut"),
+    "a window of nothing": ({"sliding_window": -1}, "sliding_window must be a positive integer, not -1"),
     "kinds of layers": ({"layer_types": 5}, "layer_types must be a list, not 5"),
     "layers without end": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, more than such a model"),
     "one layer more": ({"num_hidden_layers": 7}, r"tensor model\.layers\.6\.\S+ \[.*\] is missing; download"),
