@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.environment import launched, refuse_singletons
 from pipeinfer.answer import Completion, Handle, HeadJob
-from pipeinfer.config import BUILTIN, Config, draft_names
+from pipeinfer.config import BUILTIN, Config, ModelName, draft_names, model_name
 from pipeinfer.errors import UserError, exit_code, refuse
 from pipeinfer.generation import Generation, model_sampling
 from pipeinfer.ports import Request, Sampling
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
     from launch.muster import Muster
     from launch.requests import News
     from pipeinfer.text import Reader
-
-Name = str | os.PathLike[str]
-
 
 class RefusedElsewhere(UserError):
     """The job was refused, and rank 0 says why."""
@@ -69,18 +66,18 @@ class Engine:
 
     def __init__(
         self,
-        target: Name = BUILTIN,
-        draft: Name | Sequence[Name] | None = None,
+        target: ModelName = BUILTIN,
+        draft: ModelName | Sequence[ModelName] | None = None,
         drafters: int | None = None,
         ranks: int | None = None,
-        policy: Name | None = None,
+        policy: ModelName | None = None,
         settings: Sequence[str] = (),
         dtype: str = "fp32",
         context: int = 0,
         timeout_s: float = 120.0,
         comm: MPI.Intracomm | None = None,
-        trace: Name | None = None,
-        calibration: Name | None = None,
+        trace: ModelName | None = None,
+        calibration: ModelName | None = None,
         forced_acceptance: float | Sequence[float] = (),
         random_weights: bool = False,
         check: Callable[[Engine], object] | None = None,
@@ -93,13 +90,14 @@ class Engine:
         size = self._world.size if self._world else 1 if ranks is None else ranks
 
         def configure() -> Config:
-            drafts = draft_names(_name(target), _names(draft), drafters)
+            named = model_name(target, "target")
+            drafts = draft_names(named, draft, drafters)
             name = _name(policy) if policy else "continuous" if size > 1 or draft or drafts else "plain"
             knobs, file = read_policy(name, settings).settings(), None if trace is None else _name(trace)
             known = {} if calibration is None else read_calibrations(_name(calibration))
             shares = forced_acceptance if isinstance(forced_acceptance, Sequence) else (forced_acceptance,)
             more = (known, tuple(map(float, shares)), random_weights)
-            return Config(_name(target), drafts, knobs, dtype, context, timeout_s, file, *more)
+            return Config(named, drafts, knobs, dtype, context, timeout_s, file, *more)
 
         def prepare() -> Cleared:
             if ranks not in (None, size):
@@ -339,18 +337,12 @@ def _stream(handle: Handle) -> Generator[str | Completion, None, None]:
         handle.cancel()  # where it has ended nothing happens
 
 
-def _name(given: Name) -> str:
+def _name(given: ModelName) -> str:
     """A name that a program gave, which may be a path."""
     try:
         return os.fsdecode(given)
     except TypeError:
         refuse(f"{given!r} is no name of a file or directory", "give text or a path")
-
-
-def _names(given: Name | Sequence[Name] | None) -> str | list[str] | None:
-    if given is None or isinstance(given, str | os.PathLike):
-        return None if given is None else _name(given)
-    return [_name(name) for name in given]
 
 
 def _world(comm: MPI.Intracomm | None) -> World | None:

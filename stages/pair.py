@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeinfer.errors import refuse
 from pipeinfer.ports import Payload, ShardModel
 from stages.checkpoint import Weights
 from stages.forced import ForcedShard
@@ -57,6 +58,24 @@ class CheckpointPair:
         layers: range,
         capacity: int,
         vocabulary: int | None = None,
+    ) -> ShardModel:
+        try:
+            return self._read(spec, checkpoint, layers, capacity, vocabulary)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            refuse(
+                f"there is not enough memory for layers {layers.start} to {layers.stop - 1} with {capacity} cells",
+                "use more ranks, --dtype bf16 or a smaller --context",
+            )
+
+    def _read(
+        self,
+        spec: ModelSpec | GenericSpec,
+        checkpoint: Weights,
+        layers: range,
+        capacity: int,
+        vocabulary: int | None,
     ) -> ShardModel:
         if isinstance(spec, ModelSpec):
             return LlamaShard.load(spec, checkpoint, layers, self._dtype, capacity, vocabulary=vocabulary)

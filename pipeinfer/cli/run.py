@@ -175,7 +175,7 @@ def open_engine(args: argparse.Namespace, check: Callable[[Engine], object], **m
     from pipeinfer.engine import Engine
 
     return Engine(
-        target=args.target or BUILTIN,
+        target=BUILTIN if args.target is None else args.target,
         draft=args.draft,
         drafters=args.drafters,
         ranks=args.ranks,
