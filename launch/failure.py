@@ -37,18 +37,32 @@ def leave(error: BaseException) -> int:
 def say(error: BaseException, rank: int | None = None) -> None:
     """Tell on standard error what ended this process, ``rank`` of a job or None: the errors that we foresaw in a line,
     others with their traceback, and nothing where somebody else has told it."""
-    where = "" if rank is None else f"rank {rank} on {socket.gethostname()}"
     if isinstance(error, PipeinferError):
         if not error.is_told:
             write(f"pipeinfer: {error}")
     elif isinstance(error, KeyboardInterrupt | Terminated | SystemExit):
-        if rank is not None and not isinstance(error, SystemExit):
-            time.sleep(SIGNALLED_S + 0.5 * (rank > 0))
-        if where:
-            write(f"pipeinfer: {where} {_asked(error)}, and the job with it")
+        if rank is not None:
+            if not isinstance(error, SystemExit):
+                launch = launched()
+                time.sleep(SIGNALLED_S if launch is not None and launch.leads else SIGNALLED_S + 0.5)
+            write(f"pipeinfer: {in_a_line(error, rank)}, and the job with it")
     else:
+        who = "an unforeseen error" if rank is None else f"{_name(rank)} failed"
         cause = "".join(traceback.format_exception(error)).rstrip()
-        write(f"pipeinfer: {where or 'an unforeseen error'}{' failed' if where else ''}; please report this:\n{cause}")
+        write(f"pipeinfer: {who}; please report this:\n{cause}")
+
+
+def in_a_line(error: BaseException, rank: int) -> str:
+    """What ended ``rank``, for others to know."""
+    if isinstance(error, PipeinferError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt | Terminated | SystemExit):
+        return f"{_name(rank)} {_asked(error)}"
+    return f"{_name(rank)} failed ({type(error).__name__}: {error})"
+
+
+def _name(rank: int) -> str:
+    return f"rank {rank} on {socket.gethostname()}"
 
 
 def _asked(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The muster: while ranks check and load, each tells two of them that it makes progress; who makes none is named.
+"""The muster: while ranks check and load, each tells another that it makes progress; who makes none is named.
 
 Ranks of a job that MPI has joined wait for each other: for the head's verdict, then until all have loaded. A rank that
 is stopped, swapped out or waits for a dead disk would keep all of them for ever. So every rank sends a pulse twice a
@@ -57,7 +57,8 @@ class Muster:
 
     def _beat(self) -> None:
         try:
-            self._poll(progress())
+            # Who checks may wait for a person's words, as long as that takes: that it is there is enough.
+            self._poll(progress() if self._doing == "loading" else self._count())
         except StallError as error:
             self._fail(error)
 
@@ -65,8 +66,11 @@ class Muster:
         """Beat for a main thread that waits, and hear the others. Raises StallError, which names who makes no
         progress."""
         self._doing = "waiting"
+        self._poll(self._count())
+
+    def _count(self) -> int:
         self._beats += 1
-        self._poll(self._beats)
+        return self._beats
 
     def _poll(self, moved: int) -> None:
         now = time.monotonic()

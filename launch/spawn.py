@@ -26,11 +26,11 @@ from launch.lines import Lines, is_ours, listen
 from launch.requests import Hear, News, Requests
 from launch.watch import Watch, here, name_of, progress
 from pipeinfer.config import Config
-from pipeinfer.errors import PipeinferError
+from pipeinfer.errors import PipeinferError, StallError
 from pipeinfer.ports import Request, Tally
 
 GRACE_S = 10.0
-"""Longest wait for ranks to leave once they were told to."""
+"""Longest wait for ranks to leave once they were told to stop at once."""
 LOOK_S = 0.2
 
 
@@ -181,11 +181,12 @@ class SpawnedJob:
             self.kill()
             raise failed
         self._lines[0].try_to_say({"close": True})
+        timeout_s = self._config.timeout_s
         try:
-            code = self._process.wait(GRACE_S)
+            code = self._process.wait(timeout_s or None)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise PipeinferError(f"the ranks did not end within {GRACE_S:g} s and were stopped") from None
+            raise StallError(f"the ranks have not ended within {timeout_s:g} s, and were stopped") from None
         self._release()
         if code:
             raise RanksFailed(code, self._words)

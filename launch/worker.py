@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from launch.environment import launched
-from launch.failure import say
+from launch.failure import in_a_line, say
 from launch.lines import Lines, connect
 from launch.signals import end_in_order
 from pipeinfer.config import Config
@@ -103,7 +103,7 @@ def main(name: str) -> int:
     except BaseException as error:
         if parent is None or parent.is_gone:  # nobody is there to be told, and mpiexec ends with its ranks
             os._exit(exit_code(error) or 1)
-        parent.lines.try_to_say({"failed": f"rank {rank}: {type(error).__name__}: {error}"})
+        parent.lines.try_to_say({"failed": in_a_line(error, rank)})
         if world is not None:
             world.fail(error)
         say(error, rank)

@@ -1,6 +1,7 @@
-"""pipeinfer: one-request LLM decoding over MPI with asynchronous pipelined speculation.
+"""pipeinfer: LLM decoding over MPI with asynchronous pipelined speculation.
 
-``from pipeinfer import Engine, Sampling`` is the whole public surface; importing this package loads neither torch nor
+``from pipeinfer import Engine, Sampling`` is all that most programs need; ``Completion`` and ``Handle`` are what an
+engine returns, ``UserError`` what it raises for what cannot be served. Importing this package loads neither torch nor
 mpi4py.
 """
 
@@ -9,16 +10,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeinfer.answer import Completion, Handle
     from pipeinfer.engine import Engine
+    from pipeinfer.errors import UserError
     from pipeinfer.ports import Sampling
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Sampling", "__version__"]
+__all__ = ["Completion", "Engine", "Handle", "Sampling", "UserError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     """Load the engine only when somebody asks for it."""
-    if name in ("Engine", "Sampling"):
+    if name in __all__:
         import pipeinfer.engine
 
         return getattr(pipeinfer.engine, name)

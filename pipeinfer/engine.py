@@ -85,18 +85,11 @@ class Engine:
         random_weights: bool = False,
         check: Callable[[Engine], object] | None = None,
     ) -> None:
-        launch = launched()
-        self._world: World | None = None
         self._job: Job | None = None  # of a rank that serves
         self._head: HeadJob | None = None
         self._text: Text | None = None
         self.traffic = (0, 0)  # messages and bytes between the ranks, once the engine is closed
-        if comm is not None or (launch is not None and launch.size > 1):
-            from launch.mpi import World
-
-            self._world = World(comm)
-            if comm is None:
-                _refuse_singletons(self._world)
+        self._world = _world(comm)
         size = self._world.size if self._world else 1 if ranks is None else ranks
 
         def configure() -> Config:
@@ -118,11 +111,18 @@ class Engine:
                 check(self)
             return cleared
 
-        if self._world is None:
+        if self._world is not None:
+            self._join(self._world, timeout_s, configure, prepare)
+        else:
             cleared = prepare()
             self._head = _spawn(self.config, size) if size > 1 else _lead(load_job(self.config, cleared))
-            return
-        world = self._world
+
+    def _join(
+        self, world: World, timeout_s: float, configure: Callable[[], Config], prepare: Callable[[], Cleared]
+    ) -> None:
+        """Be a rank of ``world``: the head checks everything before anything is loaded, the others learn the verdict
+        and check what their hosts have; then all load. Whatever fails on one rank ends all. Raises UserError, all ranks
+        alike, where the head refuses."""
         problem: UserError | None = None
         with world.guard():
             muster = world.muster(timeout_s)
@@ -140,7 +140,7 @@ class Engine:
             if not world.is_head:
                 with muster.busy("checking"):
                     self.config = configure()
-                    cleared = clear(self.config, size)
+                    cleared = clear(self.config, world.size)
             self._job = load_job(self.config, cleared, world, muster)
         if world.is_head:
             self._head = _lead(self._job, world)
@@ -351,6 +351,19 @@ def _names(given: Name | Sequence[Name] | None) -> str | list[str] | None:
     if given is None or isinstance(given, str | os.PathLike):
         return None if given is None else _name(given)
     return [_name(name) for name in given]
+
+
+def _world(comm: MPI.Intracomm | None) -> World | None:
+    """The MPI job that this process is part of, or None."""
+    launch = launched()
+    if comm is None and (launch is None or launch.size == 1):
+        return None
+    from launch.mpi import World
+
+    world = World(comm)
+    if comm is None:
+        _refuse_singletons(world)
+    return world
 
 
 def _refuse_singletons(world: World) -> None:

@@ -93,14 +93,14 @@ class Orchestrator:
         calibrations: Mapping[str, Mapping[str, Any]] | None = None,
         placement: Placement = "spread",
     ) -> None:
-        self._roster = Roster(stages, drafters, digest)
-        self._stages = self._roster.stages
+        self.roster = Roster(stages, drafters, digest)
+        self._stages = self.roster.stages
         self._policy = policy
         self._window = policy.most_runs(stages)
         self._edges = Edges(ORCHESTRATOR)
         self._ledger = Partitions(context, policy.most_guesses(stages) if guess_cells is None else guess_cells)
         self._schedule = make_schedule(policy, placement)
-        self._sources = Sources(self._roster.drafters, policy, context, self._send, calibrations or {})
+        self._sources = Sources(self.roster.drafters, policy, context, self._send, calibrations or {})
         self._sampling = GREEDY
         self._deferred: deque[Message] = deque()  # results that the schedule does not hear yet
         self._now = 0.0
@@ -125,7 +125,7 @@ class Orchestrator:
         if isinstance(event, Closed):
             return self._close()
         if isinstance(event, Stalled):
-            return list(self._roster.probe())
+            return list(self.roster.probe())
         if isinstance(event, Woke):
             return self._proceed()
         if isinstance(event, Started):
@@ -137,20 +137,15 @@ class Orchestrator:
         """How many runs are in flight, and how many corrections the request being served has had."""
         return len(self._flight), self._session.tally.corrections if self._session else 0
 
-    @property
-    def roster(self) -> Roster:
-        """Who is led, and what they answered to the last Stalled."""
-        return self._roster
-
     def status(self) -> str:
         """One line for a person who asks why nothing moves."""
-        if self._session is None or self._roster.awaited:
-            return self._roster.waiting_for() or "idle"
+        if self._session is None or self.roster.awaited:
+            return self.roster.waiting_for() or "idle"
         return f"{self._flight}, {self._credits} credits, {self._session.emitted} tokens emitted"
 
     def report(self) -> list[str]:
         """What each role answered to the last Stalled, one line each; the silent ones are named too."""
-        return [f"orchestrator: {self.status()}", *self._roster.report()]
+        return [f"orchestrator: {self.status()}", *self.roster.report()]
 
     def _receive(self, message: Message) -> list[Command]:
         if message.kind is Kind.RESULT:
@@ -167,10 +162,10 @@ class Orchestrator:
                 self._schedule.drafted(found)
             return self._proceed()
         if message.kind is Kind.HELLO:
-            self._roster.hello(message)
+            self.roster.hello(message)
             return self._begin()
         if message.kind is Kind.STATUS:
-            self._roster.answered(message)
+            self.roster.answered(message)
             return []
         if message.kind is Kind.FAILED:
             raise RankFailed(address_name(message.source), message.run)
@@ -191,7 +186,7 @@ class Orchestrator:
         if self._session is not None:
             return []
         if not self._waiting:
-            ends = [self._send(Kind.SHUTDOWN, dest) for dest in self._roster.everybody if self._is_closed]
+            ends = [self._send(Kind.SHUTDOWN, dest) for dest in self.roster.everybody if self._is_closed]
             return [*ends, Halt()] if self._is_closed else []
         caller_number, request = self._waiting.take()
         self._requests = (self._requests + 1) & 0xFFFF
@@ -205,7 +200,7 @@ class Orchestrator:
     def _begin(self) -> list[Command]:
         """Start the submitted request as soon as everybody is there."""
         session = self._session
-        if self._roster.awaited or session is None or session.prefilled:
+        if self.roster.awaited or session is None or session.prefilled:
             return []
         request = session.request
         commands: list[Command] = []
@@ -274,7 +269,7 @@ class Orchestrator:
         )
         if self._deferred and (session.is_over or not self._schedule.is_deaf(situation)):
             return self._result(self._deferred.popleft(), session)
-        if session.is_over or self._roster.awaited:
+        if session.is_over or self.roster.awaited:
             return None
         if session.prefilled < len(session.request.prompt):
             return [self._launch_prefill(session)] if self._credits > 0 and situation.slots > 0 else None

@@ -26,7 +26,6 @@ import numpy.typing as npt
 
 from pipeinfer.errors import LocalProtocolError
 from pipeinfer.ports import GREEDY, Batch, Choice, Draw, Sampling
-from pipeinfer.protocol import fault_layer, fault_token
 
 Words = npt.NDArray[np.uint64]
 DRAFT_RESTS = 16
@@ -239,9 +238,9 @@ def plain_answer(
 ) -> tuple[list[int], int | None]:
     """The same, and the layer whose numbers are not finite where the text ends by that."""
     emitted = list[int]()
-    for token, _ in _plain(spec, prompt, count, sampling):
-        if token < 0:
-            return emitted, fault_layer(token)
+    for token, _, fault in _plain(spec, prompt, count, sampling):
+        if fault is not None:
+            return emitted, fault
         emitted.append(token)
         if token in stop_tokens:
             break
@@ -253,7 +252,7 @@ def right_choices(spec: EmulatedSpec, prompt: Sequence[int], count: int) -> list
     where none is."""
     draft = EmulatedShard(spec, range(0), 0, is_draft=True)
     found = list[int]()
-    for index, (token, hidden) in enumerate(_plain(spec, prompt, count, GREEDY)):
+    for index, (token, hidden, _) in enumerate(_plain(spec, prompt, count, GREEDY)):
         draw = Draw(GREEDY, np.array([len(prompt) + index]))
         named = [choice for choice, _ in draft.choose(hidden, (0,), len(spec.ranks), draw)[0]]
         found.append(named.index(token) if token in named else -1)
@@ -262,9 +261,9 @@ def right_choices(spec: EmulatedSpec, prompt: Sequence[int], count: int) -> list
 
 def _plain(
     spec: EmulatedSpec, prompt: Sequence[int], count: int, sampling: Sampling
-) -> Generator[tuple[int, Words], None, None]:
+) -> Generator[tuple[int, Words, int | None], None, None]:
     """The target's next ``count`` tokens, each with the activations that it was chosen from; where they are not finite,
-    the layer as ``fault_token`` has it, and no more."""
+    any token with their layer, and no more."""
     shard = EmulatedShard(spec, range(spec.layers), len(prompt) + count)
     tokens = list(prompt)
     for position in range(len(prompt) + count - 1):
@@ -277,11 +276,11 @@ def _plain(
             draw = None if sampling == GREEDY else Draw(sampling, here + 1, (np.unique(tokens),))
             choices = shard.choose(hidden, (0,), 1, draw)
         if shard.faults:
-            yield fault_token(shard.faults[0]), hidden
+            yield -1, hidden, shard.faults[0]
             return
         for ((token, _),) in choices:
             tokens.append(token)
-            yield token, hidden
+            yield token, hidden, None
 
 
 def finish(passes: Generator[float, None, Words]) -> Words:

@@ -38,6 +38,7 @@ class Idle:
     weight_nbytes = 0
 
     def __init__(self, layers: int) -> None:
+        self.faults: dict[int, int] = {}
         self._layers = layers
 
     def forward(self, batch: Batch, hidden: torch.Tensor) -> Generator[float, None, torch.Tensor]:

@@ -10,17 +10,9 @@ from typing import Any
 
 from pipeinfer.errors import refuse
 from pipeinfer.text.decoding import Chain, Joined
+from pipeinfer.text.files import blaming, has_tokenizer, refuse_no_template, same_tokens
 from pipeinfer.text.reader import Reader, Source, StopStrings, Streamed, Whole
-from pipeinfer.text.tokenizer import (
-    Full,
-    blaming,
-    has_tokenizer,
-    open_full,
-    open_tokenizer,
-    refuse_no_template,
-    render_chat,
-    same_tokens,
-)
+from pipeinfer.text.tokenizer import Full, open_full, open_tokenizer, render_chat
 
 __all__ = ["Numbers", "Reader", "StopStrings", "Text", "has_tokenizer", "same_tokens"]
 

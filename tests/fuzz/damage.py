@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import struct
@@ -79,30 +78,25 @@ def _other(dice: random.Random, value: object) -> object:
 
 
 def damage_json(dice: random.Random, path: Path, more: dict[str, tuple[Any, ...]] | None = None) -> str:
-    """Change a field of a JSON object, or add one; now and then two, or the text itself."""
+    """Change a field of a JSON object, or add one; now and then the text itself."""
     text = path.read_text()
     if dice.random() < 0.06:
         return damage_bytes(dice, path, len(text))
-    content, said = json.loads(text), []
-    for _ in range(dice.choice((1, 1, 1, 2))):
-        if more and dice.random() < 0.35:
-            key = dice.choice(list(more))
-            place, value = (key,), dice.choice((*more[key], *more[key], dice.choice(ODD)))
-        else:
-            place = dice.choice(_places(content) or [("a",)])
-            try:
-                old = content
-                for key in place:
-                    old = old[key]
-            except (KeyError, TypeError, IndexError):
-                old = None
-            value = _other(dice, old)
-        if len(place) == 1 and value is DROP and place[0] not in content:
-            continue
-        _set(content, place, value if value is DROP else copy.deepcopy(value))
-        said.append(f"{'.'.join(map(str, place))}={'(dropped)' if value is DROP else repr(value)[:60]}")
+    content = json.loads(text)
+    if more and dice.random() < 0.35:
+        key = dice.choice(list(more))
+        place: tuple[Any, ...] = (key,)
+        value = dice.choice((*more[key], *more[key], dice.choice(ODD)))
+    else:
+        place = dice.choice(_places(content) or [("a",)])
+        old = content
+        for key in place:
+            old = old.get(key) if isinstance(old, dict) else old[key]
+        value = _other(dice, old)
+    if value is not DROP or len(place) > 1 or place[0] in content:
+        _set(content, place, value)
     path.write_text(written(content))
-    return f"{path.name}: {', '.join(said)}"
+    return f"{path.name}: {'.'.join(map(str, place))}={'(dropped)' if value is DROP else repr(value)[:60]}"
 
 
 def damage_bytes(dice: random.Random, path: Path, within: int) -> str:

@@ -9,8 +9,9 @@ import pytest
 from tests.fuzz.checkpoints import run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [17])
 def test_damaged_checkpoints(tmp_path: Path, seed: int) -> None:
-    ends, faults = run(seed, range(150), tmp_path)
+    ends, faults = run(seed, range(120), tmp_path)
     assert not faults, "\n\n".join(faults)
     assert ends["exact"] > 20 and ends["refused"] > 20, ends

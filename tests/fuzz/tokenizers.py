@@ -17,7 +17,8 @@ from typing import Any
 
 from pipeinfer.errors import UserError
 from pipeinfer.text import Text
-from pipeinfer.text.tokenizer import is_failure, quietly
+from pipeinfer.text.files import is_failure
+from pipeinfer.text.tokenizer import quietly
 from tests.fuzz.tokenizer_folders import make_folder, text
 
 

@@ -14,7 +14,7 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 LARGE: dict[str, str] = {}
 BAD_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "misc", "tools"}
 KNOWS_RANK_ZERO = {"launch/roles.py", "launch/mpi.py", "launch/environment.py"}  # the last: before MPI is loaded
-HAS_A_COMMUNICATOR = {"launch/mpi.py", "launch/transport.py"}
+HAS_A_COMMUNICATOR = {"launch/muster.py", "launch/mpi.py", "launch/transport.py"}
 
 
 def functions(name: str) -> Iterator[tuple[str, int]]:

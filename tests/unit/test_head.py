@@ -133,8 +133,8 @@ def test_a_cancelled_request_ends_and_the_next_is_served() -> None:
 def test_a_job_that_breaks_ends_its_requests_and_takes_no_more(is_threaded: bool) -> None:
     with opened(is_threaded, BreakingPair) as job:
         waiting: list[News] = []
-        with pytest.raises(RuntimeError):
-            job.submit(request(1, 150), waiting.append)
+        job.submit(request(1, 150), waiting.append)
+        with pytest.raises(RuntimeError, match="the tenth pass fails"):
             job.decode(request(2))
         assert isinstance(waiting[-1].error, RuntimeError) and waiting[-1].reason == "error"
         assert tokens(waiting) == expected(request(1, 150))[: len(tokens(waiting))]

@@ -128,6 +128,7 @@ def test_the_usual_files_are_read_without_transformers(folder: Path) -> None:
         (file("tokenizer.json", "{"), ["tokenizer.json", "column 2"]),
         (file("tokenizer.json", "[]"), ["tokenizer.json"]),
         (file("tokenizer_config.json", "7"), ["tokenizer_config.json", "no JSON object"]),
+        (file("tokenizer_config.json", "[" * 100_000), ["tokenizer_config.json", "too deeply"]),
         (config(padding_side="up", truncation=7, tokenizer_class="X"), ["tokenizer_config.json", "Padding side"]),
         (config(tokenizer_class=7), ["tokenizer_config.json"]),
         (config(tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", None]}), ["code of its own", "ever run"]),
@@ -138,7 +139,8 @@ def test_the_usual_files_are_read_without_transformers(folder: Path) -> None:
         (lambda folder: (sentencepiece(folder), file("config.json", {"model_type": "gpt2"})(folder)), ["vocab.json"]),
     ],
     ids=[
-        "damaged", "a-list", "no-object", "side", "class", "code", "none", "model", "no-merges", "no-class", "other",
+        "damaged", "a-list", "no-object", "deep", "side", "class", "code", "none", "model", "no-merges", "no-class",
+        "other",
     ],
 )  # fmt: skip
 def test_what_cannot_be_loaded_is_one_line_that_names_the_file(folder: Path, edit: Edit, says: list[str]) -> None:

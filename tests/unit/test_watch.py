@@ -31,8 +31,9 @@ def test_who_moves_is_waited_for_as_long_as_it_takes() -> None:
 
 
 def test_who_does_not_move_is_named_and_so_is_who_is_silent() -> None:
-    with pytest.raises(StallError, match=r"no progress for 10 s .*--timeout.*: rank 2, loading, neither reads nor") as said:
+    with pytest.raises(StallError, match="no progress for 10 s .*--timeout") as said:
         look(watch(1, 2), 1000, r1=1, r2=10**6)
+    assert "rank 2, loading, neither reads nor computes" in str(said.value)
     assert "rank 1" not in str(said.value)
     with pytest.raises(StallError, match="rank 2, starting, has not been heard of"):
         look(watch(1, 2), 1000, r1=1)
@@ -58,9 +59,9 @@ def test_a_watcher_that_was_stopped_itself_blames_nobody() -> None:
     look(watching, 5, r1=1)
     watching.check(1000.0)
     watching.check(1004.0)
+    watching.check(1008.0)
     with pytest.raises(StallError):
-        for second in range(1005, 1100):
-            watching.check(second)
+        watching.check(1012.0)
 
 
 def test_progress_is_what_the_main_thread_computes_and_reads() -> None:
