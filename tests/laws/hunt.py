@@ -16,7 +16,7 @@ from pipeinfer.errors import LocalProtocolError, RemoteProtocolError, StallError
 from pipeinfer.sim.chronicle import LawBroken
 from pipeinfer.sim.random_worlds import check_world, random_world
 
-WORLDS = range(150)
+WORLDS = range(300)  # the rarest fault shows in one of a hundred and fifty
 CATCHES = (LawBroken, LocalProtocolError, RemoteProtocolError, StallError)
 """What says that a fault was noticed: a law, or the machines' own checks."""
 Plant = Callable[[pytest.MonkeyPatch], None]
