@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeinfer.errors import LocalProtocolError
 from pipeinfer.ports import Batch, Choice, Draw, Payload
 from stages.choices import best_choices
+from stages.finite import all_may_stand, tamed
 from stages.generic_cells import CellCache, LayerCells, UnsupportedError, View, looking
 from stages.generic_skeleton import Skeleton
 from stages.generic_spec import GenericSpec
@@ -87,11 +88,11 @@ class GenericShard:
                 yield 0.0
         except GeneratorExit:  # the pass is given up
             for states in self._states():
-                states.index_copy_(2, view.slots, states.index_select(2, view.slots).nan_to_num_(0.0, 0.0, 0.0))
+                states.index_copy_(2, view.slots, tamed(states.index_select(2, view.slots)))
             raise
-        # One number tells of all, as in LlamaShard.
-        written = [states.index_select(2, view.slots).sum() for states in self._states()]
-        if not torch.stack([x.sum(), *written]).sum().isfinite():
+        # As in LlamaShard.
+        written = [states.index_select(2, view.slots).abs().amax() for states in self._states()]
+        if not (all_may_stand(torch.stack(written)) and x.sum().isfinite()):
             x = self._mend(batch, hidden, view)
         return x[0]
 

@@ -25,6 +25,8 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 
+from stages.finite import may_stand, tamed
+
 IMPLEMENTATIONS = {True: "pipeinfer_sdpa", False: "pipeinfer_eager"}
 """Names of the attention functions: for models whose attention torch's fused kernel computes, and for the others."""
 
@@ -147,8 +149,8 @@ class LayerCells(CacheLayerMixin):  # type: ignore[no-untyped-call]
             raise UnsupportedError("a layer that writes the cells of another shard")
         if view.bad is not None:
             for states in (key_states, value_states):
-                view.bad.logical_or_(~states[0].isfinite().all(-1).all(0))
-            key_states, value_states = (s.nan_to_num(0.0, 0.0, 0.0) for s in (key_states, value_states))
+                view.bad.logical_or_(~may_stand(states[0]).all(-1).all(0))
+            key_states, value_states = tamed(key_states), tamed(value_states)
         self.keys.index_copy_(2, view.slots, key_states)
         self.values.index_copy_(2, view.slots, value_states)
         span = len(view.cell_positions)

@@ -6,10 +6,11 @@ embedding turns together lie side by side: the rotation is then one complex prod
 because q and k are reordered alike. And keys and values of a layer share one tensor, so that one call writes both.
 
 A row never reads a cell that ``Batch.visible`` hides: its weight in the softmax is exactly 0. But 0 times NaN is NaN,
-so no cell may hold anything but finite numbers when it is read: cells start at zero, and even a row that sees nothing
-at all leaves a finite mean behind, because hidden scores are the lowest finite number and not minus infinity. A pass is
-checked once, at its end. Where something is not finite the pass is computed again, with zeros in its place, before
-anybody else reads a cell, and the rows are named (``faults``); a pass that is given up is cleared of such numbers.
+so no cell may hold anything but finite numbers (see finite.py) when it is read: cells start at zero, and even a row
+that sees nothing at all leaves a finite mean behind, because hidden scores are the lowest finite number and not minus
+infinity. A pass is checked once, at its end. Where something is not finite the pass is computed again, with zeros in
+its place, before anybody else reads a cell, and the rows are named (``faults``); a pass that is given up is cleared of
+such numbers.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 from pipeinfer.ports import Batch, Choice, Draw, Payload
 from stages.checkpoint import EMBEDDING, HEAD, NORM, Weights, layer_tensors
 from stages.choices import best_choices
+from stages.finite import all_may_stand, may_stand, tamed
 from stages.rope import cosines_sines, inverse_frequencies
 from stages.spec import ModelSpec
 
@@ -136,11 +138,10 @@ class LlamaShard:
                 x = x + self._feed(layer, x)
                 yield 0.0
         except GeneratorExit:  # the pass is given up
-            written = self._written(step.slots)
-            self._all_cells.index_copy_(2, step.slots, written.nan_to_num_(0.0, 0.0, 0.0))
+            self._all_cells.index_copy_(2, step.slots, tamed(self._written(step.slots)))
             raise
-        # One number tells of all: finite ones may add up to infinity, but then the second look finds nothing.
-        if not (self._written(step.slots).sum() + x.sum()).isfinite():
+        # One sum tells of all activations: finite ones may add up to infinity, but then the second look finds nothing.
+        if not (all_may_stand(self._written(step.slots)) and x.sum().isfinite()):
             x = self._mend(entered, step, span)
         return x
 
@@ -201,8 +202,8 @@ class LlamaShard:
         _rotate(rotated, step.turns)
         written = heads[:, queries:]
         if step.bad is not None:
-            step.bad.logical_or_(~written.isfinite().all(-1).all(-1))
-            written = written.nan_to_num(0.0, 0.0, 0.0)
+            step.bad.logical_or_(~may_stand(written).all(-1).all(-1))
+            written = tamed(written)
         own.index_copy_(1, step.slots, written.transpose(0, 1))
         # The heads that share a key head stand as rows of one head: on CPUs that is faster than grouped attention, in
         # bf16 several times.

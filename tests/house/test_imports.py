@@ -17,7 +17,7 @@ SHARDS = {
     for name in ("pair", "llama", "emulated", "checkpoint", "rope", "spec", "choices", "sampling", "generic_spec")
 }
 SHARDS |= GENERIC | {"stages.forced", "stages.random_weights"}
-SHARDS |= {"stages.folder", "stages.names", "stages.safetensors_file", "stages.pickle_file"}
+SHARDS |= {"stages.folder", "stages.names", "stages.safetensors_file", "stages.pickle_file", "stages.finite"}
 HEAVY = {"torch", "transformers", "mpi4py"}
 SPEAKS_MPI = {"launch.mpi"}
 EAGER_TORCH = {
@@ -25,6 +25,7 @@ EAGER_TORCH = {
     "stages.llama",
     "stages.rope",
     "stages.choices",
+    "stages.finite",
     "stages.sampling",
 } | GENERIC  # what computes; whoever loads it imports it late
 LATE_TORCH = re.compile(r"(launch|stages|pipeinfer\.(bench|text))\.|pipeinfer\.engine$")  # may load it inside functions

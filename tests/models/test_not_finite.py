@@ -80,6 +80,29 @@ def test_a_guess_that_is_not_finite_changes_no_bit_of_any_other_row(kind: str, d
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_a_guess_whose_keys_would_overflow_a_score_is_one_of_them(kind: str, tmp_path: Path) -> None:
+    """Finite, but its product with any query is not: though hidden, it would spoil another row's softmax."""
+    folder = make_model(tmp_path, "llama")
+
+    # Only BAD has anything in the last dimension, and the first layer's keys magnify that.
+    damage(folder, EMBEDDINGS["llama"], (slice(None), -1), 0.0)
+    damage(folder, EMBEDDINGS["llama"], (BAD, -1), 1.0)
+    damage(folder, "model.layers.0.self_attn.k_proj.weight", (slice(None), -1), 1e37)
+    found = []
+    for guess in (BAD, 301):
+        shards = load(folder, kind)
+        prompt = set(range(len(PROMPT)))
+        prefill(shards, PROMPT, range(len(PROMPT)), 5)
+        tree = make_batch([40, guess], [7, 7], [7, 8], [prompt, prompt])
+        said = shards[-1].choose(compute(shards, tree), [0], 8)
+        assert shards[0].faults == ({1: 0} if guess == BAD else {})
+        later = make_batch([43], [8], [9], [prompt | {7}])
+        said += shards[-1].choose(compute(shards, later), [0], 8)
+        found.append(said)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_stage_passes_on_is_finite(kind: str, tmp_path: Path) -> None:
     name = kind.split()[-1]
