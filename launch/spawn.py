@@ -65,7 +65,9 @@ class SpawnedJob:
         root = str(Path(__file__).resolve().parents[1])  # a bare checkout works without being installed
         environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environ.get("PYTHONPATH")]))
         # A group of its own, so that an interrupt reaches the ranks through us, once.
-        self._process = subprocess.Popen(line, env=environ, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
+        self._process = subprocess.Popen(
+            line, env=environ, stdin=subprocess.DEVNULL, stdout=_standard_error(), start_new_session=True
+        )
         try:
             self._await(ranks)
         except BaseException:
@@ -210,6 +212,15 @@ class SpawnedJob:
         if self._reader is not None and self._reader is not threading.current_thread():
             self._reader.join(GRACE_S)
         self._held.close()
+
+
+def _standard_error() -> int:
+    """Where ranks may write that are not to write to standard output; a program may have closed it."""
+    try:
+        os.fstat(2)
+    except OSError:
+        return subprocess.DEVNULL
+    return 2
 
 
 def _news(words: dict[str, Any]) -> News:
