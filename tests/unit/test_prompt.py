@@ -32,7 +32,7 @@ IDS = [5, 0, 99]
         UserDict({"input_ids": torch.tensor([IDS])}),
         [],
     ],
-    ids=repr,
+    ids=lambda given: type(given).__name__,
 )
 def test_what_libraries_hand_over_is_served(given: Any) -> None:
     found = token_ids(given, 100)
