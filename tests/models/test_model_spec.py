@@ -15,7 +15,7 @@ from stages.spec import ModelSpec
 from tests.models.tiny import CONFIGS, make_tokenizer, tiny_config
 
 LLAMA, MISTRAL, QWEN2, QWEN3 = CONFIGS
-DROP = object()
+DROP = "(dropped)"
 
 
 def write(directory: Path, architecture: str = LLAMA, **changes: Any) -> Path:
