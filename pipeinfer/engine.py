@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from launch.environment import launched, refuse_singletons
+from launch.signals import end_in_order
 from pipeinfer.answer import Completion, Handle, HeadJob
 from pipeinfer.config import BUILTIN, Config, ModelName, draft_names, model_name
 from pipeinfer.errors import UserError, exit_code, refuse
@@ -122,6 +123,7 @@ class Engine:
         and check what their hosts have; then all load. Whatever fails on one rank ends all. Raises UserError, all ranks
         alike, where the head refuses."""
         problem: UserError | None = None
+        self._take_back = end_in_order()
         with world.guard():
             muster = world.muster(timeout_s)
             if world.is_head:
@@ -133,6 +135,7 @@ class Engine:
             if world.agree(problem is not None, muster.poll):
                 problem = problem or RefusedElsewhere("rank 0 says why")
         if problem is not None:
+            self._take_back()
             raise problem
         with world.guard():
             if not world.is_head:
@@ -304,6 +307,7 @@ class Engine:
         self._job = self._head = None
         if self._world is not None:
             self._world.close()
+            self._take_back()
 
     def _left_open(self) -> None:
         """The program ends, and the engine is open; the other ranks would wait for it for ever."""

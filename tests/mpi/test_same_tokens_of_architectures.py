@@ -62,7 +62,7 @@ def tasks_for(target: str, draft: str, index: int) -> list[Task]:
     def of(case: Case) -> Case:
         return replace(case, target=target, draft=case.draft if case.draft == "none" else draft)
 
-    requests = requests_for(target, 20 if FULL else 6)
+    requests = requests_for(target, 20 if FULL else 4)
     drawn = replace(requests[0], sampling=DRAWN)
     usual, always_right = Case(3, settings=(WIDE,)), Case(3, settings=(WIDE,), target=target, draft=target)
     if FULL:

@@ -36,3 +36,16 @@ def test_what_nohup_ignores_stays_ignored() -> None:
     signals.end_in_order()
     signal.raise_signal(signal.SIGHUP)
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_a_program_s_own_handler_stays_and_what_was_taken_is_given_back() -> None:
+    def own(*_: object) -> None: ...
+
+    signal.signal(signal.SIGHUP, own)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    take_back = signals.end_in_order()
+    assert signal.getsignal(signal.SIGHUP) is own
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    take_back()
+    assert signal.getsignal(signal.SIGHUP) is own
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
