@@ -15,6 +15,7 @@ import atexit
 import os
 import sys
 from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -296,9 +297,10 @@ class Engine:
         self._end()
 
     def close(self) -> None:
-        """On the head: cancel what is still being decoded, and let all ranks go."""
+        """On the head: cancel what is still being decoded, and let all ranks go; where that fails, all ranks end."""
         if self._head is not None:
-            self._head.close()
+            with nullcontext() if self._world is None else self._world.guard():
+                self._head.close()
             self.traffic = self._head.traffic
             self._end()
 
