@@ -20,9 +20,9 @@ ifeq ($(filter openmpi mpich system,$(MPI)),)
 $(error MPI=$(MPI) is not known; use openmpi, mpich or system)
 endif
 
-# No test asks how long anything took, so two run at a time; programs on several ranks too, for they mostly start, one import
-# after the other. Slurm's tests share one cluster.
-WORKERS ?= 2
+# No test asks how long anything took, so several run at a time, programs on several ranks too: a third of their time on two
+# cores is waiting. Slurm's tests share one cluster.
+WORKERS ?= 3
 SLURM := $(wildcard tests/slurm)
 .NOTPARALLEL:
 .PHONY: help venv demo test test-fast test-mpi lint clean
