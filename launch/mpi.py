@@ -22,6 +22,7 @@ from mpi4py import MPI  # noqa: E402
 from launch import transport  # noqa: E402
 from launch.failure import say  # noqa: E402
 from launch.muster import Muster  # noqa: E402
+from launch.signals import end_undisturbed  # noqa: E402
 from launch.transport import on_this_host, politely  # noqa: E402
 from launch.watch import here, name_of  # noqa: E402
 from pipeinfer.errors import exit_code  # noqa: E402
@@ -71,6 +72,7 @@ class World:
         self.threads = _asked_threads() or fair
         shared: Placement = "oversubscribed" if is_oversubscribed else "spread"
         self.placement: Placement = shared if self.size > 1 else "alone"
+        self.has_failed = False
         self._failing = threading.Lock()
         self.last_words: Callable[[int], None] | None = None  # what to do between saying what failed and ending all
 
@@ -168,6 +170,8 @@ class World:
     def fail(self, error: BaseException) -> NoReturn:
         """Say what went wrong here and take every rank of the job down, now; once, whichever thread calls it first."""
         code = exit_code(error) or 1
+        self.has_failed = True
+        end_undisturbed()  # the launcher may be ending this rank for another one meanwhile
         if self._failing.acquire(blocking=False):
             say(error, self.rank)
             if self.last_words is not None:

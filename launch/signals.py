@@ -44,3 +44,10 @@ def end_in_order() -> Callable[[], None]:
                 signal.signal(signum, signal.SIG_DFL)
 
     return take_back
+
+
+def end_undisturbed() -> None:
+    """This process is about to end: it hears no further signal that asks it to."""
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(signum, signal.SIG_IGN)

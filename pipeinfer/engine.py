@@ -313,9 +313,11 @@ class Engine:
 
     def _left_open(self) -> None:
         """The program ends, and the engine is open; the other ranks would wait for it for ever."""
-        error = getattr(sys, "last_value", None)
-        if self._world is not None and error is not None:
-            self._world.abort(exit_code(error))
+        world, error = self._world, getattr(sys, "last_value", None)
+        if world is not None and world.has_failed:
+            return  # all end already
+        if world is not None and error is not None:
+            world.abort(exit_code(error))
         self.close()
 
     def __enter__(self) -> Engine | None:
