@@ -11,7 +11,7 @@ import traceback
 
 from launch.environment import launched
 from launch.last_words import let_it_be_read
-from pipeinfer.errors import PipeinferError, Terminated, UserError, exit_code
+from pipeinfer.errors import PipeinferError, Terminated, UserError, exit_code, origin
 
 SIGNALLED_S = 1.3
 """A rank waits so long before it takes a signal for its own affair. A launcher that ends a job signals all ranks, and
@@ -22,7 +22,7 @@ def leave(error: BaseException) -> int:
     """Say ``error`` once and return the exit code; where this process is a rank of an MPI job, end the job with it.
 
     A UserError is one line from the rank that speaks for all, and every rank leaves by itself: they all have it."""
-    launch = launched()
+    launch, error = launched(), origin(error)
     if isinstance(error, UserError):
         if not error.is_told and (launch is None or launch.leads):
             write(f"pipeinfer: {error}")

@@ -25,7 +25,7 @@ from launch.muster import Muster  # noqa: E402
 from launch.signals import end_undisturbed  # noqa: E402
 from launch.transport import on_this_host, politely  # noqa: E402
 from launch.watch import here, name_of  # noqa: E402
-from pipeinfer.errors import exit_code  # noqa: E402
+from pipeinfer.errors import exit_code, origin  # noqa: E402
 from speculation.schedule import Placement  # noqa: E402
 
 Bytes = npt.NDArray[np.uint8]
@@ -60,6 +60,9 @@ def _share_of_cores(comm: MPI.Intracomm) -> tuple[int, bool]:
 class World:
     """The job this process is part of: its own duplicate of MPI_COMM_WORLD or of a communicator it was given."""
 
+    has_failed = False  # this process, whichever world it failed in
+    _failing = threading.Lock()
+
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
         """``threads``: this rank's share of the cores it may use, unless OMP_NUM_THREADS says otherwise;
         ``placement``: what processors ranks have; ``may_thread``: whether MPI may be called by another thread than the
@@ -72,8 +75,6 @@ class World:
         self.threads = _asked_threads() or fair
         shared: Placement = "oversubscribed" if is_oversubscribed else "spread"
         self.placement: Placement = shared if self.size > 1 else "alone"
-        self.has_failed = False
-        self._failing = threading.Lock()
         self.last_words: Callable[[int], None] | None = None  # what to do between saying what failed and ending all
 
     def muster(self, timeout_s: float) -> Muster:
@@ -169,8 +170,9 @@ class World:
 
     def fail(self, error: BaseException) -> NoReturn:
         """Say what went wrong here and take every rank of the job down, now; once, whichever thread calls it first."""
+        error = origin(error)
         code = exit_code(error) or 1
-        self.has_failed = True
+        World.has_failed = True
         end_undisturbed()  # the launcher may be ending this rank for another one meanwhile
         if self._failing.acquire(blocking=False):
             say(error, self.rank)

@@ -15,7 +15,7 @@ from launch.failure import in_a_line, say
 from launch.lines import Lines, connect
 from launch.signals import end_in_order
 from pipeinfer.config import Config
-from pipeinfer.errors import Terminated, exit_code
+from pipeinfer.errors import Terminated, exit_code, origin
 from pipeinfer.ports import Request, Sampling
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ def main(name: str) -> int:
 
         world = World()
         play(world, parent)
-    except BaseException as error:
+    except BaseException as raised:
+        error = origin(raised)
         if parent is None or parent.is_gone:  # nobody is there to be told, and mpiexec ends with its ranks
             os._exit(exit_code(error) or 1)
         parent.lines.try_to_say({"failed": in_a_line(error, rank)})

@@ -57,6 +57,15 @@ class Terminated(BaseException):
         self.signum = signum
 
 
+def origin(error: BaseException) -> BaseException:
+    """The signal that led to ``error``, if one did: Python wraps what is raised where a class is made, and whatever is
+    interrupted may raise an error of its own."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, KeyboardInterrupt | Terminated):
+        found = found.__cause__ or found.__context__
+    return found or error
+
+
 def exit_code(error: BaseException) -> int:
     """What a process that ``error`` ends says to whoever started it, 0 to 255."""
     if isinstance(error, PipeinferError):
