@@ -93,6 +93,7 @@ class Handle:
         self._news = threading.Condition()
         self._pieces: deque[tuple[str, News]] = deque()
         self._listeners: list[Callable[[], object]] = []
+        self._takers = 0  # threads that wait for the next piece
         self._submitted_at: float | None = None
         self._emitted_at: list[tuple[float, int]] = []
         self._tally: Tally | None = None
@@ -113,7 +114,8 @@ class Handle:
                 self._job.cancel(news.number)
                 piece = self._end("error", error)
             self._pieces.append((piece, news))
-            self._news.notify_all()
+            if self._takers or self._is_over:  # who waits for the whole is not woken for each piece
+                self._news.notify_all()
             listeners = list(self._listeners)
         for listener in listeners:
             listener()
@@ -186,7 +188,11 @@ class Handle:
     def __iter__(self) -> Iterator[str]:
         while True:
             with self._news:
-                self._job.wait(self._news, self._has_changed)
+                self._takers += 1
+                try:
+                    self._job.wait(self._news, self._has_changed)
+                finally:
+                    self._takers -= 1
                 taken = self._take()
             if taken is None:
                 return

@@ -231,9 +231,9 @@ def show(engine: Engine, prompt: Prompt, args: argparse.Namespace, sampling: Sam
         handle = engine.submit(*asked, watch)
         completion = handle.completion
         try:
-            for piece in handle:
-                if not args.json:
-                    print(piece, end="", flush=True)
+            for piece in () if args.json else handle:
+                print(piece, end="", flush=True)
+            handle.result()
         except BaseException as error:
             handle.interrupt(error)
             if args.json:
