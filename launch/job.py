@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from pipeinfer.preflight import Cleared
 
 LAST_WORDS_S = 1.0
+"""How long a rank that has failed leaves the head's program to save what was decoded."""
 PROBE_S = 2.0
 """Least time that silent roles get to answer before the head gives up on them."""
 
@@ -167,8 +168,8 @@ class Job:
         self._end()
 
     def _tell_head(self, code: int) -> None:
-        """This rank has failed and will end the job with exit code ``code``: let the head's program save what it has,
-        for LAST_WORDS_S; it ends the job as soon as it has."""
+        """This rank has failed and will end the job with exit code ``code``: let the head's program save what it has;
+        it ends the job as soon as it has."""
         assert self._transport is not None
         until, backoff = time.monotonic() + LAST_WORDS_S, Backoff()
         self._driver.send(Send(Message(Kind.FAILED, self._executor.addresses[0], ORCHESTRATOR, run=code)), 0.0)
