@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from benchmarks.study import claims, latencies
 from benchmarks.views import Row, agreement, costs, guesses, place, policies, ratios, read, show
-from pipeinfer.bench.places import BENCHMARKS
 from pipeinfer.bench.rows import BANNERS
+from pipeinfer.costs.paths import BENCHMARKS
 
 ROOT = BENCHMARKS.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")

@@ -25,8 +25,8 @@ from benchmarks.profiling import jobs, machines, tables
 from benchmarks.profiling.costs import Cost, heading
 from launch.mpiexec import command
 from pipeinfer.bench.fingerprint import fingerprint
-from pipeinfer.errors import PipeinferError
-from speculation.policy import CONTINUOUS, PLAIN, read_policy
+from pipeinfer.core.errors import PipeinferError
+from speculation.schedules.policy import CONTINUOUS, PLAIN, read_policy
 
 SYNC_TREE = Path(__file__).parent / "baselines" / "sync-tree.toml"
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from benchmarks.views import TITLES, Row, axes, by_point, place, show, speed, table
-from pipeinfer.metrics import percentile
+from pipeinfer.core.metrics import percentile
 
 Points = Sequence[dict[str, Row]]
 

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pipeinfer.bench.places import BENCHMARKS
 from pipeinfer.bench.rows import AXES, of_ideal
-from pipeinfer.metrics import percentile
+from pipeinfer.core.metrics import percentile
+from pipeinfer.costs.paths import BENCHMARKS
 
 TITLES = {"top1": "top-1", "draft_time": "draft pass", "prompt_tokens": "prompt", "tokens": "new tokens"}
 

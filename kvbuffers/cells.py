@@ -14,9 +14,9 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-from pipeinfer.errors import RemoteProtocolError
-from pipeinfer.ports import Batch, Draw, Sampling
-from pipeinfer.protocol import NO_SLOT, CellOp, CellOpKind, Row
+from pipeinfer.core.errors import RemoteProtocolError
+from pipeinfer.core.ports import Batch, Draw, Sampling
+from pipeinfer.core.protocol import NO_SLOT, CellOp, CellOpKind, Row
 
 
 class CellTable:

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeinfer.errors import LocalProtocolError
-from pipeinfer.protocol import MAX_OPS, NO_SLOT, CellOp, CellOpKind, Row
+from pipeinfer.core.errors import LocalProtocolError
+from pipeinfer.core.protocol import MAX_OPS, NO_SLOT, CellOp, CellOpKind, Row
 
 
 class Partitions:

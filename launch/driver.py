@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 
 from launch.backoff import Clock, sleep_until
 from launch.doorbell import Doorbell
-from pipeinfer.errors import StallError
-from pipeinfer.executor import Executor
-from pipeinfer.ports import Emit, Event, Finish, Idle, Send, Transport
+from pipeinfer.core.errors import StallError
+from pipeinfer.core.ports import Emit, Event, Finish, Idle, Send, Transport
+from pipeinfer.runtime.executor import Executor
 
 MOST_IDLE_S = 50e-3
 """Whoever waits looks up as often as this though nobody calls; a look takes a busy host a tenth of a millisecond."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeinfer.errors import refuse
+from pipeinfer.core.errors import refuse
 
 
 @dataclass(frozen=True, slots=True)

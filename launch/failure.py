@@ -11,7 +11,7 @@ import traceback
 
 from launch.environment import launched
 from launch.last_words import let_it_be_read
-from pipeinfer.errors import PipeinferError, Terminated, UserError, exit_code, origin
+from pipeinfer.core.errors import PipeinferError, Terminated, UserError, exit_code, origin
 
 SIGNALLED_S = 1.3
 """A rank waits so long before it takes a signal for its own affair. A launcher that ends a job signals all ranks, and

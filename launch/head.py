@@ -16,8 +16,8 @@ from typing import Any
 
 from launch.job import Job
 from launch.requests import Hear, News, Requests
-from pipeinfer.errors import StallError, UserError
-from pipeinfer.ports import Emit, Finish, Request, Submitted, Withdrawn
+from pipeinfer.core.errors import StallError, UserError
+from pipeinfer.core.ports import Emit, Finish, Request, Submitted, Withdrawn
 
 GRACE_S = 3.0
 """So long a program may take to leave once its job has broken; then the other ranks are ended without it."""

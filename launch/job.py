@@ -12,14 +12,10 @@ from typing import TYPE_CHECKING, Any
 from launch.backoff import Backoff
 from launch.driver import Driver
 from launch.paced_links import PacedLinks
-from launch.roles import Plan, Role, count, homes
 from pipeinfer import __version__
-from pipeinfer.cast import Cast
-from pipeinfer.config import Config
-from pipeinfer.executor import Executor
-from pipeinfer.links import Link
-from pipeinfer.orchestrator import Orchestrator
-from pipeinfer.ports import (
+from pipeinfer.core.config import Config
+from pipeinfer.core.links import Link
+from pipeinfer.core.ports import (
     Closed,
     Emit,
     Event,
@@ -32,16 +28,20 @@ from pipeinfer.ports import (
     Started,
     Transport,
 )
-from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR, Kind, Message
-from pipeinfer.trace import Header, TraceWriter
-from speculation.drafter import draft_cells
-from speculation.policy import Policy
-from speculation.schedule import Placement
+from pipeinfer.core.protocol import FIRST_DRAFTER, ORCHESTRATOR, Kind, Message
+from pipeinfer.orchestrator.machine import Orchestrator
+from pipeinfer.placement.roles import Plan, Role, count, homes
+from pipeinfer.runtime.executor import Executor
+from pipeinfer.runtime.job_spec import Cast
+from pipeinfer.runtime.trace import Header, TraceWriter
+from speculation.drafter.machine import draft_cells
+from speculation.schedules.policy import Policy
+from speculation.schedules.schedule import Placement
 
 if TYPE_CHECKING:
     from launch.mpi import World
     from launch.muster import Muster
-    from pipeinfer.preflight import Cleared
+    from launch.preflight import Cleared
 
 LAST_WORDS_S = 1.0
 """How long a rank that has failed leaves the head's program to save what was decoded."""
@@ -206,7 +206,7 @@ def load(config: Config, cleared: Cleared, world: World | None, muster: Muster |
     with muster.busy("loading") if muster else nullcontext():
         import torch
 
-        from stages.pair import CheckpointPair
+        from stages.models.pair import CheckpointPair
 
         if world is not None:
             torch.set_num_threads(world.threads)

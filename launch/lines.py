@@ -15,7 +15,7 @@ import struct
 import threading
 from typing import Any
 
-from pipeinfer.errors import PipeinferError
+from pipeinfer.core.errors import PipeinferError
 
 BEGINS = "@"
 """Stands for the zero byte with which such names begin."""

@@ -25,8 +25,8 @@ from launch.muster import Muster  # noqa: E402
 from launch.signals import end_undisturbed  # noqa: E402
 from launch.transport import on_this_host, politely  # noqa: E402
 from launch.watch import here, name_of  # noqa: E402
-from pipeinfer.errors import exit_code, origin  # noqa: E402
-from speculation.schedule import Placement  # noqa: E402
+from pipeinfer.core.errors import exit_code, origin  # noqa: E402
+from speculation.schedules.schedule import Placement  # noqa: E402
 
 Bytes = npt.NDArray[np.uint8]
 MpiTransport = functools.partial(transport.MpiTransport, mpi=MPI)

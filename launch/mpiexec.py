@@ -24,7 +24,7 @@ from launch.surroundings import (
     settle,
     shared_memory_nbytes,
 )
-from pipeinfer.errors import PipeinferError, refuse
+from pipeinfer.core.errors import PipeinferError, refuse
 
 OPEN_MPI = re.compile(r"Open MPI|OpenRTE|PRRTE")
 OPEN_MPI_BEFORE_5 = re.compile(r"\((Open MPI|OpenRTE)\) [1-4]\.")  # shared memory had another name there

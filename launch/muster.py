@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from launch.watch import Pulse, Watch, progress
-from pipeinfer.errors import StallError
+from pipeinfer.core.errors import StallError
 
 PULSE_S = 0.5
 MOST_UNSENT = 64

@@ -7,9 +7,9 @@ import time
 from collections import deque
 from typing import NamedTuple
 
-from pipeinfer.links import Link, Wires
-from pipeinfer.ports import Payload, Received, Transport
-from pipeinfer.protocol import Message
+from pipeinfer.core.links import Link, Wires
+from pipeinfer.core.ports import Payload, Received, Transport
+from pipeinfer.core.protocol import Message
 
 
 class _Held(NamedTuple):

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeinfer.errors import PipeinferError
-from pipeinfer.ports import Tally
+from pipeinfer.core.errors import PipeinferError
+from pipeinfer.core.ports import Tally
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from pipeinfer.errors import Terminated
+from pipeinfer.core.errors import Terminated
 
 ORDERLY_S = 15.0
 """An orderly end takes less. Whoever asks again so much later gets what the system does with the signal."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
-from pipeinfer.errors import refuse
+from pipeinfer.core.errors import refuse
 
 TEMPLATE = Path(__file__).with_name("templates") / "job.sbatch"
 

@@ -25,9 +25,9 @@ from launch import mpiexec
 from launch.lines import Lines, is_ours, listen
 from launch.requests import Hear, News, Requests
 from launch.watch import Watch, here, name_of, progress
-from pipeinfer.config import Config
-from pipeinfer.errors import PipeinferError, StallError
-from pipeinfer.ports import Request, Tally
+from pipeinfer.core.config import Config
+from pipeinfer.core.errors import PipeinferError, StallError
+from pipeinfer.core.ports import Request, Tally
 
 GRACE_S = 10.0
 """Longest wait for ranks to leave once they were told to stop at once."""

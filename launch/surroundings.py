@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 
-from pipeinfer.errors import refuse
+from pipeinfer.core.errors import refuse
 
 OUTER_JOB = re.compile(
     r"(SLURMD?|PBS|LSB|FLUX|COBALT|OAR|JSM|PALS|ALPS|PMI2?|PMIX|HYDRA|HYDI|I_MPI_HYDRA|OMPI|PRTE)_"

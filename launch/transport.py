@@ -35,9 +35,9 @@ import numpy.typing as npt
 
 from launch.backoff import Backoff, Clock
 from launch.doorbell import Bell, Doorbell
-from pipeinfer.errors import LocalProtocolError
-from pipeinfer.ports import Payload, Received
-from pipeinfer.protocol import MAX_NBYTES, Message, decode, encode, wire_nbytes
+from pipeinfer.core.errors import LocalProtocolError
+from pipeinfer.core.ports import Payload, Received
+from pipeinfer.core.protocol import MAX_NBYTES, Message, decode, encode, wire_nbytes
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")

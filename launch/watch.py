@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeinfer.errors import StallError
+from pipeinfer.core.errors import StallError
 
 
 @dataclass(slots=True)

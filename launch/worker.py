@@ -14,9 +14,9 @@ from launch.environment import launched
 from launch.failure import in_a_line, say
 from launch.lines import Lines, connect
 from launch.signals import end_in_order
-from pipeinfer.config import Config
-from pipeinfer.errors import Terminated, exit_code, origin
-from pipeinfer.ports import Request, Sampling
+from pipeinfer.core.config import Config
+from pipeinfer.core.errors import Terminated, exit_code, origin
+from pipeinfer.core.ports import Request, Sampling
 
 if TYPE_CHECKING:
     from launch.head import Head
@@ -118,7 +118,7 @@ def play(world: World, parent: Parent) -> None:
     from launch.collector import frozen
     from launch.head import Head
     from launch.job import load
-    from pipeinfer.preflight import clear
+    from launch.preflight import clear
 
     config = parent.config
     muster = world.muster(config.timeout_s)

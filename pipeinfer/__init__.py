@@ -7,13 +7,14 @@ mpi4py.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeinfer.answer import Completion, Handle
-    from pipeinfer.engine import Engine
-    from pipeinfer.errors import UserError
-    from pipeinfer.ports import Sampling
+    from pipeinfer.core.errors import UserError
+    from pipeinfer.core.ports import Sampling
+    from pipeinfer.engine.answer import Completion, Handle
+    from pipeinfer.engine.engine import Engine
 
 __version__ = "0.1.0"
 __all__ = ["Completion", "Engine", "Handle", "Sampling", "UserError", "__version__"]
@@ -22,7 +23,5 @@ __all__ = ["Completion", "Engine", "Handle", "Sampling", "UserError", "__version
 def __getattr__(name: str) -> Any:
     """Load the engine only when somebody asks for it."""
     if name in __all__:
-        import pipeinfer.engine
-
-        return getattr(pipeinfer.engine, name)
+        return getattr(importlib.import_module("pipeinfer.engine"), name)
     raise AttributeError(f"module 'pipeinfer' has no attribute {name!r}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
-from pipeinfer.metrics import percentile
+from pipeinfer.core.metrics import percentile
 
 COLUMNS = ("n", "median_us", "mean_us", "p99_us", "budget_us")
 P = ParamSpec("P")

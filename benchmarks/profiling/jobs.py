@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeinfer.cast import Cast
-from pipeinfer.ports import Event, Received, Request
-from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR
+from pipeinfer.core.ports import Event, Received, Request
+from pipeinfer.core.protocol import FIRST_DRAFTER, ORCHESTRATOR
+from pipeinfer.runtime.job_spec import Cast
+from pipeinfer.runtime.trace import Step, Trace
 from pipeinfer.sim.replay import Recorder
 from pipeinfer.sim.world import World, WorldSpec, make_cast
-from pipeinfer.trace import Step, Trace
-from speculation.policy import Policy
-from stages.emulated import EmulatedSpec, spread
+from speculation.schedules.policy import Policy
+from stages.models.emulated import EmulatedSpec, spread
 
 STAGES = 8
 PROMPT, TOKENS = 256, 256

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 
 from benchmarks.profiling.costs import Cost, Stopwatch
 from pipeinfer.bench.passes import random_model
-from pipeinfer.ports import Batch
-from stages.llama import LlamaShard
-from stages.random_weights import RandomCheckpoint
-from stages.spec import ModelSpec
+from pipeinfer.core.ports import Batch
+from stages.checkpoint.random_weights import RandomCheckpoint
+from stages.checkpoint.spec import ModelSpec
+from stages.models.llama import LlamaShard
 
 SHARE = 0.1
 """Of a bare layer's time, which the shard may take beside it."""

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from benchmarks.profiling.costs import Cost, Stopwatch
 from benchmarks.profiling.jobs import Job, kind_of, role_of
-from pipeinfer.ports import Command, Event, Machine, Received
-from pipeinfer.replay import retell
+from pipeinfer.core.ports import Command, Event, Machine, Received
+from pipeinfer.runtime.replay import retell
 
 ORCHESTRATOR_BUDGET_US = 50.0
 TELLINGS = 5

@@ -19,12 +19,12 @@ from launch.backoff import Backoff
 from launch.driver import Driver
 from launch.mpi import MpiTransport, World
 from pipeinfer.bench.passes import random_model
-from pipeinfer.executor import Executor
-from pipeinfer.ports import Batch, Command, Computed, Event, Received
-from pipeinfer.protocol import Kind, stage_address
-from speculation.policy import CONTINUOUS
-from stages.pair import CheckpointPair
-from stages.random_weights import RandomCheckpoint
+from pipeinfer.core.ports import Batch, Command, Computed, Event, Received
+from pipeinfer.core.protocol import Kind, stage_address
+from pipeinfer.runtime.executor import Executor
+from speculation.schedules.policy import CONTINUOUS
+from stages.checkpoint.random_weights import RandomCheckpoint
+from stages.models.pair import CheckpointPair
 
 RUN_BUDGET_US = 300.0
 MODEL = random_model(layers=1, hidden=1024, intermediate=1024, heads=16, kv_heads=4, vocab=1024)

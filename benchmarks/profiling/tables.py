@@ -8,8 +8,8 @@ from benchmarks.profiling.costs import Cost, Stopwatch
 from benchmarks.profiling.jobs import Job
 from kvbuffers.cells import CellTable
 from kvbuffers.partitions import Partitions
-from pipeinfer.ports import Received
-from pipeinfer.protocol import FIRST_STAGE, CellOpKind, Flag, Kind, Message, Row, decode, encode
+from pipeinfer.core.ports import Received
+from pipeinfer.core.protocol import FIRST_STAGE, CellOpKind, Flag, Kind, Message, Row, decode, encode
 
 KINDS = (Kind.RUN, Kind.RESULT, Kind.NODES, Kind.CREDIT, Kind.CANCEL)
 ROWS = 8

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from launch.collector import frozen
 from launch.head import LocalJob
 from launch.job import Job
-from launch.roles import seat
 from pipeinfer.bench.entrants import Entrant
 from pipeinfer.bench.sample import Sample, sample
 from pipeinfer.bench.scene import Scene, ranges
-from pipeinfer.config import Config
-from pipeinfer.ports import Tally
-from stages.emulated import EmulatedPair, plain_tokens
+from pipeinfer.core.config import Config
+from pipeinfer.core.ports import Tally
+from pipeinfer.placement.roles import seat
+from stages.models.emulated import EmulatedPair, plain_tokens
 
 if TYPE_CHECKING:
     from launch.mpi import World

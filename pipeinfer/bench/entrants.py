@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeinfer.bench.ideal import best_chain, best_tree, ideal
-from pipeinfer.bench.places import BENCHMARKS
 from pipeinfer.bench.scene import DRAFT_ROWS, Scene
-from speculation.policy import CONTINUOUS, Policy, read_policy
-from stages.emulated import right_choices
+from pipeinfer.costs.paths import BENCHMARKS
+from speculation.schedules.policy import CONTINUOUS, Policy, read_policy
+from stages.models.emulated import right_choices
 
 SHIPPED_HEAD_SHARE = 2 / 3
 """Layers of PipeInfer's first stage, in those of another, in its script for eight nodes."""

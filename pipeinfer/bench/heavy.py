@@ -23,11 +23,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeinfer.config import BUILTIN, model_directory
-from pipeinfer.errors import PipeinferError, refuse
-from stages.checkpoint import Checkpoint, expected_tensors
-from stages.random_weights import random_tensor
-from stages.spec import ModelSpec
+from pipeinfer.core.config import BUILTIN, model_directory
+from pipeinfer.core.errors import PipeinferError, refuse
+from stages.checkpoint.checkpoint import Checkpoint, expected_tensors
+from stages.checkpoint.random_weights import random_tensor
+from stages.checkpoint.spec import ModelSpec
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from speculation.tree import Node, Tree
+from speculation.trees.tree import Node, Tree
 
 VOID = -1
 """What the target says where no choice of the draft is right."""

@@ -17,8 +17,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from pipeinfer.bench.passes import clock, one_pass, random_model, whole_shard
-from pipeinfer.config import DTYPES
-from pipeinfer.metrics import percentile
+from pipeinfer.core.config import DTYPES
+from pipeinfer.core.metrics import percentile
 
 if TYPE_CHECKING:
     import torch
@@ -208,7 +208,7 @@ class Probe:
         return found
 
     def attention(self, dtype: str) -> list[float]:
-        """Bytes of keys and values per second for each of PACKED_ROWS, computed as stages.llama does."""
+        """Bytes of keys and values per second for each of PACKED_ROWS, computed as stages.models.llama does."""
         import torch
         import torch.nn.functional as F
 
@@ -231,6 +231,6 @@ class Probe:
     def _random(self, dtype: str, *shape: int) -> torch.Tensor:
         import torch
 
-        from stages.pair import DTYPES as TORCH
+        from stages.models.pair import DTYPES as TORCH
 
         return torch.rand(shape, dtype=TORCH[dtype], device=self.device)

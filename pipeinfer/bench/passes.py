@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pipeinfer.errors import refuse
-from pipeinfer.ports import Batch, ShardModel
-from stages.checkpoint import Weights
-from stages.random_weights import RandomCheckpoint
-from stages.spec import ModelSpec, RopeSpec
+from pipeinfer.core.errors import refuse
+from pipeinfer.core.ports import Batch, ShardModel
+from stages.checkpoint.checkpoint import Weights
+from stages.checkpoint.random_weights import RandomCheckpoint
+from stages.checkpoint.spec import ModelSpec, RopeSpec
 
 
 def clock(threads: int) -> Callable[[], float]:
@@ -57,8 +57,8 @@ def whole_shard(
     spec: ModelSpec, dtype: str, cells: int, weights: Weights | None = None, device: str = "cpu"
 ) -> ShardModel:
     """All layers of a model with ``cells`` cells on ``device``; of random weights unless some are given."""
-    from stages.llama import LlamaShard
-    from stages.pair import DTYPES
+    from stages.models.llama import LlamaShard
+    from stages.models.pair import DTYPES
 
     weights = weights or RandomCheckpoint(spec)
     return LlamaShard.load(spec, weights, range(spec.layer_count), DTYPES[dtype], cells, device)

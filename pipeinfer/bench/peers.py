@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeinfer.config import DTYPES, model_directory
-from pipeinfer.errors import refuse
+from pipeinfer.core.config import DTYPES, model_directory
+from pipeinfer.core.errors import refuse
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ def _load(directory: Path, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from stages.pair import DTYPES as TORCH_DTYPES
+    from stages.models.pair import DTYPES as TORCH_DTYPES
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     # Assisted generation warns of how it calls generate itself.

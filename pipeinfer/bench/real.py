@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from launch.collector import frozen
 from pipeinfer.bench.entrants import Entrant, entrant
 from pipeinfer.bench.peers import Peer, is_peer, open_peer
-from pipeinfer.bench.places import BENCHMARKS
 from pipeinfer.bench.rows import make_row
 from pipeinfer.bench.sample import Sample, sample
 from pipeinfer.bench.suite import Point, Suite
-from pipeinfer.config import BUILTIN, model_directory
-from pipeinfer.engine import Engine
-from pipeinfer.errors import PipeinferError
-from pipeinfer.ports import Sampling, Tally
+from pipeinfer.core.config import BUILTIN, model_directory
+from pipeinfer.core.errors import PipeinferError
+from pipeinfer.core.ports import Sampling, Tally
+from pipeinfer.costs.paths import BENCHMARKS
+from pipeinfer.engine.engine import Engine
 
 if TYPE_CHECKING:
     from launch.mpi import World
@@ -99,16 +99,19 @@ def models_of(world: World, point: Point) -> Iterator[Point]:
 def measure_engine(world: World, point: Point, one: Entrant, prompts: list[list[int]], opened: Opened) -> list[Sample]:
     """One sample of ``one`` for each prompt; nothing on ranks other than the head. Leaves ``prompts`` as tokens for
     others."""
-    with frozen(), Engine(
-        point.target,
-        point.draft or None,
-        policy=one.source,
-        settings=one.changes,
-        dtype=point.dtype,
-        comm=world.comm,
-        forced_acceptance=point.acceptance or ((point.top1,) if point.top1 else ()),
-        random_weights=point.random_weights,
-    ) as engine:
+    with (
+        frozen(),
+        Engine(
+            point.target,
+            point.draft or None,
+            policy=one.source,
+            settings=one.changes,
+            dtype=point.dtype,
+            comm=world.comm,
+            forced_acceptance=point.acceptance or ((point.top1,) if point.top1 else ()),
+            random_weights=point.random_weights,
+        ) as engine,
+    ):
         if engine is None:
             return []
         holders = [rank for rank in engine.ranks if rank["layers"] is not None]

@@ -9,8 +9,8 @@ from typing import Any
 from pipeinfer.bench.fingerprint import fingerprint
 from pipeinfer.bench.rows import BANNERS, axes_of, heading, line
 from pipeinfer.bench.suite import Suite
-from pipeinfer.errors import refuse
-from pipeinfer.files import write_whole
+from pipeinfer.core.errors import refuse
+from pipeinfer.core.files import write_whole
 
 
 class Report:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeinfer.bench.sample import Sample
 from pipeinfer.bench.suite import Point, Suite
-from pipeinfer.metrics import percentile
+from pipeinfer.core.metrics import percentile
 
 MEDIANS = (
     "ttft_ms", "tpot_ms", "acceptance_rate", "accept_length", "waste", "bubble", "cancel_latency_ms",
@@ -85,8 +85,10 @@ def axes_of(points: Sequence[Point]) -> list[str]:
 
 def heading(axes: Sequence[str]) -> str:
     """The line over a table."""
-    return "# " + " ".join([*(f"{axis:>{_width(axis)}}" for axis in axes), f"{'policy':<14}"]) + "".join(
-        f" {name:>9}" for name in COLUMNS
+    return (
+        "# "
+        + " ".join([*(f"{axis:>{_width(axis)}}" for axis in axes), f"{'policy':<14}"])
+        + "".join(f" {name:>9}" for name in COLUMNS)
     )
 
 

@@ -16,7 +16,7 @@ from pipeinfer.bench.sample import Sample
 from pipeinfer.bench.scene import Scene, scene
 from pipeinfer.bench.simulated import simulate_all, tuned
 from pipeinfer.bench.suite import Point, Suite
-from pipeinfer.metrics import percentile
+from pipeinfer.core.metrics import percentile
 
 if TYPE_CHECKING:
     from launch.mpi import World
@@ -59,9 +59,7 @@ def run_emulated(suite: Suite, report: Report | None, world: World) -> None:
                 report.add(_emulated_rows(suite, here, found, ideals, world.library))
 
 
-def _emulate(
-    world: World, here: Scene, entrants: Sequence[Entrant], repeats: int
-) -> dict[Entrant, list[Sample]]:
+def _emulate(world: World, here: Scene, entrants: Sequence[Entrant], repeats: int) -> dict[Entrant, list[Sample]]:
     from pipeinfer.bench.emulated import emulate
 
     found: dict[Entrant, list[Sample]] = {one: [] for one in entrants}

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeinfer.metrics import measure
-from pipeinfer.ports import Tally
+from pipeinfer.core.metrics import measure
+from pipeinfer.core.ports import Tally
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """``metrics``: those of pipeinfer.metrics. ``messages`` and ``nbytes``: what ranks sent each other, per token of
-    the job; 0 where there are no ranks."""
+    """``metrics``: those of pipeinfer.core.metrics. ``messages`` and ``nbytes``: what ranks sent each other, per token
+    of the job; 0 where there are no ranks."""
 
     tokens: tuple[int, ...]
     metrics: dict[str, Any]

@@ -11,14 +11,14 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from pipeinfer.bench.suite import Point
-from pipeinfer.errors import refuse
-from pipeinfer.links import Link
-from pipeinfer.ports import Request
-from speculation.policy import CONTINUOUS, PLAIN, Policy
-from stages.emulated import EmulatedSpec, Pace, spread
+from pipeinfer.core.errors import refuse
+from pipeinfer.core.links import Link
+from pipeinfer.core.ports import Request
+from speculation.schedules.policy import CONTINUOUS, PLAIN, Policy
+from stages.models.emulated import EmulatedSpec, Pace, spread
 
 if TYPE_CHECKING:
-    from pipeinfer.bench.costs import Costs
+    from pipeinfer.costs.roofline import Costs
 
 LAYERS = 80
 """Of a point without a hardware, about: news of death is heard between layers. Each stage has at least three."""
@@ -155,9 +155,9 @@ def scene(point: Point) -> Scene:
         return Scene(point, acceptance, each * stages, Flat(layer_s), Flat(draft_s), LOCAL_LINK)
     if not point.target or not point.draft:
         refuse(f"a point with hardware {point.hardware} but no models", "name `target` and `draft` shapes in the suite")
-    from pipeinfer.bench.costs import Costs
-    from pipeinfer.bench.hardware import read_hardware
-    from pipeinfer.bench.shapes import read_shape
+    from pipeinfer.costs.hardware import read_hardware
+    from pipeinfer.costs.roofline import Costs
+    from pipeinfer.costs.shapes import read_shape
 
     hardware, target = read_hardware(point.hardware), read_shape(point.target)
     costs = Costs(hardware, target, read_shape(point.draft))

@@ -9,7 +9,7 @@ from pipeinfer.bench.entrants import Entrant, variants
 from pipeinfer.bench.sample import Sample, sample
 from pipeinfer.bench.scene import Scene
 from pipeinfer.sim.world import World, WorldSpec
-from stages.emulated import plain_tokens
+from stages.models.emulated import plain_tokens
 
 TUNING_SEED = 99
 """Sizes are chosen on another text than they are measured on."""

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from pipeinfer.bench.places import find
-from pipeinfer.errors import refuse
+from pipeinfer.core.errors import refuse
+from pipeinfer.costs.paths import find
 
 EXECUTIONS = ("real", "emulated", "simulated")
 VECTORS = ("claims", "burst", "acceptance", "set")

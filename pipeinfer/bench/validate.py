@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeinfer.bench.costs import ModelCosts
-from pipeinfer.bench.hardware import Hardware
 from pipeinfer.bench.passes import clock, one_pass, random_model, whole_shard
-from pipeinfer.bench.shapes import of_spec
-from pipeinfer.metrics import percentile
-from stages.checkpoint import Checkpoint
-from stages.spec import ModelSpec
+from pipeinfer.core.metrics import percentile
+from pipeinfer.costs.hardware import Hardware
+from pipeinfer.costs.roofline import ModelCosts
+from pipeinfer.costs.shapes import of_spec
+from stages.checkpoint.checkpoint import Checkpoint
+from stages.checkpoint.spec import ModelSpec
 
 ROWS = (1, 2, 4, 8, 16)
 CONTEXTS = (64, 1024)

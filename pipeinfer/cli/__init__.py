@@ -7,12 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from launch.environment import launched
 from launch.failure import leave, write
 from launch.signals import end_in_order
 from pipeinfer import __version__
-from pipeinfer.cli.streams import OutputError, drop_output, insist_on_utf8, put_in_place
-from pipeinfer.errors import exit_code
+from pipeinfer.cli.streams import OutputError, drop_output, insist_on_utf8, put_in_place, say
+from pipeinfer.core.errors import exit_code
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,13 +21,6 @@ class Parser(argparse.ArgumentParser):
         """Leave with exit code 2."""
         say(f"{message}; see `{self.prog} --help`")
         raise SystemExit(2)
-
-
-def say(message: str) -> None:
-    """One line on standard error, from the rank that speaks for all."""
-    launch = launched()
-    if launch is None or launch.leads:
-        write(f"pipeinfer: {message}")
 
 
 def build_parser() -> Parser:
@@ -66,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(argv: list[str]) -> int:
-    args = build_parser().parse_args(argv)
-    args.argv = argv
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    args.argv, args.parse = argv, parser.parse_args
     return int(args.command(args))
 
 

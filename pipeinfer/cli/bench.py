@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from launch.environment import launched, refuse_singletons
-from pipeinfer.errors import refuse
+from pipeinfer.core.errors import refuse
 
 if TYPE_CHECKING:
     from pipeinfer.bench.suite import Suite

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeinfer.cli.run import add_models, add_sampling, open_engine, read_sampling, refuse_half_a_pair
-from pipeinfer.errors import refuse
-from pipeinfer.files import refuse_unwritable
+from pipeinfer.core.errors import refuse
+from pipeinfer.core.files import refuse_unwritable
 
 if TYPE_CHECKING:
-    from pipeinfer.engine import Engine
+    from pipeinfer.engine.engine import Engine
 
 
 def add_parser(commands: Any) -> None:
@@ -43,7 +43,7 @@ def calibrate(args: argparse.Namespace) -> int:
     read_sampling(args)
     prompts = read_prompts(args.prompts)
     from launch.collector import frozen
-    from speculation.calibration_file import write_calibrations
+    from speculation.trees.calibration_file import write_calibrations
 
     def check(engine: Engine) -> None:
         refuse_unwritable(args.out)  # on the head, which writes it

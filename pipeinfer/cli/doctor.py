@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.environment import launched
-from pipeinfer.errors import refuse
+from pipeinfer.core.errors import refuse
 
 if TYPE_CHECKING:
     from launch.mpi import World
@@ -80,7 +80,7 @@ def doctor(args: argparse.Namespace) -> int:
     launch = launched()
     if args.validate:
         return validate(args) if launch is None or launch.leads else 0
-    from pipeinfer.doctor import facts, table, world
+    from pipeinfer.cli.installation import facts, table, world
 
     with world() as here:
         found = facts(here)
@@ -99,8 +99,8 @@ def measure(args: argparse.Namespace) -> int:
         return start_again(2, args.argv)
     from pipeinfer.bench.fingerprint import fingerprint
     from pipeinfer.bench.measure import SECONDS, describe
-    from pipeinfer.doctor import world
-    from pipeinfer.files import write_whole
+    from pipeinfer.cli.installation import world
+    from pipeinfer.core.files import write_whole
 
     with world() as here:
         assert not isinstance(here, str), "a launcher means MPI"
@@ -127,9 +127,9 @@ def best_trip_s(here: World, nbytes: int, most: int) -> float:
 
 def validate(args: argparse.Namespace) -> int:
     """Compare the cost model of a hardware with passes on this host."""
-    from pipeinfer.bench.hardware import read_hardware
     from pipeinfer.bench.validate import compare, table
-    from pipeinfer.config import BUILTIN, model_directory
+    from pipeinfer.core.config import BUILTIN, model_directory
+    from pipeinfer.costs.hardware import read_hardware
 
     hardware = read_hardware(args.validate)
     comparisons = compare(hardware, model_directory(args.target or BUILTIN, "target"), args.device)

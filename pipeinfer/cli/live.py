@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from launch.requests import News
-    from pipeinfer.engine import Engine
+    from pipeinfer.engine.engine import Engine
 
 DRAW_S = 0.5
 LEAST_LINES = 4

@@ -7,12 +7,12 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeinfer.errors import UserError, refuse
+from pipeinfer.core.errors import UserError, refuse
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pipeinfer.timeline import Timeline
+    from pipeinfer.runtime.timeline import Timeline
 
 PICTURES = (".png", ".svg", ".pdf")
 KINDS = ("timeline", "speed", "depth", "itl", "ablation")
@@ -56,7 +56,7 @@ def plot(args: argparse.Namespace) -> int:
     elif args.kind not in (None, "timeline"):
         refuse(f"--kind {args.kind} of a trace", "leave --kind out, or name result files")
     elif ending == ".json":
-        from pipeinfer.perfetto import write_perfetto
+        from pipeinfer.runtime.perfetto import write_perfetto
 
         write_perfetto(timeline(args.what), args.output)
     else:
@@ -68,7 +68,7 @@ def plot(args: argparse.Namespace) -> int:
 
 def is_trace(name: str) -> bool:
     """Whether ``name`` means traces rather than results."""
-    from pipeinfer.trace import MARK, rank_file
+    from pipeinfer.runtime.trace import MARK, rank_file
 
     try:
         with open(name, "rb") as file:
@@ -79,10 +79,10 @@ def is_trace(name: str) -> bool:
 
 def timeline(names: list[str]) -> Timeline:
     """What the traces of one job tell that ``names`` mean, as far as they can be read."""
-    from pipeinfer.cli import say
     from pipeinfer.cli.replay import find
-    from pipeinfer.timeline import read_timeline
-    from pipeinfer.trace import Trace
+    from pipeinfer.cli.streams import say
+    from pipeinfer.runtime.timeline import read_timeline
+    from pipeinfer.runtime.trace import Trace
 
     traces = [Trace(path) for path in find(names)]
     found = read_timeline(traces)
@@ -122,7 +122,7 @@ def draw_traced(name: str, hosts: set[str]) -> str:
     path = Path(f"{name}.json")
     if len(hosts) > 1:
         return f"bring the traces {name}.rank* of all hosts together, then: pipeinfer plot {name} -o {path}"
-    from pipeinfer.perfetto import write_perfetto
+    from pipeinfer.runtime.perfetto import write_perfetto
 
     try:
         write_perfetto(timeline([name]), path)

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeinfer.errors import refuse
+from pipeinfer.core.errors import refuse
 
 if TYPE_CHECKING:
-    from pipeinfer.ports import Command, Event
-    from pipeinfer.protocol import Message
-    from pipeinfer.trace import Step, Trace
+    from pipeinfer.core.ports import Command, Event
+    from pipeinfer.core.protocol import Message
+    from pipeinfer.runtime.trace import Step, Trace
 
 
 def add_parser(commands: Any) -> None:
@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
 
 def replay(args: argparse.Namespace) -> int:
     """Replay what ``args`` name; 1 where anything differs."""
-    from pipeinfer.trace import Trace
+    from pipeinfer.runtime.trace import Trace
 
     traces = [Trace(path) for path in find(args.files)]
     if args.show:
@@ -48,7 +48,7 @@ def replay(args: argparse.Namespace) -> int:
 def find(names: Sequence[str]) -> Iterator[Path]:
     """The files that ``names`` mean. A job's ranks may have written on hosts of their own: what is not here is left
     out."""
-    from pipeinfer.trace import Trace, rank_file
+    from pipeinfer.runtime.trace import Trace, rank_file
 
     for name in names:
         first = rank_file(name, 0)
@@ -62,10 +62,10 @@ def find(names: Sequence[str]) -> Iterator[Path]:
 def check(trace: Trace) -> int:
     """Replay one trace and say in a line what came of it; 1 where anything differs."""
     from pipeinfer import __version__
-    from pipeinfer.cast import Cast
-    from pipeinfer.protocol import address_name
-    from pipeinfer.replay import retell
-    from pipeinfer.trace import DAMAGE
+    from pipeinfer.core.protocol import address_name
+    from pipeinfer.runtime.job_spec import Cast
+    from pipeinfer.runtime.replay import retell
+    from pipeinfer.runtime.trace import DAMAGE
 
     header = trace.header
     try:
@@ -90,7 +90,7 @@ def check(trace: Trace) -> int:
 
 def show(traces: Sequence[Trace]) -> Iterator[str]:
     """Whose ``traces`` they are, then their events in the order of time; times in milliseconds since the first one."""
-    from pipeinfer.trace import in_order
+    from pipeinfer.runtime.trace import in_order
 
     for trace in traces:
         header = trace.header
@@ -103,15 +103,15 @@ def show(traces: Sequence[Trace]) -> Iterator[str]:
 
 def role_names(trace: Trace) -> str:
     """Who plays on the rank of ``trace``."""
-    from pipeinfer.protocol import address_name
+    from pipeinfer.core.protocol import address_name
 
     return ", ".join(address_name(address) for address in trace.header.roles)
 
 
 def lines(step: Step, at_ms: float) -> Iterator[str]:
     """One event as people read it: what came and what was commanded, then a line for each Note."""
-    from pipeinfer.ports import Note, Send
-    from pipeinfer.protocol import address_name
+    from pipeinfer.core.ports import Note, Send
+    from pipeinfer.core.protocol import address_name
 
     start = f"{at_ms:12.3f}  {address_name(step.address):12}"
     told: dict[str, list[str]] = {}  # what is said to whom
@@ -129,8 +129,8 @@ def lines(step: Step, at_ms: float) -> Iterator[str]:
 
 def event_words(event: Event) -> str:
     """What a role was told."""
-    from pipeinfer.ports import Computed, Received, Submitted
-    from pipeinfer.protocol import address_name
+    from pipeinfer.core.ports import Computed, Received, Submitted
+    from pipeinfer.core.protocol import address_name
 
     if isinstance(event, Received):
         return f"{message_words(event.message)} from {address_name(event.message.source)}"
@@ -146,7 +146,7 @@ def event_words(event: Event) -> str:
 
 def command_words(command: Command, now: float) -> str:
     """What a role commanded at ``now``, if it is neither Send nor Note."""
-    from pipeinfer.ports import Abandon, Compute, Emit, Finish, Wake
+    from pipeinfer.core.ports import Abandon, Compute, Emit, Finish, Wake
 
     if isinstance(command, Compute):
         return f"compute {command.job} ({_many(len(command.batch.tokens), 'row')})"
@@ -161,7 +161,7 @@ def command_words(command: Command, now: float) -> str:
 
 def message_words(message: Message) -> str:
     """A message without its ends: kind, run, flags, and how much it carries."""
-    from pipeinfer.protocol import NO_SLOT, Flag, Kind, Row
+    from pipeinfer.core.protocol import NO_SLOT, Flag, Kind, Row
 
     words = message.kind.name
     if message.kind in (Kind.RUN, Kind.RESULT, Kind.CREDIT, Kind.STATUS):

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.environment import OPEN_MPI, launched
-from pipeinfer.errors import PipeinferError, refuse
+from pipeinfer.core.errors import PipeinferError, refuse
 
 if TYPE_CHECKING:
-    from pipeinfer.answer import Completion
-    from pipeinfer.engine import Engine
-    from pipeinfer.ports import Sampling
-    from pipeinfer.prompt import Prompt
+    from pipeinfer.core.ports import Sampling
+    from pipeinfer.engine.answer import Completion
+    from pipeinfer.engine.engine import Engine
+    from pipeinfer.engine.prompt import Prompt
 
 
 def add_parser(commands: Any) -> None:
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if args.logprobs and not args.json:
         refuse("--logprobs without --json", "say both")
     from launch.collector import frozen
-    from pipeinfer.sampling import checked_stops
+    from pipeinfer.core.sampling import checked_stops
 
     read_sampling(args)
     checked_stops(args.stop)
@@ -162,8 +162,8 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "see
 def read_sampling(args: argparse.Namespace, default: Sampling | None = None) -> Sampling:
     """How tokens are chosen, as ``args`` say, or else ``default``. Raises UserError for numbers that nobody can
     mean."""
-    from pipeinfer.ports import GREEDY
-    from pipeinfer.sampling import exact
+    from pipeinfer.core.ports import GREEDY
+    from pipeinfer.core.sampling import exact
 
     said = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
     return exact(replace(default or GREEDY, **said))
@@ -171,8 +171,8 @@ def read_sampling(args: argparse.Namespace, default: Sampling | None = None) -> 
 
 def open_engine(args: argparse.Namespace, check: Callable[[Engine], object], **more: Any) -> Engine:
     """The engine that ``args`` ask for, with what else is asked of it."""
-    from pipeinfer.config import BUILTIN
-    from pipeinfer.engine import Engine
+    from pipeinfer.core.config import BUILTIN
+    from pipeinfer.engine.engine import Engine
 
     return Engine(
         target=BUILTIN if args.target is None else args.target,
@@ -220,7 +220,7 @@ def read_prompt(args: argparse.Namespace) -> Prompt:
 def show(engine: Engine, prompt: Prompt, args: argparse.Namespace, sampling: Sampling) -> Completion:
     """Stream the answer, then the table; or print it as JSON, also where it ends early: what there is, and why."""
     from pipeinfer.cli.live import live
-    from pipeinfer.metrics import table
+    from pipeinfer.core.metrics import table
 
     if engine.config.forced_acceptance:
         note("acceptance is forced: the numbers that follow are tokens without meaning")
@@ -274,7 +274,7 @@ def describe(completion: Completion) -> str:
 
 def _drawn(sampling: dict[str, Any]) -> str:
     """How tokens were chosen, if not greedily."""
-    from pipeinfer.ports import GREEDY
+    from pipeinfer.core.ports import GREEDY
 
     changed = [f"{name} {value:g}" for name, value in sampling.items() if value != getattr(GREEDY, name)]
     return f"; {', '.join(changed)}" if changed else ""

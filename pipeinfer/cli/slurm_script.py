@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.slurm import DIRECTIVES, LAUNCHERS, batch_script
-from pipeinfer.errors import refuse
+from pipeinfer.core.errors import refuse
 
 JOBS = ("run", "bench", "calibrate", "doctor")
 """The commands that have something to do on several ranks."""
@@ -50,9 +51,9 @@ def add_parser(commands: Any) -> None:
 
 def slurm_script(args: argparse.Namespace) -> int:
     """Write the script that ``args`` ask for."""
-    from pipeinfer.files import write_whole
+    from pipeinfer.core.files import write_whole
 
-    refuse_what_no_job_can_be(args.job, args.arguments)
+    refuse_what_no_job_can_be(args.job, args.arguments, args.parse)
     script = batch_script(
         program=["pipeinfer", args.job, *args.arguments],
         directives={directive.name: getattr(args, directive.name.replace("-", "_")) for directive in DIRECTIVES},
@@ -73,11 +74,11 @@ def slurm_script(args: argparse.Namespace) -> int:
     return 0
 
 
-def refuse_what_no_job_can_be(command: str, arguments: list[str]) -> None:
+def refuse_what_no_job_can_be(
+    command: str, arguments: list[str], parse: Callable[[Sequence[str]], argparse.Namespace]
+) -> None:
     """Leave, or raise UserError, where ``pipeinfer COMMAND ARGUMENTS`` would be refused or cannot be a batch job."""
-    from pipeinfer.cli import build_parser
-
-    job = vars(build_parser().parse_args([command, *arguments]))
+    job = vars(parse([command, *arguments]))
     if job.get("ranks") is not None:
         refuse("--ranks in a batch job, whose ranks are Slurm's tasks", "use --nodes and --ntasks-per-node, before --")
     if command == "run" and job["prompt"] is None and job["prompt_file"] is None:

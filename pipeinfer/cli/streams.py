@@ -12,7 +12,9 @@ import select
 import sys
 from typing import Any
 
-from pipeinfer.errors import PipeinferError
+from launch.environment import launched
+from launch.failure import write
+from pipeinfer.core.errors import PipeinferError
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 
@@ -88,3 +90,10 @@ def insist_on_utf8() -> None:
     os.environ["PYTHONUTF8"] = "1"
     with contextlib.suppress(OSError):
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def say(message: str) -> None:
+    """One line on standard error, from the rank that speaks for all."""
+    launch = launched()
+    if launch is None or launch.leads:
+        write(f"pipeinfer: {message}")

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeinfer.errors import refuse
+from pipeinfer.core.errors import refuse
 from pipeinfer.plots.results import Panel, Row, panels, policies, top1
 from pipeinfer.plots.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION, new_figure, tidy
 

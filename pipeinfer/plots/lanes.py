@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from pipeinfer.errors import refuse
+from pipeinfer.core.errors import refuse
+from pipeinfer.core.protocol import FIRST_DRAFTER, ORCHESTRATOR, Kind, address_name
 from pipeinfer.plots.style import BLUE, GREY, INK, ORANGE, PALE, SKY, VERMILLION, new_figure, tidy
-from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR, Kind, address_name
-from pipeinfer.timeline import Outcome, Span, Timeline, Word
+from pipeinfer.runtime.timeline import Outcome, Span, Timeline, Word
 
 FILLS = {
     Outcome.PREFILL: GREY,

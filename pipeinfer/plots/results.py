@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeinfer.errors import refuse
+from pipeinfer.core.errors import refuse
 
 Row = dict[str, Any]
 """One line of a result file: one policy at one point."""

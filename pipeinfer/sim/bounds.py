@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvbuffers.partitions import Partitions
-from pipeinfer.orchestrator import RUNS_AHEAD, Orchestrator
-from pipeinfer.ports import Command, Compute, Event, Machine, Send
-from pipeinfer.protocol import (
+from pipeinfer.core.ports import Command, Compute, Event, Machine, Send
+from pipeinfer.core.protocol import (
     FIRST_DRAFTER,
     MAX_OPS,
     Kind,
     Row,
     address_name,
 )
+from pipeinfer.orchestrator.machine import RUNS_AHEAD, Orchestrator
 from pipeinfer.sim.chronicle import LawBroken
 from pipeinfer.sim.world import Witness, World, WorldSpec
-from speculation.drafter import Drafter
-from speculation.tree import SLACK, Tree, descendants
-from stages.machine import Stage
+from speculation.drafter.machine import Drafter
+from speculation.trees.tree import SLACK, Tree, descendants
+from stages.stage.machine import Stage
 
 STRIDE = 16
 """Trees are counted at every so many events of a role, and when a request is idle."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from kvbuffers.cells import CellTable
 from kvbuffers.partitions import Partitions
-from pipeinfer.ports import Command, Compute, Event, Machine, Request, Send
-from pipeinfer.protocol import (
+from pipeinfer.core.ports import Command, Compute, Event, Machine, Request, Send
+from pipeinfer.core.protocol import (
     ORCHESTRATOR,
     CellOp,
     CellOpKind,
@@ -16,8 +16,8 @@ from pipeinfer.protocol import (
 )
 from pipeinfer.sim.chronicle import Chronicle, Launched, LawBroken, Reader, Written
 from pipeinfer.sim.world import Answer, World
-from speculation.drafter import Drafter
-from stages.machine import Stage
+from speculation.drafter.machine import Drafter
+from stages.stage.machine import Stage
 
 STRIDE = 16
 """Tables are compared as a whole at every so many events of a role, and when a request is idle."""

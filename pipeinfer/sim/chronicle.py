@@ -5,17 +5,17 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from pipeinfer.ports import Command, Emit, Event, Finish, Idle, Request, Send, Submitted
-from pipeinfer.protocol import (
+from pipeinfer.core.ports import Command, Emit, Event, Finish, Idle, Request, Send, Submitted
+from pipeinfer.core.protocol import (
     ORCHESTRATOR,
     Flag,
     Kind,
     Message,
     Row,
 )
+from pipeinfer.runtime.timeline import Service
 from pipeinfer.sim.world import Witness, World, WorldSpec
-from pipeinfer.timeline import Service
-from stages.emulated import EmulatedSpec, plain_answer
+from stages.models.emulated import EmulatedSpec, plain_answer
 
 _THROWN_AWAY = (Kind.ADVANCE, Flag.RESTART)
 

@@ -5,8 +5,18 @@ A guess that hangs in the wrong place can only cost time, so no token would tell
 
 from __future__ import annotations
 
-from pipeinfer.ports import Command, Emit, Event, Received, Send
-from pipeinfer.protocol import NO_SLOT, ORCHESTRATOR, DraftRow, Flag, Kind, Message, Row, accepted_name, address_name
+from pipeinfer.core.ports import Command, Emit, Event, Received, Send
+from pipeinfer.core.protocol import (
+    NO_SLOT,
+    ORCHESTRATOR,
+    DraftRow,
+    Flag,
+    Kind,
+    Message,
+    Row,
+    accepted_name,
+    address_name,
+)
 from pipeinfer.sim.chronicle import Chronicle, LawBroken, Reader
 from pipeinfer.sim.world import World
 

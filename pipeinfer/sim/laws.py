@@ -24,9 +24,8 @@ from collections import deque
 from collections.abc import Collection
 from itertools import zip_longest
 
-from pipeinfer.orchestrator import RUNS_AHEAD
-from pipeinfer.ports import Command, Emit, Event, Finish, Idle, Received, Request, Send, Submitted
-from pipeinfer.protocol import (
+from pipeinfer.core.ports import Command, Emit, Event, Finish, Idle, Received, Request, Send, Submitted
+from pipeinfer.core.protocol import (
     NO_SLOT,
     ORCHESTRATOR,
     ChoiceRow,
@@ -36,6 +35,7 @@ from pipeinfer.protocol import (
     Row,
     address_name,
 )
+from pipeinfer.orchestrator.machine import RUNS_AHEAD
 from pipeinfer.sim.chronicle import Chronicle, Launched, LawBroken, Reader, ending, oracle
 from pipeinfer.sim.world import Answer, World, WorldSpec
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from pipeinfer.links import Link, Wires
-from pipeinfer.ports import Payload
-from pipeinfer.protocol import Message
+from pipeinfer.core.links import Link, Wires
+from pipeinfer.core.ports import Payload
+from pipeinfer.core.protocol import Message
 
 
 class Network:

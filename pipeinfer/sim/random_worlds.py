@@ -21,8 +21,8 @@ from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
-from pipeinfer.links import Link
-from pipeinfer.ports import GREEDY, Request, Sampling
+from pipeinfer.core.links import Link
+from pipeinfer.core.ports import GREEDY, Request, Sampling
 from pipeinfer.sim.bounds import Bounds
 from pipeinfer.sim.cell_laws import Cells, Replicas
 from pipeinfer.sim.chronicle import Chronicle, LawBroken
@@ -31,9 +31,9 @@ from pipeinfer.sim.laws import Advice, EndsOnce, Exact, Forced, InOrder, Lively
 from pipeinfer.sim.replay import Recorder, Wire, replay
 from pipeinfer.sim.schedule_laws import schedule_laws
 from pipeinfer.sim.world import Witness, World, WorldSpec
-from speculation.policy import Policy
-from speculation.schedule import PLACEMENTS
-from stages.emulated import EmulatedSpec, spread
+from speculation.schedules.policy import Policy
+from speculation.schedules.schedule import PLACEMENTS
+from stages.models.emulated import EmulatedSpec, spread
 
 MOST_EVENTS = 200_000
 SCHEDULES = ("plain", "rounds", "frontier", "continuous")

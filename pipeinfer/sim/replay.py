@@ -5,12 +5,12 @@ from __future__ import annotations
 import struct
 from collections import deque
 
-from pipeinfer.ports import Command, Event, Received, Send
-from pipeinfer.protocol import ORCHESTRATOR, AnyRow, Kind, Message, Row, SettingRow, decode, encode
-from pipeinfer.replay import retell
+from pipeinfer.core.ports import Command, Event, Received, Send
+from pipeinfer.core.protocol import ORCHESTRATOR, AnyRow, Kind, Message, Row, SettingRow, decode, encode
+from pipeinfer.runtime.replay import retell
+from pipeinfer.runtime.trace import Step
 from pipeinfer.sim.chronicle import LawBroken
 from pipeinfer.sim.world import Witness, World, WorldSpec, make_machines
-from pipeinfer.trace import Step
 
 
 class Recorder(Witness):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
-from pipeinfer.ports import Command, Compute, Computed, Emit, Event, Finish, Received, Request, Send
-from pipeinfer.protocol import (
+from pipeinfer.core.ports import Command, Compute, Computed, Emit, Event, Finish, Received, Request, Send
+from pipeinfer.core.protocol import (
     FIRST_STAGE,
     NO_SLOT,
     ORCHESTRATOR,
@@ -23,7 +23,7 @@ from pipeinfer.protocol import (
 )
 from pipeinfer.sim.chronicle import Chronicle, LawBroken, Reader
 from pipeinfer.sim.world import World, WorldSpec
-from speculation.schedule import UNLIMITED
+from speculation.schedules.schedule import UNLIMITED
 
 
 class Orders(Reader):

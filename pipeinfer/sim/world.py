@@ -14,12 +14,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
 
-from pipeinfer.cast import Cast
-from pipeinfer.errors import StallError
-from pipeinfer.executor import Executor
-from pipeinfer.links import Link
-from pipeinfer.orchestrator import Orchestrator
-from pipeinfer.ports import (
+from pipeinfer.core.errors import StallError
+from pipeinfer.core.links import Link
+from pipeinfer.core.ports import (
     Closed,
     Command,
     Emit,
@@ -36,20 +33,23 @@ from pipeinfer.ports import (
     Tally,
     Withdrawn,
 )
-from pipeinfer.protocol import FIRST_DRAFTER, ORCHESTRATOR, Message, decode, drafter_address, encode, stage_address
+from pipeinfer.core.protocol import FIRST_DRAFTER, ORCHESTRATOR, Message, decode, drafter_address, encode, stage_address
+from pipeinfer.orchestrator.machine import Orchestrator
+from pipeinfer.runtime.executor import Executor
+from pipeinfer.runtime.job_spec import Cast
 from pipeinfer.sim.network import Network
-from speculation.drafter import draft_cells
-from speculation.policy import Policy
-from speculation.schedule import Placement
-from stages.emulated import EmulatedShard, EmulatedSpec, Pace, per_layer
+from speculation.drafter.machine import draft_cells
+from speculation.schedules.policy import Policy
+from speculation.schedules.schedule import Placement
+from stages.models.emulated import EmulatedShard, EmulatedSpec, Pace, per_layer
 
 
 @dataclass(frozen=True, slots=True)
 class WorldSpec:
     """Everything about a world. ``stage_s`` and ``draft_s``: seconds of one pass of a stage and of the draft model;
     or, where passes do not cost the same always, ``paces`` of one target layer and of a draft pass. Hosts are those of
-    launch/roles.py: one where ``placement`` is "alone", else the orchestrator and the first drafter share theirs, if
-    ``drafter_beside_orchestrator``."""
+    pipeinfer/placement/roles.py: one where ``placement`` is "alone", else the orchestrator and the first drafter share
+    theirs, if ``drafter_beside_orchestrator``."""
 
     seed: int
     policy: Policy

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeinfer.errors import refuse
+from pipeinfer.core.errors import refuse
 from pipeinfer.text.decoding import Chain, Joined
 from pipeinfer.text.files import blaming, has_tokenizer, refuse_no_template, same_tokens
 from pipeinfer.text.reader import Reader, Source, StopStrings, Streamed, Whole

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeinfer.errors import CheckpointError, UserError, refuse
+from pipeinfer.core.errors import CheckpointError, UserError, refuse
 
 MAIN = "tokenizer.json"
 CONFIG = "tokenizer_config.json"

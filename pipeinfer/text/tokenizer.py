@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeinfer.errors import CheckpointError, refuse
+from pipeinfer.core.errors import CheckpointError, refuse
 from pipeinfer.text.decoding import Chain, chain
 from pipeinfer.text.files import (
     CONFIG,

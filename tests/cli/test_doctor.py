@@ -14,9 +14,9 @@ import pytest
 
 from pipeinfer import __version__
 from pipeinfer.bench import measure
-from pipeinfer.bench.hardware import Hardware, read_hardware
 from pipeinfer.cli.doctor import TRIALS, best_trip_s
-from pipeinfer.config import DTYPES
+from pipeinfer.core.config import DTYPES
+from pipeinfer.costs.hardware import Hardware, read_hardware
 from tests.cli.run import ROOT, here, pipeinfer
 
 

@@ -126,7 +126,7 @@ def test_a_host_with_an_odd_name_little_shared_memory_an_outer_job_and_a_user_wi
         pytest.skip(f"needs root or its like ({why})")
     script = tmp_path / "script"
     script.write_text(
-        "hostname 10.1.2.3 && mount -t tmpfs -o size=1m none /dev/shm && exec unshare -U --map-user=12345 \"$@\""
+        'hostname 10.1.2.3 && mount -t tmpfs -o size=1m none /dev/shm && exec unshare -U --map-user=12345 "$@"'
     )
     outer = {"SLURM_JOBID": "5", "SLURM_NODELIST": "a,b", "SLURM_NNODES": "2", "SLURM_TASKS_PER_NODE": "1(x2)"}
     before = ("unshare", "-m", "-u", "sh", str(script))

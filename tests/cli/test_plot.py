@@ -17,8 +17,8 @@ from matplotlib.image import imread
 from pipeinfer.cli import main
 from pipeinfer.plots.charts import KNOWN, OTHERS
 from pipeinfer.plots.lanes import FILLS
-from pipeinfer.timeline import Outcome
-from speculation.policy import CONTINUOUS
+from pipeinfer.runtime.timeline import Outcome
+from speculation.schedules.policy import CONTINUOUS
 from tests.cli.run import ROOT, pipeinfer
 from tests.laws.traced import trace_world
 from tests.unit.test_timeline import world

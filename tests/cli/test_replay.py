@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from pipeinfer.cli import main
-from pipeinfer.ports import Request
+from pipeinfer.core.ports import Request
 from pipeinfer.sim.world import WorldSpec
-from speculation.policy import CONTINUOUS
-from stages.emulated import EmulatedSpec, spread
+from speculation.schedules.policy import CONTINUOUS
+from stages.models.emulated import EmulatedSpec, spread
 from tests.cli.run import ROOT, pipeinfer
 from tests.laws.traced import trace_world
 

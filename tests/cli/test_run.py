@@ -55,7 +55,7 @@ def test_logprobs_are_added_when_asked_for() -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pipeinfer.config import BUILTIN, model_directory
+    from pipeinfer.core.config import BUILTIN, model_directory
 
     arguments = ["--max-new-tokens", "8", "--ignore-eos", "--temperature", "0.8", "--json", "--logprobs"]
     found = json.loads(pipeinfer("run", "--prompt", PROMPT, *arguments).stdout)

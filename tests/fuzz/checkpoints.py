@@ -29,13 +29,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from pipeinfer.config import Config
-from pipeinfer.errors import UserError
-from pipeinfer.generation import DEFAULTS, model_sampling
-from pipeinfer.ports import GREEDY, Sampling
-from pipeinfer.preflight import clear
-from pipeinfer.sampling import exact
-from stages.pair import CheckpointPair
+from launch.preflight import clear
+from pipeinfer.core.config import Config
+from pipeinfer.core.errors import UserError
+from pipeinfer.core.ports import GREEDY, Sampling
+from pipeinfer.core.sampling import exact
+from pipeinfer.engine.generation import DEFAULTS, model_sampling
+from stages.models.pair import CheckpointPair
 from tests.fuzz.damage import PICKLED, WHOLE, damage
 from tests.models import tiny, tiny_generic
 from tests.models.walk import prefill

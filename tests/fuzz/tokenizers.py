@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeinfer.errors import UserError
+from pipeinfer.core.errors import UserError
 from pipeinfer.text import Text
 from pipeinfer.text.files import is_failure
 from pipeinfer.text.tokenizer import quietly

@@ -38,7 +38,7 @@ def tree(name: str) -> ast.Module:
 
 
 def module_name(name: str) -> str:
-    """``stages/llama.py`` is ``stages.llama``."""
+    """``stages/models/llama.py`` is ``stages.models.llama``."""
     return name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 

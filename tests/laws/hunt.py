@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipeinfer.errors import LocalProtocolError, RemoteProtocolError, StallError
+from pipeinfer.core.errors import LocalProtocolError, RemoteProtocolError, StallError
 from pipeinfer.sim.chronicle import LawBroken
 from pipeinfer.sim.random_worlds import check_world, random_world
 

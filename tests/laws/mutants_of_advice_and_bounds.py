@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-import pipeinfer.executor
-import pipeinfer.orchestrator
+import pipeinfer.orchestrator.machine
+import pipeinfer.runtime.executor
 import pipeinfer.sim.world
-import stages.machine
+import stages.stage.machine
 from kvbuffers.cells import CellTable
 from pipeinfer import protocol
-from pipeinfer.executor import Executor
-from pipeinfer.flight import Flight
-from pipeinfer.orchestrator import Orchestrator
-from pipeinfer.protocol import ChoiceRow, Flag, Kind, Row
+from pipeinfer.core.protocol import ChoiceRow, Flag, Kind, Row
+from pipeinfer.orchestrator.flight import Flight
+from pipeinfer.orchestrator.machine import Orchestrator
+from pipeinfer.orchestrator.sources import Sources
+from pipeinfer.runtime.executor import Executor
 from pipeinfer.sim.network import Network
-from speculation.continuous import choose_rows
-from speculation.drafter import Drafter
-from speculation.sources import Sources
-from speculation.tree import Tree
-from stages.machine import Stage
+from speculation.drafter.machine import Drafter
+from speculation.schedules.continuous import choose_rows
+from speculation.trees.tree import Tree
+from stages.stage.machine import Stage
 from tests.laws.hunt import Mutant, roll, wrap
 
 ADVICE_AND_BOUNDS: list[Mutant] = []
@@ -151,7 +151,9 @@ def activations_of_dropped_rows_stay(patch: pytest.MonkeyPatch) -> None:
     def step(original: Any, executor: Executor, now: float) -> Any:
         for address, job in list(executor._jobs.items()):
             if job.compute.keep is not None:
-                executor._jobs[address] = pipeinfer.executor._Job(address, replace(job.compute, keep=None), job.passes)
+                executor._jobs[address] = pipeinfer.runtime.executor._Job(
+                    address, replace(job.compute, keep=None), job.passes
+                )
         return original(executor, now)
 
     wrap(patch, Executor, "step", step)
@@ -172,7 +174,7 @@ def the_result_names_a_wrong_row(patch: pytest.MonkeyPatch) -> None:
         found: tuple[ChoiceRow, ...] = original(message, event)
         return tuple(row._replace(slot=found[0].slot) for row in found)
 
-    wrap(patch, stages.machine, "_choice_rows", rows)
+    wrap(patch, stages.stage.machine, "_choice_rows", rows)
 
 
 # L8: bounds.
@@ -251,7 +253,7 @@ def the_orchestrator_looks_at_the_clock(patch: pytest.MonkeyPatch) -> None:
     def choose(tree: Tree, policy: Any, room: int, *rest: Any) -> Any:
         return choose_rows(tree, policy, room if time.perf_counter_ns() // 100 % 2 else min(room, 1), *rest)
 
-    patch.setattr("speculation.continuous.choose_rows", choose)
+    patch.setattr("speculation.schedules.continuous.choose_rows", choose)
 
 
 @mutant("L9")

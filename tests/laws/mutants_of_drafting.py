@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from pipeinfer.orchestrator import Orchestrator
-from pipeinfer.ports import Send
-from pipeinfer.protocol import Flag, Kind
-from speculation.drafter import Drafter
-from speculation.frontier import Frontier
-from speculation.rounds import Rounds, _Phase
-from speculation.sources import Sources
+from pipeinfer.core.ports import Send
+from pipeinfer.core.protocol import Flag, Kind
+from pipeinfer.orchestrator.machine import Orchestrator
+from pipeinfer.orchestrator.sources import Sources
+from speculation.drafter.machine import Drafter
+from speculation.schedules.frontier import Frontier
+from speculation.schedules.rounds import Rounds, _Phase
 from tests.laws.hunt import Mutant, roll, wrap
 
 DRAFTING: list[Mutant] = []

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from kvbuffers.cells import CellTable
-from pipeinfer.orchestrator import Orchestrator
-from pipeinfer.ports import GREEDY, Sampling
-from pipeinfer.protocol import Kind
-from speculation.drafter import Drafter
-from stages.machine import Stage
+from pipeinfer.core.ports import GREEDY, Sampling
+from pipeinfer.core.protocol import Kind
+from pipeinfer.orchestrator.machine import Orchestrator
+from speculation.drafter.machine import Drafter
+from stages.stage.machine import Stage
 from tests.laws.hunt import Mutant, roll, wrap
 
 DRAWING: list[Mutant] = []

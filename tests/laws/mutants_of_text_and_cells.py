@@ -10,17 +10,17 @@ import pytest
 
 from kvbuffers.cells import CellTable
 from kvbuffers.partitions import Partitions
-from pipeinfer.flight import Run
-from pipeinfer.orchestrator import Orchestrator
-from pipeinfer.ports import Idle, Send
-from pipeinfer.protocol import CellOpKind, Edges, Flag, Kind
-from pipeinfer.session import Waiting
+from pipeinfer.core.ports import Idle, Send
+from pipeinfer.core.protocol import CellOpKind, Edges, Flag, Kind
+from pipeinfer.orchestrator.flight import Run
+from pipeinfer.orchestrator.machine import Orchestrator
+from pipeinfer.orchestrator.session import Waiting
 from pipeinfer.sim.network import Network
-from speculation.accept import accept
-from speculation.continuous import choose_rows
-from speculation.tree import Tree
-from stages.emulated import EmulatedShard
-from stages.machine import Stage
+from speculation.schedules.continuous import choose_rows
+from speculation.trees.accept import accept
+from speculation.trees.tree import Tree
+from stages.models.emulated import EmulatedShard
+from stages.stage.machine import Stage
 from tests.laws.hunt import Mutant, roll, wrap
 
 TEXT_AND_CELLS: list[Mutant] = []
@@ -41,7 +41,7 @@ def accept_a_token_the_target_did_not_choose(patch: pytest.MonkeyPatch) -> None:
 @mutant("L1")
 def stop_tokens_are_ignored(patch: pytest.MonkeyPatch) -> None:
     never = lambda tree, most, stops, judge: accept(tree, most, frozenset(), judge)  # noqa: E731
-    patch.setattr("pipeinfer.orchestrator.accept", never)
+    patch.setattr("pipeinfer.orchestrator.machine.accept", never)
 
 
 @mutant("L1")
@@ -57,7 +57,7 @@ def one_token_too_many(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L1")
 def a_faulty_row_is_taken_for_a_good_one(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("stages.machine._marked", lambda message, event: message.rows)
+    patch.setattr("stages.stage.machine._marked", lambda message, event: message.rows)
 
 
 @mutant("L1")
@@ -144,7 +144,7 @@ def a_node_is_sent_twice(patch: pytest.MonkeyPatch) -> None:
                 tree._push(node)
         return nodes
 
-    patch.setattr("speculation.continuous.choose_rows", choose)
+    patch.setattr("speculation.schedules.continuous.choose_rows", choose)
 
 
 @mutant("L2")

@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 
-from pipeinfer.errors import StallError
-from pipeinfer.links import Link
-from pipeinfer.ports import Received, Request, Sampling
-from pipeinfer.protocol import MAX_ROWS, Kind
+from pipeinfer.core.errors import StallError
+from pipeinfer.core.links import Link
+from pipeinfer.core.ports import Received, Request, Sampling
+from pipeinfer.core.protocol import MAX_ROWS, Kind
 from pipeinfer.sim.chronicle import oracle
 from pipeinfer.sim.network import Network
 from pipeinfer.sim.random_worlds import check_world, every_law
 from pipeinfer.sim.replay import Recorder
 from pipeinfer.sim.world import Answer, World, WorldSpec
-from speculation.drafter import MOST_FAULTY
-from speculation.policy import Policy, read_policy
-from stages.emulated import EmulatedSpec, spread
+from speculation.drafter.machine import MOST_FAULTY
+from speculation.schedules.policy import Policy, read_policy
+from stages.models.emulated import EmulatedSpec, spread
 
 POLICY = Policy("edge", rows=4, width=2, leaves=2, lead=12)
 MODEL = EmulatedSpec(layers=12, vocab=40, ranks=spread(0.6, choices=3))

@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
-from pipeinfer.cast import Cast
-from pipeinfer.errors import RemoteProtocolError
-from pipeinfer.orchestrator import Orchestrator
-from pipeinfer.ports import Event, Note, Received, Request, Sampling
-from pipeinfer.protocol import Kind, Message
-from pipeinfer.replay import Retold, retell
+from pipeinfer.core.errors import RemoteProtocolError
+from pipeinfer.core.ports import Event, Note, Received, Request, Sampling
+from pipeinfer.core.protocol import Kind, Message
+from pipeinfer.orchestrator.machine import Orchestrator
+from pipeinfer.runtime.job_spec import Cast
+from pipeinfer.runtime.replay import Retold, retell
+from pipeinfer.runtime.trace import Trace
 from pipeinfer.sim.random_worlds import random_world
 from pipeinfer.sim.world import WorldSpec
-from pipeinfer.trace import Trace
-from speculation.policy import CONTINUOUS
-from stages.emulated import EmulatedSpec, spread
-from stages.machine import Stage
+from speculation.schedules.policy import CONTINUOUS
+from stages.models.emulated import EmulatedSpec, spread
+from stages.stage.machine import Stage
 from tests.cli.run import ROOT
 from tests.laws.hunt import wrap
 from tests.laws.traced import trace_world

@@ -16,7 +16,7 @@ import pytest
 
 from launch import transport
 from launch.transport import MpiTransport
-from pipeinfer.errors import PipeinferError, StallError
+from pipeinfer.core.errors import PipeinferError, StallError
 from pipeinfer.sim.chronicle import LawBroken
 from tests.laws.hunt import wrap
 from tests.laws.simulated_mpi import NAMES, Bell, Library, MpiMisuse

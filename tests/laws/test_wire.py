@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeinfer.errors import RemoteProtocolError
-from pipeinfer.ports import Sampling
-from pipeinfer.protocol import (
+from pipeinfer.core.errors import RemoteProtocolError
+from pipeinfer.core.ports import Sampling
+from pipeinfer.core.protocol import (
     NO_SLOT,
     AnyRow,
     CellOp,
@@ -27,7 +27,7 @@ from pipeinfer.protocol import (
     encode,
     wire_nbytes,
 )
-from speculation.calibration import Calibration
+from speculation.trees.calibration import Calibration
 
 GOLDEN = {
     Message(Kind.HELLO, 3, 0, txn=1, run=0xDEADBEEF): (

@@ -63,7 +63,7 @@ def test_the_command_line_tells_the_seed_and_fails(
 ) -> None:
     assert main(["--worlds", "2", "--seed", "3"]) == 0
     assert "mixed: 2 worlds kept every law" in capsys.readouterr().out
-    monkeypatch.setattr("pipeinfer.orchestrator.accept", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("pipeinfer.orchestrator.machine.accept", lambda *arguments: 1 / 0)
     assert main(["--worlds", "2", "--seed", "3", "--schedule", "rounds"]) == 1
     assert "--worlds 1 --seed 3 --schedule rounds" in capsys.readouterr().out
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeinfer.ports import Command, Event
+from pipeinfer.core.ports import Command, Event
+from pipeinfer.runtime.trace import Header, TraceWriter
 from pipeinfer.sim.random_worlds import MOST_EVENTS
 from pipeinfer.sim.world import Witness, World, WorldSpec, make_cast
-from pipeinfer.trace import Header, TraceWriter
 
 
 class Scribe(Witness):

@@ -17,11 +17,11 @@ import numpy as np
 
 from launch.backoff import Clock
 from launch.driver import Driver
-from launch.roles import homes, seat
 from launch.transport import MpiTransport
-from pipeinfer.executor import Executor
-from pipeinfer.ports import Closed, Command, Emit, Event, Finish, Idle, Received, Started, Submitted
-from pipeinfer.protocol import ORCHESTRATOR, Kind, Message, Row, decode, encode
+from pipeinfer.core.ports import Closed, Command, Emit, Event, Finish, Idle, Received, Started, Submitted
+from pipeinfer.core.protocol import ORCHESTRATOR, Kind, Message, Row, decode, encode
+from pipeinfer.placement.roles import homes, seat
+from pipeinfer.runtime.executor import Executor
 from pipeinfer.sim.bounds import Bounds
 from pipeinfer.sim.cell_laws import Cells, Replicas
 from pipeinfer.sim.chronicle import Chronicle, LawBroken

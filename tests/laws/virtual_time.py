@@ -9,7 +9,7 @@ import heapq
 import threading
 from collections.abc import Callable, Sequence
 
-from pipeinfer.errors import StallError
+from pipeinfer.core.errors import StallError
 
 MOST_TURNS = 400_000
 """So often somebody may wake in one world; a world that needs more does not end."""

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeinfer.executor import Executor
-from pipeinfer.ports import Choice, Request
-from pipeinfer.protocol import FIRST_STAGE, drafter_address
+from pipeinfer.core.ports import Choice, Request
+from pipeinfer.core.protocol import FIRST_STAGE, drafter_address
+from pipeinfer.runtime.executor import Executor
 from pipeinfer.sim.world import Answer, World, WorldSpec
-from speculation.drafter import draft_cells
-from speculation.policy import Policy
-from speculation.schedule import Placement
-from stages.checkpoint import Checkpoint
-from stages.generic_spec import GenericSpec
-from stages.pair import CheckpointPair
-from stages.spec import ModelSpec
+from speculation.drafter.machine import draft_cells
+from speculation.schedules.policy import Policy
+from speculation.schedules.schedule import Placement
+from stages.checkpoint.checkpoint import Checkpoint
+from stages.checkpoint.spec import ModelSpec
+from stages.models.generic_spec import GenericSpec
+from stages.models.pair import CheckpointPair
 from tests.models.walk import compute, make_batch
 
 POLICIES = {

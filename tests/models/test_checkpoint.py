@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeinfer.errors import CheckpointError
-from stages.checkpoint import Checkpoint, expected_tensors, shard_tensors
-from stages.spec import ModelSpec
+from pipeinfer.core.errors import CheckpointError
+from stages.checkpoint.checkpoint import Checkpoint, expected_tensors, shard_tensors
+from stages.checkpoint.spec import ModelSpec
 from tests.models.tiny import CONFIGS, make_tiny
 
 WHOLE = "model.safetensors"
@@ -183,7 +183,8 @@ def test_untied_without_a_head(single: Path) -> None:
 
 def test_nothing_loads_torch_before_reading(single: Path) -> None:
     code = (
-        "import sys; from stages.spec import ModelSpec; from stages.checkpoint import Checkpoint\n"
+        "import sys\nfrom stages.checkpoint.spec import ModelSpec\n"
+        "from stages.checkpoint.checkpoint import Checkpoint\n"
         f"Checkpoint({str(single)!r}).validate(ModelSpec.read({str(single)!r}))\n"
         "sys.exit(bool({'torch', 'safetensors', 'transformers'} & set(sys.modules)))"
     )

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeinfer.errors import CheckpointError
-from stages.checkpoint import Checkpoint, expected_tensors
-from stages.generic import GenericShard
-from stages.generic_spec import GenericSpec
-from stages.spec import ModelSpec
+from pipeinfer.core.errors import CheckpointError
+from stages.checkpoint.checkpoint import Checkpoint, expected_tensors
+from stages.checkpoint.spec import ModelSpec
+from stages.models.generic import GenericShard
+from stages.models.generic_spec import GenericSpec
 from tests.models import tiny_generic
 from tests.models.tiny import make_tiny
 from tests.models.walk import Reference, greedy
@@ -123,7 +123,6 @@ class Code:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return print, ("code was run",)
-
 
 
 PICKLES: dict[str, tuple[Callable[[dict[str, torch.Tensor], Path], object], str]] = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeinfer.bench.measure import Probe
-from pipeinfer.config import BUILTIN, model_directory
+from pipeinfer.core.config import BUILTIN, model_directory
 from tests.models.walk import greedy, load_shards, prefill
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")

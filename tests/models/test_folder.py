@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeinfer.config import BUILTIN, Config, draft_names, model_directory
-from pipeinfer.errors import CheckpointError, UserError
-from pipeinfer.preflight import clear
-from stages.checkpoint import Checkpoint
-from stages.folder import model_folder, printable, read_config, shown
-from stages.generic_spec import GenericSpec
-from stages.spec import ModelSpec
+from launch.preflight import clear
+from pipeinfer.core.config import BUILTIN, Config, draft_names, model_directory
+from pipeinfer.core.errors import CheckpointError, UserError
+from stages.checkpoint.checkpoint import Checkpoint
+from stages.checkpoint.folder import model_folder, printable, read_config, shown
+from stages.checkpoint.spec import ModelSpec
+from stages.models.generic_spec import GenericSpec
 
 NOBODY = 65534
 

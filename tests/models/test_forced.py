@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeinfer.ports import Batch, Choice, Draw, Sampling
-from stages.checkpoint import Checkpoint
-from stages.forced import FORCED_TOKENS, ForcedShard
-from stages.pair import CheckpointPair
-from stages.spec import ModelSpec
+from pipeinfer.core.ports import Batch, Choice, Draw, Sampling
+from stages.checkpoint.checkpoint import Checkpoint
+from stages.checkpoint.spec import ModelSpec
+from stages.models.forced import FORCED_TOKENS, ForcedShard
+from stages.models.pair import CheckpointPair
 from tests.models.tiny import VOCAB_SIZE, make_tiny_pair
 from tests.models.walk import compute, make_batch
 
@@ -91,9 +91,7 @@ def test_the_real_choice_is_computed_as_well(directories: tuple[Path, Path]) -> 
             self.forward, self._choose, self.weight_nbytes = shard.forward, shard.choose, shard.weight_nbytes
             self.asked: list[tuple[Sequence[int], int, Draw | None]] = []
 
-        def choose(
-            self, hidden: Any, rows: Sequence[int], count: int, draw: Draw | None = None
-        ) -> list[list[Choice]]:
+        def choose(self, hidden: Any, rows: Sequence[int], count: int, draw: Draw | None = None) -> list[list[Choice]]:
             self.asked.append((rows, count, draw))
             chosen: list[list[Choice]] = self._choose(hidden, rows, count, draw)
             return chosen

@@ -14,11 +14,11 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
-from pipeinfer.errors import LocalProtocolError
-from stages.choices import best_choices
-from stages.generic import GenericShard
-from stages.generic_cells import CellCache, UnsupportedError
-from stages.generic_spec import GenericSpec
+from pipeinfer.core.errors import LocalProtocolError
+from stages.kernels.choices import best_choices
+from stages.models.generic import GenericShard
+from stages.models.generic_cells import CellCache, UnsupportedError
+from stages.models.generic_spec import GenericSpec
 from tests.models.tiny_generic import MODELS, make_model
 from tests.models.walk import Reference, compute, greedy, make_batch, prefill
 

@@ -13,9 +13,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from pipeinfer.errors import CheckpointError
-from stages.generic import GenericShard
-from stages.generic_spec import GenericSpec
+from pipeinfer.core.errors import CheckpointError
+from stages.models.generic import GenericShard
+from stages.models.generic_spec import GenericSpec
 from tests.models.tiny_generic import BASE, EXPERTS, FALCON, SIZES, make_model
 
 GATED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -180,5 +180,5 @@ def test_what_is_found_out(tmp_path: Path) -> None:
 
 
 def test_nothing_heavy_is_imported_before_a_directory_is_read() -> None:
-    code = "import sys, stages.generic_spec; assert not {'torch', 'transformers'} & sys.modules.keys()"
+    code = "import sys, stages.models.generic_spec; assert not {'torch', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from pipeinfer import Engine
 from pipeinfer.bench.heavy import LAYERS, heavy, heavy_spec, weight_count
-from pipeinfer.config import BUILTIN, model_directory
-from pipeinfer.errors import UserError
-from stages.checkpoint import Checkpoint
-from stages.spec import ModelSpec
+from pipeinfer.core.config import BUILTIN, model_directory
+from pipeinfer.core.errors import UserError
+from stages.checkpoint.checkpoint import Checkpoint
+from stages.checkpoint.spec import ModelSpec
 from tests.models.walk import Reference
 
 ROOT = Path(__file__).resolve().parents[2]

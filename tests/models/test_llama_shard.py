@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.checkpoint import Checkpoint
-from stages.llama import LlamaShard
-from stages.spec import ModelSpec
+from stages.checkpoint.checkpoint import Checkpoint
+from stages.checkpoint.spec import ModelSpec
+from stages.models.llama import LlamaShard
 from tests.models.tiny import CONFIGS, make_tiny, make_tiny_pair
 from tests.models.walk import Reference, compute, greedy, load_shards, make_batch, prefill
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from pipeinfer.errors import CheckpointError
-from stages.spec import ModelSpec
+from pipeinfer.core.errors import CheckpointError
+from stages.checkpoint.spec import ModelSpec
 from tests.models.tiny import CONFIGS, make_tokenizer, tiny_config
 
 LLAMA, MISTRAL, QWEN2, QWEN3 = CONFIGS

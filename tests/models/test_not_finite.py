@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeinfer.ports import Draw, Request, Sampling
-from stages.choices import best_choices
-from stages.generic import GenericShard
-from stages.generic_spec import GenericSpec
+from pipeinfer.core.ports import Draw, Request, Sampling
+from stages.kernels.choices import best_choices
+from stages.models.generic import GenericShard
+from stages.models.generic_spec import GenericSpec
 from tests.models import tiny_generic
 from tests.models.in_process import POLICIES, damage, decode, pair_of, plain
 from tests.models.tiny import make_tiny_pair

@@ -9,9 +9,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from pipeinfer.ports import Draw, Request, Sampling
-from speculation.schedule import Placement
-from stages.pair import CheckpointPair
+from pipeinfer.core.ports import Draw, Request, Sampling
+from speculation.schedules.schedule import Placement
+from stages.models.pair import CheckpointPair
 from tests.models.in_process import POLICIES, decode, pair_of, plain
 from tests.models.tiny_generic import MODELS, make_model, make_pair
 from tests.models.walk import compute, make_batch
@@ -79,9 +79,7 @@ def heights(request: pytest.FixtureRequest, name: str, tmp_path_factory: pytest.
 
 @pytest.mark.parametrize("schedule", sorted(POLICIES.keys() - {"plain"}))
 @pytest.mark.parametrize(("stages", "placement"), WHERE, ids=["spread", "alone"])
-def test_embeddings_of_different_heights(
-    heights: Known, schedule: str, stages: int, placement: Placement
-) -> None:
+def test_embeddings_of_different_heights(heights: Known, schedule: str, stages: int, placement: Placement) -> None:
     check(heights, schedule, stages, placement)
 
 

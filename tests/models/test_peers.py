@@ -11,8 +11,8 @@ import torch
 
 from pipeinfer import Engine
 from pipeinfer.bench.peers import is_peer, open_peer
-from pipeinfer.config import BUILTIN
-from pipeinfer.errors import UserError
+from pipeinfer.core.config import BUILTIN
+from pipeinfer.core.errors import UserError
 from tests.models.tiny import VOCAB_SIZE, make_tiny
 
 PROMPTS = ("def read_lines(path):\n", "import os\n")

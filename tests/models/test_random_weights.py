@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.llama import LlamaShard
-from stages.random_weights import RandomCheckpoint, random_tensor
-from stages.spec import ModelSpec
+from stages.checkpoint.random_weights import RandomCheckpoint, random_tensor
+from stages.checkpoint.spec import ModelSpec
+from stages.models.llama import LlamaShard
 from tests.models.tiny import CONFIGS, tiny_config
 from tests.models.walk import CAPACITY, compute, make_batch
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from stages.rope import cosines_sines, inverse_frequencies
-from stages.spec import ModelSpec
+from stages.checkpoint.spec import ModelSpec
+from stages.models.rope import cosines_sines, inverse_frequencies
 from tests.models.tiny import tiny_config
 
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}

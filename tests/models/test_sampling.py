@@ -21,11 +21,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pipeinfer.ports import GREEDY, Draw, Sampling
-from stages.choices import best_choices
-from stages.generic import GenericShard
-from stages.generic_spec import GenericSpec
-from stages.sampling import changes_nothing, drawing_scores, noise, processed
+from pipeinfer.core.ports import GREEDY, Draw, Sampling
+from stages.kernels.choices import best_choices
+from stages.kernels.sampling import changes_nothing, drawing_scores, noise, processed
+from stages.models.generic import GenericShard
+from stages.models.generic_spec import GenericSpec
 from tests.models.tiny import make_tiny
 from tests.models.walk import Reference, compute, load_shards, make_batch
 

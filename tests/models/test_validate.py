@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from pipeinfer.bench import validate
-from pipeinfer.bench.costs import ModelCosts
-from pipeinfer.bench.hardware import Arithmetic, read_hardware
 from pipeinfer.bench.passes import one_pass, random_model, whole_shard
-from pipeinfer.bench.shapes import of_spec
 from pipeinfer.bench.validate import Comparison, compare, table
-from pipeinfer.config import BUILTIN, model_directory
+from pipeinfer.core.config import BUILTIN, model_directory
+from pipeinfer.costs.hardware import Arithmetic, read_hardware
+from pipeinfer.costs.roofline import ModelCosts
+from pipeinfer.costs.shapes import of_spec
 
 SMALL = random_model(layers=2, hidden=64, intermediate=96, heads=4, kv_heads=2, vocab=64)
 

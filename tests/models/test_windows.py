@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from launch.preflight import clear
 from pipeinfer import Engine
-from pipeinfer.config import Config
-from pipeinfer.errors import UserError
-from pipeinfer.preflight import clear
-from stages.generic import GenericShard
-from stages.generic_spec import GenericSpec
-from stages.spec import ModelSpec
+from pipeinfer.core.config import Config
+from pipeinfer.core.errors import UserError
+from stages.checkpoint.spec import ModelSpec
+from stages.models.generic import GenericShard
+from stages.models.generic_spec import GenericSpec
 from tests.models.tiny import make_tiny, make_tiny_pair
 from tests.models.walk import Reference, compute, greedy, make_batch, prefill
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import transformers
 
-from pipeinfer.ports import Batch, Choice
-from stages.checkpoint import Checkpoint
-from stages.llama import LlamaShard
-from stages.spec import ModelSpec
+from pipeinfer.core.ports import Batch, Choice
+from stages.checkpoint.checkpoint import Checkpoint
+from stages.checkpoint.spec import ModelSpec
+from stages.models.llama import LlamaShard
 
 CAPACITY = 160
 

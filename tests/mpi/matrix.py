@@ -21,11 +21,11 @@ import torch
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 from launch.mpiexec import command
-from pipeinfer.config import BUILTIN, model_directory
-from pipeinfer.ports import GREEDY, Sampling
-from pipeinfer.sampling import exact
+from pipeinfer.core.config import BUILTIN, model_directory
+from pipeinfer.core.ports import GREEDY, Sampling
+from pipeinfer.core.sampling import exact
 from pipeinfer.text import Text
-from speculation.policy import POLICIES
+from speculation.schedules.policy import POLICIES
 from tests.models.test_sampling import Noise, theirs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,9 +115,7 @@ def decode(tasks: Sequence[Task], directory: Path, python: str = sys.executable)
     line, environ = command(max(case.ranks for case, _ in tasks), [python, *PROGRAM, str(order)], python)
     environ["PYTHONPATH"] = str(ROOT)
     try:
-        result = subprocess.run(
-            line, env=environ, capture_output=True, text=True, timeout=0.9 * TIMEOUT_S, check=False
-        )
+        result = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=0.9 * TIMEOUT_S, check=False)
         problem = result.stderr if result.returncode else ""
     except subprocess.TimeoutExpired as error:
         problem = f"{error}"

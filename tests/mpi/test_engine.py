@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from pipeinfer import Engine, Sampling
-from pipeinfer.answer import Completion
-from pipeinfer.errors import UserError
+from pipeinfer.core.errors import UserError
+from pipeinfer.engine.answer import Completion
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ import pytest
 
 from launch.mpiexec import command
 from pipeinfer import Engine, Sampling
-from speculation.policy import CONTINUOUS
+from speculation.schedules.policy import CONTINUOUS
 from tests.cli.run import ROOT, pipeinfer
 
 pytestmark = pytest.mark.slow

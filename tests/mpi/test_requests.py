@@ -15,9 +15,9 @@ import torch
 
 from launch.mpiexec import command
 from pipeinfer import Engine
-from pipeinfer.answer import Completion
-from pipeinfer.errors import UserError
-from stages.llama import LlamaShard
+from pipeinfer.core.errors import UserError
+from pipeinfer.engine.answer import Completion
+from stages.models.llama import LlamaShard
 from tests.faults.matrix import ROOT
 
 pytestmark = pytest.mark.slow

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeinfer.config import BUILTIN, model_directory
-from pipeinfer.ports import Sampling
+from pipeinfer.core.config import BUILTIN, model_directory
+from pipeinfer.core.ports import Sampling
 from tests.models.tiny import make_tiny_pair
 from tests.mpi.matrix import (
     ABLATIONS,

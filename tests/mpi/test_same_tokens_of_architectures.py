@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeinfer.ports import Sampling
+from pipeinfer.core.ports import Sampling
 from tests.models import tiny_generic
 from tests.models.tiny import CONFIGS, make_tiny_pair
 from tests.mpi.matrix import (

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeinfer.config import BUILTIN
-from pipeinfer.ports import Sampling
+from pipeinfer.core.config import BUILTIN
+from pipeinfer.core.ports import Sampling
 from tests.mpi.matrix import (
     ABLATIONS,
     FULL,
@@ -64,4 +64,3 @@ def test_what_is_drawn_depends_on_the_seed_alone(tmp_path: Path) -> None:
     lengths = [answer.accept_length for (case, _), answer in zip(asked, said, strict=True) if case.policy != "plain"]
     assert min(lengths) > 1, "guesses were accepted everywhere"
     assert len(set(map(tuple, said[0].tokens))) > 0.9 * len(every), "other seeds and temperatures, other texts"
-

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from pipeinfer import Engine
-from pipeinfer.cast import Cast
-from pipeinfer.ports import Compute, Computed, Event, Stalled
-from pipeinfer.replay import Retold, retell
-from pipeinfer.trace import Trace
+from pipeinfer.core.ports import Compute, Computed, Event, Stalled
+from pipeinfer.runtime.job_spec import Cast
+from pipeinfer.runtime.replay import Retold, retell
+from pipeinfer.runtime.trace import Trace
 from tests.mpi.matrix import FULL
 from tests.mpi.test_programs import PROMPT, ROOT, environment, under_mpiexec
 

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from pipeinfer.protocol import fault_token
-from speculation.accept import accept
-from speculation.tree import Node, Tree
+from pipeinfer.core.protocol import fault_token
+from speculation.trees.accept import accept
+from speculation.trees.tree import Node, Tree
 
 
 def chain(*tokens: int) -> tuple[Tree, list[Node]]:

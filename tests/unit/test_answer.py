@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from launch.requests import Hear, News
-from pipeinfer.answer import Completion, Handle
-from pipeinfer.errors import NotFiniteError, StallError
-from pipeinfer.ports import Request, Tally
+from pipeinfer.core.errors import NotFiniteError, StallError
+from pipeinfer.core.ports import Request, Tally
+from pipeinfer.engine.answer import Completion, Handle
 
 REQUEST = Request((1, 2), 10)
 RANKS = [

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeinfer.errors import RemoteProtocolError
-from pipeinfer.protocol import SettingRow
-from speculation.calibration import (
+from pipeinfer.core.errors import RemoteProtocolError
+from pipeinfer.core.protocol import SettingRow
+from speculation.trees.calibration import (
     LEAST_LOGP,
     MOST,
     OFFSET_PRIOR,

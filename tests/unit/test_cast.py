@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from pipeinfer.cast import Cast
-from pipeinfer.orchestrator import Orchestrator
-from pipeinfer.ports import Send, Started
-from speculation.drafter import Drafter
-from speculation.policy import CONTINUOUS, PLAIN, Policy
-from stages.machine import Stage
+from pipeinfer.core.ports import Send, Started
+from pipeinfer.orchestrator.machine import Orchestrator
+from pipeinfer.runtime.job_spec import Cast
+from speculation.drafter.machine import Drafter
+from speculation.schedules.policy import CONTINUOUS, PLAIN, Policy
+from stages.stage.machine import Stage
 
 CAST = Cast(2, 2, CONTINUOUS, 64, digest=7)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvbuffers.cells import CellTable
-from pipeinfer.errors import RemoteProtocolError
-from pipeinfer.ports import Batch, Sampling
-from pipeinfer.protocol import NO_SLOT, CellOp, CellOpKind, Row
+from pipeinfer.core.errors import RemoteProtocolError
+from pipeinfer.core.ports import Batch, Sampling
+from pipeinfer.core.protocol import NO_SLOT, CellOp, CellOpKind, Row
 
 
 def commit(slot: int, position: int, cells: int = 1) -> CellOp:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from speculation.cost_curve import FIXED, LEAF_WORTH, LEAST_WEIGHT, ROW_WORTH, CostCurve
+from speculation.schedules.cost_curve import FIXED, LEAF_WORTH, LEAST_WEIGHT, ROW_WORTH, CostCurve
 
 CPU = {1: 45.0, 2: 78.0, 3: 102.0, 4: 74.0, 8: 88.0}
 """Milliseconds of real fp32 layers by rows: two and three are the dearest."""

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from pipeinfer.bench.costs import Costs, ModelCosts
-from pipeinfer.bench.hardware import Arithmetic, Curve, Hardware, read_hardware
-from pipeinfer.bench.shapes import Shape, read_shape
-from pipeinfer.errors import UserError
-from pipeinfer.links import Link
+from pipeinfer.core.errors import UserError
+from pipeinfer.core.links import Link
+from pipeinfer.costs.hardware import Arithmetic, Curve, Hardware, read_hardware
+from pipeinfer.costs.roofline import Costs, ModelCosts
+from pipeinfer.costs.shapes import Shape, read_shape
 
 # A layer of 1000 * (2 * 100 * 12 + 3 * 2000) = 8.4e6 weights, 33.6 MB; a cell of it is 2 * 2 * 100 * 4 = 1600 bytes.
 SHAPE = Shape(

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.document import BLOCK, DOCUMENTS, refreshed
 from benchmarks.views import show
-from pipeinfer.bench.places import BENCHMARKS
+from pipeinfer.costs.paths import BENCHMARKS
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeinfer.ports import Abandon, Command, Compute, Computed, Received, Sampling, Send
-from pipeinfer.protocol import (
+from pipeinfer.core.ports import Abandon, Command, Compute, Computed, Received, Sampling, Send
+from pipeinfer.core.protocol import (
     FIRST_DRAFTER,
     ORCHESTRATOR,
     DraftRow,
@@ -19,8 +19,8 @@ from pipeinfer.protocol import (
     SettingRow,
     accepted_name,
 )
-from speculation.drafter import MOST_FAULTY, Drafter
-from speculation.policy import Policy
+from speculation.drafter.machine import MOST_FAULTY, Drafter
+from speculation.schedules.policy import Policy
 
 PROMPT = (1, 2, 3)
 ROOT = accepted_name(3)

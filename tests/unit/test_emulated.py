@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeinfer.ports import GREEDY, Batch, Draw, Sampling
-from stages.emulated import EmulatedShard, EmulatedSpec, finish, mix, plain_tokens, spread
+from pipeinfer.core.ports import GREEDY, Batch, Draw, Sampling
+from stages.models.emulated import EmulatedShard, EmulatedSpec, finish, mix, plain_tokens, spread
 
 SPEC = EmulatedSpec(layers=4, vocab=1000, seed=5)
 

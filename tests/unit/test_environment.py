@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launch.environment import Launch, launched, refuse_singletons
-from pipeinfer.errors import UserError
+from pipeinfer.core.errors import UserError
 
 OPEN = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}
 HYDRA = {"PMI_SIZE": "4", "PMI_RANK": "2"}

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from pipeinfer.errors import PipeinferError, RankFailed, StallError, Terminated, UserError, exit_code, origin
+from pipeinfer.core.errors import PipeinferError, RankFailed, StallError, Terminated, UserError, exit_code, origin
 
 
 @pytest.mark.parametrize(

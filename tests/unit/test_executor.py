@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeinfer.errors import LocalProtocolError
-from pipeinfer.executor import Executor
-from pipeinfer.ports import (
+from pipeinfer.core.errors import LocalProtocolError
+from pipeinfer.core.ports import (
     Abandon,
     Batch,
     Choice,
@@ -29,7 +28,8 @@ from pipeinfer.ports import (
     Wake,
     Woke,
 )
-from pipeinfer.protocol import Kind, Message
+from pipeinfer.core.protocol import Kind, Message
+from pipeinfer.runtime.executor import Executor
 
 
 class Script:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeinfer.errors import UserError
-from pipeinfer.files import refuse_unwritable, write_whole
+from pipeinfer.core.errors import UserError
+from pipeinfer.core.files import refuse_unwritable, write_whole
 
 
 def test_a_file_is_replaced_and_nothing_stays_beside_it(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""PipeInfer's schedule step by step (see speculation/frontier.py). In whole worlds law L11 watches it."""
+"""PipeInfer's schedule step by step (see speculation/schedules/frontier.py). In whole worlds law L11 watches it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from speculation.frontier import Frontier
-from speculation.policy import Policy
-from speculation.schedule import Launch, Order, Situation, Step
-from speculation.tree import Node, Tree
+from speculation.schedules.frontier import Frontier
+from speculation.schedules.policy import Policy
+from speculation.schedules.schedule import Launch, Order, Situation, Step
+from speculation.trees.tree import Node, Tree
 
 
 class Game:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipeinfer.errors import CheckpointError
-from pipeinfer.generation import model_sampling
-from pipeinfer.ports import GREEDY, Sampling
+from pipeinfer.core.errors import CheckpointError
+from pipeinfer.core.ports import GREEDY, Sampling
+from pipeinfer.engine.generation import model_sampling
 
 DRAWN = Sampling(1.0, 50, 1.0, 0.0, 1.0)
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from speculation.governor import HYSTERESIS, SPELL_TOKENS, STAKE, Gear, Governor
+from speculation.schedules.governor import HYSTERESIS, SPELL_TOKENS, STAKE, Gear, Governor
 
 TRIP_S = 8.0
 

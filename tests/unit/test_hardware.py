@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeinfer.bench.hardware import KINDS, Arithmetic, Curve, read_hardware
-from pipeinfer.bench.places import BENCHMARKS
-from pipeinfer.errors import UserError
-from pipeinfer.links import Link
+from pipeinfer.core.errors import UserError
+from pipeinfer.core.links import Link
+from pipeinfer.costs.hardware import KINDS, Arithmetic, Curve, read_hardware
+from pipeinfer.costs.paths import BENCHMARKS
 
 SHIPPED = sorted((BENCHMARKS / "hardware").glob("*.toml"))
 NUMBERS = {
@@ -89,7 +89,7 @@ def test_what_is_no_positive_number_is_refused_by_name(value: object, tmp_path: 
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ('[gpu]\nvalue = 1\n', "gpu is unknown; there are title, base, processor"),
+        ("[gpu]\nvalue = 1\n", "gpu is unknown; there are title, base, processor"),
         (figure("memory.latency", 1), "memory.latency is unknown; there are capacity, bandwidth"),
         (figure("bf16.peak", 1, "unit = 'MB'\n"), "bf16.peak.unit is unknown"),
         ('[bf16.peak]\nvalue = 1\nkind = "sustained"\n', "bf16.peak.source is missing"),

@@ -12,12 +12,12 @@ import pytest
 from launch.head import LocalJob
 from launch.job import Job
 from launch.requests import JobOver, News
-from launch.roles import assign
-from pipeinfer.config import Config
-from pipeinfer.errors import UserError
-from pipeinfer.ports import Batch, Request
-from speculation.policy import CONTINUOUS
-from stages.emulated import EmulatedPair, EmulatedShard, EmulatedSpec, plain_tokens
+from pipeinfer.core.config import Config
+from pipeinfer.core.errors import UserError
+from pipeinfer.core.ports import Batch, Request
+from pipeinfer.placement.roles import assign
+from speculation.schedules.policy import CONTINUOUS
+from stages.models.emulated import EmulatedPair, EmulatedShard, EmulatedSpec, plain_tokens
 
 SPEC = EmulatedSpec(layers=4, vocab=50, seed=9)
 HANG_S = 300.0

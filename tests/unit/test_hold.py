@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from speculation.continuous import Continuous
-from speculation.cost_curve import CostCurve
-from speculation.hold import GRACE, Hold, Offer
-from speculation.policy import CONTINUOUS
-from speculation.schedule import Launch, Order, Situation, Wait
-from speculation.tree import Node, Tree
+from speculation.schedules.continuous import Continuous
+from speculation.schedules.cost_curve import CostCurve
+from speculation.schedules.hold import GRACE, Hold, Offer
+from speculation.schedules.policy import CONTINUOUS
+from speculation.schedules.schedule import Launch, Order, Situation, Wait
+from speculation.trees.tree import Node, Tree
 
 PASS_S = 0.1
 GUESSED = 0.8

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from pipeinfer.links import Link
-from pipeinfer.orchestrator import Orchestrator
-from pipeinfer.ports import Command, Event, Request
-from pipeinfer.protocol import ORCHESTRATOR
+from pipeinfer.core.links import Link
+from pipeinfer.core.ports import Command, Event, Request
+from pipeinfer.core.protocol import ORCHESTRATOR
+from pipeinfer.orchestrator.machine import Orchestrator
 from pipeinfer.sim.world import Witness, World, WorldSpec
-from speculation.continuous import Continuous
-from speculation.policy import CONTINUOUS
-from stages.emulated import EmulatedSpec, spread
+from speculation.schedules.continuous import Continuous
+from speculation.schedules.policy import CONTINUOUS
+from stages.models.emulated import EmulatedSpec, spread
 
 STAGES, FREE = 8, 4
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speculation.lookup import CANDIDATES, CLAIMS, EVIDENCE, LONGEST_MATCH, RANKS, Guess, Lookup, rank_of
+from speculation.trees.lookup import CANDIDATES, CLAIMS, EVIDENCE, LONGEST_MATCH, RANKS, Guess, Lookup, rank_of
 from tests.unit.effort import lines_of
 
 TEXTS = st.lists(st.integers(0, 2), max_size=40)

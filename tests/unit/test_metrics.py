@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeinfer.metrics import measure, percentile, table
-from pipeinfer.ports import Tally
+from pipeinfer.core.metrics import measure, percentile, table
+from pipeinfer.core.ports import Tally
 
 EMISSIONS = [(10.5, 1), (10.6, 3), (10.9, 2)]
 TALLY = Tally(runs=9, cancelled_runs=2, rows=20, drafted=12, accepted=4, corrections=2)

@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from pipeinfer.links import Link
-from pipeinfer.protocol import Kind, Message, Row
+from pipeinfer.core.links import Link
+from pipeinfer.core.protocol import Kind, Message, Row
 from pipeinfer.sim.network import Network
 
 RUN = Message(Kind.RUN, 0, 1, rows=(Row(1, 2, 3, 4),))  # 56 bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stages.pacer import SAFETY, Pacer
+from stages.stage.pacer import SAFETY, Pacer
 
 
 def taught(pass_s: float = 10.0, answer_s: float = 1.0) -> Pacer:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from kvbuffers.partitions import Partitions
-from pipeinfer.errors import LocalProtocolError
-from pipeinfer.protocol import MAX_OPS, CellOp, CellOpKind
+from pipeinfer.core.errors import LocalProtocolError
+from pipeinfer.core.protocol import MAX_OPS, CellOp, CellOpKind
 
 CLEAR = CellOp(CellOpKind.CLEAR)
 

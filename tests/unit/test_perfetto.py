@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from pipeinfer.errors import UserError
-from pipeinfer.perfetto import PLACES, trace_events, write_perfetto
-from pipeinfer.protocol import Kind
-from pipeinfer.timeline import Outcome, Timeline, read_timeline
-from pipeinfer.trace import Trace
-from speculation.policy import CONTINUOUS
+from pipeinfer.core.errors import UserError
+from pipeinfer.core.protocol import Kind
+from pipeinfer.runtime.perfetto import PLACES, trace_events, write_perfetto
+from pipeinfer.runtime.timeline import Outcome, Timeline, read_timeline
+from pipeinfer.runtime.trace import Trace
+from speculation.schedules.policy import CONTINUOUS
 from tests.laws.traced import trace_world
 from tests.unit.test_timeline import world
 

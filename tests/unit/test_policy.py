@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from pipeinfer.protocol import MAX_ROWS
-from speculation.continuous import choose_rows
-from speculation.policy import CONTINUOUS, PLAIN, Policy
-from speculation.tree import Tree
+from pipeinfer.core.protocol import MAX_ROWS
+from speculation.schedules.continuous import choose_rows
+from speculation.schedules.policy import CONTINUOUS, PLAIN, Policy
+from speculation.trees.tree import Tree
 
 WIDE = Policy("wide", rows=4, width=2, leaves=2, lead=8)
 

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.profiling import jobs, machines, tables
 from benchmarks.profiling.costs import Cost, Stopwatch
 from benchmarks.profiling.jobs import Job
-from speculation.policy import CONTINUOUS
+from speculation.schedules.policy import CONTINUOUS
 
 
 @pytest.fixture

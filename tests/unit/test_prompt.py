@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeinfer.errors import UserError
-from pipeinfer.prompt import token_ids
+from pipeinfer.core.errors import UserError
+from pipeinfer.engine.prompt import token_ids
 
 IDS = [5, 0, 99]
 

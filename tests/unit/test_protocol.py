@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeinfer.errors import LocalProtocolError, RemoteProtocolError
-from pipeinfer.protocol import (
+from pipeinfer.core.errors import LocalProtocolError, RemoteProtocolError
+from pipeinfer.core.protocol import (
     HEADER,
     MAX_OPS,
     MAX_ROWS,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeinfer.errors import UserError
-from speculation.policy import CONTINUOUS, PLAIN, POLICIES, Policy, read_policy
+from pipeinfer.core.errors import UserError
+from speculation.schedules.policy import CONTINUOUS, PLAIN, POLICIES, Policy, read_policy
 
 BASELINES = sorted((Path(__file__).parents[2] / "benchmarks" / "baselines").glob("*.toml"))
 

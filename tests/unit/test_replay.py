@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeinfer.ports import Command, Emit, Event, Halt, Note, Started, Wake, Woke
-from pipeinfer.protocol import ChoiceRow, Kind, Message, Row
-from pipeinfer.replay import difference, retell
-from pipeinfer.trace import Step
+from pipeinfer.core.ports import Command, Emit, Event, Halt, Note, Started, Wake, Woke
+from pipeinfer.core.protocol import ChoiceRow, Kind, Message, Row
+from pipeinfer.runtime.replay import difference, retell
+from pipeinfer.runtime.trace import Step
 
 RUN = Message(Kind.RUN, 0, 1, rows=(Row(1, 2, 3, 4), Row(5, 6, 7, 8)))
 RESULT = Message(Kind.RESULT, 1, 0, rows=(ChoiceRow(1, 2, 3, math.nan),))

@@ -6,11 +6,23 @@ from dataclasses import replace
 
 import pytest
 
-from pipeinfer.errors import LocalProtocolError
-from pipeinfer.orchestrator import Orchestrator
-from pipeinfer.ports import Closed, Command, Finish, Halt, Idle, Received, Request, Send, Submitted, Tally, Withdrawn
-from pipeinfer.protocol import FIRST_STAGE, ORCHESTRATOR, Flag, Kind, Message
-from speculation.policy import Policy
+from pipeinfer.core.errors import LocalProtocolError
+from pipeinfer.core.ports import (
+    Closed,
+    Command,
+    Finish,
+    Halt,
+    Idle,
+    Received,
+    Request,
+    Send,
+    Submitted,
+    Tally,
+    Withdrawn,
+)
+from pipeinfer.core.protocol import FIRST_STAGE, ORCHESTRATOR, Flag, Kind, Message
+from pipeinfer.orchestrator.machine import Orchestrator
+from speculation.schedules.policy import Policy
 
 SHORT = Request((1, 2), 3)
 

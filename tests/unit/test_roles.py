@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.roles import assign, count, homes, split_layers
-from pipeinfer.errors import UserError
-from pipeinfer.protocol import ORCHESTRATOR, drafter_address, stage_address
+from pipeinfer.core.errors import UserError
+from pipeinfer.core.protocol import ORCHESTRATOR, drafter_address, stage_address
+from pipeinfer.placement.roles import assign, count, homes, split_layers
 
 
 @given(st.integers(1, 200), st.data(), st.floats(0, 5))

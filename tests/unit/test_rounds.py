@@ -1,4 +1,4 @@
-"""Synchronous speculation step by step (see speculation/rounds.py). In whole worlds law L11 watches it."""
+"""Synchronous speculation step by step (see speculation/schedules/rounds.py). In whole worlds law L11 watches it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from speculation.policy import Policy
-from speculation.rounds import Rounds
-from speculation.schedule import Launch, Order, Situation, Step
-from speculation.tree import Tree
+from speculation.schedules.policy import Policy
+from speculation.schedules.rounds import Rounds
+from speculation.schedules.schedule import Launch, Order, Situation, Step
+from speculation.trees.tree import Tree
 
 
 class Game:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeinfer.errors import UserError
-from pipeinfer.ports import GREEDY, Sampling
-from pipeinfer.sampling import LEAST, MOST, MOST_STOPS, checked_stops, exact
+from pipeinfer.core.errors import UserError
+from pipeinfer.core.ports import GREEDY, Sampling
+from pipeinfer.core.sampling import LEAST, MOST, MOST_STOPS, checked_stops, exact
 
 SAMPLINGS = st.builds(
     Sampling,

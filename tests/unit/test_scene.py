@@ -8,9 +8,9 @@ from pipeinfer.bench.entrants import entrant, ideal_speed, variants
 from pipeinfer.bench.ideal import VOID, best_chain, best_tree, ideal
 from pipeinfer.bench.scene import scene
 from pipeinfer.bench.suite import Point
-from pipeinfer.errors import UserError
-from speculation.policy import CONTINUOUS, PLAIN
-from stages.emulated import right_choices
+from pipeinfer.core.errors import UserError
+from speculation.schedules.policy import CONTINUOUS, PLAIN
+from stages.models.emulated import right_choices
 
 FLAT = Point(ranks=9, top1=0.79, draft_time=0.5, stage_ms=20.0, tokens=64)
 DESCRIBED = Point(ranks=9, top1=0.79, hardware="dual-xeon-e5-1gbe", target="llama-2-70b", draft="tinyllama-1.1b")

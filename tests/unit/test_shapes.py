@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeinfer.bench.places import BENCHMARKS
-from pipeinfer.bench.shapes import Shape, read_shape
-from pipeinfer.config import BUILTIN, model_directory
-from pipeinfer.errors import UserError
-from stages.checkpoint import expected_tensors, layer_tensors
-from stages.spec import ModelSpec
+from pipeinfer.core.config import BUILTIN, model_directory
+from pipeinfer.core.errors import UserError
+from pipeinfer.costs.paths import BENCHMARKS
+from pipeinfer.costs.shapes import Shape, read_shape
+from stages.checkpoint.checkpoint import expected_tensors, layer_tensors
+from stages.checkpoint.spec import ModelSpec
 
 SHIPPED = sorted((BENCHMARKS / "models").glob("*.toml"))
 PUBLISHED = {  # weights as the models' own pages count them, norms and biases included

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from launch import signals
-from pipeinfer.errors import Terminated, exit_code
+from pipeinfer.core.errors import Terminated, exit_code
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 

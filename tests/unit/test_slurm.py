@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from launch.slurm import DIRECTIVES, LAUNCHERS, batch_script
-from pipeinfer.errors import UserError
+from pipeinfer.core.errors import UserError
 
 DEFAULTS = {directive.name: directive.default for directive in DIRECTIVES}
 PROGRAM = ["pipeinfer", "run", "--prompt", "x"]

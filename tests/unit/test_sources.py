@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from pipeinfer.ports import Request, Sampling, Send
-from pipeinfer.protocol import MAX_ROWS, ORCHESTRATOR, AnyRow, DraftRow, Flag, Kind, Message, accepted_name
-from speculation.policy import Policy
-from speculation.schedule import UNLIMITED, Order
-from speculation.sources import LOOKUP, Sources
-from speculation.tree import SLACK, Node, Tree
+from pipeinfer.core.ports import Request, Sampling, Send
+from pipeinfer.core.protocol import MAX_ROWS, ORCHESTRATOR, AnyRow, DraftRow, Flag, Kind, Message, accepted_name
+from pipeinfer.orchestrator.sources import LOOKUP, Sources
+from speculation.schedules.policy import Policy
+from speculation.schedules.schedule import UNLIMITED, Order
+from speculation.trees.tree import SLACK, Node, Tree
 
 FIRST, SECOND = 0x8000, 0x8001
 PROMPT = (5, 6, 7, 5, 6)

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeinfer.errors import RemoteProtocolError
-from pipeinfer.ports import GREEDY, Abandon, Command, Compute, Computed, Received, Sampling, Send
-from pipeinfer.protocol import (
+from pipeinfer.core.errors import RemoteProtocolError
+from pipeinfer.core.ports import GREEDY, Abandon, Command, Compute, Computed, Received, Sampling, Send
+from pipeinfer.core.protocol import (
     FIRST_STAGE,
     NO_SLOT,
     ORCHESTRATOR,
@@ -25,7 +25,7 @@ from pipeinfer.protocol import (
     fault_layer,
     fault_token,
 )
-from stages.machine import Stage
+from stages.stage.machine import Stage
 
 STAGES = 3
 FIRST, MIDDLE, LAST = FIRST_STAGE, FIRST_STAGE + 1, FIRST_STAGE + 2

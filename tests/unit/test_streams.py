@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from pipeinfer.cli.streams import OutputError, _Errors, _in_utf8, _Output
-from pipeinfer.errors import exit_code
+from pipeinfer.core.errors import exit_code
 
 
 def full() -> int:

@@ -8,10 +8,10 @@ import pytest
 
 from pipeinfer.bench.entrants import entrant
 from pipeinfer.bench.peers import is_peer
-from pipeinfer.bench.places import BENCHMARKS
 from pipeinfer.bench.scene import scene
 from pipeinfer.bench.suite import read_suite
-from pipeinfer.errors import UserError
+from pipeinfer.core.errors import UserError
+from pipeinfer.costs.paths import BENCHMARKS
 
 HEAD = 'title = "a test"\nexecution = "simulated"\npolicies = ["plain"]\n'
 SHIPPED = sorted(file.stem for file in (BENCHMARKS / "suites").glob("*.toml"))

@@ -10,7 +10,7 @@ import pytest
 
 from launch import mpiexec, surroundings
 from launch.surroundings import own_environment, refuse_lost_directory, settle, shared_memory_nbytes
-from pipeinfer.errors import UserError
+from pipeinfer.core.errors import UserError
 
 TUNED = {
     "OMPI_MCA_pml": "ucx",

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeinfer.config import BUILTIN, model_directory
-from pipeinfer.errors import CheckpointError
+from pipeinfer.core.config import BUILTIN, model_directory
+from pipeinfer.core.errors import CheckpointError
 from pipeinfer.text import StopStrings, Text
 
 TEXT = Text(model_directory(BUILTIN, "target"))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, processors
 
-from pipeinfer.errors import CheckpointError, UserError
+from pipeinfer.core.errors import CheckpointError, UserError
 from pipeinfer.text import Numbers, Text, has_tokenizer, same_tokens
 from pipeinfer.text.tokenizer import Plain
 from tests.fuzz.sentencepiece_model import write_model

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeinfer.errors import UserError
-from pipeinfer.links import Link
-from pipeinfer.ports import Emit, Finish, Idle, Request
-from pipeinfer.protocol import FIRST_STAGE, ORCHESTRATOR, Kind, drafter_address, stage_address
+from pipeinfer.core.errors import UserError
+from pipeinfer.core.links import Link
+from pipeinfer.core.ports import Emit, Finish, Idle, Request
+from pipeinfer.core.protocol import FIRST_STAGE, ORCHESTRATOR, Kind, drafter_address, stage_address
+from pipeinfer.runtime.timeline import Outcome, Span, Timeline, read_timeline
+from pipeinfer.runtime.trace import Trace
 from pipeinfer.sim.world import WorldSpec
-from pipeinfer.timeline import Outcome, Span, Timeline, read_timeline
-from pipeinfer.trace import Trace
-from speculation.policy import CONTINUOUS, PLAIN, Policy, read_policy
-from stages.emulated import EmulatedSpec, spread
+from speculation.schedules.policy import CONTINUOUS, PLAIN, Policy, read_policy
+from stages.models.emulated import EmulatedSpec, spread
 from tests.house.source import ROOT
 from tests.laws.traced import trace_world
 

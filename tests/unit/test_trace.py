@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeinfer.config import Config
-from pipeinfer.errors import UserError
-from pipeinfer.ports import (
+from pipeinfer.core.config import Config
+from pipeinfer.core.errors import UserError
+from pipeinfer.core.ports import (
     Abandon,
     Batch,
     Closed,
@@ -42,9 +42,20 @@ from pipeinfer.ports import (
     Withdrawn,
     Woke,
 )
-from pipeinfer.protocol import CellOp, CellOpKind, ChoiceRow, DraftRow, Flag, Kind, Message, Row, SettingRow, row_type
-from pipeinfer.replay import difference
-from pipeinfer.trace import TENSOR, Header, Step, Trace, TraceWriter, raised, refuse_unwritable
+from pipeinfer.core.protocol import (
+    CellOp,
+    CellOpKind,
+    ChoiceRow,
+    DraftRow,
+    Flag,
+    Kind,
+    Message,
+    Row,
+    SettingRow,
+    row_type,
+)
+from pipeinfer.runtime.replay import difference
+from pipeinfer.runtime.trace import TENSOR, Header, Step, Trace, TraceWriter, raised, refuse_unwritable
 
 ROLES = [0, 1, 0x8000]
 HEADER = Header(2, 4, ROLES, {"context": 64}, {"target": "builtin"}, [2, 4], "here", "0", 0.1)

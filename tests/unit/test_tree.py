@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from speculation.tree import SLACK, Node, Tree, descendants
+from speculation.trees.tree import SLACK, Node, Tree, descendants
 
 
 def grow(tree: Tree, parent: Node, token: int, logp: float) -> Node:

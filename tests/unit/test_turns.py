@@ -8,16 +8,16 @@ from dataclasses import replace
 
 import pytest
 
-from pipeinfer.ports import Request
+from pipeinfer.core.ports import Request
 from pipeinfer.sim.world import World, WorldSpec
-from speculation.continuous import Continuous
-from speculation.cost_curve import CostCurve
-from speculation.hold import Offer
-from speculation.policy import CONTINUOUS, PLAIN, Policy
-from speculation.schedule import Launch, Order, Situation
-from speculation.tree import Node, Tree
-from speculation.turns import PATIENCE, Turns
-from stages.emulated import EmulatedSpec, spread
+from speculation.schedules.continuous import Continuous
+from speculation.schedules.cost_curve import CostCurve
+from speculation.schedules.hold import Offer
+from speculation.schedules.policy import CONTINUOUS, PLAIN, Policy
+from speculation.schedules.schedule import Launch, Order, Situation
+from speculation.schedules.turns import PATIENCE, Turns
+from speculation.trees.tree import Node, Tree
+from stages.models.emulated import EmulatedSpec, spread
 
 PASS_S = 0.1
 GUESSED = 0.8
@@ -182,7 +182,5 @@ def test_one_rank_gains_about_as_much_as_a_tree_of_the_best_size(
     if draft_s < 1.0:
         sizes = [(levels, rows) for levels in (1, 2, 4, 8) for rows in (4, 8, 32)]
         tree = Policy("tree", schedule="rounds", width=8, leaves=16, lead=512, cancel="off")
-        best = max(
-            decoded(replace(tree, levels=levels, rows=rows), draft_s, top1, row_cost) for levels, rows in sizes
-        )
+        best = max(decoded(replace(tree, levels=levels, rows=rows), draft_s, top1, row_cost) for levels, rows in sizes)
         assert speed > 0.85 * best, (speed, best)

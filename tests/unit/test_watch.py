@@ -8,7 +8,7 @@ import time
 import pytest
 
 from launch.watch import Watch, progress
-from pipeinfer.errors import StallError
+from pipeinfer.core.errors import StallError
 
 
 def watch(*ranks: int, timeout_s: float = 10.0) -> Watch:

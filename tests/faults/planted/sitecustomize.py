@@ -12,10 +12,10 @@ import sys
 import time
 
 PLACES = {
-    "joining": (("pipeinfer.config", "Config.of", 0),),  # only ranks that we start have it, before MPI
-    "checking": (("pipeinfer.preflight", "clear", 0), ("pipeinfer.doctor", "facts", 0)),
+    "joining": (("pipeinfer.core.config", "Config.of", 0),),  # only ranks that we start have it, before MPI
+    "checking": (("launch.preflight", "clear", 0), ("pipeinfer.cli.installation", "facts", 0)),
     "loading": (("launch.job", "make_shards", 0),),
-    "serving": (("pipeinfer.executor", "Executor.step", 12),),
+    "serving": (("pipeinfer.runtime.executor", "Executor.step", 12),),
     "closing": (("launch.job", "Job._end", 0),),
 }
 """Where each phase is: a module, what in it is called, and how many calls go well."""

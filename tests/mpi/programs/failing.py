@@ -10,12 +10,12 @@ from typing import Any
 from launch.head import LocalJob
 from launch.job import Job
 from launch.mpi import World
-from launch.roles import assign
-from pipeinfer.config import Config
-from pipeinfer.ports import Batch, Received, Request
-from speculation.policy import CONTINUOUS
-from stages.emulated import EmulatedPair, EmulatedShard, EmulatedSpec
-from stages.machine import Stage
+from pipeinfer.core.config import Config
+from pipeinfer.core.ports import Batch, Received, Request
+from pipeinfer.placement.roles import assign
+from speculation.schedules.policy import CONTINUOUS
+from stages.models.emulated import EmulatedPair, EmulatedShard, EmulatedSpec
+from stages.stage.machine import Stage
 
 SPEC = EmulatedSpec(layers=8)
 

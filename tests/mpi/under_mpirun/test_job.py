@@ -10,11 +10,11 @@ import pytest
 from launch.head import LocalJob
 from launch.job import Job
 from launch.mpi import World
-from launch.roles import assign
-from pipeinfer.config import Config
-from pipeinfer.ports import Request
-from speculation.policy import CONTINUOUS, PLAIN, Policy
-from stages.emulated import EmulatedPair, EmulatedSpec, plain_tokens, spread
+from pipeinfer.core.config import Config
+from pipeinfer.core.ports import Request
+from pipeinfer.placement.roles import assign
+from speculation.schedules.policy import CONTINUOUS, PLAIN, Policy
+from stages.models.emulated import EmulatedPair, EmulatedSpec, plain_tokens, spread
 
 pytestmark = pytest.mark.mpi(min_size=2)
 

@@ -12,8 +12,8 @@ from launch import mpi
 from launch.backoff import Backoff
 from launch.mpi import World
 from launch.transport import MpiTransport
-from pipeinfer.ports import Received
-from pipeinfer.protocol import HEADER, MAX_OPS, MAX_ROWS, CellOp, CellOpKind, Kind, Message, Row
+from pipeinfer.core.ports import Received
+from pipeinfer.core.protocol import HEADER, MAX_OPS, MAX_ROWS, CellOp, CellOpKind, Kind, Message, Row
 from tests.laws.transport_worlds import Correspondent, Traffic
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -85,7 +85,7 @@ def test_control_is_not_held_back_by_a_tensor_that_has_not_come(world: World, tr
 
 def _announcing() -> bytes:
 
-    from pipeinfer.protocol import encode
+    from pipeinfer.core.protocol import encode
 
     return encode(run(1, 1)._replace(rows=(), payload_nbytes=32))
 

@@ -1,0 +1,130 @@
+"""Everything that can be refused before a model is loaded or a rank is started: without MPI, and for the Llama family
+without torch, in well under a second."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeinfer.core.config import DEFAULT_CONTEXT, DTYPES, Config
+from pipeinfer.core.errors import refuse
+from pipeinfer.placement.roles import Plan, assign
+from pipeinfer.runtime.trace import refuse_unwritable
+from pipeinfer.text import Text, has_tokenizer, same_tokens
+from speculation.schedules.policy import Policy
+from stages.checkpoint.checkpoint import Checkpoint, Weights
+from stages.checkpoint.folder import model_folder, plain
+from stages.checkpoint.random_weights import RandomCheckpoint
+from stages.checkpoint.spec import FAMILIES, ModelSpec, architecture_of, is_llama_family
+from stages.models.forced import FORCED_TOKENS
+from stages.models.generic_spec import GenericSpec
+
+Model = tuple[ModelSpec | GenericSpec, Weights]
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """A job that may start: the models' specs and checked weights, the plan, and the context it serves."""
+
+    target: Model
+    drafts: list[Model]  # drafter by drafter
+    plan: Plan
+    context: int
+
+
+def clear(config: Config, ranks: int) -> Cleared:
+    """Check ``config`` for ``ranks`` ranks. Raises UserError, whose message names the thing and the fix."""
+    if config.dtype not in DTYPES:
+        refuse(f"unknown dtype {config.dtype!r}", f"use one of {', '.join(DTYPES)}")
+    if ranks < 1:
+        refuse(f"{ranks} ranks", "use at least one")
+    if config.trace is not None:
+        refuse_unwritable(config.trace, ranks)
+    _refuse_forcing(config)
+    policy = Policy(**config.policy)
+    places = config.draft_directories if policy.speculate else []
+    if policy.speculate and not places and (policy.schedule != "continuous" or not policy.lookup):
+        refuse(f"policy {policy.name} needs a draft model", "give one with --draft DIR, or use --policy plain")
+    if config.context < 0:
+        refuse(f"--context {config.context}", "ask for at least one token, or for 0: what the target was made for")
+    read = _random_model if config.random_weights else _model
+    target = read(config.target_directory, config.context or DEFAULT_CONTEXT)
+    spec, _ = target
+    if config.context > spec.context:
+        refuse(f"--context {config.context}, but the target was made for {spec.context} tokens", "ask for fewer")
+    context = config.context or min(spec.context, DEFAULT_CONTEXT)
+    models = {place: read(place, context) for place in dict.fromkeys(places)}
+    if config.forced_acceptance:
+        _refuse_few_tokens(config.target_directory, {config.target_directory: target, **models})
+    else:
+        for place in models:
+            _same_vocabulary(config.target_directory, place)
+    plan = assign(ranks, spec.layer_count, len(places), spec.head_in_layers)
+    return Cleared(target, [models[place] for place in places], plan, context)
+
+
+def _refuse_forcing(config: Config) -> None:
+    """What acceptance cannot be forced to."""
+    shares = config.forced_acceptance
+    if not all(0 <= share <= 1 for share in shares) or sum(shares) > 1 + 1e-6:
+        refuse(
+            f"--forced-acceptance {','.join(f'{share:g}' for share in shares)}",
+            "give the probabilities that a draft's first choice, its second, ... is right: together at most 1",
+        )
+    if config.random_weights and not shares:
+        refuse("--random-weights without --forced-acceptance", "say both: random models agree on nothing")
+
+
+def _refuse_few_tokens(target_directory: Path, models: dict[Path, Model]) -> None:
+    """Where acceptance is forced vocabularies may differ, but each must have the prompt's tokens and the forced."""
+    spec, _ = models[target_directory]
+    named = Text(target_directory).vocabulary().values() if has_tokenizer(target_directory) else (255,)
+    needed = max(FORCED_TOKENS, min(spec.vocab_size, 1 + max(named, default=0)))
+    for place, (spec, _) in models.items():
+        if spec.vocab_size < needed:
+            refuse(f"{place}: a vocabulary of {spec.vocab_size} tokens", f"forced acceptance needs {needed} here")
+
+
+def _random_model(directory: Path, context: int) -> Model:
+    model_folder(directory)
+    if not is_llama_family(directory):
+        able = ", ".join(FAMILIES)
+        name = plain(architecture_of(directory))
+        refuse(f"{directory}: no random weights are made for {name}", f"use one of {able}")
+    spec = ModelSpec.read(directory)
+    if _is_windowed(spec, context):
+        refuse(f"{directory}: no random weights are made for windows of {spec.window} tokens", "ask for less --context")
+    return spec, RandomCheckpoint(spec)
+
+
+def _model(directory: Path, context: int) -> Model:
+    """The model in ``directory``, to be served with at most ``context`` tokens."""
+    if not is_llama_family(directory):  # the only case that loads torch: such a model has to be looked at
+        return _generic(directory)
+    spec = ModelSpec.read(directory)
+    if _is_windowed(spec, context):
+        return _generic(directory)
+    checkpoint = Checkpoint(directory)
+    checkpoint.validate(spec)
+    return spec, checkpoint
+
+
+def _is_windowed(spec: ModelSpec, context: int) -> bool:
+    """Whether a sliding window hides a token from another one in ``context`` tokens: LlamaShard has no windows."""
+    return spec.window is not None and spec.window < min(context, spec.context)
+
+
+def _generic(directory: Path) -> Model:
+    return GenericSpec.read(directory), Checkpoint(directory, llama=False)
+
+
+def _same_vocabulary(target_directory: Path, draft_directory: Path) -> None:
+    if has_tokenizer(target_directory) and same_tokens(target_directory, draft_directory):
+        return  # without loading either, as is usual
+    target, draft = (Text(directory).vocabulary() for directory in (target_directory, draft_directory))
+    if target != draft:
+        odd = sorted(token for token in target.keys() | draft.keys() if target.get(token) != draft.get(token))
+        refuse(
+            f"target and draft have different vocabularies ({len(odd)} tokens differ, {odd[0]!r} for one)",
+            "use a draft made with the target's tokenizer",
+        )

@@ -1,0 +1,106 @@
+"""What a job was asked to be; every rank builds the same one from the same words."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeinfer.core.errors import refuse
+from pipeinfer.core.protocol import VERSION
+
+ModelName = str | os.PathLike[str]
+BUILTIN = "builtin"
+NONE = "none"
+DTYPES = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """``target`` and ``drafts`` (one for each drafter) are directories in Hugging Face format, or ``builtin``.
+    ``policy``: every knob of it, by name (see speculation.schedules.policy). ``context``: most tokens of a request,
+    prompt included (0: what the target was made for, at most DEFAULT_CONTEXT). ``timeout_s``: how long nothing may
+    move before the job gives up and says who waits for whom (0: for ever). ``trace``: what each rank's trace begins its
+    name with (see pipeinfer.runtime.trace); None for no traces. ``calibrations``: what is known of each source's
+    probabilities (see speculation.trees.calibration). ``forced_acceptance``: the probabilities with which a draft's
+    first choice, its second and so on are to be right, whatever the models say (stages.models.forced); nothing for the
+    models' own words.
+    ``random_weights``: the directories' weights are not read but made up (see stages.checkpoint.random_weights)."""
+
+    target: str = BUILTIN
+    drafts: tuple[str, ...] = (BUILTIN,)
+    policy: dict[str, Any] = field(default_factory=lambda: {"name": "plain", "speculate": False})
+    dtype: str = "fp32"
+    context: int = 0
+    timeout_s: float = 120.0
+    trace: str | None = None
+    calibrations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    forced_acceptance: tuple[float, ...] = ()
+    random_weights: bool = False
+
+    @classmethod
+    def of(cls, words: Mapping[str, Any]) -> Config:
+        """What ``dataclasses.asdict`` made of one, JSON in between or not."""
+        return cls(**{**words, **{name: tuple(words[name]) for name in ("drafts", "forced_acceptance")}})
+
+    def digest(self) -> int:
+        """A number that ranks compare at HELLO: they must mean the same job and speak the same protocol. Where a rank
+        writes its trace is its own affair."""
+        job = {name: value for name, value in asdict(self).items() if name != "trace"}
+        return zlib.crc32(json.dumps([VERSION, job], sort_keys=True).encode())
+
+    @property
+    def target_directory(self) -> Path:
+        """Where the target's files are."""
+        return model_directory(self.target, "target")
+
+    @property
+    def draft_directories(self) -> list[Path]:
+        """Where the drafts' files are, drafter by drafter."""
+        return [model_directory(draft, "draft") for draft in self.drafts]
+
+
+DEFAULT_CONTEXT = 4096
+"""Most tokens of a request unless ``context`` says more: cells for a whole long context are paid for even if unused."""
+
+
+def model_name(name: object, part: str) -> str:
+    """A directory that a program gave as text or as a path. ``part``: ``target`` or ``draft``. Raises UserError."""
+    if not isinstance(name, (str, bytes, os.PathLike)):
+        refuse(f"the {part} is a {type(name).__name__}", "give its directory as text or as a path")
+    given = os.fsdecode(name)
+    if not given.strip():
+        refuse(f"the name of the {part}'s directory is empty", "give a local directory in Hugging Face layout")
+    return given
+
+
+def model_directory(name: str, part: str) -> Path:
+    """The directory that ``name`` means; ``part`` is ``target`` or ``draft``."""
+    return Path(__file__).parents[1] / BUILTIN / part if name == BUILTIN else Path(model_name(name, part))
+
+
+def draft_names(
+    target: str | os.PathLike[str], draft: ModelName | Sequence[ModelName] | None, drafters: int | None
+) -> tuple[str, ...]:
+    """The draft of each drafter. ``draft``: one for all, one for each, or ``none``; the built-in target brings its own.
+
+    Raises UserError where their number and ``drafters`` do not fit."""
+    given = () if draft is None else draft if isinstance(draft, (list, tuple)) else (draft,)
+    names = [model_name(name, "draft") for name in given]
+    if names == [NONE]:
+        names = []
+    elif not names and target == BUILTIN:
+        names = [BUILTIN]
+    if drafters is None:
+        return tuple(names)
+    if drafters < 1:
+        refuse(f"{drafters} drafters", f"use at least one, or --draft {NONE}")
+    if not names:
+        refuse(f"{drafters} drafters without a draft model", "name one with --draft DIR")
+    if len(names) not in (1, drafters):
+        refuse(f"{len(names)} draft models for {drafters} drafters", "name one for all or one for each")
+    return tuple(names * drafters if len(names) == 1 else names)

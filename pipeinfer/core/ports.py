@@ -1,0 +1,357 @@
+"""What joins the machines to the world: events in, commands out, and the few things a driver must provide."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeinfer.core.protocol import Message, SettingRow
+
+Payload = Any
+"""Activations on their way between shards: [rows, hidden]. Machines pass them on and never look inside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows of one pass through a shard, ready for attention.
+
+    ``tokens``, ``positions``, ``slots``: int64 [rows]. ``visible``: bool [rows, span]; row r attends to cell c of its
+    own shard if ``visible[r, c]``, itself included. ``span`` is one past the highest cell that any row needs.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    slots: npt.NDArray[np.int64]
+    visible: npt.NDArray[np.bool_]
+
+
+Choice = tuple[int, float]
+"""A token and its log-probability (natural log)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the target's next token is drawn from its logits; the names and their order are those of transformers.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1 change nothing. The
+    noise of a draw depends on ``seed`` (64 bits) and the drawn token's position alone."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def rows(self) -> tuple[SettingRow, ...]:
+        """As it travels in a REQUEST."""
+        reals = (self.temperature, self.top_p, self.min_p, self.repetition_penalty)
+        seed = SettingRow(len(reals), self.seed & 0xFFFFFFFF, self.seed >> 32, 0.0)
+        return (*(SettingRow(index, self.top_k, 0, value) for index, value in enumerate(reals)), seed)
+
+    @classmethod
+    def of(cls, rows: Sequence[SettingRow]) -> Sampling:
+        """What ``rows`` made."""
+        temperature, top_p, min_p, penalty, seed = rows
+        return cls(
+            temperature.value, temperature.low, top_p.value, min_p.value, penalty.value, seed.low | seed.high << 32
+        )
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What a shard must know to choose by ``sampling``. ``positions``: int64 [rows], of the tokens to be drawn (one
+    past their rows'). ``seen``: for each row the different tokens before the drawn one, int64 [any], or nothing at all
+    where ``sampling`` has no repetition penalty. ``is_guess``: a drafter asks, for what the target will draw."""
+
+    sampling: Sampling
+    positions: npt.NDArray[np.int64]
+    seen: tuple[npt.NDArray[np.int64], ...] = ()
+    is_guess: bool = False
+
+
+class ShardModel(Protocol):
+    """Some layers of a model with the key/value cells of those layers."""
+
+    def forward(self, batch: Batch, hidden: Payload | None) -> Generator[float, None, Payload]:
+        """Run the layers; ``hidden`` is None for the shard that embeds. Yields between layers the seconds it would rest
+        before it goes on (0 for a real model; for an emulated one its pace, after the last layer too); returns the
+        activations."""
+        ...
+
+    def choose(self, hidden: Payload, rows: Sequence[int], count: int, draw: Draw | None = None) -> list[list[Choice]]:
+        """The ``count`` best next tokens after each of ``rows``, best first; the first one is what ``draw`` draws, by
+        default the most probable one. What stands for a row of ``faults`` means nothing. Only for the last shard.
+        Log-probabilities are those of the model's own logits; for a guess, of its scores with the noise of the draw in
+        them: how likely another model, given the same noise, is to draw that token."""
+        ...
+
+    @property
+    def faults(self) -> Mapping[int, int]:
+        """Rows of the last pass whose numbers were not finite, and the first layer of the whole model where that
+        showed; the model's number of layers stands for the output head (``choose``). Such a row's activations are
+        zeros, and so is what was not finite of its keys and values."""
+        ...
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes of weights that this shard holds resident."""
+        ...
+
+
+# Events: what a machine is told.
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message arrived, whole with its payload."""
+
+    message: Message
+    payload: Payload | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A Compute command ended: with activations, with choices, or abandoned (both None). ``seconds``: what it took once
+    it was this role's turn. ``faults``: see ShardModel."""
+
+    job: int
+    hidden: Payload | None = None
+    choices: list[list[Choice]] | None = None
+    seconds: float = 0.0
+    faults: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation. ``stop_tokens`` end it; they are emitted as its last token."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    stop_tokens: frozenset[int] = frozenset()
+    sampling: Sampling = GREEDY
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The role's model is loaded and its transport is up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A user's request reached the orchestrator; it is served after those before it. ``number``: the caller's id of
+    the request, which no other request has that is waiting or being served."""
+
+    request: Request
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """The user wants no more of request ``number``, waiting or being served. Nothing happens if it has ended."""
+
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """No further request will come. Requests that wait or are being served are withdrawn first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stalled:
+    """Nothing has moved for long: find out who waits for whom."""
+
+
+@dataclass(frozen=True, slots=True)
+class Woke:
+    """The time asked for with Wake has come."""
+
+
+Event = Started | Received | Computed | Submitted | Withdrawn | Closed | Stalled | Woke
+
+
+# Commands: what a machine asks for.
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message; ``payload`` travels beside it."""
+
+    message: Message
+    payload: Payload | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Run this role's shard. With ``choices`` > 0 its choices after ``rows``, drawn by ``draw``, are wanted, else its
+    activations.
+
+    ``keep``: the rows of ``hidden`` that ``batch`` is about, where some have died on the way."""
+
+    job: int
+    batch: Batch
+    hidden: Payload | None = None
+    keep: tuple[int, ...] | None = None
+    rows: tuple[int, ...] = ()
+    choices: int = 0
+    draw: Draw | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Stop this computation at the next layer boundary; a Computed without content will say when."""
+
+    job: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Send a Woke at time ``at``, or at the next layer boundary after it; replaces the one asked for before."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """These tokens of request ``number`` are final: show them. ``logps``: their log-probabilities (natural log) by the
+    target's logits."""
+
+    tokens: tuple[int, ...]
+    logps: tuple[float, ...] = ()
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Request ``number`` has no further token: ``stop``, ``length``, ``withdrawn`` or ``error``. ``fault``: with
+    ``error``, the target's layer whose numbers are not finite; the number of layers stands for the output head."""
+
+    reason: str
+    number: int = 0
+    fault: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Every run of the finished request ``number`` has come back; the next one that waits begins."""
+
+    tally: Tally
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something was decided that a reader of the trace wants to know."""
+
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """This role has ended."""
+
+
+Command = Send | Compute | Abandon | Wake | Emit | Finish | Idle | Note | Halt
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one request cost, counted by the orchestrator."""
+
+    runs: int = 0  # runs launched after prefill
+    cancelled_runs: int = 0  # of them, found dead before their result
+    tombstones: int = 0  # of them, skipped by a stage before they were computed to the end
+    rows: int = 0  # rows launched after prefill
+    drafted: int = 0  # of them, speculative ones
+    accepted: int = 0  # drafted rows whose token was emitted
+    corrections: int = 0  # emitted tokens that no row in flight held
+    prefill_runs: int = 0
+    cancel_s: float = 0.0  # seconds from the word that cancelled it to a tombstone's return, of all tombstones
+    busy_s: float = 0.0  # seconds that a stage worked on runs after prefill, the mean of all stages
+    judged: int = 0  # guesses that the target judged, in all requests so far
+    claimed_error: float = 0.0  # their expected calibration error as the drafts claimed them
+    believed_error: float = 0.0  # and as the tree believed them
+    calibrations: dict[str, Any] = field(default_factory=dict)  # what was learnt of each source
+
+
+class Machine(Protocol):
+    """A role's brain: no clock, no socket, no tensor, no log; the same events give the same commands."""
+
+    address: int
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Take one event at time ``now`` (seconds, monotonic) and say what to do."""
+        ...
+
+
+class Transport(Protocol):
+    """Moves messages between ranks. Only ``wait`` and ``close`` take their time."""
+
+    @property
+    def messages(self) -> int:
+        """How many it has sent."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Their bytes, payloads included."""
+        ...
+
+    def send(self, rank: int, message: Message, payload: Payload | None) -> None:
+        """Hand over a message and its payload; both may be reused by the caller afterwards."""
+        ...
+
+    def poll(self) -> list[Received]:
+        """Move everything forward; return what has arrived whole, in order per sender."""
+        ...
+
+    def wait(self, most_s: float) -> None:
+        """Sleep until something may have arrived, or for ``most_s`` seconds."""
+        ...
+
+    def wake(self) -> None:
+        """End the ``wait`` of the thread that drives it; may be called from any thread."""
+        ...
+
+    def close(self) -> None:
+        """Wait until everything sent is gone. Collective."""
+        ...
+
+
+class Pair(Protocol):
+    """A target model that can be cut into stages, and the draft model of each drafter."""
+
+    @property
+    def layers(self) -> int:
+        """The target's layers."""
+        ...
+
+    @property
+    def draft_contexts(self) -> tuple[int, ...]:
+        """Of each drafter the positions that its model was made for; empty if none has a limit."""
+        ...
+
+    def stage(self, layers: range, capacity: int) -> ShardModel:
+        """The target's ``layers`` with ``capacity`` cells; with the first layer comes the embedding, with the last the
+        output head."""
+        ...
+
+    def draft(self, index: int, capacity: int) -> ShardModel:
+        """The whole draft model of the ``index``-th drafter with ``capacity`` cells."""
+        ...
+
+    def pack(self, hidden: Payload) -> npt.NDArray[np.uint8]:
+        """The bytes of activations, without a copy where possible."""
+        ...
+
+    def unpack(self, data: npt.NDArray[np.uint8], rows: int) -> Payload:
+        """The activations in ``data``, of ``rows`` rows; a window on ``data``."""
+        ...

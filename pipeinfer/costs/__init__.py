@@ -1,0 +1,1 @@
+"""The cost model: hardware descriptions, model shapes, and the time of a pass (roofline)."""

@@ -1,0 +1,145 @@
+"""Hardware: what a stage computes with, and how stages are joined. The descriptions are in benchmarks/hardware.
+
+Each number is a TOML table of its own, with its kind and its source: ``nominal`` is what a data sheet promises,
+``sustained`` what somebody measured, ``assumed`` neither. A description may start from another one (``base``) and say
+only what differs.
+
+A measured host has curves as well. A roofline promises that rows cost nothing until their arithmetic takes longer than
+reading the weights, and kernels break that promise: some take four times as long for two rows as for one. A curve says
+how many bytes a second a kernel really gets through with so many rows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeinfer.core.config import DTYPES
+from pipeinfer.core.links import Link
+from pipeinfer.costs.paths import find
+from pipeinfer.costs.tables import Table
+
+KINDS = ("nominal", "sustained", "assumed")
+CURVES = ("linear", "attention")
+OF_DTYPE = ("peak", "overhead", *CURVES)
+GROUPS = {
+    "processor": ("cores",),
+    "memory": ("capacity", "bandwidth"),
+    "link": ("latency", "bandwidth"),
+    **dict.fromkeys(DTYPES, OF_DTYPE),
+}
+NEEDED = ("processor.cores", "memory.capacity", "memory.bandwidth", "link.latency", "link.bandwidth")
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Bytes per second that a kernel reads, by rows; ``rows`` ascend from 1."""
+
+    rows: tuple[int, ...]
+    bandwidth: tuple[float, ...]
+
+    def seconds(self, nbytes: float, rows: int) -> float:
+        """What ``nbytes`` take: linear in time between measured numbers of rows, beyond them in proportion to rows."""
+        place = bisect_left(self.rows, rows)
+        if place == len(self.rows):
+            return nbytes / self.bandwidth[-1] * rows / self.rows[-1]
+        high = nbytes / self.bandwidth[place]
+        if self.rows[place] == rows:
+            return high
+        low = nbytes / self.bandwidth[place - 1]
+        return low + (high - low) * (rows - self.rows[place - 1]) / (self.rows[place] - self.rows[place - 1])
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """Computing in one dtype. ``peak``: FLOP/s. ``overhead_s``: what a layer takes beside its arithmetic.
+
+    ``linear``: reading weights; ``attention``: reading keys and values, by rows times heads that share a key head. None
+    where nobody measured: then the roofline has to do."""
+
+    peak: float
+    overhead_s: float
+    linear: Curve | None = None
+    attention: Curve | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What one stage runs on: ``cores`` that it computes with, memory of ``memory_nbytes`` read at ``bandwidth`` (bytes
+    per second), and a link to each other stage."""
+
+    name: str
+    title: str
+    cores: int
+    memory_nbytes: int
+    bandwidth: float
+    link: Link
+    arithmetic: Mapping[str, Arithmetic]  # by dtype
+
+
+def read_hardware(name: str) -> Hardware:
+    """The description in the file ``name``, or of that name in benchmarks/hardware. Raises UserError for one that is
+    not there, lacks a number or a source, or says what nobody knows."""
+    file = Table.read(find("hardware", name))
+    figures = _figures(file)
+    dtypes = [dtype for dtype in DTYPES if any(key.startswith(f"{dtype}.") for key in figures)] or list(DTYPES[:1])
+    for key in (*NEEDED, *(f"{dtype}.{what}" for dtype in dtypes for what in ("peak", "overhead"))):
+        if key not in figures:
+            file.bad(key, "is missing")
+
+    def value(key: str) -> float:
+        return figures[key].number("value")
+
+    return Hardware(
+        name=file.path.stem,
+        title=file.text("title"),
+        cores=figures["processor.cores"].count("value"),
+        memory_nbytes=int(value("memory.capacity")),
+        bandwidth=value("memory.bandwidth"),
+        link=Link(value("link.latency"), bandwidth=value("link.bandwidth")),
+        arithmetic={dtype: _arithmetic(dtype, figures) for dtype in dtypes},
+    )
+
+
+def _figures(file: Table) -> dict[str, Table]:
+    """Every number of ``file`` and of what it is based on, by group and name."""
+    file.only(("title", "base", *GROUPS))
+    found: dict[str, Table] = {}
+    for group in file.words.keys() & GROUPS.keys():
+        table = file.table(group)
+        table.only(GROUPS[group])
+        found |= {f"{group}.{name}": _checked(table.table(name), name) for name in table.words}
+    if "base" not in file.words:
+        return found
+    base = Table.read(find("hardware", file.text("base")))
+    if "base" in base.words:
+        file.bad("base", f"{base.path.stem} has a base itself")
+    return {**_figures(base), **found}
+
+
+def _checked(figure: Table, name: str) -> Table:
+    figure.only((*(("rows", "bandwidth") if name in CURVES else ("value",)), "kind", "source"))
+    figure.text("kind", KINDS)
+    figure.text("source")
+    if name in CURVES:
+        _curve(figure)
+    else:
+        figure.number("value")
+    return figure
+
+
+def _curve(figure: Table) -> Curve:
+    rows, bandwidth = figure.numbers("rows"), figure.numbers("bandwidth")
+    whole = tuple(sorted({int(row) for row in rows}))
+    if rows != whole or rows[0] != 1:
+        figure.bad("rows", f"must be whole numbers that ascend from 1, not {list(rows)}")
+    if len(rows) != len(bandwidth):
+        figure.bad("bandwidth", f"has {len(bandwidth)} numbers for {len(rows)} numbers of rows")
+    return Curve(whole, bandwidth)
+
+
+def _arithmetic(dtype: str, figures: Mapping[str, Table]) -> Arithmetic:
+    peak, overhead_s = (figures[f"{dtype}.{what}"].number("value") for what in ("peak", "overhead"))
+    curves = {name: _curve(figures[f"{dtype}.{name}"]) for name in CURVES if f"{dtype}.{name}" in figures}
+    return Arithmetic(peak, overhead_s, **curves)

@@ -1,0 +1,133 @@
+"""Shapes: what a model weighs and how much arithmetic it takes, without its weights. Those of the studies are in
+benchmarks/models; any directory of the Llama family in Hugging Face format will do as well.
+
+Norms and biases are left out: below a thousandth of a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pipeinfer.core.config import DTYPES, model_directory
+from pipeinfer.costs.paths import find
+from pipeinfer.costs.tables import Table
+from stages.checkpoint.spec import ModelSpec
+
+DTYPE_NBYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A decoder's sizes. ``gated``: its MLP has three matrices, not two. ``tied``: the head is the embedding.
+    ``weight_bits``: of a weight as stored, on average. ``dtype``: of arithmetic and activations. ``cell_bits``: of a
+    number in a cell of keys and values."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    gated: bool
+    tied: bool
+    weight_bits: float
+    dtype: str
+    cell_bits: float
+
+    @property
+    def layer_numel(self) -> int:
+        """Weights of one layer."""
+        attention = 2 * self.head_dim * (self.heads + self.kv_heads)
+        return self.hidden * (attention + (3 if self.gated else 2) * self.intermediate)
+
+    @property
+    def head_numel(self) -> int:
+        """Weights of the output head; the embedding has as many."""
+        return self.vocab * self.hidden
+
+    @property
+    def numel(self) -> int:
+        """All weights."""
+        return self.layers * self.layer_numel + (1 if self.tied else 2) * self.head_numel
+
+    @property
+    def head_in_layers(self) -> float:
+        """What the output head costs, in layers."""
+        return self.head_numel / self.layer_numel
+
+    @property
+    def cell_nbytes(self) -> float:
+        """Bytes of one position's keys and values in one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.cell_bits / 8
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one row's activations between layers."""
+        return self.hidden * DTYPE_NBYTES[self.dtype]
+
+    @property
+    def stored_as_computed(self) -> bool:
+        """Whether the weights are kept in the dtype of the arithmetic, not quantised."""
+        return self.weight_bits == 8 * DTYPE_NBYTES[self.dtype]
+
+    def nbytes(self, numel: int) -> float:
+        """Bytes of ``numel`` weights."""
+        return numel * self.weight_bits / 8
+
+    def held_in(self, dtype: str) -> Shape:
+        """The same model with weights and cells in ``dtype``."""
+        bits = 8.0 * DTYPE_NBYTES[dtype]
+        return replace(self, dtype=dtype, weight_bits=bits, cell_bits=bits)
+
+
+def read_shape(name: str) -> Shape:
+    """The shape in the file ``name``, of that name in benchmarks/models, or of the model in the directory ``name``
+    (``builtin``: the built-in target), then in fp32. Raises UserError for one that is not there, lacks a number or a
+    source, or says what nobody knows."""
+    directory = model_directory(name, "target")
+    if directory.is_dir():
+        return of_spec(ModelSpec.read(directory), name)
+    file = Table.read(find("models", name))
+    file.only(("title", "shape", "weights", "arithmetic", "cells"))
+    file.text("title")
+    shape, weights, arithmetic, cells = map(file.table, ("shape", "weights", "arithmetic", "cells"))
+    counts = ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
+    shape.only((*counts, "gated", "tied", "source"))
+    weights.only(("bits", "source"))
+    arithmetic.only(("dtype", "source"))
+    cells.only(("bits", "source"))
+    for table in (shape, weights, arithmetic, cells):
+        table.text("source")
+    sizes = {count: shape.count(count) for count in counts}
+    if sizes["heads"] % sizes["kv_heads"]:
+        shape.bad("kv_heads", f"must divide the {sizes['heads']} heads, not {sizes['kv_heads']}")
+    return Shape(
+        name=file.path.stem,
+        **sizes,
+        gated=shape.flag("gated"),
+        tied=shape.flag("tied"),
+        weight_bits=weights.number("bits"),
+        dtype=arithmetic.text("dtype", DTYPES),
+        cell_bits=cells.number("bits"),
+    )
+
+
+def of_spec(spec: ModelSpec, name: str) -> Shape:
+    """The shape of a model that the Llama shard can run, in fp32."""
+    return Shape(
+        name=name,
+        layers=spec.layer_count,
+        hidden=spec.hidden_size,
+        heads=spec.head_count,
+        kv_heads=spec.kv_head_count,
+        head_dim=spec.head_dim,
+        intermediate=spec.intermediate_size,
+        vocab=spec.vocab_size,
+        gated=True,
+        tied=spec.tied,
+        weight_bits=32.0,
+        dtype="fp32",
+        cell_bits=32.0,
+    )

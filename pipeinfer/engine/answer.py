@@ -1,0 +1,247 @@
+"""An answer: what was decoded, and the handle by which a program takes it while it is being decoded."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeinfer.core.errors import NotFiniteError, UserError
+from pipeinfer.core.metrics import measure
+from pipeinfer.core.ports import Request, Tally
+
+if TYPE_CHECKING:
+    from launch.requests import Hear, News
+    from pipeinfer.text import Reader
+
+
+@dataclass(slots=True)
+class Completion:
+    """One answer. ``finish_reason``: ``stop``, ``length``, ``cancelled``, or ``error``, which ``error`` explains; then
+    text and tokens are what there was. ``metrics`` are those of pipeinfer.core.metrics; ``calibrations`` what has
+    been learnt of the sources' probabilities; ``ranks`` says who computed it; ``logprobs`` are those of ``tokens``
+    (natural logarithm), by the model's logits before anything was done to them. ``meaningless``: acceptance was forced,
+    the models did not say these tokens."""
+
+    text: str = ""
+    prompt_tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    error: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    calibrations: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    meaningless: bool = False
+
+
+class HeadJob(Protocol):
+    """A job as its head's program sees it: launch.head.LocalJob or launch.spawn.SpawnedJob."""
+
+    ranks: list[dict[str, Any]]
+    is_threaded: bool  # whether a thread of its own drives it
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Messages and bytes between the ranks, once it is closed."""
+        ...
+
+    def submit(self, request: Request, hear: Hear) -> int:
+        """Serve ``request``; its number."""
+        ...
+
+    def cancel(self, number: int) -> None:
+        """No more of it is wanted."""
+        ...
+
+    def wait(self, news: threading.Condition, ready: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Wait, holding ``news``, until ``ready()``; whether it is."""
+        ...
+
+    def close(self) -> None:
+        """Let the ranks go."""
+        ...
+
+    def kill(self) -> None:
+        """End them now."""
+        ...
+
+
+class Handle:
+    """An answer being decoded, usable from any thread: iterate its pieces of text (``async for`` too), wait for the
+    whole by ``result`` (or ``await``), give it up by ``cancel``. Pieces wait for whoever takes them, once each.
+
+    Raises, where pieces or the result are taken, what has ended the answer early: NotFiniteError for a model whose
+    numbers are not finite, StallError and others for a job that broke; ``completion`` then has what there was."""
+
+    def __init__(
+        self,
+        job: HeadJob,
+        request: Request,
+        reader: Reader,
+        completion: Completion,
+        watch: Callable[[News], None] | None = None,
+    ) -> None:
+        self.completion = completion
+        self._job = job
+        self._reader = reader
+        self._watch = watch
+        self._news = threading.Condition()
+        self._pieces: deque[tuple[str, News]] = deque()
+        self._listeners: list[Callable[[], object]] = []
+        self._takers = 0  # threads that wait for the next piece
+        self._submitted_at: float | None = None
+        self._emitted_at: list[tuple[float, int]] = []
+        self._tally: Tally | None = None
+        self._error: BaseException | None = None
+        self._is_over = False
+        self._number = job.submit(request, self._hear)
+
+    # On the thread that drives the job.
+
+    def _hear(self, news: News) -> None:
+        """Take the job's news; never waits."""
+        with self._news:
+            if self._is_over:
+                return
+            try:
+                piece = self._read(news)
+            except Exception as error:  # this answer's affair: the job goes on
+                self._job.cancel(news.number)
+                piece = self._end("error", error)
+            self._pieces.append((piece, news))
+            if self._takers or self._is_over:  # who waits for the whole is not woken for each piece
+                self._news.notify_all()
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener()
+
+    def _read(self, news: News) -> str:
+        if self._submitted_at is None:
+            self._submitted_at = news.at_s
+        piece, completion = "", self.completion
+        if news.tokens and not self._reader.is_stopped:
+            count, piece = self._reader.read(news.tokens)
+            completion.tokens += news.tokens[:count]
+            completion.logprobs += news.logps[:count]
+            self._emitted_at.append((news.at_s, count))
+            if self._reader.is_stopped:
+                self._job.cancel(news.number)
+        self._tally = news.tally or self._tally
+        if news.error is not None:
+            piece += self._end("error", news.error)
+        elif news.fault is not None:
+            piece += self._end("error", self._not_finite(news.fault))
+        elif news.tally is not None:
+            piece += self._end({"withdrawn": "cancelled"}.get(news.reason, news.reason))
+        return piece
+
+    def _end(self, reason: str, error: BaseException | None = None) -> str:
+        """The answer is over; the last of its text."""
+        completion = self.completion
+        piece = self._reader.close()
+        completion.text = self._reader.shown
+        completion.finish_reason = "stop" if self._reader.is_stopped else reason
+        completion.error = str(error) or type(error).__name__ if error is not None else ""
+        if self._tally is not None:
+            completion.calibrations = self._tally.calibrations
+        if self._emitted_at:
+            completion.metrics = measure(self._submitted_at or 0.0, self._emitted_at, self._tally or Tally())
+        self._error, self._is_over = error, True
+        return piece
+
+    def _not_finite(self, fault: int) -> NotFiniteError:
+        """What to say of a row whose numbers layer ``fault`` spoilt."""
+        holders = [rank for rank in self._job.ranks if rank["layers"] is not None]
+        rank = next((rank for rank in holders if rank["layers"][0] <= fault <= rank["layers"][1]), holders[-1])
+        place = f"layer {fault}" if fault <= rank["layers"][1] else "the output head"
+        return NotFiniteError(
+            f"the target's numbers are not finite: {place}, on rank {rank['rank']} ({rank['host']}), says NaN or "
+            "infinity; the weights are damaged, or too large for --dtype"
+        )
+
+    # On any thread.
+
+    def interrupt(self, error: BaseException) -> None:
+        """Whoever waits was interrupted by ``error``: the answer ends with what there is."""
+        with self._news:
+            if not self._is_over:
+                self._end("error", error)
+
+    def cancel(self) -> None:
+        """No more is wanted. What was decoded stays; the result then says ``cancelled``."""
+        self._job.cancel(self._number)
+
+    def result(self, timeout_s: float | None = None) -> Completion:
+        """The whole answer, waited for. Raises TimeoutError where that takes longer than ``timeout_s``."""
+        with self._news:
+            if not self._job.wait(self._news, lambda: self._is_over, timeout_s):
+                raise TimeoutError(f"the answer is not whole after {timeout_s:g} s")
+            if self._error is not None:
+                raise self._error
+            return self.completion
+
+    def __iter__(self) -> Iterator[str]:
+        while True:
+            with self._news:
+                self._takers += 1
+                try:
+                    self._job.wait(self._news, self._has_changed)
+                finally:
+                    self._takers -= 1
+                taken = self._take()
+            if taken is None:
+                return
+            piece, news = taken
+            if self._watch is not None:
+                self._watch(news)
+            if piece:
+                yield piece
+
+    def _has_changed(self) -> bool:
+        return bool(self._pieces) or self._is_over
+
+    def _take(self) -> tuple[str, News] | None:
+        """The next piece; None where there is none any more. Raises what has ended the answer."""
+        if self._pieces:
+            return self._pieces.popleft()
+        if self._error is not None:
+            raise self._error
+        return None
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        if not self._job.is_threaded:
+            raise UserError("this MPI grants one thread only, so that an answer is taken with a plain `for`")
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def listener() -> None:
+            loop.call_soon_threadsafe(changed.set)
+
+        with self._news:
+            self._listeners.append(listener)
+        try:
+            while True:
+                with self._news:
+                    taken = self._take() if self._has_changed() else ()
+                    changed.clear()
+                if taken is None:
+                    return
+                if not taken:
+                    await changed.wait()
+                elif taken[0]:
+                    yield taken[0]
+        finally:
+            with self._news:
+                self._listeners.remove(listener)
+
+    def __await__(self) -> Generator[Any, None, Completion]:
+        return self._whole().__await__()
+
+    async def _whole(self) -> Completion:
+        async for _ in self:
+            pass
+        return self.result()

@@ -1,0 +1,1 @@
+"""The orchestrator: the machine that decides what is verified, accepted and cancelled."""

@@ -1,0 +1,397 @@
+"""The orchestrator: the one place that decides what the target verifies, what is accepted and what is cancelled.
+
+Theory of operation. Requests are served one at a time, in the order in which they were submitted. A prompt is cut into
+chunks that flow through the stages like any run. The token tree starts at the prompt's last token; sources feed nodes
+into it whenever they like (sources.py). A credit from the first stage says that it can take one more run: then the
+schedule (schedule.py) takes nodes from the tree, as a rule the most probable unsent ones, and they leave as one run,
+each in a cell of its own (partitions.py).
+
+    tree          run 7          run 8          run 9        results come back in launch order
+    root --+-- a ---- b ---- c          ...                 RESULT 7: the target's token after each row of run 7
+           +-- a'                                           accept: walk from the root along the target's own tokens
+
+A result may move the root several tokens (accept.py). The nodes that die with it free their cells; a run whose rows are
+all dead is cancelled, which is advice: the stages may skip it, and it comes back as a tombstone, or computed and
+ignored. Accepted cells become canonical by an operation that rides in the next run. If nobody had guessed the target's
+token, the new root is unsent, and being certain it leads the next run, which never waits behind dead work.
+
+The epoch counts those corrections. When the last token is out, everything in flight is dead; the request is over for
+its user at once, and the next one begins when the last run has come back.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Any
+
+from kvbuffers.partitions import Partitions
+from pipeinfer.core.errors import LocalProtocolError, RankFailed, RemoteProtocolError
+from pipeinfer.core.ports import (
+    GREEDY,
+    Closed,
+    Command,
+    Emit,
+    Event,
+    Finish,
+    Halt,
+    Idle,
+    Note,
+    Received,
+    Send,
+    Stalled,
+    Started,
+    Submitted,
+    Tally,
+    Wake,
+    Withdrawn,
+    Woke,
+)
+from pipeinfer.core.protocol import (
+    FIRST_STAGE,
+    MAX_ROWS,
+    NO_SLOT,
+    ORCHESTRATOR,
+    AnyRow,
+    CellOp,
+    Edges,
+    Flag,
+    Kind,
+    Message,
+    Row,
+    SettingRow,
+    address_name,
+)
+from pipeinfer.orchestrator.flight import Flight, Run
+from pipeinfer.orchestrator.roster import Roster
+from pipeinfer.orchestrator.session import Session, Waiting
+from pipeinfer.orchestrator.sources import Sources
+from speculation.schedules.policy import Policy
+from speculation.schedules.registry import make_schedule
+from speculation.schedules.schedule import UNLIMITED, Launch, Order, Placement, Situation, Wait
+from speculation.trees.accept import accept
+from speculation.trees.tree import Tree
+
+RUNS_AHEAD = 1
+"""Runs that may wait at the first stage: enough to keep it busy, and no more, so that choices stay fresh."""
+
+
+class Orchestrator:
+    """The machine that leads ``stages`` stages and ``drafters`` drafters. ``context``: most tokens of a request."""
+
+    address = ORCHESTRATOR
+
+    def __init__(
+        self,
+        stages: int,
+        drafters: int,
+        policy: Policy,
+        context: int,
+        digest: int = 0,
+        guess_cells: int | None = None,
+        calibrations: Mapping[str, Mapping[str, Any]] | None = None,
+        placement: Placement = "spread",
+    ) -> None:
+        self.roster = Roster(stages, drafters, digest)
+        self._stages = self.roster.stages
+        self._policy = policy
+        self._window = policy.most_runs(stages)
+        self._edges = Edges(ORCHESTRATOR)
+        self._ledger = Partitions(context, policy.most_guesses(stages) if guess_cells is None else guess_cells)
+        self._schedule = make_schedule(policy, placement)
+        self._sources = Sources(self.roster.drafters, policy, context, self._send, calibrations or {})
+        self._sampling = GREEDY
+        self._deferred: deque[Message] = deque()  # results that the schedule does not hear yet
+        self._now = 0.0
+        self._flight = Flight()
+        self._credits = RUNS_AHEAD
+        self._requests = 0
+        self._epoch = 0
+        self._waiting = Waiting(context)
+        self._session: Session | None = None
+        self._is_closed = False
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Take one event; see Machine."""
+        self._now = now
+        if isinstance(event, Received):
+            self._edges.check(event.message)
+            return self._receive(event.message)
+        if isinstance(event, Submitted):
+            return self._submit(event)
+        if isinstance(event, Withdrawn):
+            return self._withdraw(event.number)
+        if isinstance(event, Closed):
+            return self._close()
+        if isinstance(event, Stalled):
+            return list(self.roster.probe())
+        if isinstance(event, Woke):
+            return self._proceed()
+        if isinstance(event, Started):
+            return []
+        raise LocalProtocolError(f"the orchestrator cannot handle {type(event).__name__}")
+
+    @property
+    def pulse(self) -> tuple[int, int]:
+        """How many runs are in flight, and how many corrections the request being served has had."""
+        return len(self._flight), self._session.tally.corrections if self._session else 0
+
+    def status(self) -> str:
+        """One line for a person who asks why nothing moves."""
+        if self._session is None or self.roster.awaited:
+            return self.roster.waiting_for() or "idle"
+        return f"{self._flight}, {self._credits} credits, {self._session.emitted} tokens emitted"
+
+    def report(self) -> list[str]:
+        """What each role answered to the last Stalled, one line each; the silent ones are named too."""
+        return [f"orchestrator: {self.status()}", *self.roster.report()]
+
+    def _receive(self, message: Message) -> list[Command]:
+        if message.kind is Kind.RESULT:
+            self._deferred.append(message)
+            return self._proceed()
+        if message.kind is Kind.CREDIT:
+            self._credits += 1
+            for measured in message.rows_as(SettingRow):
+                self._schedule.computed(measured.low, 1e-6 * measured.high)
+            return self._proceed()
+        if message.kind is Kind.NODES:
+            found = self._sources.grow(message)
+            if found is not None:
+                self._schedule.drafted(found)
+            return self._proceed()
+        if message.kind is Kind.HELLO:
+            self.roster.hello(message)
+            return self._begin()
+        if message.kind is Kind.STATUS:
+            self.roster.answered(message)
+            return []
+        if message.kind is Kind.FAILED:
+            raise RankFailed(address_name(message.source), message.run)
+        raise RemoteProtocolError(f"the orchestrator got {message.kind.name} from {address_name(message.source)}")
+
+    # A request begins and ends.
+
+    def _submit(self, submitted: Submitted) -> list[Command]:
+        session = self._session
+        if self._is_closed or (session is not None and session.caller_number == submitted.number):
+            why = "after the last one" if self._is_closed else "while another one of that number is being served"
+            raise LocalProtocolError(f"request {submitted.number} was submitted {why}")
+        self._waiting.add(submitted)
+        return self._open()
+
+    def _open(self) -> list[Command]:
+        """If nothing is being served: begin the next request, or end where no further one will come."""
+        if self._session is not None:
+            return []
+        if not self._waiting:
+            ends = [self._send(Kind.SHUTDOWN, dest) for dest in self.roster.everybody if self._is_closed]
+            return [*ends, Halt()] if self._is_closed else []
+        caller_number, request = self._waiting.take()
+        self._requests = (self._requests + 1) & 0xFFFF
+        tree = Tree(request.prompt[-1], len(request.prompt) - 1, self._sources.most_nodes())
+        tree.take(tree.root)  # it leaves with the prompt
+        self._session = Session(request, caller_number, self._requests, tree)
+        self._ledger.clear()
+        self._epoch = 0
+        return self._begin()
+
+    def _begin(self) -> list[Command]:
+        """Start the submitted request as soon as everybody is there."""
+        session = self._session
+        if self.roster.awaited or session is None or session.prefilled:
+            return []
+        request = session.request
+        commands: list[Command] = []
+        if request.sampling != self._sampling:  # what the stages know is what the last request said
+            self._sampling = request.sampling
+            commands.append(self._send(Kind.REQUEST, FIRST_STAGE, rows=request.sampling.rows()))
+        self._schedule.opened()
+        commands += self._sources.open(request, session.number, session.tree, session.last_position)
+        return commands + self._proceed()
+
+    def _withdraw(self, number: int) -> list[Command]:
+        if self._waiting.remove(number):
+            return [Finish("withdrawn", number), Idle(Tally(), number)]
+        session = self._session
+        if session is None or session.is_over or session.caller_number != number:
+            return []
+        return self._finish(session, "withdrawn") + self._proceed()
+
+    def _close(self) -> list[Command]:
+        self._is_closed = True
+        commands = [command for number in self._waiting.numbers for command in self._withdraw(number)]
+        if self._session is not None:
+            return commands + self._withdraw(self._session.caller_number)
+        return commands + self._open()
+
+    def _finish(self, session: Session, reason: str, fault: int | None = None) -> list[Command]:
+        session.is_over = True
+        # A later run may carry the commit of the root's cell, so the root's own run must be written everywhere.
+        root = session.tree.root.run
+        doomed = [run for run in self._flight if run.cancelled_at is None and (run.is_prefill or run.number != root)]
+        commands: list[Command] = [Finish(reason, session.caller_number, fault)]
+        commands += self._cancel(doomed, [], session)
+        commands += self._sources.close()
+        return commands + self._settle()
+
+    def _settle(self) -> list[Command]:
+        session = self._session
+        if session is None or not session.is_over or self._flight:
+            return []
+        self._session = None
+        self._sources.account(session.tally)
+        return [Idle(session.tally, session.caller_number), *self._open()]
+
+    # Runs leave.
+
+    def _proceed(self) -> list[Command]:
+        """Everything that can be done now: hear results, send runs, order drafts."""
+        commands: list[Command] = []
+        while (step := self._step()) is not None:
+            commands += step
+        return commands
+
+    def _step(self) -> list[Command] | None:
+        session = self._session
+        if session is None:
+            if self._deferred:
+                raise RemoteProtocolError(f"result of run {self._deferred[0].run} without a request")
+            return None
+        situation = Situation(
+            session.tree,
+            self._credits,
+            len(self._flight),
+            self._window - len(self._flight),
+            self._ledger.room(),
+            self._now,
+        )
+        if self._deferred and (session.is_over or not self._schedule.is_deaf(situation)):
+            return self._result(self._deferred.popleft(), session)
+        if session.is_over or self.roster.awaited:
+            return None
+        if session.prefilled < len(session.request.prompt):
+            return [self._launch_prefill(session)] if self._credits > 0 and situation.slots > 0 else None
+        step = self._schedule.next(situation)
+        if isinstance(step, Wait):
+            return [Wake(step.until)]
+        if isinstance(step, Launch):
+            return [self._launch(session, step)]
+        return self._order(step) if isinstance(step, Order) else step
+
+    def _order(self, order: Order) -> list[Command]:
+        told = self._sources.order(order)
+        if not told and order.passes not in (0, UNLIMITED):
+            self._schedule.drafted([])  # without drafters nobody will answer
+        return list(told)
+
+    def _launch_prefill(self, session: Session) -> Send:
+        prompt = session.request.prompt
+        ops, rows = self._ledger.prompt_rows(prompt[session.prefilled :][: self._policy.prefill_chunk])
+        session.prefilled += len(rows)
+        run = self._flight.launch(self._now, is_prefill=True)
+        flags = Flag.CANONICAL | Flag.SILENT
+        if session.prefilled == len(prompt):
+            flags = Flag.CANONICAL | Flag.LAST
+            session.tree.root.run, session.tree.root.slot = run.number, rows[-1].slot
+            run.nodes = [session.tree.root]
+        session.tally.prefill_runs += 1
+        return self._send_run(run, ops, rows, flags)
+
+    def _launch(self, session: Session, launch: Launch) -> Send:
+        run = self._flight.launch(self._now, is_canonical=launch.is_canonical)
+        run.nodes, run.copies = launch.nodes, launch.copies
+        ops = self._ledger.operations()
+        slots = self._ledger.lease(len(run.nodes) + len(run.copies))
+        for node, slot in zip(run.nodes, slots, strict=False):
+            node.slot, node.run = slot, run.number
+            if node is session.tree.root:
+                run.carries_root = True
+                self._ledger.commit(slot)  # it is accepted already
+        rows = [node.row(slot) for node, slot in zip([*run.nodes, *run.copies], slots, strict=True)]
+        self._ledger.release(*slots[len(run.nodes) :])  # nobody will ever look at a copy
+        session.tally.runs += 1
+        session.tally.rows += len(rows)
+        session.tally.drafted += len(run.nodes) - run.carries_root
+        return self._send_run(run, ops, sorted(rows, key=attrgetter("position")), Flag.NONE)
+
+    # Results come back.
+
+    def _result(self, message: Message, session: Session) -> list[Command]:
+        run = self._flight.land(message.run)
+        if Flag.TOMBSTONE in message.flags:
+            session.tally.tombstones += 1
+            if run.cancelled_at is not None:
+                session.tally.cancel_s += self._now - run.cancelled_at
+        elif not run.is_prefill:
+            trip_s = self._now - run.launched_at
+            rows = len(run.nodes) + len(run.copies)
+            # Where rows died on the way nobody knows how many the slowest stage had.
+            slowest_s = 1e-6 * message.slowest_us if len(message.rows) == rows else None
+            self._schedule.returned(rows, slowest_s, trip_s, run.carries_root)
+        if session.is_over:
+            return self._settle()
+        if not run.is_prefill:
+            session.tally.busy_s += 1e-6 * message.work_us / len(self._stages)
+        fault = run.hear(message)
+        return self._accept(session) if fault is None else self._finish(session, "error", fault)
+
+    def _accept(self, session: Session) -> list[Command]:
+        left = session.request.max_new_tokens - session.emitted
+        outcome = accept(session.tree, left, session.request.stop_tokens, self._sources.judged)
+        if not outcome.accepted:
+            return [] if outcome.fault is None else self._finish(session, "error", outcome.fault)
+        session.emitted += len(outcome.accepted)
+        for node in outcome.accepted:
+            if node.slot is None:
+                self._epoch += 1
+                session.tally.corrections += 1
+            else:
+                session.tally.accepted += 1
+                self._ledger.commit(node.slot)
+        tokens = tuple(node.token for node in outcome.accepted)
+        commands: list[Command] = [Emit(tokens, tuple(outcome.logps), session.caller_number)]
+        restarts = not self._policy.reuse and any(node.source is None or node.rank for node in outcome.accepted)
+        if restarts:
+            outcome.died += session.tree.prune()
+        self._ledger.release(*[node.slot for node in outcome.died if node.slot is not None])
+        if outcome.stopped or session.emitted == session.request.max_new_tokens:
+            return commands + self._finish(session, "stop" if outcome.stopped else "length")
+        if outcome.fault is not None:
+            return commands + self._finish(session, "error", outcome.fault)
+        if decided := self._schedule.accepted(len(outcome.accepted), self._now):
+            commands.append(Note(decided))
+        runs, rows = self._flight.losses(session.tree.root, outcome.died)
+        commands += self._cancel(runs, rows if self._policy.cancel_rows else [], session)
+        return commands + list(self._sources.advance(outcome.accepted, restarts))
+
+    def _cancel(self, runs: list[Run], rows: list[Row], session: Session) -> list[Command]:
+        """Advise the stages to skip ``runs``, and ``rows`` of others."""
+        for run in runs:
+            run.cancelled_at = self._now
+        session.tally.cancelled_runs += sum(not run.is_prefill for run in runs)
+        advice = (*(Row(0, run.number, NO_SLOT, 0) for run in runs), *rows)
+        if not advice or self._policy.cancel == "off":
+            return []
+        parts = [advice[start : start + MAX_ROWS] for start in range(0, len(advice), MAX_ROWS)]
+        if self._policy.cancel == "relay":
+            return [self._advise(self._stages[-1], Flag.RELAY, part) for part in parts]
+        return [self._advise(stage, Flag.NONE, part) for stage in self._stages for part in parts]
+
+    def _advise(self, dest: int, flags: Flag, rows: tuple[Row, ...]) -> Send:
+        return Send(Message(Kind.CANCEL, ORCHESTRATOR, dest, flags, self._requests, self._epoch, rows=rows))
+
+    def _send(
+        self, kind: Kind, dest: int, flags: Flag = Flag.NONE, run: int = 0, rows: tuple[AnyRow, ...] = ()
+    ) -> Send:
+        txn = self._edges.stamp(dest)
+        return Send(Message(kind, ORCHESTRATOR, dest, flags, self._requests, self._epoch, txn, run, (), rows))
+
+    def _send_run(self, run: Run, ops: tuple[CellOp, ...], rows: list[Row], flags: Flag) -> Send:
+        self._credits -= 1
+        txn = self._edges.stamp(FIRST_STAGE)
+        message = Message(
+            Kind.RUN, ORCHESTRATOR, FIRST_STAGE, flags, self._requests, self._epoch, txn, run.number, ops, tuple(rows)
+        )
+        return Send(message)

@@ -1,0 +1,227 @@
+"""Where guesses come from: draft models on ranks of their own, and the text itself. All feed one tree.
+
+The orchestrator's side of drafting. Drafters stream nodes in and are told what was accepted; a lookup of the text's end
+in the text (lookup.py) costs nothing and needs nobody, so it also serves where the drafter is slow, wrong or silent.
+Every outcome teaches what each source's probabilities mean (calibration.py); the tree is ordered by what was learnt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeinfer.core.ports import Request, Send, Tally
+from pipeinfer.core.protocol import (
+    MAX_ROWS,
+    AnyRow,
+    DraftRow,
+    Flag,
+    Kind,
+    Message,
+    SettingRow,
+    accepted_name,
+    address_name,
+)
+from speculation.schedules.policy import Policy
+from speculation.schedules.schedule import UNLIMITED, Order
+from speculation.trees.calibration import Calibration, Reliability
+from speculation.trees.lookup import CLAIMS, Lookup
+from speculation.trees.tree import SLACK, Node, Tree
+
+LOOKUP = -1
+"""The source of nodes that were looked up; drafters are sources by their addresses."""
+
+
+def source_name(source: int) -> str:
+    """A source as people read it: ``lookup``, ``drafter 0``."""
+    return "lookup" if source == LOOKUP else address_name(source)
+
+
+Say = Callable[[Kind, int, Flag, int, tuple[AnyRow, ...]], Send]
+"""Sends a message of a kind to an address, with flags, ``run`` and rows."""
+
+
+@dataclass(slots=True)
+class _Served:
+    """What is known of the request being served."""
+
+    request: Request
+    number: int
+    tree: Tree
+    last_position: int
+    names: dict[int, dict[int, Node]]
+    awaited: set[int] = field(default_factory=set)  # drafters that still work on an order
+    found: list[Node] = field(default_factory=list)  # by that order
+
+
+class Sources:
+    """The sources of ``policy``: ``drafters`` by address, and the lookup. ``say`` sends a message; ``calibrations``:
+    what is known of them already, by ``source_name``."""
+
+    def __init__(
+        self,
+        drafters: Sequence[int],
+        policy: Policy,
+        context: int,
+        say: Say,
+        calibrations: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self._drafters = drafters
+        self._policy = policy
+        self._say = say
+        self._served: _Served | None = None
+        self._lookup = Lookup(most_tokens=context) if policy.lookup else None
+        self.calibrations = {
+            source: Calibration.from_words(calibrations[name]) if name in calibrations else Calibration()
+            for source, name in ((source, source_name(source)) for source in (LOOKUP, *drafters))
+        }
+        self._told = dict.fromkeys(drafters, 0)  # the revision of its calibration that a drafter has
+        self.claimed, self.believed = Reliability(), Reliability()
+
+    def most_nodes(self) -> int:
+        """A bound on the living nodes of the tree."""
+        return 1 + max(1, len(self._drafters)) * self._policy.most_nodes() + 4 * self._policy.lookup
+
+    def open(self, request: Request, number: int, tree: Tree, last_position: int) -> list[Send]:
+        """A new request: its words for the drafters. No guess beyond ``last_position`` is of use."""
+        root = {accepted_name(tree.root.position): tree.root}
+        names = {drafter: dict(root) for drafter in self._drafters}
+        self._served = _Served(request, number, tree, last_position, names)
+        if self._lookup is not None:
+            self._lookup.clear()
+            self._lookup.extend(request.prompt)
+        told = [send for drafter in self._drafters for send in self._prompt(drafter, request, last_position)]
+        self._look_up(self._served)
+        return told
+
+    def _teach(self, drafter: int) -> list[Send]:
+        """What was learnt of ``drafter`` since it was last told."""
+        calibration = self.calibrations[drafter]
+        if calibration.revision <= self._told[drafter]:
+            return []
+        self._told[drafter] = calibration.revision
+        return [self._say(Kind.CALIBRATE, drafter, Flag.NONE, 0, calibration.rows())]
+
+    def _prompt(self, drafter: int, request: Request, last_position: int) -> list[Send]:
+        prompt = request.prompt
+        said = [self._say(Kind.REQUEST, drafter, Flag.NONE, 0, request.sampling.rows()), *self._teach(drafter)]
+        for start in range(0, len(prompt), MAX_ROWS):
+            rows = tuple(DraftRow(token, 0, 0, 0.0) for token in prompt[start : start + MAX_ROWS])
+            flags = Flag.LAST if start + MAX_ROWS >= len(prompt) else Flag.NONE
+            said.append(self._say(Kind.PROMPT, drafter, flags, last_position, rows))
+        return said
+
+    def close(self) -> list[Send]:
+        """The request is over."""
+        self._served = None
+        return [self._say(Kind.CLOSE, drafter, Flag.NONE, 0, ()) for drafter in self._drafters]
+
+    def order(self, order: Order) -> list[Send]:
+        """Pass an order on to all drafters."""
+        if self._served is not None and order.passes not in (0, UNLIMITED):
+            self._served.awaited, self._served.found = set(self._drafters), []
+            self._look_up(self._served)  # what was thrown away for this order is guessed again
+        flags = Flag.RESTART if order.restart else Flag.NONE
+        rows = (SettingRow(0, order.passes, order.leaves, order.cutoff),)
+        return [self._say(Kind.ORDER, drafter, flags, 0, rows) for drafter in self._drafters]
+
+    def grow(self, message: Message) -> list[Node] | None:
+        """Take a drafter's nodes into the tree; what hangs on a dead branch is left out.
+
+        Returns what an order has found once all drafters are done with it, else None."""
+        served = self._served
+        if served is None or message.request != served.number:
+            return None
+        source, tree = message.source, served.tree
+        names, calibration, stop_tokens = served.names[source], self._calibration(source), served.request.stop_tokens
+        last, parent, rank = None, None, 0
+        for token, name, parent_name, claim in message.rows_as(DraftRow):
+            if parent_name == last:
+                rank += 1
+            else:  # its children come together, best first
+                last, parent, rank = parent_name, names.get(parent_name), 0
+                if parent is not None:
+                    parent.is_drafted = True
+                    parent = parent if parent.position < served.last_position else None
+            if parent is None or token in stop_tokens:
+                continue
+            logp = calibration.logp(rank, claim) if calibration else claim
+            node = tree.add(parent, token, logp, source, rank, claim)
+            if node is not None:
+                names[name] = node
+                if served.awaited:
+                    served.found.append(node)
+        # The drafter names no node above its own root any more (``run`` is that root's position).
+        if len(names) > SLACK + 2 * tree.size:
+            keep = {name: node for name, node in names.items() if node.alive and node.position >= message.run}
+            served.names[source] = keep
+        if source not in served.awaited or Flag.LAST not in message.flags:
+            return None
+        served.awaited.discard(source)
+        if served.awaited:
+            return None
+        return [node for node in served.found if node.alive and node.position > tree.root.position]
+
+    def _calibration(self, source: int) -> Calibration | None:
+        return self.calibrations[source] if self._policy.calibrate else None
+
+    def judged(self, node: Node) -> None:
+        """The target has judged ``node``, which is accepted: learn from what was guessed after it."""
+        by_source: dict[int, list[Node]] = {}
+        for child in node.children.values():
+            if child.source is not None:
+                by_source.setdefault(child.source, []).append(child)
+        for source, children in by_source.items():
+            for child in children:
+                hit = child.token == node.choice
+                self.claimed.add(math.exp(min(0.0, child.claim)), hit)
+                self.believed.add(math.exp(child.logp - node.logp), hit)
+            if self._policy.calibrate:
+                outcomes = [(child.rank, child.claim, child.token == node.choice) for child in children]
+                self.calibrations[source].learn(outcomes)
+
+    def advance(self, accepted: Sequence[Node], restart: bool) -> list[Send]:
+        """Tell everybody what was accepted; with ``restart`` guesses begin anew."""
+        served = self._served
+        if served is None:
+            return []
+        rows = tuple(DraftRow(node.token, accepted_name(node.position), 0, 0.0) for node in accepted)
+        flags = Flag.RESTART if restart else Flag.NONE
+        said = []
+        for drafter in self._drafters:
+            served.names[drafter].update((accepted_name(node.position), node) for node in accepted)
+            said.append(self._say(Kind.ADVANCE, drafter, flags, 0, rows))
+            said += self._teach(drafter)
+        if self._lookup is not None:
+            self._lookup.extend([node.token for node in accepted])
+            self._look_up(served)
+        return said
+
+    def _look_up(self, served: _Served) -> None:
+        """Hang a chain of looked-up tokens below the root, along what others have guessed where that is the same."""
+        if self._lookup is None:
+            return
+        node: Node | None = served.tree.root
+        calibration = self._calibration(LOOKUP)
+        for token, rank in self._lookup.propose(self._policy.lookup):
+            if node is None or node.position >= served.last_position or token in served.request.stop_tokens:
+                break
+            logp = calibration.logp(rank, CLAIMS[rank]) if calibration else CLAIMS[rank]
+            node = served.tree.add(node, token, logp, LOOKUP, rank, CLAIMS[rank])
+
+    def account(self, tally: Tally) -> None:
+        """Write down how good the guesses' probabilities were, and what was learnt of them."""
+        tally.judged = sum(row.events for row in self.claimed.rows())
+        tally.claimed_error, tally.believed_error = self.claimed.error(), self.believed.error()
+        tally.calibrations = {
+            source_name(source): calibration.to_words()
+            for source, calibration in self.calibrations.items()
+            if calibration.outcomes
+        }
+
+    @property
+    def names(self) -> list[int]:
+        """How many names of nodes are kept for each drafter."""
+        return [len(names) for names in self._served.names.values()] if self._served else []

@@ -1,0 +1,1 @@
+"""Which rank has which role, and which layers each stage has."""

@@ -1,0 +1,1 @@
+"""What runs machines and records them: executor, job description, trace, replay, timeline."""

@@ -1,0 +1,81 @@
+"""The machines of a job, from its numbers alone: every rank, every simulated world and every replay builds the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeinfer.core.ports import Machine
+from pipeinfer.core.protocol import FIRST_DRAFTER, ORCHESTRATOR, drafter_address, stage_address
+from pipeinfer.orchestrator.machine import Orchestrator
+from speculation.drafter.machine import Drafter
+from speculation.schedules.policy import Policy
+from speculation.schedules.schedule import PLACEMENTS, Placement
+from stages.stage.machine import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Who plays: ``stages`` stages and ``drafters`` drafters, by ``policy``, for requests of up to ``context`` tokens.
+
+    ``digest``: what ranks compare at HELLO. ``guess_cells``: cells for guesses in flight, if fewer than the policy
+    wants. ``calibrations``: what is known of each source's probabilities.
+    ``placement``: what processors the roles have. ``draft_contexts``: of each drafter the positions that its model was
+    made for, 0 for any number; empty if none has a limit."""
+
+    stages: int
+    drafters: int
+    policy: Policy
+    context: int
+    digest: int = 0
+    guess_cells: int | None = None
+    calibrations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    placement: Placement = "spread"
+    draft_contexts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"placement must be {', '.join(PLACEMENTS)}, not {self.placement!r}")
+
+    @classmethod
+    def of(cls, numbers: Mapping[str, Any]) -> Cast:
+        """What ``numbers`` made, JSON in between or not. Raises TypeError or ValueError for what they cannot be."""
+        contexts = tuple(numbers.get("draft_contexts", ()))
+        return cls(**{**numbers, "policy": Policy(**numbers["policy"]), "draft_contexts": contexts})
+
+    def numbers(self) -> dict[str, Any]:
+        """All of it, in words that JSON knows."""
+        return asdict(self)
+
+    @property
+    def addresses(self) -> list[int]:
+        """The orchestrator's, the stages' in order, the drafters'."""
+        stages = [stage_address(index) for index in range(self.stages)]
+        return [ORCHESTRATOR, *stages, *(drafter_address(index) for index in range(self.drafters))]
+
+    @property
+    def window(self) -> int:
+        """Most runs in flight."""
+        return self.policy.most_runs(self.stages)
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Cells of every stage: for accepted tokens, and for guesses in flight."""
+        guesses = self.policy.most_guesses(self.stages)
+        return self.context, guesses if self.guess_cells is None else min(guesses, self.guess_cells)
+
+    def machine(self, address: int) -> Machine:
+        """The brain of the role at ``address``, as it is before anything has happened."""
+        if address == ORCHESTRATOR:
+            guesses = self.cells[1]
+            numbers = (self.stages, self.drafters, self.policy, self.context, self.digest, guesses)
+            return Orchestrator(*numbers, self.calibrations, self.placement)
+        if address >= FIRST_DRAFTER:
+            index = address - FIRST_DRAFTER
+            positions = self.draft_contexts[index] if index < len(self.draft_contexts) else 0
+            return Drafter(address, self.policy, self.context, self.digest, positions)
+        # Where one stage is all, its result is the best there is to know for the next run.
+        result_first = self.policy.schedule == "continuous" and self.stages == 1
+        credits_early = self.policy.schedule != "frontier" and not result_first
+        return Stage(address, self.stages, sum(self.cells), self.window, self.digest, credits_early, result_first)

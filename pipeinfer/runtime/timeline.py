@@ -1,0 +1,301 @@
+"""The timeline of a job, out of its traces: what was computed when and what came of it, and every message's way.
+
+A stage's pass is worth what its rows are worth, and a row is worth something if its token, after just those tokens
+before it, stands in the answer. The orchestrator's trace knows: a commit names the cell of an accepted row, and rows
+that were in flight at the end are compared with the answer itself. Of several rows that say the same only one counts.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pipeinfer.core.errors import refuse
+from pipeinfer.core.ports import Compute, Computed, Emit, Event, Halt, Idle, Received, Request, Send, Submitted
+from pipeinfer.core.protocol import FIRST_DRAFTER, ORCHESTRATOR, CellOpKind, Flag, Kind, Message, Row
+from pipeinfer.runtime.trace import Header, Trace, in_order
+
+
+class Outcome(enum.StrEnum):
+    """What came of a pass."""
+
+    PREFILL = "prefill"
+    ACCEPTED = "accepted"  # every row's token stands in the answer
+    PARTLY = "partly accepted"
+    WASTED = "wasted"  # computed to the end, and for nothing
+    CANCELLED = "cancelled"  # given up between two layers
+    DRAFT = "draft pass"
+    UNFINISHED = "unfinished"  # the trace ends before it did
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One pass through the shard of the role at ``address``, of a stage's run or a drafter's pass ``number``.
+
+    Seconds from the first event of the job. ``accepted``: rows of it whose tokens stand in the answer."""
+
+    address: int
+    number: int
+    began_s: float
+    ended_s: float
+    rows: int
+    accepted: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A message's way; ``heard_s`` is None where nobody heard it."""
+
+    message: Message
+    sent_s: float
+    heard_s: float | None
+
+    @property
+    def is_tombstone(self) -> bool:
+        """Whether its run has been skipped."""
+        return bool(self.message.flags & Flag.TOMBSTONE)
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """The runs that it is about."""
+        if self.message.kind is Kind.CANCEL:
+            return tuple(dict.fromkeys(row.slot for row in self.message.rows_as(Row)))
+        return (self.message.run,) if self.message.kind in (Kind.RUN, Kind.RESULT, Kind.CREDIT) else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """What the ``traces`` of a job tell.
+
+    ``ranks``: of each role, by address. ``emitted``: when so many tokens became final. ``in_flight``: from when on so
+    many runs were on their way. ``began_at``: seconds of the Unix epoch (of no meaning for a simulated job)."""
+
+    header: Header
+    ranks: dict[int, int]
+    hosts: dict[int, str]
+    spans: list[Span] = field(default_factory=list)
+    words: list[Word] = field(default_factory=list)
+    emitted: list[tuple[float, int]] = field(default_factory=list)
+    in_flight: list[tuple[float, int]] = field(default_factory=list)
+    began_at: float = 0.0
+    ended_s: float = 0.0
+
+    @property
+    def execution(self) -> str:
+        """``real``, or ``simulated`` where no job was configured."""
+        return "real" if self.header.config else "simulated"
+
+    @property
+    def policy(self) -> str:
+        """Its name."""
+        return str(self.header.cast.get("policy", {}).get("name"))
+
+
+def read_timeline(traces: Sequence[Trace]) -> Timeline:
+    """The timeline of one job. Raises UserError where the orchestrator's trace is not among ``traces``."""
+    head = next((trace.header for trace in traces if ORCHESTRATOR in trace.header.roles), None)
+    if head is None:
+        refuse(f"{traces[0].path} does not tell what was accepted", "give the trace of the rank that led the job, too")
+    ranks = {role: trace.header.rank for trace in traces for role in trace.header.roles}
+    reader = _Reader()
+    began_at = None
+    ended_s = 0.0
+    for ended_s, step in in_order(traces):
+        began_at = traces[0].header.wall_s + step.now if began_at is None else began_at
+        reader.hear(step.address, step.event, ended_s)
+        for command in step.commands:
+            reader.carry_out(step.address, command, ended_s)
+    return Timeline(
+        head,
+        dict(sorted(ranks.items())),
+        {trace.header.rank: trace.header.host for trace in traces},
+        reader.spans(ended_s),
+        reader.words(),
+        reader.emitted,
+        reader.in_flight,
+        began_at or 0.0,
+        ended_s,
+    )
+
+
+class Service:
+    """Which request is being served, told from what was submitted and what is idle: one at a time, in order."""
+
+    def __init__(self) -> None:
+        self._queue: dict[int, Request] = {}  # by number; the first one is being served
+
+    @property
+    def number(self) -> int | None:
+        """Of the request being served."""
+        return next(iter(self._queue), None)
+
+    def submitted(self, event: Submitted) -> Request | None:
+        """The request that begins, if one does."""
+        self._queue[event.number] = event.request
+        return event.request if len(self._queue) == 1 else None
+
+    def idle(self, command: Idle) -> Request | None:
+        """The request that begins, if one does."""
+        was_served = command.number == self.number
+        self._queue.pop(command.number, None)
+        return next(iter(self._queue.values()), None) if was_served else None
+
+
+@dataclass(slots=True)
+class _Pass:
+    """A computation, as its trace tells it."""
+
+    address: int
+    compute: Compute
+    began_s: float
+    ended_s: float | None = None
+    is_whole: bool = False
+
+
+class _Reader:
+    """Takes the steps of a job in the order of time, and keeps what belongs together until all is known.
+
+    Clocks of two hosts may differ by more than a message takes, so what was heard is joined to what was sent last."""
+
+    def __init__(self) -> None:
+        self.emitted: list[tuple[float, int]] = []
+        self.in_flight: list[tuple[float, int]] = []
+        self._service = Service()
+        self._worth = _Worth()
+        self._passes: list[_Pass] = []
+        self._open: dict[int, _Pass] = {}
+        self._sent: list[tuple[Message, float]] = []
+        self._heard: defaultdict[tuple[object, ...], deque[tuple[Message, float]]] = defaultdict(deque)
+
+    def hear(self, address: int, event: Event, at_s: float) -> None:
+        """The role at ``address`` was told ``event``."""
+        if isinstance(event, Received):
+            message = event.message
+            self._heard[_identity(message)].append((message, at_s))
+            if message.kind is Kind.RESULT:
+                self._count(-1, at_s)
+        elif isinstance(event, Computed):
+            self._close(address, at_s, event.hidden is not None or event.choices is not None)
+        elif isinstance(event, Submitted):
+            self._begin(self._service.submitted(event))
+
+    def carry_out(self, address: int, command: object, at_s: float) -> None:
+        """It commanded ``command``."""
+        if isinstance(command, Send):
+            message = command.message
+            self._sent.append((message, at_s))
+            if message.kind is Kind.RUN and address == ORCHESTRATOR:
+                self._worth.launch(message)
+                self._count(1, at_s)
+        elif isinstance(command, Compute):
+            self._open[address] = _Pass(address, command, at_s)
+            self._passes.append(self._open[address])
+        elif isinstance(command, Emit):
+            self.emitted.append((at_s, len(command.tokens)))
+            self._worth.emit(command.tokens)
+        elif isinstance(command, Idle):
+            self._begin(self._service.idle(command))
+        elif isinstance(command, Halt):
+            self._close(address, at_s, is_whole=False)
+
+    def _begin(self, request: Request | None) -> None:
+        if request is not None:
+            self._worth.begin(request)
+
+    def _close(self, address: int, at_s: float, is_whole: bool) -> None:
+        if (done := self._open.pop(address, None)) is not None:
+            done.ended_s, done.is_whole = at_s, is_whole
+
+    def _count(self, change: int, at_s: float) -> None:
+        self.in_flight.append((at_s, (self.in_flight[-1][1] if self.in_flight else 0) + change))
+
+    def words(self) -> list[Word]:
+        """Every message, in the order of sending; the receiver's is the one that tells its size."""
+        words = []
+        for message, sent_s in self._sent:
+            heard = self._heard[_identity(message)]
+            taken, heard_s = heard.popleft() if heard else (message, None)
+            words.append(Word(taken, sent_s, heard_s))
+        return words
+
+    def spans(self, ended_s: float) -> list[Span]:
+        """Every computation, in the order of beginning; the trace has ended at ``ended_s``."""
+        self._worth.settle()
+        return [self._span(one, ended_s) for one in self._passes]
+
+    def _span(self, one: _Pass, ended_s: float) -> Span:
+        run, slots = one.compute.job, one.compute.batch.slots.tolist()
+        is_draft = one.address >= FIRST_DRAFTER
+        accepted = 0 if is_draft else sum((run, slot) in self._worth.accepted for slot in slots)
+        if one.ended_s is None:
+            outcome = Outcome.UNFINISHED
+        elif not one.is_whole:
+            outcome = Outcome.CANCELLED
+        elif is_draft:
+            outcome = Outcome.DRAFT
+        elif run in self._worth.prefills:
+            outcome = Outcome.PREFILL
+        elif accepted == len(slots):
+            outcome = Outcome.ACCEPTED
+        else:
+            outcome = Outcome.PARTLY if accepted else Outcome.WASTED
+        until_s = ended_s if one.ended_s is None else one.ended_s
+        return Span(one.address, run, one.began_s, until_s, len(slots), accepted, outcome)
+
+
+def _identity(message: Message) -> tuple[object, ...]:
+    """What the two ends of a message's way have in common, and no other message. Advice is not numbered; of equal ones
+    the first that was sent is the first that was heard."""
+    if message.is_control:
+        return message.source, message.dest, message.kind, message.request, message.epoch, message.rows
+    return message.source, message.dest, message.txn
+
+
+class _Worth:
+    """Which rows of which runs are ``accepted``, and which runs are ``prefills``, from what the orchestrator sends."""
+
+    def __init__(self) -> None:
+        self.accepted: set[tuple[int, int]] = set()  # run, cell
+        self.prefills: set[int] = set()
+        self._undecided: dict[int, tuple[int, Row]] = {}  # by cell, in the order of launching: run, row
+        self._covered: set[int] = set()  # positions that have their row
+        self._text: list[int] = []
+
+    def begin(self, request: Request) -> None:
+        """A request's first word."""
+        self.settle()
+        self._text = list(request.prompt)
+
+    def launch(self, message: Message) -> None:
+        """A run leaves: operations on cells first, then its rows."""
+        for op in message.ops:
+            for slot in range(op.slot, op.slot + op.cells):
+                launched = self._undecided.pop(slot, None)
+                if launched and op.kind is CellOpKind.COMMIT:
+                    self._accept(*launched)
+        if message.flags & Flag.CANONICAL:
+            self.prefills.add(message.run)
+            return
+        self._undecided.update((row.slot, (message.run, row)) for row in message.rows_as(Row))
+
+    def emit(self, tokens: tuple[int, ...]) -> None:
+        """The next tokens of the answer."""
+        self._text += tokens
+
+    def settle(self) -> None:
+        """No run will tell any more: what was in flight is held against the answer."""
+        for run, row in self._undecided.values():
+            parent = self._undecided.get(row.parent)
+            follows = parent is None or (parent[0], row.parent) in self.accepted
+            is_right = self._text[row.position : row.position + 1] == [row.token]
+            if follows and is_right and row.position not in self._covered:
+                self._accept(run, row)
+        self._undecided.clear()
+        self._covered.clear()
+
+    def _accept(self, run: int, row: Row) -> None:
+        self.accepted.add((run, row.slot))
+        self._covered.add(row.position)

@@ -1,0 +1,1 @@
+"""The drafter: the machine that guesses."""

@@ -1,0 +1,1 @@
+"""Policies, schedules, and what they measure."""

@@ -1,0 +1,149 @@
+"""Policies: what to send to the target next, as numbers. Every rival and every ablation is one of these, on one engine.
+
+A policy names a *schedule* and turns its knobs. ``plain`` and ``continuous`` are built in; all others are TOML files
+with one knob a line (benchmarks/baselines has the rivals), and ``--set knob=value`` changes a single one.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pipeinfer.core.errors import refuse
+from pipeinfer.core.protocol import MAX_ROWS
+
+SCHEDULES = ("continuous", "rounds", "frontier")
+CANCELS = ("direct", "relay", "off")
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Every decision a user may turn; names are the field's.
+
+    A run carries at most ``rows`` tree nodes. The drafter evaluates up to ``leaves`` nodes per pass, proposes ``width``
+    children for each, and stays at most ``lead`` evaluated nodes ahead of the accepted text.
+    """
+
+    name: str
+    speculate: bool = True
+    schedule: str = "continuous"  # "continuous"; "rounds": one run per trip; "frontier": as PipeInfer was published
+    rows: int = 1
+    width: int = 1
+    leaves: int = 1
+    lead: int = 0
+    window: int = 0  # most runs in flight; 0 means two per stage and two more
+    floor: float = 0.0  # least path probability that is worth a row
+    cancel: str = "direct"  # "direct": to every stage at once; "relay": backwards, stage to stage; "off"
+    cancel_rows: bool = True  # dead rows of living runs are cancelled too
+    reuse: bool = True  # False: whenever the draft's first choice was wrong, all that was guessed is thrown away
+    govern: bool = False  # turn rows and drafting up and down by what a token was measured to cost
+    hold: bool = False  # with govern: a run waits for drafts that are about to come, where that is worth it
+    calibrate: bool = False  # learn from outcomes what the draft's probabilities mean
+    lookup: int = 0  # tokens guessed by looking the text's end up in the text; 0: none
+    prefill_chunk: int = 128  # prompt tokens per run
+    levels: int = 1  # rounds: draft passes per round
+    p_accept: float = 0.0  # frontier: least probability of a drafted token
+    p_recovery: float = 0.0  # frontier: what p_accept gains with every run launched while nothing comes back
+    p_decay: float = 0.0  # frontier: what it loses with every refusal
+
+    def __post_init__(self) -> None:
+        for what in ("rows", "width", "leaves", "prefill_chunk", "levels"):
+            if not 1 <= getattr(self, what) <= MAX_ROWS:
+                raise ValueError(f"policy {self.name}: {what} must be 1 to {MAX_ROWS}, not {getattr(self, what)}")
+        if self.leaves * self.width > MAX_ROWS:
+            raise ValueError(f"policy {self.name}: leaves x width must be at most {MAX_ROWS}")
+        for what in ("lead", "window", "lookup"):
+            if not 0 <= getattr(self, what) <= 1_000_000:
+                raise ValueError(f"policy {self.name}: {what} must be 0 or more, not {getattr(self, what)}")
+        for what in ("floor", "p_accept", "p_recovery", "p_decay"):
+            if not 0 <= getattr(self, what) <= 1:
+                raise ValueError(f"policy {self.name}: {what} must be 0 to 1, not {getattr(self, what)}")
+        for what, known in (("cancel", CANCELS), ("schedule", SCHEDULES)):
+            if getattr(self, what) not in known:
+                raise ValueError(
+                    f"policy {self.name}: {what} must be {', '.join(known[:-1])} or {known[-1]}, "
+                    f"not {getattr(self, what)!r}"
+                )
+
+    def most_nodes(self) -> int:
+        """A bound on the living nodes of one drafter's tree."""
+        return (self.lead + self.leaves + 1) * (self.width + 1) + 1
+
+    def most_runs(self, stages: int) -> int:
+        """A bound on the runs in flight over ``stages`` stages."""
+        return self.window or 2 * stages + 2
+
+    def most_guesses(self, stages: int) -> int:
+        """Cells for guesses in flight that every target shard has beside those for accepted tokens."""
+        return self.rows * self.most_runs(stages) if self.speculate else 0
+
+    def settings(self) -> dict[str, Any]:
+        """All knobs by name, as they travel in a Config."""
+        return asdict(self)
+
+
+PLAIN = Policy("plain", speculate=False)
+CONTINUOUS = Policy(
+    "continuous", rows=32, width=8, leaves=8, lead=224, floor=0.02, govern=True, hold=True, calibrate=True, lookup=16
+)
+POLICIES = {policy.name: policy for policy in (PLAIN, CONTINUOUS)}
+
+
+def read_policy(name: str, changes: Sequence[str] = ()) -> Policy:
+    """The policy called ``name``, or in the TOML file of that name, with ``changes`` (``knob=value``) made to it.
+
+    Raises UserError, whose message names the knob and the fix."""
+    settings = POLICIES[name].settings() if name in POLICIES else _read_file(name)
+    for change in changes:
+        knob, equals, value = change.partition("=")
+        if not equals:
+            refuse(f"--set {change}", "write it as knob=value")
+        settings |= _typed(f"--set {change}", {knob: _literal(value)})
+    try:
+        return Policy(**settings)
+    except ValueError as error:
+        refuse(str(error), "correct the number")
+
+
+def _read_file(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if not path.is_file():
+        built_in = ", ".join(POLICIES)
+        refuse(f"unknown policy {name!r}", f"use {built_in} or a TOML file such as those in benchmarks/baselines")
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        refuse(f"{path} is no TOML file ({error})", "correct it")
+    base = settings.pop("base", None)
+    if base is not None and base not in list(POLICIES):  # a list: TOML may say what has no hash
+        refuse(f"{path}: base {base!r} is no built-in policy", f"use {', '.join(POLICIES)}")
+    known = POLICIES[base].settings() if base else {}
+    return {**known, "name": path.stem, **_typed(str(path), settings)}
+
+
+def _typed(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings``, every one of them a knob and of that knob's type."""
+    kinds = {field.name: type(getattr(PLAIN, field.name)) for field in fields(Policy)}
+    found = {}
+    for knob, value in settings.items():
+        kind = kinds.get(knob)
+        if kind is None:
+            refuse(f"{where}: there is no knob {knob!r}", f"the knobs are {', '.join(kinds)}")
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            refuse(f"{where}: {knob} is not of type {kind.__name__}", "correct it")
+        found[knob] = value
+    return found
+
+
+def _literal(text: str) -> Any:
+    """A value as TOML would read it; a bare word is a string."""
+    try:
+        found = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return found["value"] if len(found) == 1 else text

@@ -1,0 +1,1 @@
+"""The token tree, what is accepted of it, and what its probabilities mean."""

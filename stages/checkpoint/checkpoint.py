@@ -1,0 +1,221 @@
+"""The weights of a model directory: which tensors there must be, whether they are there, and reading some of them.
+
+Opening and validating read headers only, so that a damaged download is refused in milliseconds and before torch is
+loaded; torch is imported by ``read``, and to open pickled weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from stages.checkpoint.folder import (
+    AGAIN,
+    has_file,
+    model_folder,
+    read_object,
+    refuse,
+    refuse_system,
+    refuse_without_weights,
+    said,
+    shown,
+)
+from stages.checkpoint.names import llama_name, refuse_collisions, unwrapped
+from stages.checkpoint.pickle_file import open_pickle, read_pickle
+from stages.checkpoint.safetensors_file import FLOAT_NBYTES, StoredTensor, read_header
+from stages.checkpoint.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+FORMATS = (("model.safetensors", read_header), ("pytorch_model.bin", read_pickle))  # the first that is there counts
+MAX_NAME = 200  # characters of a file's name; file systems have 255 bytes
+
+
+def layer_tensors(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of one layer's tensors."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    queries, keys = spec.head_count * spec.head_dim, spec.kv_head_count * spec.head_dim
+    linears = {
+        "self_attn.q_proj": (queries, hidden, spec.qkv_bias),
+        "self_attn.k_proj": (keys, hidden, spec.qkv_bias),
+        "self_attn.v_proj": (keys, hidden, spec.qkv_bias),
+        "self_attn.o_proj": (hidden, queries, spec.output_bias),
+        "mlp.gate_proj": (inner, hidden, spec.mlp_bias),
+        "mlp.up_proj": (inner, hidden, spec.mlp_bias),
+        "mlp.down_proj": (hidden, inner, spec.mlp_bias),
+    }
+    prefix = f"model.layers.{layer}."
+    tensors: dict[str, tuple[int, ...]] = {
+        f"{prefix}input_layernorm.weight": (hidden,),
+        f"{prefix}post_attention_layernorm.weight": (hidden,),
+    }
+    for name, (rows, columns, bias) in linears.items():
+        tensors[f"{prefix}{name}.weight"] = (rows, columns)
+        if bias:
+            tensors[f"{prefix}{name}.bias"] = (rows,)
+    if spec.qk_norm:
+        tensors[f"{prefix}self_attn.q_norm.weight"] = (spec.head_dim,)
+        tensors[f"{prefix}self_attn.k_norm.weight"] = (spec.head_dim,)
+    return tensors
+
+
+def expected(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of everything the model needs, layer by layer; a tied model's head is its embedding."""
+    yield EMBEDDING, (spec.vocab_size, spec.hidden_size)
+    for layer in range(spec.layer_count):
+        yield from layer_tensors(spec, layer).items()
+    yield NORM, (spec.hidden_size,)
+    if not spec.tied:
+        yield HEAD, (spec.vocab_size, spec.hidden_size)
+
+
+def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """What ``expected`` yields, at once."""
+    return dict(expected(spec))
+
+
+def shard_tensors(spec: ModelSpec, layers: range) -> list[str]:
+    """What the shard of these layers reads: the first also the embedding, the last also the final norm and the head."""
+    names = [EMBEDDING] if layers.start == 0 else []
+    for layer in layers:
+        names.extend(layer_tensors(spec, layer))
+    if layers.stop == spec.layer_count:
+        names.append(NORM)
+        head = EMBEDDING if spec.tied else HEAD
+        if head not in names:
+            names.append(head)
+    return names
+
+
+class Weights(Protocol):
+    """Where a shard gets its tensors from."""
+
+    def stored_name(self, name: str) -> str:
+        """The tensor that stands for ``name``, an end of a tied model."""
+        ...
+
+    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """These tensors and no others, as ``dtype``, in memory of their own. Raises CheckpointError."""
+        ...
+
+
+class Checkpoint:
+    """The weights of one model directory, their headers read and their lengths checked; safetensors before pickles.
+
+    ``tensors`` has them by the names that the model's code gives them (see names.py). With ``llama`` those are
+    the Llama family's; otherwise only what wrappers added is taken off. Raises CheckpointError for files that are
+    missing, damaged or of another format, and for names of which two mean the same.
+    """
+
+    def __init__(self, directory: str | Path, llama: bool = True) -> None:
+        self.directory = model_folder(directory)
+        stored = self._stored()
+        rename = llama_name if llama else unwrapped
+        meant = {tensor.name: rename(tensor.name) for tensor in stored}
+        refuse_collisions(self.directory, meant.items())
+        self.tensors: dict[str, StoredTensor] = {meant[tensor.name]: tensor for tensor in stored}
+
+    def _stored(self) -> list[StoredTensor]:
+        for name, read in FORMATS:
+            if has_file(self.directory / name):
+                return list(read(self.directory / name).values())
+            index = self.directory / f"{name}.index.json"
+            if has_file(index):
+                return self._indexed(index)
+        refuse_without_weights(self.directory)
+
+    def _indexed(self, index: Path) -> list[StoredTensor]:
+        """The tensors that an index names, each from the file that it names."""
+        read = dict(FORMATS)[index.name.removesuffix(".index.json")]
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            refuse(f"{index} is no index of weights: weight_map is {shown(weight_map)}", AGAIN)
+        headers: dict[str, dict[str, StoredTensor]] = {}
+        for file in weight_map.values():
+            if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or len(file) > MAX_NAME:
+                refuse(f"{index} is no index of weights: it names the file {shown(file)}", AGAIN)
+            if file not in headers:
+                if not has_file(self.directory / file):
+                    refuse(f"{self.directory / file} is missing, but {index.name} names it", AGAIN)
+                headers[file] = read(self.directory / file)
+        return [headers[file][name] for name, file in weight_map.items() if name in headers[file]]
+
+    def stored_name(self, name: str) -> str:
+        """The tensor that stands for ``name``: where only one of embedding and head is stored, it serves as both.
+
+        Call it for names that tie; like transformers, a tied model that stores a head of its own uses that one."""
+        other = {HEAD: EMBEDDING, EMBEDDING: HEAD}.get(name, name)
+        return other if name not in self.tensors and other in self.tensors else name
+
+    def validate(self, spec: ModelSpec) -> None:
+        """Check that every tensor of the model is there, in shape and in a float type. Raises CheckpointError."""
+        for name, shape in expected(spec):
+            stored = self.tensors.get(self.stored_name(name) if spec.tied else name)
+            if stored is None:
+                refuse(f"{self.directory}: tensor {name} {shown(list(shape))} is missing", AGAIN)
+            refuse_unlike(stored, shape)
+        if spec.tied and HEAD in self.tensors:
+            refuse_unlike(self.tensors[HEAD], (spec.vocab_size, spec.hidden_size))
+
+    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Read these tensors and no others, as ``dtype``, in memory of their own. Raises CheckpointError."""
+        wanted: dict[Path, dict[str, str]] = {}  # by file: our names by stored names
+        for name in names:
+            if name not in self.tensors:
+                refuse(f"{self.directory}: tensor {name} is missing", AGAIN)
+            wanted.setdefault(self.tensors[name].path, {})[self.tensors[name].name] = name
+        read: dict[str, torch.Tensor] = {}
+        for path, by_stored in wanted.items():
+            with reading(path), opened(path, by_stored) as windows:
+                for stored, window in windows:
+                    # Without the copy the tensor would stay a window on the mapped file.
+                    read[by_stored[stored]] = window[...].to(dtype, copy=True)
+        return read
+
+
+def refuse_unlike(stored: StoredTensor, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape, or of a type that is not a float."""
+    if stored.shape != shape:
+        asked = f"config.json asks for {shown(list(shape))}"
+        refuse(
+            f"{stored.path}: tensor {stored.name} has shape {shown(list(stored.shape))}, {asked}",
+            "the two are of different models: download both again",
+        )
+    if stored.dtype not in FLOAT_NBYTES:
+        refuse(f"{stored.path}: tensor {stored.name} is {stored.dtype}", f"use one of {', '.join(FLOAT_NBYTES)}")
+
+
+@contextmanager
+def opened(path: Path, names: Iterable[str]) -> Iterator[Iterator[tuple[str, Any]]]:
+    """Windows on these tensors of one file, by the names in it; as long as it is open, ``window[...]`` reads."""
+    if path.suffix == ".bin":
+        content = open_pickle(path)
+        yield ((name, content[name]) for name in names)
+        return
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device="cpu") as file:
+        yield ((name, file.get_slice(name)) for name in names)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while weights are read from ``path`` into a CheckpointError that says why."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        refuse_system(path, error)
+    except (SafetensorError, KeyError, ValueError) as error:  # the file was another one when its header was read
+        refuse(f"{path} cannot be read ({said(error)})", AGAIN)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "alloc" in str(error):  # torch has no name of its own for it
+            refuse(f"{path} does not fit into memory ({said(error)})", "use more ranks, bf16 or a smaller model")
+        refuse(f"{path} cannot be loaded ({said(error)})", AGAIN)

@@ -1,0 +1,90 @@
+"""The header of a safetensors file (8 bytes of length, then JSON), read with the standard library and checked whole:
+a damaged download is refused in milliseconds, before torch is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.checkpoint.folder import AGAIN, refuse, refuse_pointer, refuse_system, said
+
+FLOAT_NBYTES = {"F32": 4, "F16": 2, "BF16": 2}
+MAX_HEADER_NBYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies, and what its file says of it; ``dtype`` in safetensors' spelling, as "BF16". ``name``: its
+    name in the file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    name: str
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """What a safetensors file holds, by the names in it. Raises CheckpointError unless its extents fill it exactly."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(64)
+            length = int.from_bytes(start[:8], "little")
+            refuse_pointer(path, start)
+            if size < 8 or length > min(size - 8, MAX_HEADER_NBYTES):
+                refuse(f"{path} is cut short or not a safetensors file ({size} bytes)", AGAIN)
+            file.seek(8)
+            header = file.read(length)
+    except OSError as error:
+        refuse_system(path, error)
+    try:
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_once)
+        _check_metadata(entries.pop("__metadata__", {}))
+        tensors = {name: _stored(path, name, entry) for name, entry in entries.items()}
+        end = 8 + length + _end_of(entries)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        refuse(f"{path} has a damaged safetensors header ({said(error)})", AGAIN)
+    if size != end:
+        state = "cut short" if size < end else "too long"
+        refuse(f"{path} is {state}: {size} bytes, its header announces {end}", AGAIN)
+    return tensors
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object none of whose keys comes twice."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} comes twice")
+    return content
+
+
+def _check_metadata(metadata: dict[str, Any]) -> None:
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("metadata that is not text")
+
+
+def _stored(path: Path, name: str, entry: dict[str, Any]) -> StoredTensor:
+    """One header entry; raises ValueError where its extent and its shape contradict each other."""
+    if entry.keys() != {"dtype", "shape", "data_offsets"} or not isinstance(entry["dtype"], str):
+        raise ValueError(f"no type, shape and extent for {name!r}")
+    shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+    if any(type(number) is not int or not 0 <= number < 1 << 63 for number in (*shape, start, stop)):
+        raise ValueError("negative, fractional or endless extent")
+    width = FLOAT_NBYTES.get(entry["dtype"])
+    if width is not None and stop - start != width * math.prod(shape):
+        raise ValueError(f"{stop - start} bytes for shape {list(shape)}")
+    return StoredTensor(path, entry["dtype"], shape, name)
+
+
+def _end_of(entries: dict[str, Any]) -> int:
+    """Where the last extent ends; raises ValueError unless each begins where the one before it ends."""
+    end = 0
+    for start, stop in sorted(tuple(entry["data_offsets"]) for entry in entries.values()):
+        if start != end or stop < start:
+            raise ValueError(f"extents that overlap or leave a hole at {end}")
+        end = stop
+    return end

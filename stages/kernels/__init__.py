@@ -1,0 +1,1 @@
+"""Computations that every shard shares: finite numbers, best tokens, sampling."""

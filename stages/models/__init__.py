@@ -1,0 +1,1 @@
+"""Model shards: the layers, with their keys and values."""

@@ -1,0 +1,292 @@
+"""The emulated model: a chain of hashes kept in the cells, instead of a neural network.
+
+Each layer writes a hash of its input and position into the row's cell and adds up the hashes of all visible cells. So
+one wrong commit, release, parent or mask anywhere changes the tokens, and plain decoding is the oracle for every
+protocol bug, without weights. A layer may also be given a pace, so that schedules can be measured on machines that lack
+the hardware; whoever reports such a time must say so.
+
+The draft of an emulated pair knows the target's next token and hides it at a rank drawn from a given distribution: its
+k-th choice is right with probability ``ranks[k]``, decided by the context alone.
+
+What is sampled depends on every number that a real draw may depend on, and on nothing else: the sampling, the position
+of the drawn token and, under a repetition penalty, the tokens seen. Who loses or mistakes one of them says other words.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, repeat
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeinfer.core.errors import LocalProtocolError
+from pipeinfer.core.ports import GREEDY, Batch, Choice, Draw, Sampling
+
+Words = npt.NDArray[np.uint64]
+DRAFT_RESTS = 16
+"""In so many parts, or a few more, a pass of a draft goes; what a draft's layers are."""
+
+NEVER = 1e-9
+"""How probable a draft calls what it has no claim for."""
+
+Pace = Callable[[int, int], float]
+"""Seconds for so many rows, with so many cells in view."""
+
+
+_SHIFT, _FIRST, _SECOND = np.uint64(33), np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
+
+
+def mix(words: Words) -> Words:
+    """A good 64-bit mixer, element by element (the finaliser of MurmurHash3; Appleby, public domain)."""
+    words = words ^ (words >> _SHIFT)
+    words *= _FIRST
+    words ^= words >> _SHIFT
+    words *= _SECOND
+    words ^= words >> _SHIFT
+    return words
+
+
+def spread(top1: float, choices: int = 8, decay: float = 0.6, cover: float = 0.97) -> tuple[float, ...]:
+    """A rank distribution: ``top1``, then a geometric tail that brings the total up to ``cover``."""
+    weights = [decay**index for index in range(choices - 1)]
+    rest = max(0.0, cover - top1)
+    return (top1, *(rest * weight / sum(weights) for weight in weights))
+
+
+@dataclass(frozen=True, slots=True)
+class EmulatedSpec:
+    """An emulated target of ``layers`` layers and its draft; ``claims`` is what the draft believes of its own ranks.
+
+    ``burst``: (tokens, share); in blocks of so many tokens this share of them have their rank in common, so that hits
+    and misses come together; over all blocks each rank keeps its probability.
+
+    ``faulty``, ``draft_faulty``: the share of rows whose numbers are said not to be finite, in the target and in its
+    draft. Which ones, and in which layer, follows from the context."""
+
+    layers: int = 8
+    vocab: int = 1000
+    seed: int = 0
+    ranks: tuple[float, ...] = (0.8,)
+    claims: tuple[float, ...] | None = None
+    burst: tuple[int, float] = (1, 0.0)
+    faulty: float = 0.0
+    draft_faulty: float = 0.0
+
+
+class EmulatedShard:
+    """Layers ``layers`` of ``spec`` with ``capacity`` cells; ``layer_s`` is the pace of one layer. A draft rests for
+    several layers at once: real ones have fewer."""
+
+    def __init__(
+        self,
+        spec: EmulatedSpec,
+        layers: range,
+        capacity: int,
+        layer_s: Pace = lambda rows, context: 0.0,
+        is_draft: bool = False,
+    ) -> None:
+        self._spec = spec
+        self._layers = layers
+        self._layer_s = layer_s
+        self._is_draft = is_draft
+        self.faults: dict[int, int] = {}
+        share = spec.draft_faulty if is_draft else spec.faulty
+        self._fault_share = 1.0 - (1.0 - share) ** (1 / (spec.layers + 1))  # of one layer, or of the head
+        self._cells = np.zeros((len(layers), capacity), dtype=np.uint64)
+        self._totals = list(accumulate(spec.ranks))
+        self._claims = [math.log(max(share, NEVER)) for share in spec.claims or spec.ranks]
+        self._salts = mix(np.arange(layers.start, layers.stop, dtype=np.uint64) + np.uint64(spec.seed * 0x10001 + 1))
+
+    @property
+    def weight_nbytes(self) -> int:
+        """An emulated model has no weights."""
+        return 0
+
+    def forward(self, batch: Batch, hidden: Words | None) -> Generator[float, None, Words]:
+        """See ShardModel; ``hidden``: uint64 [rows]."""
+        if hidden is not None and len(hidden) != len(batch.tokens):
+            raise LocalProtocolError(f"activations of {len(hidden)} rows for a pass of {len(batch.tokens)}")
+        self.faults = {}
+        pace = self._layer_s(len(batch.tokens), int(batch.positions[-1]) + 1)
+        words = mix(batch.tokens.astype(np.uint64) + np.uint64(self._spec.seed)) if hidden is None else hidden
+        places = mix(batch.positions.astype(np.uint64) + np.uint64(0x9E3779B9))
+        sees, span = batch.visible.astype(np.uint64), batch.visible.shape[1]
+        at_once = max(1, len(self._layers) // DRAFT_RESTS) if self._is_draft else 1
+        for first in range(0, len(self._layers), at_once):
+            layers = range(first, min(first + at_once, len(self._layers)))
+            for index in layers:
+                keys = self._cells[index]
+                keys[batch.slots] = mix(words ^ self._salts[index] ^ places)
+                words = mix(words + np.einsum("ij,j->i", sees, keys[:span]))
+                self._note_faults(words, range(len(words)), self._layers[index])
+            yield pace * len(layers)  # the hashes were made within it
+        return words
+
+    def choose(self, hidden: Words, rows: Sequence[int], count: int, draw: Draw | None = None) -> list[list[Choice]]:
+        """See ShardModel; log-probabilities of a draft are what it believes, with or without noise."""
+        wanted = hidden[list(rows)]
+        self._note_faults(wanted, rows, self._spec.layers)
+        if draw is not None:
+            wanted = _stirred(wanted, draw)
+        truths = (mix(wanted + np.uint64(1)) % np.uint64(self._spec.vocab)).tolist()
+        if not self._is_draft:
+            return [[(truth, 0.0)] for truth in truths]
+        lots = _lot(wanted, 2)
+        if draw is not None and self._spec.burst[1]:
+            length, share = self._spec.burst
+            blocks = (draw.positions // length).astype(np.uint64) + np.uint64(self._spec.seed << 32)
+            lots = np.where(_lot(wanted, 3) < share, _lot(mix(blocks), 4), lots)
+        return [self._guess(truth, lot, count) for truth, lot in zip(truths, lots.tolist(), strict=True)]
+
+    def _note_faults(self, words: Words, rows: Sequence[int], layer: int) -> None:
+        if self._fault_share:
+            lots = _lot(words ^ mix(np.full_like(words, layer)), 5 + self._is_draft).tolist()
+            for row in [row for row, lot in zip(rows, lots, strict=True) if lot < self._fault_share]:
+                self.faults.setdefault(row, layer)
+
+    def _guess(self, truth: int, lot: float, count: int) -> list[Choice]:
+        """``count`` tokens, the true one at the rank that ``lot`` in [0, 1) falls on, or nowhere."""
+        vocab = self._spec.vocab
+        tokens = [(truth + 1 + index) % vocab for index in range(count)]
+        rank = bisect_right(self._totals, lot)
+        if rank < min(count, len(self._totals)):
+            tokens[rank] = truth
+        return list(zip(tokens, chain(self._claims, repeat(math.log(NEVER))), strict=False))
+
+
+def _lot(words: Words, salt: int) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each of ``words``."""
+    lots: npt.NDArray[np.float64] = mix(words + np.uint64(salt)) / np.float64(2**64)
+    return lots
+
+
+def _stirred(words: Words, draw: Draw) -> Words:
+    """``words`` [rows], changed by all that decides ``draw``; by nothing if it is greedy."""
+    sampling = draw.sampling
+    if sampling.temperature > 0:
+        reals = (sampling.temperature, sampling.top_p, sampling.min_p)  # in 32 bits each, as they travel
+        salt = _folded(np.frombuffer(struct.pack("<QI3f", sampling.seed, sampling.top_k, *reals), np.uint64))
+        words = mix(words ^ salt ^ mix(draw.positions.astype(np.uint64) + np.uint64(0xA0761D65)))
+    if sampling.repetition_penalty != 1:
+        penalty = np.frombuffer(struct.pack("<f4x", sampling.repetition_penalty), np.uint64)
+        seen = [_folded(np.append(penalty, np.unique(tokens).astype(np.uint64))) for tokens in draw.seen]
+        words = mix(words ^ np.array(seen, dtype=np.uint64).reshape(words.shape))
+    return words
+
+
+def _folded(words: Words) -> np.uint64:
+    """One word that depends on each of ``words`` and its place."""
+    places = mix(np.arange(1, len(words) + 1, dtype=np.uint64))
+    return np.uint64(mix(words ^ places).sum(dtype=np.uint64))
+
+
+def per_layer(pass_s: Pace, layers: int) -> Pace:
+    """The pace of one of ``layers`` layers that take ``pass_s`` together."""
+    return lambda rows, context: pass_s(rows, context) / layers
+
+
+class EmulatedPair:
+    """An emulated target and its draft, paced: seconds of one layer of the target and of one pass of the draft."""
+
+    def __init__(self, spec: EmulatedSpec, layer_s: Pace, draft_s: Pace) -> None:
+        self._spec = spec
+        self._layer_s = layer_s
+        self._draft_s = draft_s
+        self.layers = spec.layers
+        self.draft_contexts: tuple[int, ...] = ()
+
+    def stage(self, layers: range, capacity: int) -> EmulatedShard:
+        """See Pair."""
+        return EmulatedShard(self._spec, layers, capacity, self._layer_s)
+
+    def draft(self, index: int, capacity: int) -> EmulatedShard:
+        """See Pair."""
+        layers = self._spec.layers
+        return EmulatedShard(self._spec, range(layers), capacity, per_layer(self._draft_s, layers), is_draft=True)
+
+    def pack(self, hidden: Words) -> npt.NDArray[np.uint8]:
+        """See Pair."""
+        return hidden.view(np.uint8)
+
+    def unpack(self, data: npt.NDArray[np.uint8], rows: int) -> Words:
+        """See Pair."""
+        return data.view(np.uint64)
+
+
+def plain_tokens(
+    spec: EmulatedSpec,
+    prompt: Sequence[int],
+    count: int,
+    stop_tokens: frozenset[int],
+    sampling: Sampling = GREEDY,
+) -> list[int]:
+    """What the emulated target says after ``prompt``, computed token by token with no tree, table or message."""
+    return plain_answer(spec, prompt, count, stop_tokens, sampling)[0]
+
+
+def plain_answer(
+    spec: EmulatedSpec,
+    prompt: Sequence[int],
+    count: int,
+    stop_tokens: frozenset[int],
+    sampling: Sampling = GREEDY,
+) -> tuple[list[int], int | None]:
+    """The same, and the layer whose numbers are not finite where the text ends by that."""
+    emitted = list[int]()
+    for token, _, fault in _plain(spec, prompt, count, sampling):
+        if fault is not None:
+            return emitted, fault
+        emitted.append(token)
+        if token in stop_tokens:
+            break
+    return emitted, None
+
+
+def right_choices(spec: EmulatedSpec, prompt: Sequence[int], count: int) -> list[int]:
+    """Which of the draft's choices is the target's token, greedily, at each of ``count`` positions after ``prompt``; -1
+    where none is."""
+    draft = EmulatedShard(spec, range(0), 0, is_draft=True)
+    found = list[int]()
+    for index, (token, hidden, _) in enumerate(_plain(spec, prompt, count, GREEDY)):
+        draw = Draw(GREEDY, np.array([len(prompt) + index]))
+        named = [choice for choice, _ in draft.choose(hidden, (0,), len(spec.ranks), draw)[0]]
+        found.append(named.index(token) if token in named else -1)
+    return found
+
+
+def _plain(
+    spec: EmulatedSpec, prompt: Sequence[int], count: int, sampling: Sampling
+) -> Generator[tuple[int, Words, int | None], None, None]:
+    """The target's next ``count`` tokens, each with the activations that it was chosen from; where they are not finite,
+    any token with their layer, and no more."""
+    shard = EmulatedShard(spec, range(spec.layers), len(prompt) + count)
+    tokens = list(prompt)
+    for position in range(len(prompt) + count - 1):
+        here = np.array([position])
+        hidden = finish(
+            shard.forward(Batch(np.array([tokens[position]]), here, here, np.ones((1, position + 1), bool)), None)
+        )
+        choices = list[list[Choice]]()
+        if position >= len(prompt) - 1:
+            draw = None if sampling == GREEDY else Draw(sampling, here + 1, (np.unique(tokens),))
+            choices = shard.choose(hidden, (0,), 1, draw)
+        if shard.faults:
+            yield -1, hidden, shard.faults[0]
+            return
+        for ((token, _),) in choices:
+            tokens.append(token)
+            yield token, hidden, None
+
+
+def finish(passes: Generator[float, None, Words]) -> Words:
+    """Run a forward pass to its end without resting."""
+    while True:
+        try:
+            next(passes)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]

@@ -1,0 +1,156 @@
+"""Some consecutive layers of any decoder that transformers knows and that can be cut by its layers.
+
+Slower than LlamaShard, whose layers are fused, but no architecture is written down: layers, rotary embeddings, norms
+and heads are transformers' own code (generic_skeleton.py), on our cells (generic_cells.py). What may be
+served is decided in generic_spec.py. The rule about finite numbers in cells is LlamaShard's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pipeinfer.core.errors import LocalProtocolError
+from pipeinfer.core.ports import Batch, Choice, Draw, Payload
+from stages.kernels.choices import best_choices
+from stages.kernels.finite import all_may_stand, tamed
+from stages.models.generic_cells import CellCache, LayerCells, UnsupportedError, View, looking
+from stages.models.generic_skeleton import Skeleton
+from stages.models.generic_spec import GenericSpec
+
+
+class GenericShard:
+    """Layers ``layers`` of a model: a ShardModel. The first shard embeds, the last one chooses tokens."""
+
+    def __init__(
+        self,
+        spec: GenericSpec,
+        skeleton: Skeleton,
+        layers: range,
+        cells: list[LayerCells],
+        vocabulary: int | None = None,
+    ) -> None:
+        """``cells``: one for each layer of the model, those of other shards empty. Use ``load``."""
+        self.faults: dict[int, int] = {}
+        self._spec, self._skeleton, self._range, self._cells = spec, skeleton, layers, cells
+        self._vocabulary = vocabulary
+        own = cells[layers.start].keys
+        assert own is not None
+        self._dtype, self._device = own.dtype, own.device
+        self._positions = torch.zeros(own.shape[2], dtype=torch.int64, device=own.device)  # of what each cell holds
+        modules = [skeleton.model, *(skeleton.layers[index] for index in layers)]
+        self._weights = [tensor for module in modules for tensor in module.state_dict(keep_vars=True).values()]
+
+    @classmethod
+    def load(
+        cls,
+        spec: GenericSpec,
+        layers: range,
+        dtype: torch.dtype,
+        capacity: int,
+        device: str = "cpu",
+        vocabulary: int | None = None,
+    ) -> GenericShard:
+        """Read the shard's weights, and no others, and set up ``capacity`` zeroed cells. Raises CheckpointError.
+        ``vocabulary``: see LlamaShard.load."""
+        skeleton = spec.skeleton(layers, dtype)
+        skeleton.to(device, layers)
+        cells = []
+        with torch.inference_mode():
+            for index, (heads, key_size, value_size) in enumerate(spec.cells):
+                if index not in layers:
+                    cells.append(LayerCells())
+                    continue
+                shapes = [(1, heads, capacity, size) for size in (key_size, value_size)]
+                cells.append(LayerCells(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)))
+            return cls(spec, skeleton, layers, cells, vocabulary)
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes of weights that this shard holds resident; a tied embedding held once counts once."""
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in self._weights}.values())
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, hidden: Payload | None) -> Generator[float, None, Payload]:
+        """Run the layers on ``batch``; ``hidden`` [rows, hidden_size] is None for the shard that embeds and is left as
+        it is. Yields 0.0 after each layer; returns [rows, hidden_size]."""
+        if (hidden is None) != (self._range.start == 0):
+            raise LocalProtocolError("only the first shard can embed")
+        self.faults = {}
+        view = self._view(batch)
+        x = torch.empty(0)
+        try:
+            for after in self._layers(batch, hidden, view):
+                x = after
+                yield 0.0
+        except GeneratorExit:  # the pass is given up
+            for states in self._states():
+                states.index_copy_(2, view.slots, tamed(states.index_select(2, view.slots)))
+            raise
+        # As in LlamaShard.
+        written = [states.index_select(2, view.slots).abs().amax() for states in self._states()]
+        if not (all_may_stand(torch.stack(written)) and x.sum().isfinite()):
+            x = self._mend(batch, hidden, view)
+        return x[0]
+
+    def _layers(self, batch: Batch, hidden: Payload | None, view: View) -> Iterator[Tensor]:
+        """The activations [1, rows, hidden_size] after each layer."""
+        cache = CellCache(self._cells, view)
+        tokens = torch.from_numpy(batch.tokens).to(self._device)
+        if self._vocabulary is not None:
+            tokens = tokens.clamp_max(self._spec.vocab_size - 1)
+        entered, calls = self._skeleton.enter(tokens, view, cache)
+        x = entered if hidden is None else torch.as_tensor(hidden, dtype=self._dtype, device=self._device)[None]
+        if view.bad is not None:
+            view.bad.logical_or_(~x[0].isfinite().all(-1))
+        for index in self._range:
+            with looking(view):
+                x = calls[index].run(self._skeleton.layers[index], x)
+            # A layer that keeps more than its own keys and values, or none, would decode something else.
+            if cache.written != [index]:
+                raise UnsupportedError(f"layer {index}, which writes the cells of layers {cache.written}")
+            cache.written.clear()
+            yield x
+
+    def _mend(self, batch: Batch, hidden: Payload | None, view: View) -> Tensor:
+        """The pass once more: whatever is not finite is not written, its rows are noted in ``faults``, and zeros are
+        passed on for them."""
+        bad = torch.zeros(len(batch.tokens), dtype=torch.bool, device=self._device)
+        view = replace(view, bad=bad, masks=[])
+        x = torch.empty(0)
+        for index, after in zip(self._range, self._layers(batch, hidden, view), strict=True):
+            x = after
+            bad |= ~x[0].isfinite().all(-1)
+            for row in bad.nonzero()[:, 0].tolist():
+                self.faults.setdefault(row, index)
+        return x.masked_fill(bad[None, :, None], 0.0)
+
+    def _states(self) -> Iterator[Tensor]:
+        """Keys and values [1, kv heads, capacity, size] of all layers here."""
+        for index in self._range:
+            cells = self._cells[index]
+            if cells.keys is not None and cells.values is not None:
+                yield from (cells.keys, cells.values)
+
+    def _view(self, batch: Batch) -> View:
+        slots, positions, visible = (
+            torch.from_numpy(array).to(self._device) for array in (batch.slots, batch.positions, batch.visible)
+        )
+        self._positions[slots] = positions
+        return View(slots, positions, self._positions[: visible.shape[1]], visible)
+
+    @torch.inference_mode()
+    def choose(self, hidden: Payload, rows: Sequence[int], count: int, draw: Draw | None = None) -> list[list[Choice]]:
+        """See ShardModel; ``hidden``: [*, hidden_size]. Of equal tokens the lowest, as argmax has it."""
+        if self._range.stop != self._spec.layer_count:
+            raise LocalProtocolError("only the last shard can choose")
+        if not rows:
+            return []  # some models cannot be run without a row
+        wanted = torch.as_tensor(hidden, dtype=self._dtype, device=self._device)[list(rows)]
+        choices = best_choices(self._skeleton.leave(wanted).float()[:, : self._vocabulary], count, draw)
+        for row in [row for row, found in zip(rows, choices, strict=True) if not found]:
+            self.faults.setdefault(row, self._spec.layer_count)
+        return choices

@@ -1,0 +1,211 @@
+"""Our key/value cells behind transformers' own interfaces: a Cache, a mask function and two attention functions.
+
+A model built by transformers asks three things of the world, and each is answered here. Its base model asks a *mask
+function* for the mask: transformers hands over a predicate on the places of query and key in plain text (causal, within
+a sliding window, within the same chunk), which is evaluated on the rows' and the cells' positions and joined with
+``Batch.visible``; a window is thus exact in a tree. Its layers ask a *Cache* to keep keys and values, and get back all
+cells up to the span. And they ask an *attention function* for the mixture, which knows no mask but the one given.
+
+Nothing here is per model. ``IMPLEMENTATIONS`` names what is registered, once, when this module is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import AttentionMaskInterface
+
+from stages.kernels.finite import may_stand, tamed
+
+IMPLEMENTATIONS = {True: "pipeinfer_sdpa", False: "pipeinfer_eager"}
+"""Names of the attention functions: for models whose attention torch's fused kernel computes, and for the others."""
+
+# Arguments that ask an attention function for nothing beyond what the mask says already.
+_SAID_BY_THE_MASK = {"sliding_window", "is_causal", "position_ids", "use_cache", "layer_idx", "output_attentions"}
+
+
+class UnsupportedError(Exception):
+    """The model asks for something that cells, masks and positions cannot give; the message says what."""
+
+
+class Probed(Exception):  # not an error: how a probe leaves a layer
+    """A layer has reached its attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The cells as the rows of one pass see them."""
+
+    slots: Tensor  # int64 [rows]: the cell that each row writes
+    positions: Tensor  # int64 [rows]
+    cell_positions: Tensor  # int64 [span]
+    visible: Tensor  # bool [rows, span]
+    masks: list[Tensor] = field(default_factory=list)  # what the mask function has answered so far
+    probing: bool = False  # a layer is left where its attention begins
+    bad: Tensor | None = None  # bool [rows]: where it is given, rows that are not finite are noted, and zeros written
+
+
+_VIEW: ContextVar[View] = ContextVar("pipeinfer_view")
+
+
+@contextmanager
+def looking(view: View) -> Iterator[None]:
+    """Answer mask requests for ``view`` meanwhile."""
+    token = _VIEW.set(view)
+    try:
+        yield
+    finally:
+        _VIEW.reset(token)
+
+
+def _mask(*, mask_function: Callable[..., Tensor], dtype: torch.dtype, use_vmap: bool = False, **_: object) -> Tensor:
+    """The mask [1, 1, rows, span] to add to scores: 0 where allowed, else the lowest finite number (see LlamaShard)."""
+    if use_vmap:
+        raise UnsupportedError("a mask of its own")
+    view = _VIEW.get()
+    zero = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=view.positions.device)
+    queries, keys = view.positions[None, None, :, None], view.cell_positions[None, None, None, :]
+    allowed = mask_function(zero, zero, queries, keys) & view.visible
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    mask.masked_fill_(~allowed, torch.finfo(dtype).min)
+    view.masks.append(mask)
+    return mask
+
+
+def _check(mask: Tensor | None) -> None:
+    """A layer must attend under the mask it was given; with another one it would decode something else."""
+    view = _VIEW.get()
+    if mask is None or not any(mask.shape == ours.shape and mask.data_ptr() == ours.data_ptr() for ours in view.masks):
+        raise UnsupportedError("attention under a mask of its own making")
+    if view.probing:
+        raise Probed
+
+
+def _eager(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """What the model's own file computes: [1, heads, rows, head_dim] to [1, rows, heads, head_dim]."""
+    _check(attention_mask)
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if own is None:
+        raise UnsupportedError("an attention function of its own")
+    mixed: tuple[Tensor, Tensor | None] = own(module, query, key, value, attention_mask, **options)
+    return mixed
+
+
+def _sdpa(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """As ``_eager``, by torch's kernel; an option that changes scores in another way goes to the model's own file."""
+    if any(value is not None and name not in _SAID_BY_THE_MASK for name, value in options.items()):
+        return _eager(module, query, key, value, attention_mask, scaling=scaling, **options)
+    _check(attention_mask)
+    grouped = query.shape[1] != key.shape[1]
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped
+    )
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+for _name, _attention in ((IMPLEMENTATIONS[True], _sdpa), (IMPLEMENTATIONS[False], _eager)):
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, _mask)
+
+
+class LayerCells(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer's cells; ``keys`` and ``values``: [1, kv_heads, capacity, head_dim], or None for a layer elsewhere."""
+
+    is_sliding = False  # a window is the mask's business, no cell is ever dropped here
+
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """There is nothing left to do: cells are set up when a shard is loaded."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the rows' keys and values ``[1, kv_heads, rows, head_dim]``; return the cells of the view's span."""
+        view: View = kwargs["view"]
+        if self.keys is None or self.values is None:
+            raise UnsupportedError("a layer that writes the cells of another shard")
+        if view.bad is not None:
+            for states in (key_states, value_states):
+                view.bad.logical_or_(~may_stand(states[0]).all(-1).all(0))
+            key_states, value_states = tamed(key_states), tamed(value_states)
+        self.keys.index_copy_(2, view.slots, key_states)
+        self.values.index_copy_(2, view.slots, value_states)
+        span = len(view.cell_positions)
+        return self.keys[:, :, :span], self.values[:, :, :span]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Unused: the mask function takes its sizes from the view."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Cells have no order; whatever wants a place in the text is given positions."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """As get_seq_length: no length that a model may count with."""
+        return -1
+
+
+class CellCache(Cache):
+    """The cells of all layers during one pass; ``written``: the layers that have updated theirs."""
+
+    def __init__(self, layers: list[LayerCells], view: View) -> None:
+        super().__init__(layers=list(layers))
+        self.view = view
+        self.written: list[int] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See LayerCells.update."""
+        self.written.append(layer_idx)
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, LayerCells)
+        return layer.update(key_states, value_states, view=self.view)
+
+
+class ProbeCache(CellCache):
+    """Has no cells, but claims to have ``seen`` tokens; notes in ``shapes`` what each layer would write."""
+
+    def __init__(self, view: View, seen: int) -> None:
+        super().__init__([], view)
+        self.seen = seen
+        self.shapes: dict[int, tuple[torch.Size, torch.Size]] = {}
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Base models ask before they look whether they were given positions; a layer that asks counts on an order."""
+        if _VIEW.get().probing:
+            raise UnsupportedError(f"layers that count their cells, as layer {layer_idx}")
+        return self.seen
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return what was given: the rows are all there is."""
+        if layer_idx in self.shapes:
+            raise UnsupportedError(f"two sets of keys and values in layer {layer_idx}")
+        self.shapes[layer_idx] = key_states.shape, value_states.shape
+        return key_states, value_states

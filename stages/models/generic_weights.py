@@ -1,0 +1,102 @@
+"""The tensors of a checkpoint for a model that transformers builds: compared before the model is run, and handed over
+unread, so that each shard reads its own.
+
+Renaming, conversion and tying are transformers' own (as of fused experts, or of a base model that was saved alone).
+What is added here is only that nothing is missing, double, misshapen or not a float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from stages.checkpoint.checkpoint import Checkpoint, opened, refuse_unlike
+from stages.checkpoint.folder import AGAIN, printable, refuse
+from stages.checkpoint.names import refuse_collisions
+from stages.checkpoint.safetensors_file import FLOAT_NBYTES, StoredTensor
+
+FREE_BUFFER_NUMEL = 1 << 26  # numbers beside the weights (as tables of angles) that a model may always make up
+
+
+def whole(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """All of the model, without memory."""
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def refuse_by_tensors(path: Path, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Compare what is stored with what ``model``, without memory, has. Raises CheckpointError."""
+    state = model.state_dict(keep_vars=True)
+    direct: dict[str, StoredTensor] = {}
+    seen: list[tuple[str, str]] = []
+    is_converted = False
+    for name, meant, by_converter in _renamed(checkpoint, model, state):
+        stored = checkpoint.tensors[name]
+        is_converted |= by_converter
+        if meant not in state:
+            continue
+        if stored.dtype not in FLOAT_NBYTES:
+            refuse(f"{stored.path}: tensor {stored.name} is {stored.dtype}", f"use one of {', '.join(FLOAT_NBYTES)}")
+        if not by_converter:
+            seen.append((stored.name, meant))
+            direct[meant] = stored
+    refuse_collisions(checkpoint.directory, seen)
+    for meant, stored in direct.items():
+        refuse_unlike(stored, tuple(state[meant].shape))
+    if not is_converted:  # else the converted have names that only conversion knows; loading will miss what is missing
+        _refuse_missing(checkpoint, model, direct.keys() & state.keys())
+    made_up = sum(buffer.numel() for buffer in model.buffers())
+    if made_up > FREE_BUFFER_NUMEL + 4 * sum(weight.numel() for weight in model.parameters()):
+        refuse(f"{path} asks for {made_up:g} numbers beside the weights", "correct it or export the model again")
+
+
+def _renamed(checkpoint: Checkpoint, model: PreTrainedModel, state: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
+    """Of each stored tensor its name, the model's name for it, and whether a conversion makes that of several."""
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    for name in checkpoint.tensors:
+        meant, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if meant not in state and name in state:  # as transformers: a rule that was not meant for it
+            meant, pattern = name, None
+        yield name, meant, pattern is not None
+
+
+def _refuse_missing(checkpoint: Checkpoint, model: PreTrainedModel, there: set[str]) -> None:
+    tied: dict[str, str] = model.all_tied_weights_keys
+    one_of = {frozenset(pair) for pair in tied.items()}  # either may stand for both
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if name not in there and not any(name in pair and pair & there for pair in one_of):
+            refuse(f"{checkpoint.directory}: tensor {printable(name, 80)} {list(weight.shape)} is missing", AGAIN)
+
+
+class Mapped:
+    """A pickled tensor: read, into memory of its own, when a loader asks for it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._tensor[index].clone()
+
+
+@contextmanager
+def unread(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+    """The checkpoint's tensors, by the names of ``Checkpoint.tensors``: ``tensor[...]`` reads one of them."""
+    by_path: dict[Path, dict[str, str]] = {}
+    for name, stored in checkpoint.tensors.items():
+        by_path.setdefault(stored.path, {})[stored.name] = name
+    with ExitStack() as files:
+        found: dict[str, Any] = {}
+        for path, names in by_path.items():
+            for stored_name, window in files.enter_context(opened(path, names)):
+                is_read = isinstance(window, torch.Tensor)
+                found[names[stored_name]] = Mapped(window) if is_read else window
+        yield found

@@ -1,0 +1,1 @@
+"""The stage: the machine that computes some layers of the target."""
