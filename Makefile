@@ -51,7 +51,7 @@ test: lint  ## lint, all tests, then the MPI tests on 2, 3 and 4 ranks
 	@$(MAKE) --no-print-directory test-mpi
 
 test-fast: $(STAMP)  ## house, unit and a part of the laws, in less than a minute
-	$(BIN)/python -m pytest -q -m 'not slow' --hypothesis-profile fast $(wildcard tests/house tests/unit tests/laws)
+	$(BIN)/python -m pytest -q -m 'not slow' --hypothesis-profile fast $(wildcard tests/house tests/unit tests/invariants)
 
 # A rank stuck inside MPI hears no signal: the thread method ends it, and mpiexec then ends the others.
 test-mpi: $(STAMP)  ## only the tests that run under mpiexec

@@ -87,7 +87,7 @@ def agreement(rows: Sequence[Row]) -> str:
 def policies(rows: Sequence[Row]) -> str:
     """A line for each policy at each point, with what it did."""
     varying = axes(rows)
-    columns = ("ttft_ms", "acceptance_rate", "accept_length", "waste", "bubble", "cancel_latency_ms")
+    columns = ("ttft_ms", "acceptance_rate", "tokens_per_correction", "waste", "bubble", "cancel_latency_ms")
     heads = ["policy", "tokens/s", "p10 to p90", "times plain", *columns]
     lines = [[TITLES.get(axis, axis) for axis in varying] + heads]
     for row in rows:
@@ -101,7 +101,7 @@ def policies(rows: Sequence[Row]) -> str:
 
 def guesses(rows: Sequence[Row]) -> str:
     """A line for each policy that speculates: what became of its guesses, and what their probabilities were worth."""
-    columns = ("acceptance_rate", "accept_length", "waste", "cancel_latency_ms")
+    columns = ("acceptance_rate", "tokens_per_correction", "waste", "cancel_latency_ms")
     lines = [["policy", "times plain", *columns, "calibration error as claimed", "as believed"]]
     for row in rows:
         error = row["calibration_error"]

@@ -19,9 +19,9 @@ MOST_IDLE_S = 50e-3
 class Driver:
     """Runs an executor's machines against a transport (None for a rank that is alone) and a ``clock``."""
 
-    def __init__(self, homes: Mapping[int, int], transport: Transport | None, clock: Clock = time) -> None:
+    def __init__(self, rank_of_role: Mapping[int, int], transport: Transport | None, clock: Clock = time) -> None:
         self._clock = clock
-        self._homes = homes
+        self._rank_of_role = rank_of_role
         self._transport = transport
         self._due = 0.0  # when the current layer's rest is over
         self._overslept_s = 0.0
@@ -35,7 +35,7 @@ class Driver:
     def send(self, command: Send, now: float) -> None:
         """Outlet: off to the rank where the role lives."""
         assert self._transport is not None, "a rank that is alone sends nothing"
-        self._transport.send(self._homes[command.message.dest], command.message, command.payload)
+        self._transport.send(self._rank_of_role[command.message.dest], command.message, command.payload)
 
     def tell(self, command: Emit | Finish | Idle, now: float) -> None:
         """Outlet: news for the head's user, with its time."""

@@ -9,8 +9,8 @@ import sys
 import time
 import traceback
 
+from launch.drain_stderr import let_it_be_read
 from launch.environment import launched
-from launch.last_words import let_it_be_read
 from pipeinfer.core.errors import PipeinferError, Terminated, UserError, exit_code, origin
 
 SIGNALLED_S = 1.3

@@ -15,9 +15,9 @@ from queue import SimpleQueue
 from typing import Any
 
 from launch.job import Job
-from launch.requests import Hear, News, Requests
+from launch.requests import Hear, RequestOutput, Requests
 from pipeinfer.core.errors import StallError, UserError
-from pipeinfer.core.ports import Emit, Finish, Request, Submitted, Withdrawn
+from pipeinfer.core.ports import Aborted, Emit, Finish, Request, Submitted
 
 GRACE_S = 3.0
 """So long a program may take to leave once its job has broken; then the other ranks are ended without it."""
@@ -49,7 +49,7 @@ Order = Submit | Cancel | Close
 class Head:
     """Leads ``job``, whose head this is, and tells ``tell`` what becomes of requests, on the thread that drives."""
 
-    def __init__(self, job: Job, tell: Callable[[News], None]) -> None:
+    def __init__(self, job: Job, tell: Callable[[RequestOutput], None]) -> None:
         self._job = job
         self._tell = tell
         self._orders: SimpleQueue[Order] = SimpleQueue()
@@ -66,7 +66,7 @@ class Head:
         while not self._is_closing:
             self.step()
         for number in self._served:
-            self._job.deliver(Withdrawn(number))
+            self._job.deliver(Aborted(number))
         while self._served:
             self.step()
         self._job.close()
@@ -85,22 +85,22 @@ class Head:
     def _carry_out(self, order: Order) -> None:
         if isinstance(order, Submit):
             self._served[order.number] = "", None
-            self._tell(News(time.monotonic(), number=order.number))
+            self._tell(RequestOutput(time.monotonic(), number=order.number))
             self._job.deliver(Submitted(order.request, order.number))
         elif isinstance(order, Cancel):
-            self._job.deliver(Withdrawn(order.number))
+            self._job.deliver(Aborted(order.number))
         else:
             self._is_closing = True
 
     def _pass_on(self, at_s: float, told: Any) -> None:
         number = told.number
         if isinstance(told, Emit):
-            self._tell(News(at_s, told.tokens, logps=told.logps, pulse=self._job.pulse, number=number))
+            self._tell(RequestOutput(at_s, told.tokens, logps=told.logps, load=self._job.load, number=number))
         elif isinstance(told, Finish):
             self._served[number] = told.reason, told.fault
         else:
             reason, fault = self._served.pop(number)
-            self._tell(News(at_s, reason=reason, tally=told.tally, number=number, fault=fault))
+            self._tell(RequestOutput(at_s, reason=reason, stats=told.stats, number=number, fault=fault))
 
 
 class LocalJob:
@@ -163,11 +163,11 @@ class LocalJob:
             raise
         return ready()
 
-    def decode(self, request: Request) -> list[News]:
+    def decode(self, request: Request) -> list[RequestOutput]:
         """All news of ``request``, waited for. Raises what has broken the job."""
-        told, changed = list[News](), threading.Condition()
+        told, changed = list[RequestOutput](), threading.Condition()
 
-        def hear(news: News) -> None:
+        def hear(news: RequestOutput) -> None:
             with changed:
                 told.append(news)
                 changed.notify_all()

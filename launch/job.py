@@ -30,11 +30,11 @@ from pipeinfer.core.ports import (
 )
 from pipeinfer.core.protocol import FIRST_DRAFTER, ORCHESTRATOR, Kind, Message
 from pipeinfer.orchestrator.machine import Orchestrator
-from pipeinfer.placement.roles import Plan, Role, count, homes
+from pipeinfer.placement.roles import Plan, Role, count, rank_of_role
 from pipeinfer.runtime.executor import Executor
-from pipeinfer.runtime.job_spec import Cast
+from pipeinfer.runtime.job_spec import JobSpec
 from pipeinfer.runtime.trace import Header, TraceWriter
-from speculation.drafter.machine import draft_cells
+from speculation.drafter.machine import draft_slots
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import Placement
 
@@ -82,7 +82,7 @@ class Job:
         self._config = config
         self._world = world
         rank = world.rank if world else 0
-        cast = Cast(
+        cast = JobSpec(
             *count(plan),
             Policy(**config.policy),
             context,
@@ -106,7 +106,7 @@ class Job:
                 self._transport = PacedLinks(self._transport, link)
             if not world.is_head:
                 world.last_words = self._tell_head
-        self._driver = Driver(homes(plan), self._transport)
+        self._driver = Driver(rank_of_role(plan), self._transport)
         machines = [cast.machine(role.address) for role in plan[rank]]
         self._orchestrator = next((machine for machine in machines if isinstance(machine, Orchestrator)), None)
         observer = self._trace.write if self._trace else None
@@ -137,10 +137,10 @@ class Job:
         self._driver.wake()
 
     @property
-    def pulse(self) -> tuple[int, int]:
+    def load(self) -> tuple[int, int]:
         """See Orchestrator."""
         assert self._orchestrator is not None
-        return self._orchestrator.pulse
+        return self._orchestrator.load
 
     @property
     def is_stalled(self) -> bool:
@@ -214,18 +214,18 @@ def load(config: Config, cleared: Cleared, world: World | None, muster: Muster |
     return Job(config, cleared.plan, cleared.context, pair, world, muster=muster)
 
 
-def make_shards(cast: Cast, roles: tuple[Role, ...], pair: Pair) -> dict[int, ShardModel]:
+def make_shards(cast: JobSpec, roles: tuple[Role, ...], pair: Pair) -> dict[int, ShardModel]:
     """The models of ``roles``, by address."""
     shards: dict[int, ShardModel] = {}
     for role in roles:
         if role.layers is not None:
             shards[role.address] = pair.stage(role.layers, sum(cast.cells))
         elif role.address != ORCHESTRATOR:
-            shards[role.address] = pair.draft(role.address - FIRST_DRAFTER, draft_cells(cast.policy, cast.context))
+            shards[role.address] = pair.draft(role.address - FIRST_DRAFTER, draft_slots(cast.policy, cast.context))
     return shards
 
 
-def _open_trace(config: Config, plan: Plan, cast: Cast, rank: int) -> TraceWriter:
+def _open_trace(config: Config, plan: Plan, cast: JobSpec, rank: int) -> TraceWriter:
     layers = next(([role.layers.start, role.layers.stop] for role in plan[rank] if role.layers), None)
     header = Header(
         rank,

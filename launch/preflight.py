@@ -43,7 +43,7 @@ def clear(config: Config, ranks: int) -> Cleared:
     _refuse_forcing(config)
     policy = Policy(**config.policy)
     places = config.draft_directories if policy.speculate else []
-    if policy.speculate and not places and (policy.schedule != "continuous" or not policy.lookup):
+    if policy.speculate and not places and (policy.schedule != "continuous" or not policy.prompt_lookup):
         refuse(f"policy {policy.name} needs a draft model", "give one with --draft DIR, or use --policy plain")
     if config.context < 0:
         refuse(f"--context {config.context}", "ask for at least one token, or for 0: what the target was made for")

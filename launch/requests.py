@@ -7,23 +7,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeinfer.core.errors import PipeinferError
-from pipeinfer.core.ports import Tally
+from pipeinfer.core.ports import RequestStats
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class RequestOutput:
     """What the head hears of request ``number`` at ``at_s`` (monotonic seconds): that it was submitted, tokens with
-    their log-probabilities, how it ended. The last news has a ``tally`` or, where the job broke, an ``error``.
+    their log-probabilities, how it ended. The last news has a ``stats`` or, where the job broke, an ``error``.
 
-    ``reason``: stop, length, withdrawn or error; with error, ``fault`` is the layer whose numbers were not finite.
-    ``pulse``: the orchestrator's, for those who watch."""
+    ``reason``: stop, length, aborted or error; with error, ``fault`` is the layer whose numbers were not finite.
+    ``load``: the orchestrator's, for those who watch."""
 
     at_s: float
     tokens: tuple[int, ...] = ()
     reason: str = ""
-    tally: Tally | None = None
+    stats: RequestStats | None = None
     logps: tuple[float, ...] = ()
-    pulse: tuple[int, int] = (0, 0)
+    load: tuple[int, int] = (0, 0)
     number: int = 0
     fault: int | None = None
     error: BaseException | None = None
@@ -31,10 +31,10 @@ class News:
     @property
     def is_last(self) -> bool:
         """Whether nothing more comes."""
-        return self.tally is not None or self.error is not None
+        return self.stats is not None or self.error is not None
 
 
-Hear = Callable[[News], None]
+Hear = Callable[[RequestOutput], None]
 """Takes the news of one request, in order, on the thread that drives the job; it must not wait for anything."""
 
 
@@ -63,7 +63,7 @@ class Requests:
             self._hear[self._last] = hear
             return self._last
 
-    def tell(self, news: News) -> None:
+    def tell(self, news: RequestOutput) -> None:
         """Pass ``news`` on to whom it concerns."""
         with self._lock:
             hear = self._hear.pop(news.number, None) if news.is_last else self._hear.get(news.number)
@@ -76,7 +76,7 @@ class Requests:
             self._error = self._error or error
             open_ones = list(self._hear)
         for number in open_ones:
-            self.tell(News(now, reason="error", number=number, error=error))
+            self.tell(RequestOutput(now, reason="error", number=number, error=error))
 
     def close(self) -> BaseException | None:
         """No more requests are taken; what has broken the job, if something has."""

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from launch import mpiexec
-from launch.lines import Lines, is_ours, listen
-from launch.requests import Hear, News, Requests
+from launch.json_channel import JsonChannel, is_ours, listen
+from launch.requests import Hear, RequestOutput, Requests
 from launch.watch import Watch, here, name_of, progress
 from pipeinfer.core.config import Config
 from pipeinfer.core.errors import PipeinferError, StallError
-from pipeinfer.core.ports import Request, Tally
+from pipeinfer.core.ports import Request, RequestStats
 
 GRACE_S = 10.0
 """Longest wait for ranks to leave once they were told to stop at once."""
@@ -54,7 +54,7 @@ class SpawnedJob:
         self._requests = Requests()
         self._held = contextlib.ExitStack()  # sockets: let go together
         self._selector = self._held.enter_context(selectors.DefaultSelector())
-        self._lines: dict[int, Lines] = {}  # by rank
+        self._lines: dict[int, JsonChannel] = {}  # by rank
         self._words = ""  # what a rank said that failed
         self._config = config
         self._reader: threading.Thread | None = None
@@ -125,7 +125,7 @@ class SpawnedJob:
         wire = listener.accept()[0]
         if is_ours(wire):
             self._held.enter_context(wire)
-            self._selector.register(wire, selectors.EVENT_READ, (Lines(wire), None))
+            self._selector.register(wire, selectors.EVENT_READ, (JsonChannel(wire), None))
         else:
             wire.close()
 
@@ -223,8 +223,8 @@ def _standard_error() -> int:
     return 2
 
 
-def _news(words: dict[str, Any]) -> News:
+def _news(words: dict[str, Any]) -> RequestOutput:
     """What ``worker.words_of`` made into JSON."""
-    tally = Tally(**words.pop("tally")) if words["tally"] else None
-    lists = {name: tuple(words.pop(name)) for name in ("tokens", "logps", "pulse")}
-    return News(**{**words, "tally": tally, **lists})
+    stats = RequestStats(**words.pop("stats")) if words["stats"] else None
+    lists = {name: tuple(words.pop(name)) for name in ("tokens", "logps", "load")}
+    return RequestOutput(**{**words, "stats": stats, **lists})

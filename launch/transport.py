@@ -1,7 +1,7 @@
 """The transport over MPI: messages and tensors between the ranks of one communicator.
 
 It imports no MPI. Communicator, names (``mpi``: the module mpi4py.MPI, or a simulated one), doorbell and clock are
-injected, so that the same code runs over a library (launch/mpi.py) and under the invariants (tests/laws).
+injected, so that the same code runs over a library (launch/mpi.py) and under the invariants (tests/invariants).
 
 Theory of operation. The job's communicator is duplicated twice, so that nothing of ours can match anything of anybody
 else's.

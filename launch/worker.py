@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.environment import launched
 from launch.failure import in_a_line, say
-from launch.lines import Lines, connect
+from launch.json_channel import JsonChannel, connect
 from launch.signals import end_in_order
 from pipeinfer.core.config import Config
 from pipeinfer.core.errors import Terminated, exit_code, origin
@@ -21,14 +21,14 @@ from pipeinfer.core.ports import Request, Sampling
 if TYPE_CHECKING:
     from launch.head import Head
     from launch.mpi import World
-    from launch.requests import News
+    from launch.requests import RequestOutput
 
 
 class Parent:
     """Whoever started this rank, at the socket called ``name``."""
 
     def __init__(self, name: str, rank: int) -> None:
-        self.lines = Lines(connect(name))
+        self.lines = JsonChannel(connect(name))
         self.lines.say({"rank": rank, "pid": os.getpid()})
         words = self.lines.hear()
         if words is None:
@@ -60,16 +60,16 @@ class Parent:
             if self.is_gone:
                 raise Terminated(signal.SIGTERM)
 
-    def tell(self, news: News) -> None:
+    def tell(self, news: RequestOutput) -> None:
         """Pass ``news`` on."""
         self.lines.try_to_say(words_of(news))
 
 
-def words_of(news: News) -> dict[str, Any]:
+def words_of(news: RequestOutput) -> dict[str, Any]:
     """``news`` as JSON has it; errors end the ranks and are not told so."""
     found = {member.name: getattr(news, member.name) for member in fields(news) if member.name != "error"}
-    if news.tally is not None:
-        found["tally"] = {member.name: getattr(news.tally, member.name) for member in fields(news.tally)}
+    if news.stats is not None:
+        found["stats"] = {member.name: getattr(news.stats, member.name) for member in fields(news.stats)}
     return found
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pipeinfer.core.ports import Event, Received, Request
 from pipeinfer.core.protocol import FIRST_DRAFTER, ORCHESTRATOR
-from pipeinfer.runtime.job_spec import Cast
+from pipeinfer.runtime.job_spec import JobSpec
 from pipeinfer.runtime.trace import Step, Trace
 from pipeinfer.sim.replay import Recorder
-from pipeinfer.sim.world import World, WorldSpec, make_cast
+from pipeinfer.sim.world import World, WorldSpec, make_job_spec
 from speculation.schedules.policy import Policy
 from stages.models.emulated import EmulatedSpec, spread
 
@@ -22,7 +22,7 @@ PROMPT, TOKENS = 256, 256
 class Job:
     """Who played, and all that happened."""
 
-    cast: Cast
+    cast: JobSpec
     steps: list[Step]
 
 
@@ -33,13 +33,13 @@ def simulated(policy: Policy) -> Job:
     spec = WorldSpec(1, policy, STAGES, (request,), model, draft_s=0.5, context=PROMPT + TOKENS)
     recorder = Recorder()
     World(spec, (recorder,)).run()
-    return Job(make_cast(spec), recorder.trace)
+    return Job(make_job_spec(spec), recorder.trace)
 
 
 def traced(path: Path) -> Job:
     """What a rank of a real job wrote down (`pipeinfer run --trace`). Raises UserError."""
     trace = Trace(path)
-    return Job(Cast.of(trace.header.cast), list(trace.steps()))
+    return Job(JobSpec.of(trace.header.cast), list(trace.steps()))
 
 
 def role_of(step: Step) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from benchmarks.profiling.costs import Cost, Stopwatch
 from benchmarks.profiling.jobs import Job
-from kvbuffers.cells import CellTable
-from kvbuffers.partitions import Partitions
+from kvbuffers.slot_allocator import SlotAllocator
+from kvbuffers.slot_table import SlotTable
 from pipeinfer.core.ports import Received
-from pipeinfer.core.protocol import FIRST_STAGE, CellOpKind, Flag, Kind, Message, Row, decode, encode
+from pipeinfer.core.protocol import FIRST_STAGE, Flag, Kind, Message, Row, SlotOpKind, decode, encode
 
 KINDS = (Kind.RUN, Kind.RESULT, Kind.NODES, Kind.CREDIT, Kind.CANCEL)
 ROWS = 8
@@ -59,24 +59,24 @@ def cells(job: Job) -> Iterator[Cost]:
 def _through(job: Job, runs: list[Message]) -> Iterator[dict[str, float]]:
     """What each operation took for each of ``runs``."""
     accepted, guesses = job.cast.cells
-    table, ledger, watch = CellTable(accepted + guesses), Partitions(accepted, guesses), Stopwatch()
+    table, ledger, watch = SlotTable(accepted + guesses), SlotAllocator(accepted, guesses), Stopwatch()
     for run in runs:
         rows = run.rows_as(Row)
         watch.us.clear()
         watch(table.apply, run.ops)
         watch(table.living, rows)
-        watch(table.admit, rows, canonical=bool(run.flags & Flag.CANONICAL))
+        watch(table.allocate, rows, canonical=bool(run.flags & Flag.CANONICAL))
         if run.flags & Flag.CANONICAL:
             ledger.prompt_rows([row.token for row in rows])
             yield {}
             continue
         for op in run.ops:  # what the leader did since the last run
-            if op.kind is not CellOpKind.CLEAR:
-                act = ledger.commit if op.kind is CellOpKind.COMMIT else ledger.release
+            if op.kind is not SlotOpKind.CLEAR:
+                act = ledger.commit if op.kind is SlotOpKind.COMMIT else ledger.release
                 for slot in range(op.slot, op.slot + op.cells):
                     act(slot)
         ops = watch(ledger.operations)
         slots = watch(ledger.lease, len(rows))
         assert (ops, sorted(slots)) == (run.ops, sorted(row.slot for row in rows)), "this is not what the leader did"
-        names = ("cells: apply", "cells: living", "cells: admit", "ledger: operations", "ledger: lease")
+        names = ("cells: apply", "cells: living", "cells: allocate", "ledger: operations", "ledger: lease")
         yield dict(zip(names, watch.us, strict=True))

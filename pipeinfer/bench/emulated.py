@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING
 from launch.collector import frozen
 from launch.head import LocalJob
 from launch.job import Job
-from pipeinfer.bench.entrants import Entrant
+from pipeinfer.bench.contenders import Contender
 from pipeinfer.bench.sample import Sample, sample
-from pipeinfer.bench.scene import Scene, ranges
+from pipeinfer.bench.scenario import Scenario, ranges
 from pipeinfer.core.config import Config
-from pipeinfer.core.ports import Tally
-from pipeinfer.placement.roles import seat
+from pipeinfer.core.ports import RequestStats
+from pipeinfer.placement.roles import place
 from stages.models.emulated import EmulatedPair, plain_tokens
 
 if TYPE_CHECKING:
     from launch.mpi import World
 
 
-def emulate(world: World, scene: Scene, entrant: Entrant, seed: int) -> Sample | None:
+def emulate(world: World, scenario: Scenario, contender: Contender, seed: int) -> Sample | None:
     """One request on the ranks of ``world``; its tokens are checked. None on ranks other than the head."""
-    request, model, policy = scene.request(seed), scene.model(seed), entrant.policy
-    pair = EmulatedPair(model, scene.layer_s, scene.draft_s)
+    request, model, policy = scenario.request(seed), scenario.model(seed), contender.policy
+    pair = EmulatedPair(model, scenario.layer_s, scenario.draft_s)
     context = len(request.prompt) + request.max_new_tokens
     config = Config(policy=policy.settings())
-    plan = seat(ranges(scene.shares(policy, entrant.head_share)), drafters=int(policy.speculate))
-    link = scene.link if scene.point.hardware else None  # between ranks of one host the real ones will do
+    plan = place(ranges(scenario.shares(policy, contender.head_share)), drafters=int(policy.speculate))
+    link = scenario.link if scenario.point.hardware else None  # between ranks of one host the real ones will do
     job = Job(config, plan, context, pair, world, link, "spread")  # paced stages sleep
     if not world.is_head:
         job.serve()
@@ -39,5 +39,5 @@ def emulate(world: World, scene: Scene, entrant: Entrant, seed: int) -> Sample |
     tokens = [token for news in told for token in news.tokens]
     emitted_at = [(news.at_s, len(news.tokens)) for news in told if news.tokens]
     if tokens != plain_tokens(model, request.prompt, request.max_new_tokens, frozenset()):
-        raise AssertionError(f"seed {seed}, {entrant.name}: the tokens are not those of plain decoding")
-    return sample(tokens, submitted.at_s, emitted_at, told[-1].tally or Tally(), job.traffic)
+        raise AssertionError(f"seed {seed}, {contender.name}: the tokens are not those of plain decoding")
+    return sample(tokens, submitted.at_s, emitted_at, told[-1].stats or RequestStats(), job.traffic)

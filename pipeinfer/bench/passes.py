@@ -75,6 +75,6 @@ def one_pass(shard: ShardModel, rows: int, context: int) -> Callable[[], object]
             try:
                 next(passing)
             except StopIteration as done:
-                return shard.choose(done.value, range(rows), 1)
+                return shard.sample(done.value, range(rows), 1)
 
     return run

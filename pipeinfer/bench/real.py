@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.collector import frozen
-from pipeinfer.bench.entrants import Entrant, entrant
+from pipeinfer.bench.contenders import Contender, contender
 from pipeinfer.bench.peers import Peer, is_peer, open_peer
 from pipeinfer.bench.rows import make_row
 from pipeinfer.bench.sample import Sample, sample
 from pipeinfer.bench.suite import Point, Suite
 from pipeinfer.core.config import BUILTIN, model_directory
 from pipeinfer.core.errors import PipeinferError
-from pipeinfer.core.ports import Sampling, Tally
+from pipeinfer.core.ports import RequestStats, Sampling
 from pipeinfer.costs.paths import BENCHMARKS
 from pipeinfer.engine.engine import Engine
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 WARM_TOKENS = 8
 """Of the first prompt, before anything is measured."""
 HEAVY = f"{BUILTIN}*"
-Opened = Callable[[Entrant, dict[str, Any]], None]
-"""Called with what is known of an entrant before it decodes."""
+Opened = Callable[[Contender, dict[str, Any]], None]
+"""Called with what is known of an contender before it decodes."""
 
 
 def measure_point(world: World, suite: Suite, point: Point, announce: Callable[[float], None]) -> list[dict[str, Any]]:
@@ -47,7 +47,7 @@ def measure_point(world: World, suite: Suite, point: Point, announce: Callable[[
         bandwidth = _bandwidth(world.threads) if world.is_head else 0.0
         prompts: list[list[int]] = []
 
-        def opened(one: Entrant, known: dict[str, Any]) -> None:
+        def opened(one: Contender, known: dict[str, Any]) -> None:
             weight_nbytes = known.pop("weight_nbytes")
             if not facts:
                 common["ceiling_tokens_per_s"] = bandwidth / weight_nbytes
@@ -57,7 +57,7 @@ def measure_point(world: World, suite: Suite, point: Point, announce: Callable[[
         for _ in range(suite.repeats):
             for name in sorted(suite.policies, key=is_peer):  # an engine of ours reads the prompts
                 if not is_peer(name):
-                    samples = measure_engine(world, here, entrant(name, here.set), prompts, opened)
+                    samples = measure_engine(world, here, contender(name, here.set), prompts, opened)
                 else:
                     if world.is_head:
                         peers[name] = peers.get(name) or _open_peer(name, here, _threads(world))
@@ -96,7 +96,9 @@ def models_of(world: World, point: Point) -> Iterator[Point]:
         world.agree(0)  # nobody's files go before everybody is done with them
 
 
-def measure_engine(world: World, point: Point, one: Entrant, prompts: list[list[int]], opened: Opened) -> list[Sample]:
+def measure_engine(
+    world: World, point: Point, one: Contender, prompts: list[list[int]], opened: Opened
+) -> list[Sample]:
     """One sample of ``one`` for each prompt; nothing on ranks other than the head. Leaves ``prompts`` as tokens for
     others."""
     with (
@@ -154,7 +156,7 @@ def _open_peer(name: str, point: Point, threads: int) -> Peer:
 def measure_peer(peer: Peer, prompt: list[int], count: int) -> Sample:
     """One sample of ``peer``; its thread count is for it alone."""
     tokens, emitted_at, began_at = peer.generate(prompt, count)
-    return sample(tokens, began_at, emitted_at, Tally())
+    return sample(tokens, began_at, emitted_at, RequestStats())
 
 
 def _bandwidth(threads: int) -> float:

@@ -12,7 +12,8 @@ from pipeinfer.bench.suite import Point, Suite
 from pipeinfer.core.metrics import percentile
 
 MEDIANS = (
-    "ttft_ms", "tpot_ms", "acceptance_rate", "accept_length", "waste", "bubble", "cancel_latency_ms",
+    "ttft_ms", "tpot_ms", "acceptance_rate", "accept_length",
+    "tokens_per_correction", "waste", "bubble", "cancel_latency_ms",
 )  # fmt: skip
 AXES = (
     "hardware", "target", "draft", "ranks", "stages", "top1", "claims", "burst", "draft_time", "prompt_tokens",

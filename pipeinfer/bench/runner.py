@@ -8,12 +8,12 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
-from pipeinfer.bench.entrants import Entrant, entrant, ideal_speed
+from pipeinfer.bench.contenders import Contender, contender, ideal_speed
 from pipeinfer.bench.fingerprint import fingerprint
 from pipeinfer.bench.report import Report
 from pipeinfer.bench.rows import make_row
 from pipeinfer.bench.sample import Sample
-from pipeinfer.bench.scene import Scene, scene
+from pipeinfer.bench.scenario import Scenario, scenario
 from pipeinfer.bench.simulated import simulate_all, tuned
 from pipeinfer.bench.suite import Point, Suite
 from pipeinfer.core.metrics import percentile
@@ -32,41 +32,43 @@ def run_simulated(suite: Suite, report: Report) -> None:
     """Measure ``suite`` in virtual time, on all cores."""
     with _pool() as pool:
         for point in suite.points:
-            here = scene(point)
+            here = scenario(point)
             ideals = _ideals(here, suite.repeats, pool)
-            entrants = _entrants(suite, point)
-            entrants = tuned(here, entrants, pool) if suite.tune else entrants
+            contenders = _entrants(suite, point)
+            contenders = tuned(here, contenders, pool) if suite.tune else contenders
             report.announce(here.ceiling, percentile(ideals, 0.5))
-            samples = simulate_all(here, entrants, suite.repeats, pool)
-            report.add(_emulated_rows(suite, here, dict(zip(entrants, samples, strict=True)), ideals, ""))
+            samples = simulate_all(here, contenders, suite.repeats, pool)
+            report.add(_emulated_rows(suite, here, dict(zip(contenders, samples, strict=True)), ideals, ""))
 
 
 def run_emulated(suite: Suite, report: Report | None, world: World) -> None:
     """Measure ``suite`` on the ranks of ``world``; collective. ``report`` is None on ranks other than the head."""
     with _pool() as pool:
         for point in suite.points:
-            here = scene(point)
-            entrants = _entrants(suite, point)
+            here = scenario(point)
+            contenders = _entrants(suite, point)
             ideals: list[float] = []
             if report is not None:
-                entrants = tuned(here, entrants, pool) if suite.tune else entrants
+                contenders = tuned(here, contenders, pool) if suite.tune else contenders
                 ideals = _ideals(here, suite.repeats, pool)
                 report.announce(here.ceiling, percentile(ideals, 0.5))
-            told = world.tell({"entrants": [one.words() for one in entrants]})
-            entrants = [Entrant.of(words) for words in told["entrants"]]
-            found = _emulate(world, here, entrants, suite.repeats)
+            told = world.tell({"contenders": [one.words() for one in contenders]})
+            contenders = [Contender.of(words) for words in told["contenders"]]
+            found = _emulate(world, here, contenders, suite.repeats)
             if report is not None:
                 report.add(_emulated_rows(suite, here, found, ideals, world.library))
 
 
-def _emulate(world: World, here: Scene, entrants: Sequence[Entrant], repeats: int) -> dict[Entrant, list[Sample]]:
+def _emulate(
+    world: World, here: Scenario, contenders: Sequence[Contender], repeats: int
+) -> dict[Contender, list[Sample]]:
     from pipeinfer.bench.emulated import emulate
 
-    found: dict[Entrant, list[Sample]] = {one: [] for one in entrants}
+    found: dict[Contender, list[Sample]] = {one: [] for one in contenders}
     with world.part(here.point.ranks) as part:
         if part is not None:
             for seed in range(repeats):
-                for one in entrants:
+                for one in contenders:
                     sample = emulate(part, here, one, seed)
                     found[one] += [sample] if sample else []
     return found
@@ -91,17 +93,17 @@ def _pool() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"))
 
 
-def _ideals(here: Scene, repeats: int, pool: ProcessPoolExecutor) -> list[float]:
+def _ideals(here: Scenario, repeats: int, pool: ProcessPoolExecutor) -> list[float]:
     """What ideal scheduling gives on each of the texts that are measured."""
     return [job.result() for job in [pool.submit(ideal_speed, here, seed) for seed in range(repeats)]]
 
 
-def _entrants(suite: Suite, point: Point) -> list[Entrant]:
-    return [entrant(name, point.set) for name in suite.policies]
+def _entrants(suite: Suite, point: Point) -> list[Contender]:
+    return [contender(name, point.set) for name in suite.policies]
 
 
 def _emulated_rows(
-    suite: Suite, here: Scene, found: Mapping[Entrant, Sequence[Sample]], ideals: list[float], mpi: str
+    suite: Suite, here: Scenario, found: Mapping[Contender, Sequence[Sample]], ideals: list[float], mpi: str
 ) -> list[dict[str, Any]]:
     rows = []
     for one, samples in found.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeinfer.core.metrics import measure
-from pipeinfer.core.ports import Tally
+from pipeinfer.core.ports import RequestStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,10 @@ def sample(
     tokens: Sequence[int],
     submitted_at: float,
     emitted_at: Sequence[tuple[float, int]],
-    tally: Tally,
+    stats: RequestStats,
     traffic: tuple[int, int] = (0, 0),
 ) -> Sample:
     """A sample of a job that served this request only; ``traffic`` as a Job counts it."""
     messages, nbytes = traffic
     count = len(tokens)
-    return Sample(tuple(tokens), measure(submitted_at, emitted_at, tally), messages / count, nbytes / count)
+    return Sample(tuple(tokens), measure(submitted_at, emitted_at, stats), messages / count, nbytes / count)

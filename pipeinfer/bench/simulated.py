@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 
-from pipeinfer.bench.entrants import Entrant, variants
+from pipeinfer.bench.contenders import Contender, variants
 from pipeinfer.bench.sample import Sample, sample
-from pipeinfer.bench.scene import Scene
+from pipeinfer.bench.scenario import Scenario
 from pipeinfer.sim.world import World, WorldSpec
 from stages.models.emulated import plain_tokens
 
@@ -16,34 +16,34 @@ TUNING_SEED = 99
 MOST_EVENTS = 100_000_000
 
 
-def simulate(scene: Scene, entrant: Entrant, seed: int) -> Sample:
+def simulate(scenario: Scenario, contender: Contender, seed: int) -> Sample:
     """One request in virtual time; its tokens are checked."""
-    request, model, policy = scene.request(seed), scene.model(seed), entrant.policy
+    request, model, policy = scenario.request(seed), scenario.model(seed), contender.policy
     spec = WorldSpec(
         seed,
         policy,
-        scene.stages(policy),
+        scenario.stages(policy),
         (request,),
         model,
-        paces=(scene.layer_s, scene.draft_s),
-        shares=scene.shares(policy, entrant.head_share),
-        link=scene.link,
+        paces=(scenario.layer_s, scenario.draft_s),
+        shares=scenario.shares(policy, contender.head_share),
+        link=scenario.link,
         context=len(request.prompt) + request.max_new_tokens,
     )
     world = World(spec)
     (answer,) = world.run(MOST_EVENTS)
     if answer.tokens != plain_tokens(model, request.prompt, request.max_new_tokens, frozenset()):
-        raise AssertionError(f"seed {seed}, {entrant.name}: the tokens are not those of plain decoding")
-    assert answer.tally is not None
+        raise AssertionError(f"seed {seed}, {contender.name}: the tokens are not those of plain decoding")
+    assert answer.stats is not None
     traffic = (world.network.messages, world.network.nbytes)
-    return sample(answer.tokens, answer.submitted_at, answer.emitted_at, answer.tally, traffic)
+    return sample(answer.tokens, answer.submitted_at, answer.emitted_at, answer.stats, traffic)
 
 
-def tuned(scene: Scene, entrants: Sequence[Entrant], pool: ProcessPoolExecutor) -> list[Entrant]:
-    """Each of ``entrants`` at its best size for ``scene``, tried out in the simulator where no formula tells."""
-    options = [variants(entrant, scene) for entrant in entrants]
+def tuned(scenario: Scenario, contenders: Sequence[Contender], pool: ProcessPoolExecutor) -> list[Contender]:
+    """Each of ``contenders`` at its best size for ``scenario``, tried out in the simulator where no formula tells."""
+    options = [variants(contender, scenario) for contender in contenders]
     trials = [
-        [pool.submit(simulate, scene, option, TUNING_SEED) for option in some] if len(some) > 1 else []
+        [pool.submit(simulate, scenario, option, TUNING_SEED) for option in some] if len(some) > 1 else []
         for some in options
     ]
     best = []
@@ -54,8 +54,8 @@ def tuned(scene: Scene, entrants: Sequence[Entrant], pool: ProcessPoolExecutor) 
 
 
 def simulate_all(
-    scene: Scene, entrants: Sequence[Entrant], repeats: int, pool: ProcessPoolExecutor
+    scenario: Scenario, contenders: Sequence[Contender], repeats: int, pool: ProcessPoolExecutor
 ) -> list[list[Sample]]:
-    """``repeats`` samples of each entrant, every one of a text of its own."""
-    asked = [[pool.submit(simulate, scene, entrant, seed) for seed in range(repeats)] for entrant in entrants]
+    """``repeats`` samples of each contender, every one of a text of its own."""
+    asked = [[pool.submit(simulate, scenario, contender, seed) for seed in range(repeats)] for contender in contenders]
     return [[job.result() for job in jobs] for jobs in asked]

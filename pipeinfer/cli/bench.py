@@ -83,7 +83,7 @@ def measure(suite: Suite, args: argparse.Namespace, world: Any) -> None:
 
 def wanted(args: argparse.Namespace) -> Suite:
     """The suite, with what ``args`` change. Raises UserError for what is no suite or no policy."""
-    from pipeinfer.bench.entrants import entrant
+    from pipeinfer.bench.contenders import contender
     from pipeinfer.bench.peers import is_peer
     from pipeinfer.bench.suite import read_suite
 
@@ -102,7 +102,7 @@ def wanted(args: argparse.Namespace) -> Suite:
         suite = replace(suite, policies=tuple(args.policies.split(",")))
     for name in suite.policies:
         if not is_peer(name):
-            entrant(name)
+            contender(name)
         elif suite.execution != "real":
             refuse(f"{name} decodes real weights only", "leave it out with --policies, or use --real")
     if all(map(is_peer, suite.policies)):

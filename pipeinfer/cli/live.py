@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from launch.requests import News
+    from launch.requests import RequestOutput
     from pipeinfer.engine.engine import Engine
 
 DRAW_S = 0.5
@@ -26,7 +26,7 @@ SAVE, RESTORE, UP, CLEAR, SCROLL_ALL = "\x1b7", "\x1b8", "\x1b[1A", "\x1b[2K", "
 
 
 @contextlib.contextmanager
-def live(engine: Engine, most_tokens: int) -> Iterator[Callable[[News], None] | None]:
+def live(engine: Engine, most_tokens: int) -> Iterator[Callable[[RequestOutput], None] | None]:
     """What wants to hear the news of an answer of up to ``most_tokens`` tokens; None where nobody would see it, or rich
     is missing."""
     terminal = sys.stderr
@@ -45,7 +45,7 @@ class Footline:
     def __init__(self, terminal: TextIO, most_tokens: int, stages: int) -> None:
         from rich.console import Console
 
-        from launch.requests import News
+        from launch.requests import RequestOutput
 
         self._terminal = terminal
         self._console = Console(file=terminal)
@@ -55,23 +55,23 @@ class Footline:
         self._began: tuple[float, int] | None = None  # the first emission: when, tokens
         self._drawn_s: float | None = None
         self._size = os.terminal_size((0, 0))
-        self._draw(News(0.0))
+        self._draw(RequestOutput(0.0))
 
-    def watch(self, news: News) -> None:
+    def watch(self, news: RequestOutput) -> None:
         """Take what the job tells."""
         self._tokens += len(news.tokens)
         if news.tokens and self._began is None:
             self._began = news.at_s, len(news.tokens)
         if self._drawn_s is None:
             self._drawn_s = news.at_s
-        elif news.tally is None and news.at_s - self._drawn_s >= DRAW_S:
+        elif news.stats is None and news.at_s - self._drawn_s >= DRAW_S:
             self._drawn_s = news.at_s
             self._draw(news)
 
-    def _words(self, news: News) -> list[str]:
+    def _words(self, news: RequestOutput) -> list[str]:
         began_s, first = self._began or (news.at_s, 0)
         elapsed_s = news.at_s - began_s
-        runs, corrections = news.pulse
+        runs, corrections = news.load
         return [
             f"{self._tokens}/{self._most_tokens} tokens",
             f"{(self._tokens - first) / elapsed_s:.1f} tokens/s" if elapsed_s else "",
@@ -79,7 +79,7 @@ class Footline:
             f"{runs} run{'' if runs == 1 else 's'} in flight, {self._stages} stage{'' if self._stages == 1 else 's'}",
         ]
 
-    def _draw(self, news: News) -> None:
+    def _draw(self, news: RequestOutput) -> None:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 

@@ -63,13 +63,13 @@ def check(trace: Trace) -> int:
     """Replay one trace and say in a line what came of it; 1 where anything differs."""
     from pipeinfer import __version__
     from pipeinfer.core.protocol import address_name
-    from pipeinfer.runtime.job_spec import Cast
+    from pipeinfer.runtime.job_spec import JobSpec
     from pipeinfer.runtime.replay import retell
     from pipeinfer.runtime.trace import DAMAGE
 
     header = trace.header
     try:
-        cast = Cast.of(header.cast)
+        cast = JobSpec.of(header.cast)
         machines = {address: cast.machine(address) for address in header.roles}
         names = role_names(trace)
     except (*DAMAGE, MemoryError) as error:

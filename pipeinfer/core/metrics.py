@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from pipeinfer.core.ports import Tally
+from pipeinfer.core.ports import RequestStats
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -20,12 +20,13 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ranked[low] + (ranked[high] - ranked[low]) * (place - low)
 
 
-def measure(submitted_at: float, emitted_at: Sequence[tuple[float, int]], tally: Tally) -> dict[str, Any]:
+def measure(submitted_at: float, emitted_at: Sequence[tuple[float, int]], stats: RequestStats) -> dict[str, Any]:
     """TTFT: request to first token. TPOT: (E2EL - TTFT) / (tokens - 1). ITL: gaps between *emissions*, each of which
     may carry several tokens. E2EL: request to last token. ``emitted_at``: (time in seconds, tokens) of each emission.
 
-    acceptance_rate: accepted drafted tokens / drafted tokens sent to the target, each counted once. accept_length:
-    tokens per correction, a correction being an emitted token that no row in flight held; 1.0 without speculation.
+    acceptance_rate: accepted drafted tokens / drafted tokens sent to the target, each counted once. accept_length: the
+    mean acceptance length (tau): tokens after the first per verification pass that carried the root, which is 1 without
+    speculation. tokens_per_correction: a correction is an emitted token that no row in flight held.
     waste: rows sent after prefill that no emitted token needed / rows sent after prefill. bubble: the share of the time
     after the first token in which a stage did not work, the mean of all. cancel_latency_ms: from the word that a run is
     dead to its return as a tombstone, on average. calibration_error: expected calibration error (Guo et al. 2017) of
@@ -35,24 +36,25 @@ def measure(submitted_at: float, emitted_at: Sequence[tuple[float, int]], tally:
     first, last = emitted_at[0][0], emitted_at[-1][0]
     gaps = [1e3 * (later[0] - earlier[0]) for earlier, later in pairwise(emitted_at)]
     ttft_ms, e2el_ms = 1e3 * (first - submitted_at), 1e3 * (last - submitted_at)
-    needed = min(tokens - 1, tally.rows)  # every emitted token but the prompt's own successor needs one row
+    needed = min(tokens - 1, stats.rows)  # every emitted token but the prompt's own successor needs one row
     return {
         "ttft_ms": ttft_ms,
         "tpot_ms": (e2el_ms - ttft_ms) / max(1, tokens - 1),
         "e2el_ms": e2el_ms,
         "itl_ms": {f"p{share}": percentile(gaps, share / 100) for share in (50, 90, 99)},
         "output_throughput": 1e3 * tokens / e2el_ms if e2el_ms else 0.0,
-        "acceptance_rate": tally.accepted / tally.drafted if tally.drafted else 0.0,
-        "accept_length": tokens / tally.corrections if tally.corrections else float(tokens),
-        "runs": tally.runs,
-        "cancelled_runs": tally.cancelled_runs,
-        "bubble": max(0.0, 1.0 - 1e3 * tally.busy_s / (e2el_ms - ttft_ms)) if last > first else 0.0,
-        "waste": 1.0 - needed / tally.rows if tally.rows else 0.0,
-        "cancel_latency_ms": 1e3 * tally.cancel_s / tally.tombstones if tally.tombstones else 0.0,
+        "acceptance_rate": stats.accepted / stats.drafted if stats.drafted else 0.0,
+        "accept_length": (tokens - 1) / stats.verifications if stats.verifications else 1.0,
+        "tokens_per_correction": tokens / stats.corrections if stats.corrections else float(tokens),
+        "runs": stats.runs,
+        "cancelled_runs": stats.cancelled_runs,
+        "bubble": max(0.0, 1.0 - 1e3 * stats.busy_s / (e2el_ms - ttft_ms)) if last > first else 0.0,
+        "waste": 1.0 - needed / stats.rows if stats.rows else 0.0,
+        "cancel_latency_ms": 1e3 * stats.cancel_s / stats.tombstones if stats.tombstones else 0.0,
         "calibration_error": {
-            "claimed": tally.claimed_error,
-            "believed": tally.believed_error,
-            "outcomes": tally.judged,
+            "claimed": stats.claimed_error,
+            "believed": stats.believed_error,
+            "outcomes": stats.judged,
         },
     }
 

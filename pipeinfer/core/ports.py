@@ -29,7 +29,7 @@ class Batch:
     visible: npt.NDArray[np.bool_]
 
 
-Choice = tuple[int, float]
+SampledToken = tuple[int, float]
 """A token and its log-probability (natural log)."""
 
 
@@ -66,7 +66,7 @@ GREEDY = Sampling()
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class SamplingInputs:
     """What a shard must know to choose by ``sampling``. ``positions``: int64 [rows], of the tokens to be drawn (one
     past their rows'). ``seen``: for each row the different tokens before the drawn one, int64 [any], or nothing at all
     where ``sampling`` has no repetition penalty. ``is_guess``: a drafter asks, for what the target will draw."""
@@ -86,7 +86,9 @@ class ShardModel(Protocol):
         activations."""
         ...
 
-    def choose(self, hidden: Payload, rows: Sequence[int], count: int, draw: Draw | None = None) -> list[list[Choice]]:
+    def sample(
+        self, hidden: Payload, rows: Sequence[int], count: int, draw: SamplingInputs | None = None
+    ) -> list[list[SampledToken]]:
         """The ``count`` best next tokens after each of ``rows``, best first; the first one is what ``draw`` draws, by
         default the most probable one. What stands for a row of ``faults`` means nothing. Only for the last shard.
         Log-probabilities are those of the model's own logits; for a guess, of its scores with the noise of the draw in
@@ -96,7 +98,7 @@ class ShardModel(Protocol):
     @property
     def faults(self) -> Mapping[int, int]:
         """Rows of the last pass whose numbers were not finite, and the first layer of the whole model where that
-        showed; the model's number of layers stands for the output head (``choose``). Such a row's activations are
+        showed; the model's number of layers stands for the output head (``sample``). Such a row's activations are
         zeros, and so is what was not finite of its keys and values."""
         ...
 
@@ -124,7 +126,7 @@ class Computed:
 
     job: int
     hidden: Payload | None = None
-    choices: list[list[Choice]] | None = None
+    choices: list[list[SampledToken]] | None = None
     seconds: float = 0.0
     faults: Mapping[int, int] = field(default_factory=dict)
 
@@ -154,7 +156,7 @@ class Submitted:
 
 
 @dataclass(frozen=True, slots=True)
-class Withdrawn:
+class Aborted:
     """The user wants no more of request ``number``, waiting or being served. Nothing happens if it has ended."""
 
     number: int = 0
@@ -162,7 +164,7 @@ class Withdrawn:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """No further request will come. Requests that wait or are being served are withdrawn first."""
+    """No further request will come. Requests that wait or are being served are aborted first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,7 @@ class Woke:
     """The time asked for with Wake has come."""
 
 
-Event = Started | Received | Computed | Submitted | Withdrawn | Closed | Stalled | Woke
+Event = Started | Received | Computed | Submitted | Aborted | Closed | Stalled | Woke
 
 
 # Commands: what a machine asks for.
@@ -202,7 +204,7 @@ class Compute:
     keep: tuple[int, ...] | None = None
     rows: tuple[int, ...] = ()
     choices: int = 0
-    draw: Draw | None = None
+    draw: SamplingInputs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +233,7 @@ class Emit:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """Request ``number`` has no further token: ``stop``, ``length``, ``withdrawn`` or ``error``. ``fault``: with
+    """Request ``number`` has no further token: ``stop``, ``length``, ``aborted`` or ``error``. ``fault``: with
     ``error``, the target's layer whose numbers are not finite; the number of layers stands for the output head."""
 
     reason: str
@@ -243,7 +245,7 @@ class Finish:
 class Idle:
     """Every run of the finished request ``number`` has come back; the next one that waits begins."""
 
-    tally: Tally
+    stats: RequestStats
     number: int = 0
 
 
@@ -263,7 +265,7 @@ Command = Send | Compute | Abandon | Wake | Emit | Finish | Idle | Note | Halt
 
 
 @dataclass(slots=True)
-class Tally:
+class RequestStats:
     """What one request cost, counted by the orchestrator."""
 
     runs: int = 0  # runs launched after prefill
@@ -273,6 +275,7 @@ class Tally:
     drafted: int = 0  # of them, speculative ones
     accepted: int = 0  # drafted rows whose token was emitted
     corrections: int = 0  # emitted tokens that no row in flight held
+    verifications: int = 0  # runs after prefill that carried the root of their time, so that tokens were emitted
     prefill_runs: int = 0
     cancel_s: float = 0.0  # seconds from the word that cancelled it to a tombstone's return, of all tombstones
     busy_s: float = 0.0  # seconds that a stage worked on runs after prefill, the mean of all stages

@@ -6,7 +6,7 @@ goes with it, of ``payload_nbytes``: behind the rows if it is small, else out of
     header  magic:u16 version:u8 kind:u8 source:u16 dest:u16 flags:u16 request:u16 rows:u16 ops:u16
             epoch:u32 txn:u32 run:u32 payload_nbytes:u32 work_us:u32 slowest_us:u32
     op      kind:u8 pad:u8 cells:u16 slot:u32 position:u32 spare:u32
-    row     token:i32 then two u32 and one u32 or f32, whose meaning depends on the kind (see Row, DraftRow, ChoiceRow,
+    row     token:i32 then two u32 and one u32 or f32, whose meaning depends on the kind (see Row, DraftRow, ResultRow,
             SettingRow)
 
 Three channels carry them. STREAM is ordered per pair of roles; on it ``txn`` grows strictly. TENSOR is ordered too: the
@@ -92,7 +92,7 @@ class Flag(enum.IntFlag):
     RESTART = 32  # ORDER, ADVANCE: forget every guess and begin again at the last accepted token
 
 
-class CellOpKind(enum.IntEnum):
+class SlotOpKind(enum.IntEnum):
     """What happens to a range of cells; applied in stream order, before the rows of the run that carries it."""
 
     COMMIT = 1  # slots [slot, slot+cells) become canonical at positions [position, position+cells)
@@ -100,10 +100,10 @@ class CellOpKind(enum.IntEnum):
     CLEAR = 3  # every slot becomes free: a new request
 
 
-class CellOp(NamedTuple):
+class SlotOp(NamedTuple):
     """One operation on so many neighbouring ``cells``."""
 
-    kind: CellOpKind
+    kind: SlotOpKind
     slot: int = 0
     cells: int = 0
     position: int = 0
@@ -119,7 +119,7 @@ class Row(NamedTuple):
     position: int
 
 
-class ChoiceRow(NamedTuple):
+class ResultRow(NamedTuple):
     """The target's next token after the row in ``slot``, with its log-probability (natural log). Of a row whose numbers
     were not finite ``token`` tells the layer (see ``fault_token``), and ``logp`` is 0. Such rows come back even where
     no choice was wanted after them."""
@@ -148,12 +148,12 @@ class SettingRow(NamedTuple):
     value: float
 
 
-AnyRow = Row | ChoiceRow | DraftRow | SettingRow
-AnyRowT = TypeVar("AnyRowT", Row, ChoiceRow, DraftRow, SettingRow)
-_ROW_TYPES: dict[Kind, tuple[struct.Struct, type[Row] | type[ChoiceRow] | type[DraftRow] | type[SettingRow]]] = {
+AnyRow = Row | ResultRow | DraftRow | SettingRow
+AnyRowT = TypeVar("AnyRowT", Row, ResultRow, DraftRow, SettingRow)
+_ROW_TYPES: dict[Kind, tuple[struct.Struct, type[Row] | type[ResultRow] | type[DraftRow] | type[SettingRow]]] = {
     Kind.RUN: (ROW, Row),
     Kind.CANCEL: (ROW, Row),  # ``slot``: the run's number; ``parent``: the cell of one row of it, or NO_SLOT for all
-    Kind.RESULT: (REAL_ROW, ChoiceRow),
+    Kind.RESULT: (REAL_ROW, ResultRow),
     Kind.PROMPT: (REAL_ROW, DraftRow),
     Kind.NODES: (REAL_ROW, DraftRow),
     Kind.ADVANCE: (REAL_ROW, DraftRow),
@@ -165,7 +165,7 @@ _ROW_TYPES: dict[Kind, tuple[struct.Struct, type[Row] | type[ChoiceRow] | type[D
 CONTROL_KINDS = frozenset({Kind.CANCEL, Kind.PROBE, Kind.STATUS, Kind.FAILED})
 
 
-def row_type(kind: Kind) -> type[Row] | type[ChoiceRow] | type[DraftRow] | type[SettingRow]:
+def row_type(kind: Kind) -> type[Row] | type[ResultRow] | type[DraftRow] | type[SettingRow]:
     """What the rows of a message of ``kind`` are; raises KeyError for a kind that has none."""
     return _ROW_TYPES[kind][1]
 
@@ -184,7 +184,7 @@ class Message(NamedTuple):
     epoch: int = 0
     txn: int = 0
     run: int = 0
-    ops: tuple[CellOp, ...] = ()
+    ops: tuple[SlotOp, ...] = ()
     rows: tuple[AnyRow, ...] = ()
     payload_nbytes: int = 0
     work_us: int = 0
@@ -248,7 +248,7 @@ def decode(data: bytes | memoryview) -> Message:
         flag_bits = Flag(flags)
         rows_at = HEADER.size + OP.size * op_count
         ops = tuple(
-            CellOp(CellOpKind(code), slot, cells, position)
+            SlotOp(SlotOpKind(code), slot, cells, position)
             for code, cells, slot, position, _ in OP.iter_unpack(data[HEADER.size : rows_at])
         )
         rows: tuple[AnyRow, ...] = ()

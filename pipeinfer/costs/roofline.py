@@ -50,7 +50,7 @@ class ModelCosts:
 
     def _attention_s(self, rows: int, context: int) -> float:
         shape = self.shape
-        nbytes = context * shape.cell_nbytes
+        nbytes = context * shape.slot_nbytes
         if self._arithmetic.attention is not None:
             return self._arithmetic.attention.seconds(nbytes, rows * shape.heads // shape.kv_heads)
         flops = 4 * rows * context * shape.heads * shape.head_dim
@@ -83,13 +83,13 @@ class Costs:
         """Bytes that go from one stage to the next."""
         return rows * self.target.shape.row_nbytes
 
-    def cells_nbytes(self, layers: int, cells: int) -> int:
+    def slots_nbytes(self, layers: int, cells: int) -> int:
         """Bytes of ``cells`` cells of ``layers`` layers: a rank's keys and values, or a run's partition of them."""
-        return round(layers * cells * self.target.shape.cell_nbytes)
+        return round(layers * cells * self.target.shape.slot_nbytes)
 
     def stage_nbytes(self, layers: int, cells: int, ends: int = 0) -> int:
         """Bytes that a stage of ``layers`` layers and ``cells`` cells holds. ``ends``: how many matrices of the size of
         the output head it has beside them: 1 for the first stage (its embedding) and for the last."""
         shape = self.target.shape
         weights = layers * shape.layer_numel + ends * shape.head_numel
-        return round(shape.nbytes(weights)) + self.cells_nbytes(layers, cells)
+        return round(shape.nbytes(weights)) + self.slots_nbytes(layers, cells)

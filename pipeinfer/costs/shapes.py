@@ -19,7 +19,7 @@ DTYPE_NBYTES = {"fp32": 4, "bf16": 2}
 @dataclass(frozen=True, slots=True)
 class Shape:
     """A decoder's sizes. ``gated``: its MLP has three matrices, not two. ``tied``: the head is the embedding.
-    ``weight_bits``: of a weight as stored, on average. ``dtype``: of arithmetic and activations. ``cell_bits``: of a
+    ``weight_bits``: of a weight as stored, on average. ``dtype``: of arithmetic and activations. ``slot_bits``: of a
     number in a cell of keys and values."""
 
     name: str
@@ -34,7 +34,7 @@ class Shape:
     tied: bool
     weight_bits: float
     dtype: str
-    cell_bits: float
+    slot_bits: float
 
     @property
     def layer_numel(self) -> int:
@@ -58,9 +58,9 @@ class Shape:
         return self.head_numel / self.layer_numel
 
     @property
-    def cell_nbytes(self) -> float:
+    def slot_nbytes(self) -> float:
         """Bytes of one position's keys and values in one layer."""
-        return 2 * self.kv_heads * self.head_dim * self.cell_bits / 8
+        return 2 * self.kv_heads * self.head_dim * self.slot_bits / 8
 
     @property
     def row_nbytes(self) -> int:
@@ -79,7 +79,7 @@ class Shape:
     def held_in(self, dtype: str) -> Shape:
         """The same model with weights and cells in ``dtype``."""
         bits = 8.0 * DTYPE_NBYTES[dtype]
-        return replace(self, dtype=dtype, weight_bits=bits, cell_bits=bits)
+        return replace(self, dtype=dtype, weight_bits=bits, slot_bits=bits)
 
 
 def read_shape(name: str) -> Shape:
@@ -110,7 +110,7 @@ def read_shape(name: str) -> Shape:
         tied=shape.flag("tied"),
         weight_bits=weights.number("bits"),
         dtype=arithmetic.text("dtype", DTYPES),
-        cell_bits=cells.number("bits"),
+        slot_bits=cells.number("bits"),
     )
 
 
@@ -129,5 +129,5 @@ def of_spec(spec: ModelSpec, name: str) -> Shape:
         tied=spec.tied,
         weight_bits=32.0,
         dtype="fp32",
-        cell_bits=32.0,
+        slot_bits=32.0,
     )

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeinfer.core.errors import NotFiniteError, UserError
 from pipeinfer.core.metrics import measure
-from pipeinfer.core.ports import Request, Tally
+from pipeinfer.core.ports import Request, RequestStats
 
 if TYPE_CHECKING:
-    from launch.requests import Hear, News
+    from launch.requests import Hear, RequestOutput
     from pipeinfer.text import Reader
 
 
@@ -84,26 +84,26 @@ class Handle:
         request: Request,
         reader: Reader,
         completion: Completion,
-        watch: Callable[[News], None] | None = None,
+        watch: Callable[[RequestOutput], None] | None = None,
     ) -> None:
         self.completion = completion
         self._job = job
         self._reader = reader
         self._watch = watch
         self._news = threading.Condition()
-        self._pieces: deque[tuple[str, News]] = deque()
+        self._pieces: deque[tuple[str, RequestOutput]] = deque()
         self._listeners: list[Callable[[], object]] = []
         self._takers = 0  # threads that wait for the next piece
         self._submitted_at: float | None = None
         self._emitted_at: list[tuple[float, int]] = []
-        self._tally: Tally | None = None
+        self._tally: RequestStats | None = None
         self._error: BaseException | None = None
         self._is_over = False
         self._number = job.submit(request, self._hear)
 
     # On the thread that drives the job.
 
-    def _hear(self, news: News) -> None:
+    def _hear(self, news: RequestOutput) -> None:
         """Take the job's news; never waits."""
         with self._news:
             if self._is_over:
@@ -120,7 +120,7 @@ class Handle:
         for listener in listeners:
             listener()
 
-    def _read(self, news: News) -> str:
+    def _read(self, news: RequestOutput) -> str:
         if self._submitted_at is None:
             self._submitted_at = news.at_s
         piece, completion = "", self.completion
@@ -131,13 +131,13 @@ class Handle:
             self._emitted_at.append((news.at_s, count))
             if self._reader.is_stopped:
                 self._job.cancel(news.number)
-        self._tally = news.tally or self._tally
+        self._tally = news.stats or self._tally
         if news.error is not None:
             piece += self._end("error", news.error)
         elif news.fault is not None:
             piece += self._end("error", self._not_finite(news.fault))
-        elif news.tally is not None:
-            piece += self._end({"withdrawn": "cancelled"}.get(news.reason, news.reason))
+        elif news.stats is not None:
+            piece += self._end({"aborted": "cancelled"}.get(news.reason, news.reason))
         return piece
 
     def _end(self, reason: str, error: BaseException | None = None) -> str:
@@ -150,7 +150,7 @@ class Handle:
         if self._tally is not None:
             completion.calibrations = self._tally.calibrations
         if self._emitted_at:
-            completion.metrics = measure(self._submitted_at or 0.0, self._emitted_at, self._tally or Tally())
+            completion.metrics = measure(self._submitted_at or 0.0, self._emitted_at, self._tally or RequestStats())
         self._error, self._is_over = error, True
         return piece
 
@@ -205,7 +205,7 @@ class Handle:
     def _has_changed(self) -> bool:
         return bool(self._pieces) or self._is_over
 
-    def _take(self) -> tuple[str, News] | None:
+    def _take(self) -> tuple[str, RequestOutput] | None:
         """The next piece; None where there is none any more. Raises what has ended the answer."""
         if self._pieces:
             return self._pieces.popleft()

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from launch.job import Job
     from launch.mpi import World
     from launch.muster import Muster
-    from launch.requests import News
+    from launch.requests import RequestOutput
     from pipeinfer.text import Reader
 
 
@@ -183,7 +183,7 @@ class Engine:
         chat: bool = False,
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
-        watch: Callable[[News], None] | None = None,
+        watch: Callable[[RequestOutput], None] | None = None,
     ) -> Handle:
         """Have ``prompt`` (text, or token ids) decoded; from any thread. Requests queue in the order they come in.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pipeinfer.core.errors import RemoteProtocolError
-from pipeinfer.core.protocol import ChoiceRow, Message, Row, fault_layer
+from pipeinfer.core.protocol import Message, ResultRow, Row, fault_layer
 from speculation.trees.tree import Node
 
 
@@ -27,7 +27,7 @@ class Run:
     def hear(self, message: Message) -> int | None:
         """Take the RESULT of this run, not skipped: its nodes learn what the target says after them. Of a prompt's run,
         the layer whose numbers are not finite, if any. Raises RemoteProtocolError where a living row is missing."""
-        choices: dict[int | None, ChoiceRow] = {row.slot: row for row in message.rows_as(ChoiceRow)}
+        choices: dict[int | None, ResultRow] = {row.slot: row for row in message.rows_as(ResultRow)}
         for node in self.nodes:
             choice = choices.get(node.slot)
             if choice is not None:

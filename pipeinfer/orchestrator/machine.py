@@ -26,10 +26,11 @@ from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
-from kvbuffers.partitions import Partitions
+from kvbuffers.slot_allocator import SlotAllocator
 from pipeinfer.core.errors import LocalProtocolError, RankFailed, RemoteProtocolError
 from pipeinfer.core.ports import (
     GREEDY,
+    Aborted,
     Closed,
     Command,
     Emit,
@@ -39,13 +40,12 @@ from pipeinfer.core.ports import (
     Idle,
     Note,
     Received,
+    RequestStats,
     Send,
     Stalled,
     Started,
     Submitted,
-    Tally,
     Wake,
-    Withdrawn,
     Woke,
 )
 from pipeinfer.core.protocol import (
@@ -54,13 +54,13 @@ from pipeinfer.core.protocol import (
     NO_SLOT,
     ORCHESTRATOR,
     AnyRow,
-    CellOp,
     Edges,
     Flag,
     Kind,
     Message,
     Row,
     SettingRow,
+    SlotOp,
     address_name,
 )
 from pipeinfer.orchestrator.flight import Flight, Run
@@ -89,7 +89,7 @@ class Orchestrator:
         policy: Policy,
         context: int,
         digest: int = 0,
-        guess_cells: int | None = None,
+        guess_slots: int | None = None,
         calibrations: Mapping[str, Mapping[str, Any]] | None = None,
         placement: Placement = "spread",
     ) -> None:
@@ -98,7 +98,7 @@ class Orchestrator:
         self._policy = policy
         self._window = policy.most_runs(stages)
         self._edges = Edges(ORCHESTRATOR)
-        self._ledger = Partitions(context, policy.most_guesses(stages) if guess_cells is None else guess_cells)
+        self._ledger = SlotAllocator(context, policy.most_guesses(stages) if guess_slots is None else guess_slots)
         self._schedule = make_schedule(policy, placement)
         self._sources = Sources(self.roster.drafters, policy, context, self._send, calibrations or {})
         self._sampling = GREEDY
@@ -120,8 +120,8 @@ class Orchestrator:
             return self._receive(event.message)
         if isinstance(event, Submitted):
             return self._submit(event)
-        if isinstance(event, Withdrawn):
-            return self._withdraw(event.number)
+        if isinstance(event, Aborted):
+            return self._abort(event.number)
         if isinstance(event, Closed):
             return self._close()
         if isinstance(event, Stalled):
@@ -133,9 +133,9 @@ class Orchestrator:
         raise LocalProtocolError(f"the orchestrator cannot handle {type(event).__name__}")
 
     @property
-    def pulse(self) -> tuple[int, int]:
+    def load(self) -> tuple[int, int]:
         """How many runs are in flight, and how many corrections the request being served has had."""
-        return len(self._flight), self._session.tally.corrections if self._session else 0
+        return len(self._flight), self._session.stats.corrections if self._session else 0
 
     def status(self) -> str:
         """One line for a person who asks why nothing moves."""
@@ -211,19 +211,19 @@ class Orchestrator:
         commands += self._sources.open(request, session.number, session.tree, session.last_position)
         return commands + self._proceed()
 
-    def _withdraw(self, number: int) -> list[Command]:
+    def _abort(self, number: int) -> list[Command]:
         if self._waiting.remove(number):
-            return [Finish("withdrawn", number), Idle(Tally(), number)]
+            return [Finish("aborted", number), Idle(RequestStats(), number)]
         session = self._session
         if session is None or session.is_over or session.caller_number != number:
             return []
-        return self._finish(session, "withdrawn") + self._proceed()
+        return self._finish(session, "aborted") + self._proceed()
 
     def _close(self) -> list[Command]:
         self._is_closed = True
-        commands = [command for number in self._waiting.numbers for command in self._withdraw(number)]
+        commands = [command for number in self._waiting.numbers for command in self._abort(number)]
         if self._session is not None:
-            return commands + self._withdraw(self._session.caller_number)
+            return commands + self._abort(self._session.caller_number)
         return commands + self._open()
 
     def _finish(self, session: Session, reason: str, fault: int | None = None) -> list[Command]:
@@ -241,8 +241,8 @@ class Orchestrator:
         if session is None or not session.is_over or self._flight:
             return []
         self._session = None
-        self._sources.account(session.tally)
-        return [Idle(session.tally, session.caller_number), *self._open()]
+        self._sources.account(session.stats)
+        return [Idle(session.stats, session.caller_number), *self._open()]
 
     # Runs leave.
 
@@ -267,7 +267,7 @@ class Orchestrator:
             self._ledger.room(),
             self._now,
         )
-        if self._deferred and (session.is_over or not self._schedule.is_deaf(situation)):
+        if self._deferred and (session.is_over or not self._schedule.defers_results(situation)):
             return self._result(self._deferred.popleft(), session)
         if session.is_over or self.roster.awaited:
             return None
@@ -296,7 +296,7 @@ class Orchestrator:
             flags = Flag.CANONICAL | Flag.LAST
             session.tree.root.run, session.tree.root.slot = run.number, rows[-1].slot
             run.nodes = [session.tree.root]
-        session.tally.prefill_runs += 1
+        session.stats.prefill_runs += 1
         return self._send_run(run, ops, rows, flags)
 
     def _launch(self, session: Session, launch: Launch) -> Send:
@@ -311,9 +311,9 @@ class Orchestrator:
                 self._ledger.commit(slot)  # it is accepted already
         rows = [node.row(slot) for node, slot in zip([*run.nodes, *run.copies], slots, strict=True)]
         self._ledger.release(*slots[len(run.nodes) :])  # nobody will ever look at a copy
-        session.tally.runs += 1
-        session.tally.rows += len(rows)
-        session.tally.drafted += len(run.nodes) - run.carries_root
+        session.stats.runs += 1
+        session.stats.rows += len(rows)
+        session.stats.drafted += len(run.nodes) - run.carries_root
         return self._send_run(run, ops, sorted(rows, key=attrgetter("position")), Flag.NONE)
 
     # Results come back.
@@ -321,9 +321,9 @@ class Orchestrator:
     def _result(self, message: Message, session: Session) -> list[Command]:
         run = self._flight.land(message.run)
         if Flag.TOMBSTONE in message.flags:
-            session.tally.tombstones += 1
+            session.stats.tombstones += 1
             if run.cancelled_at is not None:
-                session.tally.cancel_s += self._now - run.cancelled_at
+                session.stats.cancel_s += self._now - run.cancelled_at
         elif not run.is_prefill:
             trip_s = self._now - run.launched_at
             rows = len(run.nodes) + len(run.copies)
@@ -333,22 +333,23 @@ class Orchestrator:
         if session.is_over:
             return self._settle()
         if not run.is_prefill:
-            session.tally.busy_s += 1e-6 * message.work_us / len(self._stages)
+            session.stats.busy_s += 1e-6 * message.work_us / len(self._stages)
         fault = run.hear(message)
-        return self._accept(session) if fault is None else self._finish(session, "error", fault)
+        return self._accept(session, run) if fault is None else self._finish(session, "error", fault)
 
-    def _accept(self, session: Session) -> list[Command]:
+    def _accept(self, session: Session, run: Run) -> list[Command]:
         left = session.request.max_new_tokens - session.emitted
         outcome = accept(session.tree, left, session.request.stop_tokens, self._sources.judged)
         if not outcome.accepted:
             return [] if outcome.fault is None else self._finish(session, "error", outcome.fault)
         session.emitted += len(outcome.accepted)
+        session.stats.verifications += not run.is_prefill
         for node in outcome.accepted:
             if node.slot is None:
                 self._epoch += 1
-                session.tally.corrections += 1
+                session.stats.corrections += 1
             else:
-                session.tally.accepted += 1
+                session.stats.accepted += 1
                 self._ledger.commit(node.slot)
         tokens = tuple(node.token for node in outcome.accepted)
         commands: list[Command] = [Emit(tokens, tuple(outcome.logps), session.caller_number)]
@@ -370,7 +371,7 @@ class Orchestrator:
         """Advise the stages to skip ``runs``, and ``rows`` of others."""
         for run in runs:
             run.cancelled_at = self._now
-        session.tally.cancelled_runs += sum(not run.is_prefill for run in runs)
+        session.stats.cancelled_runs += sum(not run.is_prefill for run in runs)
         advice = (*(Row(0, run.number, NO_SLOT, 0) for run in runs), *rows)
         if not advice or self._policy.cancel == "off":
             return []
@@ -388,7 +389,7 @@ class Orchestrator:
         txn = self._edges.stamp(dest)
         return Send(Message(kind, ORCHESTRATOR, dest, flags, self._requests, self._epoch, txn, run, (), rows))
 
-    def _send_run(self, run: Run, ops: tuple[CellOp, ...], rows: list[Row], flags: Flag) -> Send:
+    def _send_run(self, run: Run, ops: tuple[SlotOp, ...], rows: list[Row], flags: Flag) -> Send:
         self._credits -= 1
         txn = self._edges.stamp(FIRST_STAGE)
         message = Message(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pipeinfer.core.errors import LocalProtocolError
-from pipeinfer.core.ports import Request, Submitted, Tally
+from pipeinfer.core.ports import Request, RequestStats, Submitted
 from speculation.trees.tree import Tree
 
 
@@ -19,7 +19,7 @@ class Session:
     caller_number: int
     number: int
     tree: Tree
-    tally: Tally = field(default_factory=Tally)
+    stats: RequestStats = field(default_factory=RequestStats)
     prefilled: int = 0
     emitted: int = 0
     is_over: bool = False

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeinfer.core.ports import Request, Send, Tally
+from pipeinfer.core.ports import Request, RequestStats, Send
 from pipeinfer.core.protocol import (
     MAX_ROWS,
     AnyRow,
@@ -72,7 +72,7 @@ class Sources:
         self._policy = policy
         self._say = say
         self._served: _Served | None = None
-        self._lookup = Lookup(most_tokens=context) if policy.lookup else None
+        self._lookup = Lookup(most_tokens=context) if policy.prompt_lookup else None
         self.calibrations = {
             source: Calibration.from_words(calibrations[name]) if name in calibrations else Calibration()
             for source, name in ((source, source_name(source)) for source in (LOOKUP, *drafters))
@@ -82,7 +82,7 @@ class Sources:
 
     def most_nodes(self) -> int:
         """A bound on the living nodes of the tree."""
-        return 1 + max(1, len(self._drafters)) * self._policy.most_nodes() + 4 * self._policy.lookup
+        return 1 + max(1, len(self._drafters)) * self._policy.most_nodes() + 4 * self._policy.prompt_lookup
 
     def open(self, request: Request, number: int, tree: Tree, last_position: int) -> list[Send]:
         """A new request: its words for the drafters. No guess beyond ``last_position`` is of use."""
@@ -124,7 +124,7 @@ class Sources:
             self._served.awaited, self._served.found = set(self._drafters), []
             self._look_up(self._served)  # what was thrown away for this order is guessed again
         flags = Flag.RESTART if order.restart else Flag.NONE
-        rows = (SettingRow(0, order.passes, order.leaves, order.cutoff),)
+        rows = (SettingRow(0, order.passes, order.draft_batch, order.cutoff),)
         return [self._say(Kind.ORDER, drafter, flags, 0, rows) for drafter in self._drafters]
 
     def grow(self, message: Message) -> list[Node] | None:
@@ -205,17 +205,17 @@ class Sources:
             return
         node: Node | None = served.tree.root
         calibration = self._calibration(LOOKUP)
-        for token, rank in self._lookup.propose(self._policy.lookup):
+        for token, rank in self._lookup.propose(self._policy.prompt_lookup):
             if node is None or node.position >= served.last_position or token in served.request.stop_tokens:
                 break
             logp = calibration.logp(rank, CLAIMS[rank]) if calibration else CLAIMS[rank]
             node = served.tree.add(node, token, logp, LOOKUP, rank, CLAIMS[rank])
 
-    def account(self, tally: Tally) -> None:
+    def account(self, stats: RequestStats) -> None:
         """Write down how good the guesses' probabilities were, and what was learnt of them."""
-        tally.judged = sum(row.events for row in self.claimed.rows())
-        tally.claimed_error, tally.believed_error = self.claimed.error(), self.believed.error()
-        tally.calibrations = {
+        stats.judged = sum(row.events for row in self.claimed.rows())
+        stats.claimed_error, stats.believed_error = self.claimed.error(), self.believed.error()
+        stats.calibrations = {
             source_name(source): calibration.to_words()
             for source, calibration in self.calibrations.items()
             if calibration.outcomes

@@ -47,10 +47,10 @@ def assign(ranks: int, layers: int, drafters: int, head_cost: float = 0.0) -> Pl
             f"{ranks} ranks make {stages} stages, but the target has {layers} layers",
             f"use at most {layers + drafters} ranks",
         )
-    return seat(split_layers(layers, stages, head_cost), drafters, is_alone=ranks == 1)
+    return place(split_layers(layers, stages, head_cost), drafters, is_alone=ranks == 1)
 
 
-def seat(shares: Sequence[range], drafters: int, is_alone: bool = False) -> Plan:
+def place(shares: Sequence[range], drafters: int, is_alone: bool = False) -> Plan:
     """The plan of stages with these ``shares`` of the layers and so many drafters; see assign."""
     stage_roles = [Role(stage_address(index), share) for index, share in enumerate(shares)]
     drafter_roles = [Role(drafter_address(index)) for index in range(drafters)]
@@ -61,7 +61,7 @@ def seat(shares: Sequence[range], drafters: int, is_alone: bool = False) -> Plan
     return ((Role(ORCHESTRATOR), *beside), *((role,) for role in others))
 
 
-def homes(plan: Plan) -> dict[int, int]:
+def rank_of_role(plan: Plan) -> dict[int, int]:
     """The rank of every role, by address."""
     return {role.address: rank for rank, roles in enumerate(plan) for role in roles}
 

@@ -16,7 +16,6 @@ from typing import Protocol
 from pipeinfer.core.errors import LocalProtocolError
 from pipeinfer.core.ports import (
     Abandon,
-    Choice,
     Command,
     Compute,
     Computed,
@@ -29,6 +28,7 @@ from pipeinfer.core.ports import (
     Note,
     Payload,
     Received,
+    SampledToken,
     Send,
     ShardModel,
     Wake,
@@ -45,7 +45,7 @@ class Outlet(Protocol):
         ...
 
     def tell(self, command: Emit | Finish | Idle, now: float) -> None:
-        """News for whoever submitted the request."""
+        """Outputs for whoever submitted the request."""
         ...
 
 
@@ -185,9 +185,9 @@ class Executor:
 
     def _outcome(
         self, compute: Compute, shard: ShardModel, hidden: Payload
-    ) -> tuple[Payload | None, list[list[Choice]] | None]:
+    ) -> tuple[Payload | None, list[list[SampledToken]] | None]:
         if compute.choices:
-            return None, shard.choose(hidden, compute.rows, compute.choices, compute.draw)
+            return None, shard.sample(hidden, compute.rows, compute.choices, compute.draw)
         if compute.rows:
             raise LocalProtocolError("a computation wants choices after its rows, but no number of them")
         return hidden, None

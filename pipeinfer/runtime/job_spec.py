@@ -16,10 +16,10 @@ from stages.stage.machine import Stage
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
+class JobSpec:
     """Who plays: ``stages`` stages and ``drafters`` drafters, by ``policy``, for requests of up to ``context`` tokens.
 
-    ``digest``: what ranks compare at HELLO. ``guess_cells``: cells for guesses in flight, if fewer than the policy
+    ``digest``: what ranks compare at HELLO. ``guess_slots``: cells for guesses in flight, if fewer than the policy
     wants. ``calibrations``: what is known of each source's probabilities.
     ``placement``: what processors the roles have. ``draft_contexts``: of each drafter the positions that its model was
     made for, 0 for any number; empty if none has a limit."""
@@ -29,7 +29,7 @@ class Cast:
     policy: Policy
     context: int
     digest: int = 0
-    guess_cells: int | None = None
+    guess_slots: int | None = None
     calibrations: dict[str, dict[str, Any]] = field(default_factory=dict)
     placement: Placement = "spread"
     draft_contexts: tuple[int, ...] = ()
@@ -39,7 +39,7 @@ class Cast:
             raise ValueError(f"placement must be {', '.join(PLACEMENTS)}, not {self.placement!r}")
 
     @classmethod
-    def of(cls, numbers: Mapping[str, Any]) -> Cast:
+    def of(cls, numbers: Mapping[str, Any]) -> JobSpec:
         """What ``numbers`` made, JSON in between or not. Raises TypeError or ValueError for what they cannot be."""
         contexts = tuple(numbers.get("draft_contexts", ()))
         return cls(**{**numbers, "policy": Policy(**numbers["policy"]), "draft_contexts": contexts})
@@ -63,7 +63,7 @@ class Cast:
     def cells(self) -> tuple[int, int]:
         """Cells of every stage: for accepted tokens, and for guesses in flight."""
         guesses = self.policy.most_guesses(self.stages)
-        return self.context, guesses if self.guess_cells is None else min(guesses, self.guess_cells)
+        return self.context, guesses if self.guess_slots is None else min(guesses, self.guess_slots)
 
     def machine(self, address: int) -> Machine:
         """The brain of the role at ``address``, as it is before anything has happened."""
@@ -77,5 +77,5 @@ class Cast:
             return Drafter(address, self.policy, self.context, self.digest, positions)
         # Where one stage is all, its result is the best there is to know for the next run.
         result_first = self.policy.schedule == "continuous" and self.stages == 1
-        credits_early = self.policy.schedule != "frontier" and not result_first
+        credits_early = self.policy.schedule != "pipeinfer" and not result_first
         return Stage(address, self.stages, sum(self.cells), self.window, self.digest, credits_early, result_first)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from pipeinfer.core.errors import refuse
 from pipeinfer.core.ports import Compute, Computed, Emit, Event, Halt, Idle, Received, Request, Send, Submitted
-from pipeinfer.core.protocol import FIRST_DRAFTER, ORCHESTRATOR, CellOpKind, Flag, Kind, Message, Row
+from pipeinfer.core.protocol import FIRST_DRAFTER, ORCHESTRATOR, Flag, Kind, Message, Row, SlotOpKind
 from pipeinfer.runtime.trace import Header, Trace, in_order
 
 
@@ -274,7 +274,7 @@ class _Worth:
         for op in message.ops:
             for slot in range(op.slot, op.slot + op.cells):
                 launched = self._undecided.pop(slot, None)
-                if launched and op.kind is CellOpKind.COMMIT:
+                if launched and op.kind is SlotOpKind.COMMIT:
                     self._accept(*launched)
         if message.flags & Flag.CANONICAL:
             self.prefills.add(message.run)

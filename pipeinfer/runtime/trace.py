@@ -37,21 +37,21 @@ from pipeinfer.core.ports import (
     Command,
     Compute,
     Computed,
-    Draw,
     Emit,
     Event,
     Idle,
     Note,
     Received,
     Request,
+    RequestStats,
     Sampling,
+    SamplingInputs,
     Send,
     Submitted,
-    Tally,
 )
-from pipeinfer.core.protocol import VERSION, CellOp, CellOpKind, Flag, Kind, Message, row_type
+from pipeinfer.core.protocol import VERSION, Flag, Kind, Message, SlotOp, SlotOpKind, row_type
 
-FORMAT = 3
+FORMAT = 4
 MARK = "pipeinfer_trace"
 TENSOR = "a tensor"
 """Stands for activations, which are not stored."""
@@ -74,7 +74,7 @@ class Step:
 @dataclass(frozen=True, slots=True)
 class Header:
     """Whose trace it is. ``roles``: the addresses that play on ``rank`` of ``ranks``; ``layers``: of its stage, first
-    and one past the last. ``cast``: the numbers of a Cast (job_spec.py), ``config``: the words of a Config.
+    and one past the last. ``cast``: the numbers of a JobSpec (job_spec.py), ``config``: the words of a Config.
     ``wall_s``: what has to be added to a time of this trace for seconds of the Unix epoch."""
 
     rank: int
@@ -136,13 +136,13 @@ def _batch_form(batch: Batch) -> tuple[Any, ...]:
     return batch.tokens.tolist(), batch.positions.tolist(), batch.slots.tolist(), (*batch.visible.shape, bits)
 
 
-def _draw_form(draw: Draw) -> tuple[Any, ...]:
+def _draw_form(draw: SamplingInputs) -> tuple[Any, ...]:
     return draw.sampling, draw.positions.tolist(), [_packed(tokens.tobytes()) for tokens in draw.seen], draw.is_guess
 
 
 _FORMS: dict[type, Callable[[Any], Any]] = {kind: _named(kind) for kind in (*get_args(Event), *get_args(Command))}
-_FORMS |= {kind: _all_fields(kind) for kind in (Request, Sampling, Tally)}
-_FORMS |= {Batch: _batch_form, Draw: _draw_form}
+_FORMS |= {kind: _all_fields(kind) for kind in (Request, Sampling, RequestStats)}
+_FORMS |= {Batch: _batch_form, SamplingInputs: _draw_form}
 _ENCODER = json.JSONEncoder(separators=(",", ":"), check_circular=False, default=_form)
 
 
@@ -253,7 +253,7 @@ _MESSAGE = _maker(
     Message,
     kind=Kind,
     flags=Flag,
-    ops=lambda stored: tuple(CellOp(CellOpKind(kind), *rest) for kind, *rest in stored),
+    ops=lambda stored: tuple(SlotOp(SlotOpKind(kind), *rest) for kind, *rest in stored),
 )
 _SAMPLING = _maker(Sampling)
 _READERS: dict[type, dict[str, Callable[[Any], Any]]] = {
@@ -271,14 +271,14 @@ _READERS: dict[type, dict[str, Callable[[Any], Any]]] = {
         "keep": tuple,
         "rows": tuple,
         "draw": _maker(
-            Draw,
+            SamplingInputs,
             sampling=_SAMPLING,
             positions=_integers,
             seen=lambda stored: tuple(np.frombuffer(_unpacked(tokens), np.int64) for tokens in stored),
         ),
     },
     Emit: {"tokens": tuple, "logps": tuple},
-    Idle: {"tally": _maker(Tally)},
+    Idle: {"stats": _maker(RequestStats)},
 }
 _EVENTS = {kind.__name__: _maker(kind, **_READERS.get(kind, {})) for kind in get_args(Event)}
 _COMMANDS = {kind.__name__: _maker(kind, **_READERS.get(kind, {})) for kind in get_args(Command)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvbuffers.partitions import Partitions
+from kvbuffers.slot_allocator import SlotAllocator
 from pipeinfer.core.ports import Command, Compute, Event, Machine, Send
 from pipeinfer.core.protocol import (
     FIRST_DRAFTER,
@@ -14,8 +14,8 @@ from pipeinfer.core.protocol import (
     address_name,
 )
 from pipeinfer.orchestrator.machine import RUNS_AHEAD, Orchestrator
-from pipeinfer.sim.chronicle import LawBroken
-from pipeinfer.sim.world import Witness, World, WorldSpec
+from pipeinfer.sim.history import InvariantBroken
+from pipeinfer.sim.world import Checker, World, WorldSpec
 from speculation.drafter.machine import Drafter
 from speculation.trees.tree import SLACK, Tree, descendants
 from stages.stage.machine import Stage
@@ -24,7 +24,7 @@ STRIDE = 16
 """Trees are counted at every so many events of a role, and when a request is idle."""
 
 
-class Bounds(Witness):
+class Bounds(Checker):
     """L8."""
 
     def __init__(self, spec: WorldSpec) -> None:
@@ -32,13 +32,13 @@ class Bounds(Witness):
         self._count = 0
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
-        """See Witness."""
+        """See Checker."""
         self._count += 1
         if self._count % STRIDE == 0:
             self._count_nodes(world.machine(address))
         for what, value, most in _bounds(world.machine(address), self.spec):
             if not 0 <= value <= most:
-                raise LawBroken(f"L8: {what} of {address_name(address)}: {value}, the bound is {most}")
+                raise InvariantBroken(f"L8: {what} of {address_name(address)}: {value}, the bound is {most}")
         self._check_positions(address, commands)
         self._check_host(world, address)
         self._check_rows(world.orchestrator, commands)
@@ -48,7 +48,7 @@ class Bounds(Witness):
         session = machine._session if isinstance(machine, Orchestrator) else None
         tree = session.tree if session else machine._tree if isinstance(machine, Drafter) else None
         if tree is not None and tree.size != 1 + len(descendants(tree.root)):
-            raise LawBroken(f"L8: the tree of {address_name(machine.address)} is not of the size {tree.size}")
+            raise InvariantBroken(f"L8: the tree of {address_name(machine.address)} is not of the size {tree.size}")
 
     def _check_rows(self, machine: Orchestrator, commands: list[Command]) -> None:
         """A row is of use up to the last position whose choice may be emitted."""
@@ -60,14 +60,18 @@ class Bounds(Witness):
             if isinstance(command, Send) and command.message.kind is Kind.RUN:
                 position = max((row.position for row in command.message.rows_as(Row)), default=0)
                 if position > last:
-                    raise LawBroken(f"L8: run {command.message.run} has a row at {position}, the last of use is {last}")
+                    raise InvariantBroken(
+                        f"L8: run {command.message.run} has a row at {position}, the last of use is {last}"
+                    )
 
     def _check_positions(self, address: int, commands: list[Command]) -> None:
         """A draft evaluates nothing beyond the positions that it was made for."""
         limits = dict(enumerate(self.spec.draft_contexts, FIRST_DRAFTER))
         for command in commands if limits.get(address) else ():
             if isinstance(command, Compute) and command.batch.positions.max() >= limits[address]:
-                raise LawBroken(f"L8: {address_name(address)} is made for {limits[address]} positions: {command.batch}")
+                raise InvariantBroken(
+                    f"L8: {address_name(address)} is made for {limits[address]} positions: {command.batch}"
+                )
 
     def _check_host(self, world: World, address: int) -> None:
         """What waits on a rank: a few local words, and messages that came during a layer. A stage has at most a window
@@ -77,7 +81,9 @@ class Bounds(Witness):
         if self.spec.placement == "alone":  # what one event says to all, and the runs that it lets go
             most += self.spec.stages + 3 * self.spec.drafters + self.spec.policy.most_runs(self.spec.stages)
         if waiting > most:
-            raise LawBroken(f"L8: {waiting} events wait in the rank of {address_name(address)}, the bound is {most}")
+            raise InvariantBroken(
+                f"L8: {waiting} events wait in the rank of {address_name(address)}, the bound is {most}"
+            )
         if not host.inbox:
             return
         runs = sum(event.message.kind is Kind.RUN for event in host.inbox)
@@ -85,7 +91,9 @@ class Bounds(Witness):
         window = self.spec.policy.most_runs(self.spec.stages)
         most = 2 * window + self.spec.stages + len(self.spec.requests) * (self.spec.context + 2)
         if runs > window or others > most:
-            raise LawBroken(f"L8: {runs} runs and {others} other messages wait at the rank of {address_name(address)}")
+            raise InvariantBroken(
+                f"L8: {runs} runs and {others} other messages wait at the rank of {address_name(address)}"
+            )
 
 
 Limit = tuple[str, int, int]
@@ -100,10 +108,10 @@ def _bounds(machine: Machine, spec: WorldSpec) -> Iterator[Limit]:
 def _tree_bounds(tree: Tree) -> Iterator[Limit]:
     yield "tree", tree.size, tree.max_nodes
     # A living node is pushed once; entries of the dead are swept when an advance finds too many.
-    yield "frontier", len(tree._frontier), SLACK + 2 * tree.max_nodes + 1
+    yield "pipeinfer", len(tree._frontier), SLACK + 2 * tree.max_nodes + 1
 
 
-def _ledger_bounds(ledger: Partitions) -> Iterator[Limit]:
+def _ledger_bounds(ledger: SlotAllocator) -> Iterator[Limit]:
     yield "leased cells", len(ledger._leased), ledger.speculative
     yield "cell operations", len(ledger._ops) + len(ledger._released), min(MAX_OPS, ledger.capacity + 1)
 
@@ -120,7 +128,9 @@ def _orchestrator_bounds(machine: Orchestrator, spec: WorldSpec) -> Iterator[Lim
     yield from _tree_bounds(session.tree)
     yield "tokens emitted", session.emitted, session.request.max_new_tokens
     # Swept with the nodes that come; between two such messages an accepted token may get a second name.
-    most = SLACK + 2 * session.tree.max_nodes + spec.policy.leaves * spec.policy.width + session.request.max_new_tokens
+    most = (
+        SLACK + 2 * session.tree.max_nodes + spec.policy.draft_batch * spec.policy.topk + session.request.max_new_tokens
+    )
     for names in machine._sources.names:
         yield "names", names, most
     yield "deferred results", len(machine._deferred), spec.policy.most_runs(spec.stages)
@@ -134,8 +144,8 @@ def _stage_bounds(stage: Stage) -> Iterator[Limit]:
 
 def _drafter_bounds(drafter: Machine, spec: WorldSpec) -> Iterator[Limit]:
     assert isinstance(drafter, Drafter)
-    yield "nodes ahead", len(drafter._ahead), spec.policy.lead
-    yield "batch", len(drafter._batch), spec.policy.leaves
+    yield "nodes ahead", len(drafter._ahead), spec.policy.max_ahead
+    yield "batch", len(drafter._batch), spec.policy.draft_batch
     yield "withheld", len(drafter._withheld), spec.policy.most_nodes()
     yield "prompt", len(drafter._prompt), spec.context
     yield from _ledger_bounds(drafter._ledger)

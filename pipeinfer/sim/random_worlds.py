@@ -24,19 +24,19 @@ from typing import Any
 from pipeinfer.core.links import Link
 from pipeinfer.core.ports import GREEDY, Request, Sampling
 from pipeinfer.sim.bounds import Bounds
-from pipeinfer.sim.cell_laws import Cells, Replicas
-from pipeinfer.sim.chronicle import Chronicle, LawBroken
-from pipeinfer.sim.draft_laws import Guessed
-from pipeinfer.sim.laws import Advice, EndsOnce, Exact, Forced, InOrder, Lively
+from pipeinfer.sim.draft_invariants import Guessed
+from pipeinfer.sim.history import History, InvariantBroken
+from pipeinfer.sim.invariants import Advice, EndsOnce, Exact, Forced, InOrder, Lively
 from pipeinfer.sim.replay import Recorder, Wire, replay
-from pipeinfer.sim.schedule_laws import schedule_laws
-from pipeinfer.sim.world import Witness, World, WorldSpec
+from pipeinfer.sim.schedule_invariants import schedule_invariants
+from pipeinfer.sim.slot_invariants import Cells, Replicas
+from pipeinfer.sim.world import Checker, World, WorldSpec
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import PLACEMENTS
 from stages.models.emulated import EmulatedSpec, spread
 
 MOST_EVENTS = 200_000
-SCHEDULES = ("plain", "rounds", "frontier", "continuous")
+SCHEDULES = ("plain", "rounds", "pipeinfer", "continuous")
 MOST_FAILURES = 3
 CHUNK = 25
 """Worlds that a process takes at a time."""
@@ -69,9 +69,9 @@ def draw_world(rng: random.Random, seed: int, schedule: str = "") -> WorldSpec:
     need = max(len(request.prompt) + request.max_new_tokens for request in requests)
     policy = draw_policy(rng, schedule)
     if model.ranks[0] == 1.0 and rng.random() < 0.6:
-        policy = replace(policy, width=1)  # a draft that never guesses wrong: the law about it can say most there
+        policy = replace(policy, topk=1)  # a draft that never guesses wrong: the law about it can say most there
     equal = rng.random() < 0.5
-    few_cells = rng.choice((0, 1, 2, rng.randint(3, 12), rng.randint(3, 12)))
+    few_slots = rng.choice((0, 1, 2, rng.randint(3, 12), rng.randint(3, 12)))
     return WorldSpec(
         seed=seed,
         policy=policy,
@@ -85,7 +85,7 @@ def draw_world(rng: random.Random, seed: int, schedule: str = "") -> WorldSpec:
         placement=rng.choices(PLACEMENTS, (7, 2, 1))[0],
         drafter_beside_orchestrator=rng.random() < 0.5,
         drafters=rng.choice((0, 1, 1, 1, 1, 1, 2, 2, 3, 3)),
-        guess_cells=few_cells if rng.random() < 0.25 else None,
+        guess_slots=few_slots if rng.random() < 0.25 else None,
         silent_s=rng.uniform(1, 30) if policy.schedule == "continuous" and rng.random() < 0.1 else None,
         **_draw_user(rng, stages, len(requests), 0.15),
         **_draw_faults(rng, model),
@@ -97,7 +97,9 @@ def _busy_world(rng: random.Random, seed: int) -> WorldSpec:
     stages = rng.randint(3, 6)
     leaves = rng.randint(2, 4)
     width, reuse = rng.randint(2, 4), rng.random() < 0.8
-    policy = Policy("busy", rows=rng.randint(4, 8), width=width, leaves=leaves, lead=rng.randint(12, 24), reuse=reuse)
+    policy = Policy(
+        "busy", max_rows=rng.randint(4, 8), topk=width, draft_batch=leaves, max_ahead=rng.randint(12, 24), reuse=reuse
+    )
     ranks = rng.choice((spread(0.3, choices=4), spread(0.5, choices=3)))
     return WorldSpec(
         seed=seed,
@@ -114,15 +116,15 @@ def _busy_world(rng: random.Random, seed: int) -> WorldSpec:
 
 
 def _draw_user(rng: random.Random, stages: int, requests: int, share: float) -> dict[str, Any]:
-    """What the user does: in a ``share`` of the worlds withdraw one request at some moment, in others all of them."""
-    withdrawals: tuple[tuple[float, int], ...] = ((rng.uniform(0, 12 * stages), 0),) if rng.random() < share else ()
+    """What the user does: in a ``share`` of the worlds abort one request at some moment, in others all of them."""
+    aborts: tuple[tuple[float, int], ...] = ((rng.uniform(0, 12 * stages), 0),) if rng.random() < share else ()
     at_once = rng.random() < 0.5
     if requests > 1 and rng.random() < 0.5:
         most = rng.choice((1.0, 12.0 * stages, 60.0 * stages))
         chosen = rng.sample(range(requests), rng.randint(1, requests))
-        withdrawals = tuple((rng.uniform(0, most), number) for number in chosen)
+        aborts = tuple((rng.uniform(0, most), number) for number in chosen)
     closes_s = rng.uniform(0, 40 * stages) if rng.random() < 0.05 else None
-    return {"at_once": at_once, "withdrawals": withdrawals, "closes_s": closes_s}
+    return {"at_once": at_once, "aborts": aborts, "closes_s": closes_s}
 
 
 def _draw_faults(rng: random.Random, model: EmulatedSpec) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def _draw_request(rng: random.Random, vocab: int) -> Request:
 
 def draw_policy(rng: random.Random, schedule: str = "") -> Policy:
     """A policy drawn with ``rng``, of this ``schedule`` (``plain`` too) or any."""
-    schedule = schedule or rng.choices(("plain", "rounds", "frontier", "continuous"), (7, 12, 12, 69))[0]
+    schedule = schedule or rng.choices(("plain", "rounds", "pipeinfer", "continuous"), (7, 12, 12, 69))[0]
     chunk = rng.choice((1, 2, 7, 16, rng.randint(1, 64), 64))
     if schedule == "plain":
         return Policy("plain", speculate=False, window=rng.choice((0, 1, 3)), prefill_chunk=chunk)
@@ -165,32 +167,32 @@ def draw_policy(rng: random.Random, schedule: str = "") -> Policy:
     if schedule == "rounds":
         levels, width, leaves = rng.randint(1, 6), rng.randint(1, 4), rng.randint(1, 6)
         return Policy(
-            "rounds", schedule="rounds", levels=levels, rows=rng.randint(1, 10), width=width, leaves=leaves,
-            lead=rng.choice((0, 2, levels * leaves)), prefill_chunk=chunk, lookup=lookup,
+            "rounds", schedule="rounds", num_steps=levels, max_rows=rng.randint(1, 10), topk=width, draft_batch=leaves,
+            max_ahead=rng.choice((0, 2, levels * leaves)), prefill_chunk=chunk, prompt_lookup=lookup,
             calibrate=rng.random() < 0.3,
         )  # fmt: skip
-    if schedule == "frontier":
+    if schedule == "pipeinfer":
         return Policy(
-            "frontier", schedule="frontier", rows=rng.randint(1, 5), lead=rng.choice((0, 5, 64)),
+            "pipeinfer", schedule="pipeinfer", max_rows=rng.randint(1, 5), max_ahead=rng.choice((0, 5, 64)),
             window=rng.choice((0, 1, 2, 20)), p_accept=rng.choice((0.0, 0.1, 0.5, 0.9)),
             p_recovery=rng.choice((0.0, 0.4)), p_decay=rng.choice((0.0, 0.01, 0.2)),
             cancel=rng.choice(("relay", "direct", "off")), cancel_rows=rng.random() < 0.2, prefill_chunk=chunk,
         )  # fmt: skip
     return Policy(
         "random",
-        rows=rng.randint(1, 8),
-        width=rng.randint(1, 4),
-        leaves=rng.randint(1, 4),
-        lead=rng.choice((0, 1, 2, deep, deep, deep, deep, deep, deep)),
+        max_rows=rng.randint(1, 8),
+        topk=rng.randint(1, 4),
+        draft_batch=rng.randint(1, 4),
+        max_ahead=rng.choice((0, 1, 2, deep, deep, deep, deep, deep, deep)),
         window=rng.choice((0, 0, 0, 0, 0, 0, 1, 2, 3, 5)),
-        floor=rng.choice((0.0, 0.0, 0.0, 0.0, 0.0, 0.02, 0.02, 0.2, 1.0)),
+        min_path_prob=rng.choice((0.0, 0.0, 0.0, 0.0, 0.0, 0.02, 0.02, 0.2, 1.0)),
         cancel=rng.choice(("direct", "direct", "relay", "off")),
         cancel_rows=rng.random() < 0.8,
         reuse=rng.random() < 0.7,
         calibrate=rng.random() < 0.5,
         govern=rng.random() < 0.4,
-        hold=rng.random() < 0.7,
-        lookup=lookup,
+        launch_delay=rng.random() < 0.7,
+        prompt_lookup=lookup,
         prefill_chunk=chunk,
     )
 
@@ -205,28 +207,28 @@ def _draw_link(rng: random.Random) -> Link:
     )
 
 
-def every_law(spec: WorldSpec) -> tuple[Witness, ...]:
-    """A fresh witness for each law that one world can show; the chronicle, which the others read, comes first."""
-    story = Chronicle(spec)
+def every_invariant(spec: WorldSpec) -> tuple[Checker, ...]:
+    """A fresh checker for each law that one world can show; the history, which the others read, comes first."""
+    story = History(spec)
     readers = [law(story) for law in (Exact, EndsOnce, Cells, Replicas, InOrder, Advice, Forced, Guessed, Lively)]
-    return story, *readers, *schedule_laws(story), Bounds(spec), Wire()
+    return story, *readers, *schedule_invariants(story), Bounds(spec), Wire()
 
 
 def check_world(spec: WorldSpec, twin: bool = True) -> Report:
-    """Run ``spec`` under every law and replay it; raises what went wrong: LawBroken, or a machine's own refusal.
+    """Run ``spec`` under every law and replay it; raises what went wrong: InvariantBroken, or a machine's own refusal.
 
     With ``twin``, a world where advice was followed runs again without it: it may change time, never tokens (L6). Where
-    a user withdraws or closes at some moment, time decides how many tokens there are."""
+    a user aborts or closes at some moment, time decides how many tokens there are."""
     recorder = Recorder()
-    world = World(spec, (*every_law(spec), recorder))
+    world = World(spec, (*every_invariant(spec), recorder))
     answers = world.run(MOST_EVENTS)
     replay(spec, recorder.trace)
-    is_timeless = not spec.withdrawals and spec.closes_s is None
-    if twin and is_timeless and any(answer.tally and answer.tally.tombstones for answer in answers):
+    is_timeless = not spec.aborts and spec.closes_s is None
+    if twin and is_timeless and any(answer.stats and answer.stats.tombstones for answer in answers):
         mute = replace(spec, policy=replace(spec.policy, cancel="off"))
         told, untold = ([answer.tokens for answer in told] for told in (answers, World(mute).run(MOST_EVENTS)))
         if told != untold:
-            raise LawBroken(f"L6: with cancels the tokens are {told}, without {untold}")
+            raise InvariantBroken(f"L6: with cancels the tokens are {told}, without {untold}")
     return Report(world.events, world.network.messages, sum(len(answer.tokens) for answer in answers))
 
 

@@ -9,29 +9,29 @@ from pipeinfer.core.ports import Command, Event, Received, Send
 from pipeinfer.core.protocol import ORCHESTRATOR, AnyRow, Kind, Message, Row, SettingRow, decode, encode
 from pipeinfer.runtime.replay import retell
 from pipeinfer.runtime.trace import Step
-from pipeinfer.sim.chronicle import LawBroken
-from pipeinfer.sim.world import Witness, World, WorldSpec, make_machines
+from pipeinfer.sim.history import InvariantBroken
+from pipeinfer.sim.world import Checker, World, WorldSpec, make_machines
 
 
-class Recorder(Witness):
+class Recorder(Checker):
     """Keeps the trace of a world."""
 
     def __init__(self) -> None:
         self.trace: list[Step] = []
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
-        """See Witness."""
+        """See Checker."""
         self.trace.append(Step(address, event, now, tuple(commands)))
 
 
 def replay(spec: WorldSpec, trace: list[Step]) -> None:
-    """Tell fresh machines of ``spec`` all that ``trace`` told the old ones; LawBroken at the first difference."""
+    """Tell fresh machines of ``spec`` all that ``trace`` told the old ones; InvariantBroken at the first difference."""
     retold = retell({machine.address: machine for machine in make_machines(spec)}, trace)
     if retold.difference:
-        raise LawBroken(f"L9: {retold.difference}")
+        raise InvariantBroken(f"L9: {retold.difference}")
 
 
-class Wire(Witness):
+class Wire(Checker):
     """L7. Probabilities travel in 32 bits; all else must come back as it was."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Wire(Witness):
         self._payloads: dict[tuple[int, int, int], tuple[int, bytes]] = {}
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
-        """See Witness."""
+        """See Checker."""
         for command in commands:
             if not isinstance(command, Send):
                 continue
@@ -58,16 +58,16 @@ class Wire(Witness):
         rows, left = self._payloads.pop((message.source, message.dest, message.txn), (0, b""))
         arrived = b"" if event.payload is None else event.payload.tobytes()
         if arrived != left or rows != len(message.rows) or bool(arrived) != bool(rows):
-            raise LawBroken(f"L7: the activations of run {message.run} did not arrive as they left")
+            raise InvariantBroken(f"L7: the activations of run {message.run} did not arrive as they left")
 
     def on_message(self, world: World, message: Message, now: float) -> None:
-        """See Witness."""
+        """See Checker."""
         _same(self._sent.popleft(), message)
 
 
 def _same(sent: Message, arrived: Message) -> None:
     if sent != arrived and sent._replace(rows=tuple(_in_32_bits(row) for row in sent.rows)) != arrived:
-        raise LawBroken(f"L7: sent {sent}, arrived {arrived}")
+        raise InvariantBroken(f"L7: sent {sent}, arrived {arrived}")
 
 
 def _in_32_bits(row: AnyRow) -> AnyRow:

@@ -17,6 +17,7 @@ from itertools import accumulate, pairwise
 from pipeinfer.core.errors import StallError
 from pipeinfer.core.links import Link
 from pipeinfer.core.ports import (
+    Aborted,
     Closed,
     Command,
     Emit,
@@ -26,19 +27,18 @@ from pipeinfer.core.ports import (
     Machine,
     Received,
     Request,
+    RequestStats,
     Send,
     ShardModel,
     Started,
     Submitted,
-    Tally,
-    Withdrawn,
 )
 from pipeinfer.core.protocol import FIRST_DRAFTER, ORCHESTRATOR, Message, decode, drafter_address, encode, stage_address
 from pipeinfer.orchestrator.machine import Orchestrator
 from pipeinfer.runtime.executor import Executor
-from pipeinfer.runtime.job_spec import Cast
+from pipeinfer.runtime.job_spec import JobSpec
 from pipeinfer.sim.network import Network
-from speculation.drafter.machine import draft_cells
+from speculation.drafter.machine import draft_slots
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import Placement
 from stages.models.emulated import EmulatedShard, EmulatedSpec, Pace, per_layer
@@ -67,9 +67,9 @@ class WorldSpec:
     placement: Placement = "spread"
     drafter_beside_orchestrator: bool = True
     draft_contexts: tuple[int, ...] = ()  # positions that each draft was made for, 0 for any number
-    guess_cells: int | None = None  # cells for guesses in flight, if not what the policy wants
+    guess_slots: int | None = None  # cells for guesses in flight, if not what the policy wants
     at_once: bool = False  # all requests are submitted at the beginning, not each when the one before is idle
-    withdrawals: tuple[tuple[float, int], ...] = ()  # when the user withdraws which request, counted from 0
+    aborts: tuple[tuple[float, int], ...] = ()  # when the user aborts which request, counted from 0
     closes_s: float | None = None  # when the user closes, whatever waits or is being served
     silent_s: float | None = None  # from when on drafters that have a host of their own are not heard any more
 
@@ -84,10 +84,10 @@ class Answer:
     submitted_at: float = 0.0
     reason: str = ""
     fault: int | None = None
-    tally: Tally | None = None
+    stats: RequestStats | None = None
 
 
-class Witness:
+class Checker:
     """Sees everything that happens in a world; the laws' checkers derive from it."""
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
@@ -113,15 +113,15 @@ class Host:
 
     def _observe(self, address: int, event: Event, now: float, commands: list[Command]) -> None:
         self._world.events += 1
-        for witness in self._world.witnesses:
-            witness.on_event(self._world, address, event, now, commands)
+        for checker in self._world.checkers:
+            checker.on_event(self._world, address, event, now, commands)
 
     def send(self, command: Send, now: float) -> None:
         """Outlet: put a message on the network, through the wire format."""
         world = self._world
         message = decode(encode(command.message))
-        for witness in world.witnesses:
-            witness.on_message(world, message, now)
+        for checker in world.checkers:
+            checker.on_message(world, message, now)
         if world.spec.silent_s is not None and message.source >= FIRST_DRAFTER and now >= world.spec.silent_s:
             return
         dest = world.hosts[world.home[message.dest]]
@@ -164,11 +164,11 @@ class Host:
 
 
 class World:
-    """Runs the requests of ``spec``; ``witnesses`` watch."""
+    """Runs the requests of ``spec``; ``checkers`` watch."""
 
-    def __init__(self, spec: WorldSpec, witnesses: tuple[Witness, ...] = ()) -> None:
+    def __init__(self, spec: WorldSpec, checkers: tuple[Checker, ...] = ()) -> None:
         self.spec = spec
-        self.witnesses = witnesses
+        self.checkers = checkers
         self.now = 0.0
         self.events = 0
         self.answers: list[Answer] = []
@@ -218,8 +218,8 @@ class World:
         self._submit(0.0)
         while self.spec.at_once and self._todo:
             self._submit(0.0)
-        for when, number in self.spec.withdrawals:
-            self.at(when, partial(self._say, Withdrawn(number)))
+        for when, number in self.spec.aborts:
+            self.at(when, partial(self._say, Aborted(number)))
         if self.spec.closes_s is not None:
             self.at(self.spec.closes_s, self._close)
         while self._agenda:
@@ -236,7 +236,7 @@ class World:
             number = len(self.answers)
             self.answers.append(Answer(number, submitted_at=now))
             self._say(Submitted(self._todo.popleft(), number), now)
-        elif all(answer.tally is not None for answer in self.answers):
+        elif all(answer.stats is not None for answer in self.answers):
             self._say(Closed(), now)
 
     def _close(self, now: float) -> None:
@@ -265,24 +265,24 @@ class World:
         elif isinstance(command, Finish):
             answer.reason, answer.fault = command.reason, command.fault
         else:
-            answer.tally = command.tally
+            answer.stats = command.stats
             request = self.spec.requests[command.number]
-            for witness in self.witnesses:
-                witness.on_idle(self, answer, request)
+            for checker in self.checkers:
+                checker.on_idle(self, answer, request)
             self.at(now, self._submit)
 
 
-def make_cast(spec: WorldSpec) -> Cast:
+def make_job_spec(spec: WorldSpec) -> JobSpec:
     """Who plays in the world of ``spec``; drafters only if the policy wants any."""
     drafters = spec.drafters if spec.policy.speculate else 0
     numbers = (spec.stages, drafters, spec.policy, spec.context)
     limits = spec.draft_contexts
-    return Cast(*numbers, guess_cells=spec.guess_cells, placement=spec.placement, draft_contexts=limits)
+    return JobSpec(*numbers, guess_slots=spec.guess_slots, placement=spec.placement, draft_contexts=limits)
 
 
 def make_machines(spec: WorldSpec) -> list[Machine]:
     """The orchestrator, the stages in order, the drafters."""
-    cast = make_cast(spec)
+    cast = make_job_spec(spec)
     return [cast.machine(address) for address in cast.addresses]
 
 
@@ -298,7 +298,7 @@ def make_shards(spec: WorldSpec) -> dict[int, ShardModel]:
         stage_s = spec.stage_s[index % len(spec.stage_s)]
         pace = spec.paces[0] if spec.paces else per_layer(_pace(stage_s, spec.row_cost), len(mine))
         shards[stage_address(index)] = EmulatedShard(spec.model, mine, cells, pace)
-    capacity = draft_cells(spec.policy, spec.context)
+    capacity = draft_slots(spec.policy, spec.context)
     pace = per_layer(spec.paces[1] if spec.paces else _pace(spec.draft_s, spec.row_cost), layers)
     for index in range(spec.drafters):
         ranks = spec.model.ranks

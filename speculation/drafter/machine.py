@@ -12,22 +12,22 @@ from __future__ import annotations
 
 import math
 
-from kvbuffers.cells import CellTable
-from kvbuffers.partitions import Partitions
+from kvbuffers.slot_allocator import SlotAllocator
+from kvbuffers.slot_table import SlotTable
 from pipeinfer.core.errors import RemoteProtocolError
 from pipeinfer.core.ports import (
     GREEDY,
     Abandon,
     Batch,
-    Choice,
     Command,
     Compute,
     Computed,
-    Draw,
     Event,
     Halt,
     Received,
+    SampledToken,
     Sampling,
+    SamplingInputs,
     Send,
     Started,
 )
@@ -70,8 +70,8 @@ class Drafter:
         self._positions = positions or context
         self._digest = digest
         self._edges = Edges(address)
-        self._ledger = Partitions(context, policy.lead + policy.leaves)
-        self._cells = CellTable(self._ledger.capacity)
+        self._ledger = SlotAllocator(context, policy.max_ahead + policy.draft_batch)
+        self._cells = SlotTable(self._ledger.capacity)
         self._request = 0
         self._prompt: list[int] = []
         self._prefilled = 0
@@ -88,13 +88,15 @@ class Drafter:
         self._passes = 0  # that it may still do
         self._is_ordered = False
         self._cutoff = 0.0
-        self._most_leaves = policy.leaves
+        self._most_leaves = policy.draft_batch
         self._curve = CostCurve() if policy.govern else None
         self._rows = 0
         self._wanted: tuple[int, ...] = ()  # rows of the pass under way whose choices are wanted
         self._faulty_passes = 0  # in a row
         self._is_mute = False  # says nothing more in this request
-        self._withheld: list[tuple[Node, list[Choice]]] = []  # choices below the cutoff: a later order may want them
+        self._withheld: list[
+            tuple[Node, list[SampledToken]]
+        ] = []  # choices below the cutoff: a later order may want them
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event; see Machine."""
@@ -161,7 +163,7 @@ class Drafter:
             self._origin = self._tree.root
             self._last_position = min(message.run, self._positions)
             self._passes = UNLIMITED if self._policy.schedule == "continuous" else 0
-            self._most_leaves = self._policy.leaves
+            self._most_leaves = self._policy.draft_batch
             self._faulty_passes, self._is_mute = 0, len(self._prompt) > self._positions
 
     def _close(self) -> None:
@@ -177,7 +179,7 @@ class Drafter:
         """So many passes and no more; children that an earlier order held back may now be welcome."""
         (order,) = message.rows_as(SettingRow)
         self._passes, self._cutoff = order.low, order.value
-        self._most_leaves = min(order.high or self._policy.leaves, self._policy.leaves)
+        self._most_leaves = min(order.high or self._policy.draft_batch, self._policy.draft_batch)
         self._is_ordered = 0 < order.low < UNLIMITED
         if Flag.RESTART in message.flags:
             self._restart()
@@ -238,7 +240,7 @@ class Drafter:
 
     def _floor(self) -> float:
         """The least path probability that is worth evaluating: none is too small where leaves cost nothing."""
-        floor = self._policy.floor
+        floor = self._policy.min_path_prob
         return self._curve.least_probability(self._most_leaves, floor, LEAF_WORTH) if self._curve else floor
 
     def _leaves(self) -> list[Node]:
@@ -254,7 +256,7 @@ class Drafter:
             probability = 1.0
             if node.position > tree.root.position:
                 probability = tree.probability(node)
-                if guesses >= self._most_leaves or ahead >= self._policy.lead or probability < floor:
+                if guesses >= self._most_leaves or ahead >= self._policy.max_ahead or probability < floor:
                     break
                 ahead += 1
             guesses += node.position >= tree.root.position
@@ -291,12 +293,12 @@ class Drafter:
         self._job += 1
         self._busy = True
         self._rows, self._wanted = len(rows), wanted
-        batch = self._cells.admit(rows, canonical)
+        batch = self._cells.allocate(rows, canonical)
         if not wanted:
             return Compute(self._job, batch)
-        return Compute(self._job, batch, rows=wanted, choices=self._policy.width, draw=self._draw(batch, wanted))
+        return Compute(self._job, batch, rows=wanted, choices=self._policy.topk, draw=self._draw(batch, wanted))
 
-    def _draw(self, batch: Batch, wanted: tuple[int, ...]) -> Draw:
+    def _draw(self, batch: Batch, wanted: tuple[int, ...]) -> SamplingInputs:
         return self._cells.draw(self._sampling, batch, wanted, is_guess=True)
 
     def _computed(self, event: Computed) -> list[Command]:
@@ -314,7 +316,7 @@ class Drafter:
             self._is_mute |= self._faulty_passes >= MOST_FAULTY
         return self._report(found, ends_order=self._passes == 0) + self._next()
 
-    def _children(self, node: Node, choices: list[Choice]) -> list[DraftRow]:
+    def _children(self, node: Node, choices: list[SampledToken]) -> list[DraftRow]:
         tree = self._tree
         if tree is None or not node.alive or node.position < tree.root.position:
             return []
@@ -337,6 +339,6 @@ class Drafter:
         return found
 
 
-def draft_cells(policy: Policy, context: int) -> int:
+def draft_slots(policy: Policy, context: int) -> int:
     """Cells of a draft model's shard."""
-    return context + policy.lead + policy.leaves
+    return context + policy.max_ahead + policy.draft_batch

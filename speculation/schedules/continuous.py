@@ -7,12 +7,12 @@ may have and how much drafters do, and within that as many go as give the most u
 
 from __future__ import annotations
 
+from speculation.schedules.alternation import Alternation
 from speculation.schedules.cost_curve import CostCurve
 from speculation.schedules.governor import Gear, Governor
-from speculation.schedules.hold import Hold, Offer
+from speculation.schedules.launch_delay import LaunchDelay, Offer
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import UNLIMITED, Launch, Order, Placement, Situation, Step
-from speculation.schedules.turns import Turns
 from speculation.trees.tree import Node, Tree
 
 
@@ -22,10 +22,10 @@ class Continuous:
     def __init__(self, policy: Policy, placement: Placement = "spread") -> None:
         self._policy = policy
         is_governed = policy.govern and policy.speculate
-        self._governor = Governor(policy.rows, placement == "oversubscribed") if is_governed else None
-        self._hold: Hold | Turns | None = None
-        if policy.hold and is_governed:
-            self._hold = Turns() if placement == "alone" else Hold()
+        self._governor = Governor(policy.max_rows, placement == "oversubscribed") if is_governed else None
+        self._hold: LaunchDelay | Alternation | None = None
+        if policy.launch_delay and is_governed:
+            self._hold = Alternation() if placement == "alone" else LaunchDelay()
         self._ordered: int | None = None  # how many leaves at a time drafters were last told to take unasked
 
     def opened(self) -> None:
@@ -39,14 +39,14 @@ class Continuous:
     def next(self, now: Situation) -> Step | None:
         """See Schedule."""
         governor = self._governor
-        gear = governor.gear if governor else Gear(self._policy.rows)
+        gear = governor.gear if governor else Gear(self._policy.max_rows)
         # A chain wants one leaf at a time, a wide tree as many as the policy allows.
-        leaves = min(self._policy.leaves, gear.rows) if governor else self._policy.leaves
+        leaves = min(self._policy.draft_batch, gear.rows) if governor else self._policy.draft_batch
         hold = self._hold
         unasked = 0 if hold and not hold.drafts_unasked else leaves
         if governor and unasked != self._ordered:
             self._ordered = unasked
-            return Order(UNLIMITED, leaves=unasked) if unasked else Order(0)
+            return Order(UNLIMITED, draft_batch=unasked) if unasked else Order(0)
         if hold:
             hold.look(now.tree, now.now)
         # A new root is certain and needs no credit: what dead work still holds does not concern it.
@@ -89,7 +89,7 @@ class Continuous:
         if self._governor:
             self._governor.returned(rows, slowest_s, trip_s, carries_root)
 
-    def is_deaf(self, now: Situation) -> bool:
+    def defers_results(self, now: Situation) -> bool:
         """See Schedule."""
         return False
 
@@ -102,7 +102,7 @@ def choose_rows(
 
     The root is no guess and always goes. A guess goes if its path is probable enough for what a row costs by the
     ``curve`` (without one: ``policy.floor``), and as many go as give the most useful rows per second."""
-    most, floor = policy.rows if most is None else most, policy.floor
+    most, floor = policy.max_rows if most is None else most, policy.min_path_prob
     if curve:
         most = min(most, curve.reach)
         floor = curve.least_probability(most, floor)

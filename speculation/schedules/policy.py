@@ -15,7 +15,7 @@ from typing import Any
 from pipeinfer.core.errors import refuse
 from pipeinfer.core.protocol import MAX_ROWS
 
-SCHEDULES = ("continuous", "rounds", "frontier")
+SCHEDULES = ("continuous", "rounds", "pipeinfer")
 CANCELS = ("direct", "relay", "off")
 
 
@@ -23,42 +23,42 @@ CANCELS = ("direct", "relay", "off")
 class Policy:
     """Every decision a user may turn; names are the field's.
 
-    A run carries at most ``rows`` tree nodes. The drafter evaluates up to ``leaves`` nodes per pass, proposes ``width``
-    children for each, and stays at most ``lead`` evaluated nodes ahead of the accepted text.
+    A run carries at most ``max_rows`` tree nodes. The drafter evaluates up to ``draft_batch`` nodes per pass, proposes
+    ``topk`` children for each, and stays at most ``max_ahead`` evaluated nodes ahead of the accepted text.
     """
 
     name: str
     speculate: bool = True
-    schedule: str = "continuous"  # "continuous"; "rounds": one run per trip; "frontier": as PipeInfer was published
-    rows: int = 1
-    width: int = 1
-    leaves: int = 1
-    lead: int = 0
+    schedule: str = "continuous"  # "continuous"; "rounds": one run per trip; "pipeinfer": as PipeInfer was published
+    max_rows: int = 1
+    topk: int = 1
+    draft_batch: int = 1
+    max_ahead: int = 0
     window: int = 0  # most runs in flight; 0 means two per stage and two more
-    floor: float = 0.0  # least path probability that is worth a row
+    min_path_prob: float = 0.0  # least path probability that is worth a row
     cancel: str = "direct"  # "direct": to every stage at once; "relay": backwards, stage to stage; "off"
     cancel_rows: bool = True  # dead rows of living runs are cancelled too
     reuse: bool = True  # False: whenever the draft's first choice was wrong, all that was guessed is thrown away
     govern: bool = False  # turn rows and drafting up and down by what a token was measured to cost
-    hold: bool = False  # with govern: a run waits for drafts that are about to come, where that is worth it
+    launch_delay: bool = False  # with govern: a run waits for drafts that are about to come, where that is worth it
     calibrate: bool = False  # learn from outcomes what the draft's probabilities mean
-    lookup: int = 0  # tokens guessed by looking the text's end up in the text; 0: none
+    prompt_lookup: int = 0  # tokens guessed by looking the text's end up in the text; 0: none
     prefill_chunk: int = 128  # prompt tokens per run
-    levels: int = 1  # rounds: draft passes per round
+    num_steps: int = 1  # rounds: draft passes per round
     p_accept: float = 0.0  # frontier: least probability of a drafted token
     p_recovery: float = 0.0  # frontier: what p_accept gains with every run launched while nothing comes back
     p_decay: float = 0.0  # frontier: what it loses with every refusal
 
     def __post_init__(self) -> None:
-        for what in ("rows", "width", "leaves", "prefill_chunk", "levels"):
+        for what in ("max_rows", "topk", "draft_batch", "prefill_chunk", "num_steps"):
             if not 1 <= getattr(self, what) <= MAX_ROWS:
                 raise ValueError(f"policy {self.name}: {what} must be 1 to {MAX_ROWS}, not {getattr(self, what)}")
-        if self.leaves * self.width > MAX_ROWS:
-            raise ValueError(f"policy {self.name}: leaves x width must be at most {MAX_ROWS}")
-        for what in ("lead", "window", "lookup"):
+        if self.draft_batch * self.topk > MAX_ROWS:
+            raise ValueError(f"policy {self.name}: draft_batch x topk must be at most {MAX_ROWS}")
+        for what in ("max_ahead", "window", "prompt_lookup"):
             if not 0 <= getattr(self, what) <= 1_000_000:
                 raise ValueError(f"policy {self.name}: {what} must be 0 or more, not {getattr(self, what)}")
-        for what in ("floor", "p_accept", "p_recovery", "p_decay"):
+        for what in ("min_path_prob", "p_accept", "p_recovery", "p_decay"):
             if not 0 <= getattr(self, what) <= 1:
                 raise ValueError(f"policy {self.name}: {what} must be 0 to 1, not {getattr(self, what)}")
         for what, known in (("cancel", CANCELS), ("schedule", SCHEDULES)):
@@ -70,7 +70,7 @@ class Policy:
 
     def most_nodes(self) -> int:
         """A bound on the living nodes of one drafter's tree."""
-        return (self.lead + self.leaves + 1) * (self.width + 1) + 1
+        return (self.max_ahead + self.draft_batch + 1) * (self.topk + 1) + 1
 
     def most_runs(self, stages: int) -> int:
         """A bound on the runs in flight over ``stages`` stages."""
@@ -78,7 +78,7 @@ class Policy:
 
     def most_guesses(self, stages: int) -> int:
         """Cells for guesses in flight that every target shard has beside those for accepted tokens."""
-        return self.rows * self.most_runs(stages) if self.speculate else 0
+        return self.max_rows * self.most_runs(stages) if self.speculate else 0
 
     def settings(self) -> dict[str, Any]:
         """All knobs by name, as they travel in a Config."""
@@ -87,7 +87,16 @@ class Policy:
 
 PLAIN = Policy("plain", speculate=False)
 CONTINUOUS = Policy(
-    "continuous", rows=32, width=8, leaves=8, lead=224, floor=0.02, govern=True, hold=True, calibrate=True, lookup=16
+    "continuous",
+    max_rows=32,
+    topk=8,
+    draft_batch=8,
+    max_ahead=224,
+    min_path_prob=0.02,
+    govern=True,
+    launch_delay=True,
+    calibrate=True,
+    prompt_lookup=16,
 )
 POLICIES = {policy.name: policy for policy in (PLAIN, CONTINUOUS)}
 

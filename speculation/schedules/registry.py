@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from speculation.schedules.continuous import Continuous
-from speculation.schedules.frontier import Frontier
+from speculation.schedules.pipeinfer import PipeInfer
 from speculation.schedules.policy import Policy
 from speculation.schedules.rounds import Rounds
 from speculation.schedules.schedule import Placement, Schedule
@@ -13,6 +13,6 @@ def make_schedule(policy: Policy, placement: Placement = "spread") -> Schedule:
     """The schedule that ``policy`` names, for roles that are placed so."""
     if policy.schedule == "rounds":
         return Rounds(policy)
-    if policy.schedule == "frontier":
-        return Frontier(policy)
+    if policy.schedule == "pipeinfer":
+        return PipeInfer(policy)
     return Continuous(policy, placement)

@@ -39,7 +39,7 @@ class Rounds:
         if self._phase is _Phase.TURNING:
             self._phase = _Phase.DRAFTING
             now.tree.prune()  # nothing of it is in flight
-            return Order(self._policy.levels, restart=True)
+            return Order(self._policy.num_steps, restart=True)
         if self._phase is _Phase.READY and now.slots > 0:
             self._phase = _Phase.VERIFYING
             return Launch(choose_rows(now.tree, self._policy, now.room))
@@ -61,6 +61,6 @@ class Rounds:
         self._phase = _Phase.TURNING
         return ""
 
-    def is_deaf(self, now: Situation) -> bool:
+    def defers_results(self, now: Situation) -> bool:
         """See Schedule."""
         return False

@@ -43,13 +43,13 @@ class Launch:
 @dataclass(frozen=True, slots=True)
 class Order:
     """Have drafters do ``passes`` more passes, or UNLIMITED, taking no token less probable than ``cutoff`` and no more
-    than ``leaves`` at a time (0: as the policy says); ``restart``: from the last accepted token, with all guesses
+    than ``draft_batch`` at a time (0: as the policy says); ``restart``: from the last accepted token, with all guesses
     forgotten. A counted number of passes is answered when they are done."""
 
     passes: int
     cutoff: float = 0.0
     restart: bool = False
-    leaves: int = 0
+    draft_batch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,6 @@ class Schedule(Protocol):
         from its launch to its result."""
         ...
 
-    def is_deaf(self, now: Situation) -> bool:
+    def defers_results(self, now: Situation) -> bool:
         """Whether results have to wait."""
         ...

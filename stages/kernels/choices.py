@@ -7,17 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from pipeinfer.core.ports import Choice, Draw
+from pipeinfer.core.ports import SampledToken, SamplingInputs
 from stages.kernels.sampling import changes_nothing, drawing_scores
 
 
-def best_choices(logits: Tensor, count: int, draw: Draw | None = None) -> list[list[Choice]]:
+def best_choices(logits: Tensor, count: int, draw: SamplingInputs | None = None) -> list[list[SampledToken]]:
     """The ``count`` best tokens of each row of ``logits`` (float32 [rows, vocabulary]) with their log-probabilities,
     best first; of equal ones the lowest token, as argmax has it. None of a row whose logits are not finite.
 
     With a ``draw`` they are ordered by the scores that decide it, so that the first is the token that is drawn; tokens
     that cannot be drawn are left out, even if fewer remain. The log-probabilities are those of ``logits`` all the same,
-    but for a guess those of the deciding scores. See ShardModel.choose."""
+    but for a guess those of the deciding scores. See ShardModel.sample."""
     if draw is None or changes_nothing(draw.sampling):
         return _ranked(logits, count, logits)
     logits = logits.cpu()  # where noise is made
@@ -25,7 +25,7 @@ def best_choices(logits: Tensor, count: int, draw: Draw | None = None) -> list[l
     return _ranked(scores, count, scores if draw.is_guess else logits)
 
 
-def _ranked(scores: Tensor, count: int, judged: Tensor) -> list[list[Choice]]:
+def _ranked(scores: Tensor, count: int, judged: Tensor) -> list[list[SampledToken]]:
     """The ``count`` best tokens of each row by ``scores``, with their log-probabilities by ``judged``."""
     totals = torch.logsumexp(judged, -1, keepdim=True)
     if count == 1:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeinfer.core.ports import Draw, Sampling
+from pipeinfer.core.ports import Sampling, SamplingInputs
 
 NOISES = 32
 """Positions whose noise is kept: 39 MB for a vocabulary of 152,000 tokens."""
@@ -30,7 +30,7 @@ def changes_nothing(sampling: Sampling) -> bool:
     return sampling.temperature == 0 and sampling.repetition_penalty == 1
 
 
-def drawing_scores(logits: Tensor, draw: Draw) -> Tensor:
+def drawing_scores(logits: Tensor, draw: SamplingInputs) -> Tensor:
     """``logits`` (float32 [rows, vocabulary], in the processor's memory) after the processors, with the draw's noise:
     float64 [rows, vocabulary], or float32 where it is greedy. The highest of a row is the token that is drawn; tokens
     that cannot be drawn have minus infinity."""
@@ -43,7 +43,7 @@ def drawing_scores(logits: Tensor, draw: Draw) -> Tensor:
     return scores
 
 
-def processed(logits: Tensor, draw: Draw) -> Tensor:
+def processed(logits: Tensor, draw: SamplingInputs) -> Tensor:
     """``logits`` (float32 [rows, vocabulary]) after repetition penalty, temperature, top_k, top_p and min_p; the last
     four are not for greedy choice, whose result they cannot change."""
     sampling = draw.sampling
@@ -67,7 +67,7 @@ def processed(logits: Tensor, draw: Draw) -> Tensor:
     return scores
 
 
-def _penalised(logits: Tensor, draw: Draw) -> Tensor:
+def _penalised(logits: Tensor, draw: SamplingInputs) -> Tensor:
     """Seen tokens become less likely, whatever the sign of their logits."""
     penalty, scores = draw.sampling.repetition_penalty, logits.clone()
     for row, seen in zip(scores, draw.seen, strict=True):

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeinfer.core.errors import LocalProtocolError
-from pipeinfer.core.ports import GREEDY, Batch, Choice, Draw, Sampling
+from pipeinfer.core.ports import GREEDY, Batch, SampledToken, Sampling, SamplingInputs
 
 Words = npt.NDArray[np.uint64]
 DRAFT_RESTS = 16
@@ -127,7 +127,9 @@ class EmulatedShard:
             yield pace * len(layers)  # the hashes were made within it
         return words
 
-    def choose(self, hidden: Words, rows: Sequence[int], count: int, draw: Draw | None = None) -> list[list[Choice]]:
+    def sample(
+        self, hidden: Words, rows: Sequence[int], count: int, draw: SamplingInputs | None = None
+    ) -> list[list[SampledToken]]:
         """See ShardModel; log-probabilities of a draft are what it believes, with or without noise."""
         wanted = hidden[list(rows)]
         self._note_faults(wanted, rows, self._spec.layers)
@@ -149,7 +151,7 @@ class EmulatedShard:
             for row in [row for row, lot in zip(rows, lots, strict=True) if lot < self._fault_share]:
                 self.faults.setdefault(row, layer)
 
-    def _guess(self, truth: int, lot: float, count: int) -> list[Choice]:
+    def _guess(self, truth: int, lot: float, count: int) -> list[SampledToken]:
         """``count`` tokens, the true one at the rank that ``lot`` in [0, 1) falls on, or nowhere."""
         vocab = self._spec.vocab
         tokens = [(truth + 1 + index) % vocab for index in range(count)]
@@ -165,7 +167,7 @@ def _lot(words: Words, salt: int) -> npt.NDArray[np.float64]:
     return lots
 
 
-def _stirred(words: Words, draw: Draw) -> Words:
+def _stirred(words: Words, draw: SamplingInputs) -> Words:
     """``words`` [rows], changed by all that decides ``draw``; by nothing if it is greedy."""
     sampling = draw.sampling
     if sampling.temperature > 0:
@@ -253,8 +255,8 @@ def right_choices(spec: EmulatedSpec, prompt: Sequence[int], count: int) -> list
     draft = EmulatedShard(spec, range(0), 0, is_draft=True)
     found = list[int]()
     for index, (token, hidden, _) in enumerate(_plain(spec, prompt, count, GREEDY)):
-        draw = Draw(GREEDY, np.array([len(prompt) + index]))
-        named = [choice for choice, _ in draft.choose(hidden, (0,), len(spec.ranks), draw)[0]]
+        draw = SamplingInputs(GREEDY, np.array([len(prompt) + index]))
+        named = [choice for choice, _ in draft.sample(hidden, (0,), len(spec.ranks), draw)[0]]
         found.append(named.index(token) if token in named else -1)
     return found
 
@@ -271,10 +273,10 @@ def _plain(
         hidden = finish(
             shard.forward(Batch(np.array([tokens[position]]), here, here, np.ones((1, position + 1), bool)), None)
         )
-        choices = list[list[Choice]]()
+        choices = list[list[SampledToken]]()
         if position >= len(prompt) - 1:
-            draw = None if sampling == GREEDY else Draw(sampling, here + 1, (np.unique(tokens),))
-            choices = shard.choose(hidden, (0,), 1, draw)
+            draw = None if sampling == GREEDY else SamplingInputs(sampling, here + 1, (np.unique(tokens),))
+            choices = shard.sample(hidden, (0,), 1, draw)
         if shard.faults:
             yield -1, hidden, shard.faults[0]
             return

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 
-from pipeinfer.core.ports import Batch, Choice, Draw, Payload, ShardModel
+from pipeinfer.core.ports import Batch, Payload, SampledToken, SamplingInputs, ShardModel
 from stages.models.emulated import EmulatedShard, EmulatedSpec, Words, finish
 
 FORCED_TOKENS = 512
@@ -44,7 +44,9 @@ class ForcedShard:
         self._words = finish(self._speaker.forward(batch, None))
         return (yield from self._shard.forward(batch, hidden))
 
-    def choose(self, hidden: Payload, rows: Sequence[int], count: int, draw: Draw | None = None) -> list[list[Choice]]:
+    def sample(
+        self, hidden: Payload, rows: Sequence[int], count: int, draw: SamplingInputs | None = None
+    ) -> list[list[SampledToken]]:
         """See ShardModel; ``rows`` are those of the last ``forward``."""
-        self._shard.choose(hidden, rows, count, draw)
-        return self._speaker.choose(self._words, rows, count, draw)
+        self._shard.sample(hidden, rows, count, draw)
+        return self._speaker.sample(self._words, rows, count, draw)

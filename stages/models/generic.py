@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from pipeinfer.core.errors import LocalProtocolError
-from pipeinfer.core.ports import Batch, Choice, Draw, Payload
+from pipeinfer.core.ports import Batch, Payload, SampledToken, SamplingInputs
 from stages.kernels.choices import best_choices
 from stages.kernels.finite import all_may_stand, tamed
-from stages.models.generic_cells import CellCache, LayerCells, UnsupportedError, View, looking
 from stages.models.generic_skeleton import Skeleton
+from stages.models.generic_slots import CellCache, LayerCells, UnsupportedError, View, looking
 from stages.models.generic_spec import GenericSpec
 
 
@@ -143,7 +143,9 @@ class GenericShard:
         return View(slots, positions, self._positions[: visible.shape[1]], visible)
 
     @torch.inference_mode()
-    def choose(self, hidden: Payload, rows: Sequence[int], count: int, draw: Draw | None = None) -> list[list[Choice]]:
+    def sample(
+        self, hidden: Payload, rows: Sequence[int], count: int, draw: SamplingInputs | None = None
+    ) -> list[list[SampledToken]]:
         """See ShardModel; ``hidden``: [*, hidden_size]. Of equal tokens the lowest, as argmax has it."""
         if self._range.stop != self._spec.layer_count:
             raise LocalProtocolError("only the last shard can choose")

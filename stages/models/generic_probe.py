@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from stages.checkpoint.folder import refuse, said
-from stages.models.generic_cells import ProbeCache, Probed, UnsupportedError, View, looking
 from stages.models.generic_skeleton import Call, Skeleton, build, find_ends, find_layers
+from stages.models.generic_slots import ProbeCache, Probed, UnsupportedError, View, looking
 
 # Out of order, with a gap, and as many as hardly any model has heads: a tensor's dimension of this size holds rows.
 POSITIONS = (3, 0, 9, 4, 12, 7, 1, 10, 6, 2, 11)

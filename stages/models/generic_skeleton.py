@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from stages.models.generic_cells import IMPLEMENTATIONS, CellCache, UnsupportedError, View, looking
+from stages.models.generic_slots import IMPLEMENTATIONS, CellCache, UnsupportedError, View, looking
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Notes:
 
 
 class LayerStub(nn.Module):
-    """Stands where a layer was. The layer itself stays at hand, out of torch's sight."""
+    """Stands where a layer was. The layer itself stays at hand, out of torch's visible_slots."""
 
     def __init__(self, layer: nn.Module, last: bool, notes: Notes) -> None:
         super().__init__()

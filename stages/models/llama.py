@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeinfer.core.ports import Batch, Choice, Draw, Payload
+from pipeinfer.core.ports import Batch, Payload, SampledToken, SamplingInputs
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, NORM, Weights, layer_tensors
 from stages.checkpoint.spec import ModelSpec
 from stages.kernels.choices import best_choices
@@ -226,7 +226,9 @@ class LlamaShard:
         return F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
 
     @torch.inference_mode()
-    def choose(self, hidden: Payload, rows: Sequence[int], count: int, draw: Draw | None = None) -> list[list[Choice]]:
+    def sample(
+        self, hidden: Payload, rows: Sequence[int], count: int, draw: SamplingInputs | None = None
+    ) -> list[list[SampledToken]]:
         """See ShardModel; ``hidden``: [*, hidden_size]. Of equal tokens the lowest, as argmax has it."""
         assert self._norm is not None and self._head is not None, "only the last shard can choose"
         wanted = torch.as_tensor(hidden, dtype=self._dtype, device=self._device)[list(rows)]

@@ -1,9 +1,9 @@
 """The stage: takes runs in stream order, computes its layers for the living, passes all of them on.
 
-Cell operations are applied for every run, dead or alive, so that all stages keep the same table. A run known to be dead
-is not computed: it goes on as a tombstone, a header with its operations. News of death (CANCEL) may come before the
-run, while it waits, between two of its layers, or never. It may be about single rows; they leave their run where they
-are next taken up. A row whose parent was skipped is dead too; a run that loses all its rows becomes a tombstone.
+Slot operations are applied for every run, dead or alive, so that all stages keep the same table. A run known to be dead
+is not computed: it goes on as a tombstone, a header with its operations. A CANCEL may arrive before the run, while it
+waits, between two of its layers, or never. It may name single rows; they leave their run at the next stage that takes
+it up. A row whose parent was skipped is dead too; a run that loses all its rows becomes a tombstone.
 
 A row whose numbers are not finite stays in its run, so that whoever launched it hears of it. It travels without its
 token, which only the first stage needs.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from kvbuffers.cells import CellTable
+from kvbuffers.slot_table import SlotTable
 from pipeinfer.core.errors import RemoteProtocolError
 from pipeinfer.core.ports import (
     GREEDY,
@@ -39,11 +39,11 @@ from pipeinfer.core.protocol import (
     NO_SLOT,
     ORCHESTRATOR,
     AnyRow,
-    ChoiceRow,
     Edges,
     Flag,
     Kind,
     Message,
+    ResultRow,
     Row,
     SettingRow,
     address_name,
@@ -76,7 +76,7 @@ class Stage:
         self._window = window
         self._digest = digest
         self._edges = Edges(address)
-        self._cells = CellTable(capacity)
+        self._cells = SlotTable(capacity)
         self._queue: deque[Received] = deque()
         self._credits_early = credits_early
         self._result_first = result_first
@@ -187,7 +187,7 @@ class Stage:
         if len(alive) < len(message.rows):
             message, keep = message._replace(rows=tuple(message.rows[index] for index in alive)), alive
         self._current = message
-        batch = self._cells.admit(message.rows_as(Row), canonical=Flag.CANONICAL in message.flags)
+        batch = self._cells.allocate(message.rows_as(Row), canonical=Flag.CANONICAL in message.flags)
         wanted = _wanted(message) if self._is_last else ()
         if not wanted:
             return Compute(message.run, batch, payload, keep, choices=int(self._is_last))
@@ -213,7 +213,7 @@ class Stage:
             commands.append(self._entomb(message))
         elif self._is_last:
             self._done(message)
-            commands.append(self._send(Kind.RESULT, message, rows=_choice_rows(message, event)))
+            commands.append(self._send(Kind.RESULT, message, rows=_result_rows(message, event)))
         else:
             self._done(message)
             commands.append(self._pass_on(message, event.hidden))
@@ -269,16 +269,16 @@ def _wanted(message: Message) -> tuple[int, ...]:
     return tuple(range(len(message.rows)))
 
 
-def _choice_rows(message: Message, event: Computed) -> tuple[ChoiceRow, ...]:
+def _result_rows(message: Message, event: Computed) -> tuple[ResultRow, ...]:
     """The choices that are wanted, and every row whose numbers were not finite."""
     chosen = dict(zip(_wanted(message), event.choices or (), strict=True))
     found = []
     for index, row in enumerate(message.rows_as(Row)):
         if row.token < 0:
-            found.append(ChoiceRow(row.token, row.slot, row.position, 0.0))
+            found.append(ResultRow(row.token, row.slot, row.position, 0.0))
         elif index in chosen:
             token, logp = chosen[index][0]
-            found.append(ChoiceRow(token, row.slot, row.position, logp))
+            found.append(ResultRow(token, row.slot, row.position, logp))
     return tuple(found)
 
 

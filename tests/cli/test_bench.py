@@ -22,7 +22,8 @@ tokens = 24
 """
 KEYS = {
     "suite", "policy", "execution", "ranks", "stages", "acceptance", "draft_time", "hardware", "tokens_per_s",
-    "ttft_ms", "tpot_ms", "itl_ms", "acceptance_rate", "accept_length", "waste", "bubble", "cancel_latency_ms",
+    "ttft_ms", "tpot_ms", "itl_ms", "acceptance_rate", "accept_length",
+    "tokens_per_correction", "waste", "bubble", "cancel_latency_ms",
     "messages_per_token", "bytes_per_token", "ideal_tokens_per_s", "ratio_to_plain", "fingerprint", "samples",
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from launch.requests import News
+from launch.requests import RequestOutput
 from pipeinfer.cli.live import DRAW_S, Footline
 from tests.cli.run import ROOT, pipeinfer
 
@@ -71,9 +71,9 @@ def test_what_it_says_and_how_often() -> None:
     with terminal() as (ours, theirs):
         with os.fdopen(theirs, "w") as screen:
             line = Footline(screen, 200, 3)
-            line.watch(News(10.0))
+            line.watch(RequestOutput(10.0))
             for step in range(21):  # 4 tokens every tenth of a second
-                line.watch(News(10.1 + 0.1 * step, (1, 2, 3, 4), pulse=(step % 3, step // 2)))
+                line.watch(RequestOutput(10.1 + 0.1 * step, (1, 2, 3, 4), load=(step % 3, step // 2)))
             line.close()
         said = everything(ours)
     told = footlines(said)
@@ -89,8 +89,8 @@ def test_a_terminal_that_changes_its_size_is_asked_again() -> None:
         with os.fdopen(theirs, "w") as screen:
             line = Footline(screen, 200, 3)
             resize(theirs, 40, 30)
-            line.watch(News(0.0))
-            line.watch(News(9.0, (1,)))
+            line.watch(RequestOutput(0.0))
+            line.watch(RequestOutput(9.0, (1,)))
             line.close()
         said = everything(ours)
     assert RESERVING.findall(said) == ["23", "39"]
@@ -103,8 +103,8 @@ def test_a_low_terminal_is_left_alone() -> None:
     with terminal(lines=3) as (ours, theirs):
         with os.fdopen(theirs, "w") as screen:
             line = Footline(screen, 200, 3)
-            line.watch(News(0.0))
-            line.watch(News(9.0, (1,)))
+            line.watch(RequestOutput(0.0))
+            line.watch(RequestOutput(9.0, (1,)))
             line.close()
         assert everything(ours) == ""
 

@@ -20,7 +20,7 @@ from pipeinfer.plots.lanes import FILLS
 from pipeinfer.runtime.timeline import Outcome
 from speculation.schedules.policy import CONTINUOUS
 from tests.cli.run import ROOT, pipeinfer
-from tests.laws.traced import trace_world
+from tests.invariants.traced import trace_world
 from tests.unit.test_timeline import world
 
 POLICIES = ("plain", "sync-tree", "continuous", "no-cancel")

@@ -187,7 +187,7 @@ def test_models_that_cannot_be_forced_together(pair: tuple[Path, Path], tmp_path
     refused("run", *words, "--prompt", "x", says=["no random weights are made for", "GPT2LMHeadModel", "LlamaFor"])
 
 
-@pytest.mark.parametrize("policy", ["benchmarks/baselines/sync-tree.toml", "continuous --set lookup=0"])
+@pytest.mark.parametrize("policy", ["benchmarks/baselines/sync-tree.toml", "continuous --set prompt_lookup=0"])
 def test_a_policy_that_cannot_do_without_a_draft(policy: str, tmp_path: Path) -> None:
     make_tiny(tmp_path / "alone", "LlamaForCausalLM")
     refused(
@@ -200,10 +200,10 @@ def test_a_policy_that_cannot_do_without_a_draft(policy: str, tmp_path: Path) ->
     ("words", "says"),
     [
         ("--policy nowhere.toml", ["unknown policy 'nowhere.toml'", "plain, continuous"]),
-        ("--set rows", ["--set rows", "knob=value"]),
+        ("--set max_rows", ["--set max_rows", "knob=value"]),
         ("--set speed=9", ["no knob 'speed'"]),
-        ("--set rows=many", ["rows is not of type int"]),
-        ("--set rows=0", ["rows must be 1 to"]),
+        ("--set max_rows=many", ["max_rows is not of type int"]),
+        ("--set max_rows=0", ["max_rows must be 1 to"]),
         ("--drafters 0", ["0 drafters"]),
         ("--drafters 3 --draft none", ["without a draft model"]),
         ("--drafters 3 --ranks 3", ["3 ranks cannot hold 3 drafters", "at least 4 ranks"]),

@@ -16,7 +16,7 @@ from pipeinfer.sim.world import WorldSpec
 from speculation.schedules.policy import CONTINUOUS
 from stages.models.emulated import EmulatedSpec, spread
 from tests.cli.run import ROOT, pipeinfer
-from tests.laws.traced import trace_world
+from tests.invariants.traced import trace_world
 
 WORLD = WorldSpec(
     seed=3,

@@ -39,7 +39,8 @@ def test_json_is_one_object_with_everything() -> None:
     }  # fmt: skip
     assert not found["meaningless"]
     assert found["metrics"].keys() == {
-        "ttft_ms", "tpot_ms", "e2el_ms", "itl_ms", "output_throughput", "acceptance_rate", "accept_length", "runs",
+        "ttft_ms", "tpot_ms", "e2el_ms", "itl_ms", "output_throughput", "acceptance_rate", "accept_length",
+    "tokens_per_correction", "runs",
         "cancelled_runs", "waste", "bubble", "cancel_latency_ms", "calibration_error",
     }  # fmt: skip
     assert found["metrics"]["itl_ms"].keys() == {"p50", "p90", "p99"}

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeinfer.core.ports import Choice, Request
+from pipeinfer.core.ports import Request, SampledToken
 from pipeinfer.core.protocol import FIRST_STAGE, drafter_address
 from pipeinfer.runtime.executor import Executor
 from pipeinfer.sim.world import Answer, World, WorldSpec
-from speculation.drafter.machine import draft_cells
+from speculation.drafter.machine import draft_slots
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import Placement
 from stages.checkpoint.checkpoint import Checkpoint
@@ -24,9 +24,9 @@ from stages.models.pair import CheckpointPair
 from tests.models.walk import compute, make_batch
 
 POLICIES = {
-    "continuous": Policy("test", rows=6, width=3, leaves=3, lead=18),
-    "rounds": Policy("test", schedule="rounds", levels=3, rows=8, width=3, leaves=3, lead=12),
-    "frontier": Policy("test", schedule="frontier", rows=3, lead=12, p_accept=0.1, p_recovery=0.2),
+    "continuous": Policy("test", max_rows=6, topk=3, draft_batch=3, max_ahead=18),
+    "rounds": Policy("test", schedule="rounds", num_steps=3, max_rows=8, topk=3, draft_batch=3, max_ahead=12),
+    "pipeinfer": Policy("test", schedule="pipeinfer", max_rows=3, max_ahead=12, p_accept=0.1, p_recovery=0.2),
     "plain": Policy("plain", speculate=False),
 }
 
@@ -51,7 +51,7 @@ def decode(
     shards: dict[int, Any] = {
         FIRST_STAGE + index: pair.stage(range(*piece), cells) for index, piece in enumerate(pairwise(cuts))
     }
-    shards[drafter_address(0)] = pair.draft(0, draft_cells(policy, spec.context))
+    shards[drafter_address(0)] = pair.draft(0, draft_slots(policy, spec.context))
     for host in world.hosts:
         machines = [world.machine(address) for address in host.executor.addresses]
         host.executor = Executor(machines, {address: _Paced(shard) for address, shard in shards.items()}, host)
@@ -81,12 +81,16 @@ class _Paced:
 
 def plain(pair: CheckpointPair, prompt: Sequence[int], count: int) -> tuple[list[int], int | None]:
     """Plain greedy decoding, token by token, up to the first row that is not finite: the tokens, and its layer."""
-    shard, tokens, choices = pair.stage(range(pair.layers), len(prompt) + count), list(prompt), list[list[Choice]]()
+    shard, tokens, choices = (
+        pair.stage(range(pair.layers), len(prompt) + count),
+        list(prompt),
+        list[list[SampledToken]](),
+    )
     for position in range(len(prompt) + count - 1):
         batch = make_batch([tokens[position]], [position], [position], [set(range(position))])
         hidden = compute([shard], batch)  # type: ignore[list-item]
         is_wanted = position >= len(prompt) - 1
-        choices = shard.choose(hidden, [0] if is_wanted else [], 1)
+        choices = shard.sample(hidden, [0] if is_wanted else [], 1)
         if shard.faults:
             return tokens[len(prompt) :], shard.faults[0]
         if is_wanted:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeinfer.core.ports import Batch, Choice, Draw, Sampling
+from pipeinfer.core.ports import Batch, SampledToken, Sampling, SamplingInputs
 from stages.checkpoint.checkpoint import Checkpoint
 from stages.checkpoint.spec import ModelSpec
 from stages.models.forced import FORCED_TOKENS, ForcedShard
@@ -37,8 +37,10 @@ def prompt_batch(seed: int) -> Batch:
     return make_batch(tokens, range(COUNT), range(COUNT), [set(range(row)) for row in range(COUNT)])
 
 
-def said(shards: Sequence[Any], batch: Batch, count: int, draw: Draw | None = None) -> list[list[Choice]]:
-    return shards[-1].choose(compute(shards, batch), range(len(batch.tokens)), count, draw)
+def said(
+    shards: Sequence[Any], batch: Batch, count: int, draw: SamplingInputs | None = None
+) -> list[list[SampledToken]]:
+    return shards[-1].sample(compute(shards, batch), range(len(batch.tokens)), count, draw)
 
 
 @pytest.mark.parametrize("ranks", [(0.0,), (1.0,), (0.7,), (0.5, 0.3, 0.1)], ids=str)
@@ -52,7 +54,7 @@ def test_the_draft_is_right_as_often_as_it_was_told(
         batch, draw = prompt_batch(seed), None
         if sampling:
             seen = tuple(np.unique(batch.tokens[: row + 1]) for row in range(COUNT))
-            draw = Draw(sampling, batch.positions + 1, seen)
+            draw = SamplingInputs(sampling, batch.positions + 1, seen)
         truths = [choices[0][0] for choices in said(target, batch, 1, draw)]
         assert max(truths) < FORCED_TOKENS
         assert len(set(truths)) > COUNT / 2
@@ -89,16 +91,18 @@ def test_the_real_choice_is_computed_as_well(directories: tuple[Path, Path]) -> 
 
         def __init__(self, shard: Any) -> None:
             self.forward, self._choose, self.weight_nbytes = shard.forward, shard.choose, shard.weight_nbytes
-            self.asked: list[tuple[Sequence[int], int, Draw | None]] = []
+            self.asked: list[tuple[Sequence[int], int, SamplingInputs | None]] = []
 
-        def choose(self, hidden: Any, rows: Sequence[int], count: int, draw: Draw | None = None) -> list[list[Choice]]:
+        def sample(
+            self, hidden: Any, rows: Sequence[int], count: int, draw: SamplingInputs | None = None
+        ) -> list[list[SampledToken]]:
             self.asked.append((rows, count, draw))
-            chosen: list[list[Choice]] = self._choose(hidden, rows, count, draw)
+            chosen: list[list[SampledToken]] = self._choose(hidden, rows, count, draw)
             return chosen
 
     watched = Watched(open_pair(directories, ()).draft(0, CAPACITY))
     shard = ForcedShard(watched, (0.5,), CAPACITY, is_draft=True)
     batch = prompt_batch(3)
-    draw = Draw(Sampling(temperature=1.0), batch.positions[[4, 9]] + 1, is_guess=True)
-    shard.choose(compute([shard], batch), (4, 9), 3, draw)  # type: ignore[list-item]
+    draw = SamplingInputs(Sampling(temperature=1.0), batch.positions[[4, 9]] + 1, is_guess=True)
+    shard.sample(compute([shard], batch), (4, 9), 3, draw)  # type: ignore[list-item]
     assert watched.asked == [((4, 9), 3, draw)]

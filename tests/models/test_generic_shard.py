@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from pipeinfer.core.errors import LocalProtocolError
 from stages.kernels.choices import best_choices
 from stages.models.generic import GenericShard
-from stages.models.generic_cells import CellCache, UnsupportedError
+from stages.models.generic_slots import CellCache, UnsupportedError
 from stages.models.generic_spec import GenericSpec
 from tests.models.tiny_generic import MODELS, make_model
 from tests.models.walk import Reference, compute, greedy, make_batch, prefill
@@ -86,7 +86,7 @@ def test_a_tree_in_scattered_cells_gives_the_logits_of_plain_text(model: Path) -
     dice.shuffle(rows)
     positions = [len(prompt) + len(path) - 1 for path, _, _ in rows]
     batch = make_batch([path[-1] for path, _, _ in rows], positions, [r[1] for r in rows], [r[2] for r in rows])
-    for (path, _, _), choices in zip(rows, shards[-1].choose(compute(shards, batch), range(12), 512), strict=True):
+    for (path, _, _), choices in zip(rows, shards[-1].sample(compute(shards, batch), range(12), 512), strict=True):
         expected = reference.logps([*prompt, *path])[-1]
         ours = torch.empty(512)
         for token, logp in choices:
@@ -187,13 +187,13 @@ def test_yields_after_each_layer_and_leaves_its_input_alone(gemma2: Path) -> Non
     with pytest.raises(LocalProtocolError, match="embed"):
         list(last.forward(batch, None))
     with pytest.raises(LocalProtocolError, match="choose"):
-        first.choose(hidden, [0], 1)
+        first.sample(hidden, [0], 1)
 
 
 def test_no_rows_are_no_choices(model: Path) -> None:
     """As after a part of a prompt; found with GPT-2, which cannot be run without a row."""
     shards = load(model)
-    assert shards[-1].choose(compute(shards, make_batch([1], [0], [0], [set()])), (), 1) == []
+    assert shards[-1].sample(compute(shards, make_batch([1], [0], [0], [set()])), (), 1) == []
 
 
 def test_a_layer_that_keeps_more_than_its_own_cells_is_noticed(gemma2: Path, monkeypatch: pytest.MonkeyPatch) -> None:

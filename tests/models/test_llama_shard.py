@@ -101,7 +101,7 @@ def test_tree_rows_in_scattered_cells(architecture: str, tmp_path: Path) -> None
         tokens, positions, slots, seen, rights = map(list, zip(*rows, strict=True))
         batch = make_batch(tokens, positions, slots, [cells | set(canonical) for cells in seen])
         wanted = [row for row, right in enumerate(rights) if right]
-        chosen = shards[-1].choose(compute(shards, batch), wanted, 1)
+        chosen = shards[-1].sample(compute(shards, batch), wanted, 1)
         assert [choice[0][0] for choice in chosen] == [expected[positions[row] + 1] for row in wanted]
         canonical += sorted((slots[row] for row in wanted), key=lambda slot: positions[slots.index(slot)])
         free += [slot for slot, right in zip(slots, rights, strict=True) if not right]
@@ -171,12 +171,12 @@ def test_equal_logits_go_to_the_lowest_token(tmp_path: Path) -> None:
     shards = load_shards(make_tiny(tmp_path, "LlamaForCausalLM", edit=repeat))
     hidden = torch.randn(9, 64)
     for row in range(9):
-        best = shards[0].choose(hidden, [row], 1)[0]
-        most = shards[0].choose(hidden, [row], 40)[0]
+        best = shards[0].sample(hidden, [row], 1)[0]
+        most = shards[0].sample(hidden, [row], 40)[0]
         assert [token for token, _ in most[:32]] == list(range(best[0][0], 512, 16))
         assert best[0] == pytest.approx(most[0])
         assert [token for token, _ in most[32:]] == list(range(most[32][0], most[32][0] + 8 * 16, 16))
-    assert len(shards[0].choose(hidden, [3, 1], 1000)[1]) == 512
+    assert len(shards[0].sample(hidden, [3, 1], 1000)[1]) == 512
 
 
 def test_weight_bytes(tmp_path: Path) -> None:
@@ -212,4 +212,4 @@ def test_only_the_ends_embed_and_choose(tiny: Path) -> None:
     with pytest.raises(AssertionError, match="embed"):
         list(middle.forward(make_batch([1], [0], [0], [set()]), None))
     with pytest.raises(AssertionError, match="choose"):
-        middle.choose(torch.zeros(1, 64), [0], 1)
+        middle.sample(torch.zeros(1, 64), [0], 1)

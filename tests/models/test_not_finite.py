@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeinfer.core.ports import Draw, Request, Sampling
+from pipeinfer.core.ports import Request, Sampling, SamplingInputs
 from stages.kernels.choices import best_choices
 from stages.models.generic import GenericShard
 from stages.models.generic_spec import GenericSpec
@@ -70,10 +70,10 @@ def test_a_guess_that_is_not_finite_changes_no_bit_of_any_other_row(kind: str, d
         # Cell 8 holds the guess, cell 9 a child of it; cells 7 and 10 do not see them.
         seen = [prompt, prompt, prompt | {8}, prompt | {7}]
         tree = make_batch([40, guess, 41, 42], [7, 7, 8, 8], [7, 8, 9, 10], seen)
-        said = shards[-1].choose(compute(shards, tree), [0, 3], 8)
+        said = shards[-1].sample(compute(shards, tree), [0, 3], 8)
         assert shards[0].faults == ({1: 0} if guess == BAD else {})
         later = make_batch([43], [9], [11], [prompt | {7, 10}])
-        said += shards[-1].choose(compute(shards, later), [0], 8)
+        said += shards[-1].sample(compute(shards, later), [0], 8)
         assert all(states.isfinite().all() for shard in shards for states in cells_of(shard))
         assert not shards[0].faults or guess == BAD
         found.append(said)
@@ -95,10 +95,10 @@ def test_a_guess_whose_keys_would_overflow_a_score_is_one_of_them(kind: str, tmp
         prompt = set(range(len(PROMPT)))
         prefill(shards, PROMPT, range(len(PROMPT)), 5)
         tree = make_batch([40, guess], [7, 7], [7, 8], [prompt, prompt])
-        said = shards[-1].choose(compute(shards, tree), [0], 8)
+        said = shards[-1].sample(compute(shards, tree), [0], 8)
         assert shards[0].faults == ({1: 0} if guess == BAD else {})
         later = make_batch([43], [8], [9], [prompt | {7}])
-        said += shards[-1].choose(compute(shards, later), [0], 8)
+        said += shards[-1].sample(compute(shards, later), [0], 8)
         found.append(said)
     assert found[0] == found[1]
 
@@ -113,7 +113,7 @@ def test_what_a_stage_passes_on_is_finite(kind: str, tmp_path: Path) -> None:
     hidden = compute([first], batch)
     assert hidden.isfinite().all()
     assert (first.faults, bool(hidden[1].any())) == ({1: 0}, False)
-    last.choose(_push(last, batch, hidden), [0, 1, 2], 1)
+    last.sample(_push(last, batch, hidden), [0, 1, 2], 1)
     assert last.faults == {}, "the stage before has said it"
 
 
@@ -148,7 +148,7 @@ def test_the_first_layer_is_named(kind: str, tensor: str, layer: int, value: flo
     damage(folder, tensor, (slice(3, 4), slice(0, 2)), NAN if "head" in tensor else value)
     shards = load(folder, kind)
     batch = make_batch(PROMPT[:2], range(2), range(2), [set(), {0}])
-    shards[-1].choose(compute(shards, batch), [0, 1], 1)
+    shards[-1].sample(compute(shards, batch), [0, 1], 1)
     assert [shard.faults for shard in shards] == [{}, {0: layer, 1: layer}]
     assert all(states.isfinite().all() for shard in shards for states in cells_of(shard))
 
@@ -178,11 +178,11 @@ def test_nothing_is_chosen_from_logits_that_are_not_finite(sampling: Sampling, c
     torch.manual_seed(1)
     logits = torch.randn(5, 40)
     logits[1, 7], logits[2], logits[3, 0] = NAN, NAN, INF
-    draw = Draw(sampling, np.arange(5), tuple(np.array([-3, 1, 2]) for _ in range(5)), is_guess)
+    draw = SamplingInputs(sampling, np.arange(5), tuple(np.array([-3, 1, 2]) for _ in range(5)), is_guess)
     choices = best_choices(logits, count, draw)
     assert [bool(found) for found in choices] == [True, False, False, False, True]
     for row in (0, 4):
-        alone = Draw(sampling, np.array([row]), (np.array([1, 2]),), is_guess)
+        alone = SamplingInputs(sampling, np.array([row]), (np.array([1, 2]),), is_guess)
         assert choices[row] == best_choices(logits[row : row + 1], count, alone)[0]
 
 

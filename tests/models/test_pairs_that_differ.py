@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from pipeinfer.core.ports import Draw, Request, Sampling
+from pipeinfer.core.ports import Request, Sampling, SamplingInputs
 from speculation.schedules.schedule import Placement
 from stages.models.pair import CheckpointPair
 from tests.models.in_process import POLICIES, decode, pair_of, plain
@@ -88,8 +88,8 @@ def test_no_token_is_proposed_that_the_target_has_no_row_for(heights: Known, sam
     """And a token that the draft has no row for is embedded as its last one."""
     draft = heights[0].draft(0, 64)
     batch = make_batch([7, HIGH - 1, LOW - 1], range(3), range(3), [set(), {0}, {0, 1}])
-    draw = Draw(sampling, batch.positions + 1, is_guess=True)
-    choices = draft.choose(compute([draft], batch), range(3), HIGH, draw)  # type: ignore[list-item]
+    draw = SamplingInputs(sampling, batch.positions + 1, is_guess=True)
+    choices = draft.sample(compute([draft], batch), range(3), HIGH, draw)  # type: ignore[list-item]
     assert {token for row in choices for token, _ in row} == set(range(LOW))
 
 

@@ -34,7 +34,7 @@ def test_any_cut_has_the_same_weights(architecture: str, tied: bool, dtype: torc
     batch = make_batch(range(20), range(20), range(20), [set(range(row)) for row in range(20)])
     hidden = [compute(shards, batch) for shards in (whole, cut)]
     assert torch.equal(*hidden)
-    assert whole[0].choose(hidden[0], range(20), 3) == cut[1].choose(hidden[1], range(20), 3)
+    assert whole[0].sample(hidden[0], range(20), 3) == cut[1].sample(hidden[1], range(20), 3)
 
 
 def test_activations_stay_of_ordinary_size_in_a_deep_model(tmp_path: Path) -> None:

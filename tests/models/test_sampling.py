@@ -21,7 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pipeinfer.core.ports import GREEDY, Draw, Sampling
+from pipeinfer.core.ports import GREEDY, Sampling, SamplingInputs
 from stages.kernels.choices import best_choices
 from stages.kernels.sampling import changes_nothing, drawing_scores, noise, processed
 from stages.models.generic import GenericShard
@@ -57,10 +57,12 @@ def logits_of(kind: str, rows: int = 12, vocab: int = VOCAB, seed: int = 0) -> t
     return logits
 
 
-def draw_of(sampling: Sampling, rows: int, first: int = 100, is_guess: bool = False, vocab: int = VOCAB) -> Draw:
+def draw_of(
+    sampling: Sampling, rows: int, first: int = 100, is_guess: bool = False, vocab: int = VOCAB
+) -> SamplingInputs:
     """A draw at neighbouring positions; row r has seen some tokens of its own."""
     seen = tuple(np.unique(np.random.default_rng(row).integers(0, vocab, 20)) for row in range(rows))
-    return Draw(sampling, np.arange(first, first + rows), seen, is_guess)
+    return SamplingInputs(sampling, np.arange(first, first + rows), seen, is_guess)
 
 
 def theirs(sampling: Sampling) -> Any:
@@ -79,7 +81,7 @@ def theirs(sampling: Sampling) -> Any:
     return found
 
 
-def by_transformers(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
+def by_transformers(logits: torch.Tensor, draw: SamplingInputs) -> torch.Tensor:
     processors = theirs(draw.sampling)
     rows = zip(draw.seen, logits, strict=True)
     return torch.cat([processors(torch.from_numpy(seen)[None], row[None].clone()) for seen, row in rows])
@@ -109,7 +111,7 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def test_of_equally_likely_tokens_the_lowest_are_kept() -> None:
-    draw = Draw(Sampling(1.0, top_p=0.5), np.array([0]))
+    draw = SamplingInputs(Sampling(1.0, top_p=0.5), np.array([0]))
     assert (processed(torch.zeros(1, 8), draw) > -torch.inf).tolist() == [[True] * 4 + [False] * 4]
 
 
@@ -121,11 +123,11 @@ def test_a_large_vocabulary_is_processed_alike() -> None:
 
 def test_no_rows_are_no_choices() -> None:
     for sampling in PROCESSORS.values():
-        assert best_choices(torch.zeros(0, VOCAB), 1, Draw(sampling, np.arange(0))) == []
+        assert best_choices(torch.zeros(0, VOCAB), 1, SamplingInputs(sampling, np.arange(0))) == []
 
 
 def test_tokens_that_a_shorter_vocabulary_lacks_are_no_matter() -> None:
-    draw = Draw(Sampling(0.0, repetition_penalty=2.0), np.array([5]), (np.array([1, 2, 500]),))
+    draw = SamplingInputs(Sampling(0.0, repetition_penalty=2.0), np.array([5]), (np.array([1, 2, 500]),))
     assert processed(torch.ones(1, 4), draw).tolist() == [[1.0, 0.5, 0.5, 1.0]]
 
 
@@ -224,8 +226,8 @@ def test_what_is_drawn_follows_the_processed_softmax(sampling: Sampling) -> None
     vocab, rows = 12, 24_000
     row = torch.linspace(-1.5, 1.5, vocab)[None]
     seen = (np.array([0, 10, 11]),)
-    shares = by_transformers(row, Draw(sampling, np.arange(1), seen))[0].double().softmax(-1)
-    draw = Draw(sampling, np.arange(rows), seen * rows)
+    shares = by_transformers(row, SamplingInputs(sampling, np.arange(1), seen))[0].double().softmax(-1)
+    draw = SamplingInputs(sampling, np.arange(rows), seen * rows)
     drawn = torch.tensor([choices[0][0] for choices in best_choices(row.expand(rows, vocab), 1, draw)])
     counts = drawn.bincount(minlength=vocab)
     assert not counts[shares == 0].any()
@@ -235,7 +237,7 @@ def test_what_is_drawn_follows_the_processed_softmax(sampling: Sampling) -> None
 def test_seeds_are_independent_samples_too() -> None:
     vocab, samples = 6, 20_000
     row = torch.linspace(-1.0, 1.0, vocab)[None]
-    draws = (Draw(Sampling(1.0, seed=seed), np.array([9])) for seed in range(samples))
+    draws = (SamplingInputs(Sampling(1.0, seed=seed), np.array([9])) for seed in range(samples))
     drawn = torch.tensor([best_choices(row, 1, draw)[0][0][0] for draw in draws])
     assert p_value(drawn.bincount(minlength=vocab), row[0].double().softmax(-1)) > 0.01
 
@@ -255,7 +257,7 @@ def test_a_row_s_choices_do_not_depend_on_the_rows_beside_it(name: str, is_guess
 
 def test_rows_at_one_position_have_the_same_noise() -> None:
     logits = logits_of("plain", rows=1).expand(5, -1)
-    draw = Draw(Sampling(1.0), np.array([4, 4, 9, 4, 9]))
+    draw = SamplingInputs(Sampling(1.0), np.array([4, 4, 9, 4, 9]))
     first, second, third, fourth, fifth = best_choices(logits, 8, draw)
     assert first == second == fourth
     assert third == fifth != first
@@ -286,7 +288,7 @@ def test_a_guess_is_ordered_by_what_decides(name: str) -> None:
 
 def agreement(target: torch.Tensor, draft: torch.Tensor, ours: Sampling, drafts: Sampling) -> float:
     def drawn(logits: torch.Tensor, sampling: Sampling, is_guess: bool) -> Sequence[int]:
-        draw = Draw(sampling, np.arange(len(logits)), (), is_guess)
+        draw = SamplingInputs(sampling, np.arange(len(logits)), (), is_guess)
         return [choices[0][0] for choices in best_choices(logits, 1, draw)]
 
     pairs = zip(drawn(target, ours, False), drawn(draft, drafts, True), strict=True)
@@ -323,8 +325,8 @@ def sampled(shard: Any, prompt: Sequence[int], count: int, sampling: Sampling) -
     for position in range(len(prompt) + count - 1):
         hidden = compute([shard], make_batch([tokens[position]], [position], [position], [set(range(position))]))
         if position == len(tokens) - 1:
-            draw = Draw(sampling, np.array([position + 1]), (np.unique(tokens),))
-            tokens.append(shard.choose(hidden, [0], 1, draw)[0][0][0])
+            draw = SamplingInputs(sampling, np.array([position + 1]), (np.unique(tokens),))
+            tokens.append(shard.sample(hidden, [0], 1, draw)[0][0][0])
     return tokens[len(prompt) :]
 
 

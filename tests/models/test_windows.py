@@ -99,7 +99,7 @@ def test_rows_of_a_tree(model: Path) -> None:
     dice.shuffle(rows)
     positions = [len(PROMPT) + len(path) - 1 for path, _, _ in rows]
     batch = make_batch([row[0][-1] for row in rows], positions, [row[1] for row in rows], [row[2] for row in rows])
-    for (path, _, _), choices in zip(rows, shards[-1].choose(compute(shards, batch), range(12), 512), strict=True):
+    for (path, _, _), choices in zip(rows, shards[-1].sample(compute(shards, batch), range(12), 512), strict=True):
         ours = torch.empty(512)
         for token, logp in choices:
             ours[token] = logp

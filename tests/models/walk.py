@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 
-from pipeinfer.core.ports import Batch, Choice
+from pipeinfer.core.ports import Batch, SampledToken
 from stages.checkpoint.checkpoint import Checkpoint
 from stages.checkpoint.spec import ModelSpec
 from stages.models.llama import LlamaShard
@@ -61,14 +61,14 @@ def compute(shards: Sequence[LlamaShard], batch: Batch) -> Any:
 
 def prefill(
     shards: Sequence[LlamaShard], tokens: Sequence[int], slots: Sequence[int], chunk: int
-) -> list[list[Choice]]:
+) -> list[list[SampledToken]]:
     """Run ``tokens`` in chunks of ``chunk`` rows, token i in cell ``slots[i]``; returns 8 choices after each."""
     choices = []
     for start in range(0, len(tokens), chunk):
         rows = range(start, min(start + chunk, len(tokens)))
         seen = [set(slots[:row]) for row in rows]
         batch = make_batch([tokens[row] for row in rows], list(rows), [slots[row] for row in rows], seen)
-        choices += shards[-1].choose(compute(shards, batch), range(len(rows)), 8)
+        choices += shards[-1].sample(compute(shards, batch), range(len(rows)), 8)
     return choices
 
 
@@ -80,7 +80,7 @@ def greedy(shards: Sequence[LlamaShard], prompt: Sequence[int], count: int, chun
     while len(tokens) < len(prompt) + count:
         last = len(tokens) - 1
         batch = make_batch([tokens[last]], [last], [slots[last]], [set(slots[:last])])
-        tokens.append(shards[-1].choose(compute(shards, batch), [0], 1)[0][0][0])
+        tokens.append(shards[-1].sample(compute(shards, batch), [0], 1)[0][0][0])
     return tokens[len(prompt) :]
 
 

@@ -30,7 +30,7 @@ def test_a_stream_is_its_completion_and_may_be_left_early(engine: Engine) -> Non
     assert "".join(str(piece) for piece in pieces) == completion.text
     for count, _ in enumerate(engine.stream(PROMPT, 900, ignore_eos=True)):
         if count == 3:
-            break  # the rest is withdrawn, and the engine is free for the next request
+            break  # the rest is aborted, and the engine is free for the next request
     again = engine.generate(PROMPT, 24, ignore_eos=True)
     assert again.tokens == completion.tokens == engine.decode_alone(completion.prompt_tokens, 24, ignore_eos=True)
     short = engine.stream(PROMPT, 1, ignore_eos=True)

@@ -39,11 +39,11 @@ def test_tokens_are_those_of_plain_decoding_under_the_same_forcing(policy: str) 
 
 @pytest.mark.parametrize(("acceptance", "least", "most"), [(1, 0.85, 1.0), (0, 0.0, 0.0)])
 def test_a_job_accepts_what_it_is_told_to(acceptance: int, least: float, most: float) -> None:
-    with Engine(ranks=2, settings=["lookup=0"], forced_acceptance=acceptance) as engine:
+    with Engine(ranks=2, settings=["prompt_lookup=0"], forced_acceptance=acceptance) as engine:
         assert engine is not None
         metrics = engine.generate(PROMPT, COUNT).metrics
     assert least <= metrics["acceptance_rate"] <= most
-    assert metrics["runs"] >= COUNT / CONTINUOUS.rows, "a run accepts no more than it carries"
+    assert metrics["runs"] >= COUNT / CONTINUOUS.max_rows, "a run accepts no more than it carries"
 
 
 def test_a_job_under_mpirun_says_the_same_and_its_trace_replays(tmp_path: Path) -> None:

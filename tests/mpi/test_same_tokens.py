@@ -48,7 +48,7 @@ CASES = [
     Case(4, draft="none"),
     Case(4, settings=("cancel=relay",)),
     Case(4, settings=("govern=false",)),
-    Case(2, settings=("prefill_chunk=7", "window=1", "rows=3")),
+    Case(2, settings=("prefill_chunk=7", "window=1", "max_rows=3")),
 ]
 MANY, SOME = 12, 1  # prompts
 LONG = Asked(sum(prompts_for(BUILTIN)[:9], ()))  # longer than the runs of prompt tokens

@@ -15,7 +15,7 @@ import pytest
 
 from pipeinfer import Engine
 from pipeinfer.core.ports import Compute, Computed, Event, Stalled
-from pipeinfer.runtime.job_spec import Cast
+from pipeinfer.runtime.job_spec import JobSpec
 from pipeinfer.runtime.replay import Retold, retell
 from pipeinfer.runtime.trace import Trace
 from tests.mpi.matrix import FULL
@@ -28,7 +28,7 @@ BASELINES = ROOT / "benchmarks" / "baselines"
 
 def replayed(path: Path) -> tuple[Trace, Retold]:
     trace = Trace(path)
-    cast = Cast.of(trace.header.cast)
+    cast = JobSpec.of(trace.header.cast)
     return trace, retell({address: cast.machine(address) for address in trace.header.roles}, trace.steps())
 
 
@@ -52,7 +52,7 @@ def test_four_ranks_replay_to_the_same_commands(policy: str, tmp_path: Path) -> 
             engine.generate(PROMPT, count, ignore_eos=True)
         for piece in engine.stream(PROMPT, 900, ignore_eos=True):
             if piece:
-                break  # the rest is withdrawn
+                break  # the rest is aborted
     assert [path.name for path in files(tmp_path)] == [f"run.rank{rank}" for rank in range(4)]
     for rank, path in enumerate(files(tmp_path)):
         trace, retold = replayed(path)

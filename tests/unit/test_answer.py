@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from launch.requests import Hear, News
+from launch.requests import Hear, RequestOutput
 from pipeinfer.core.errors import NotFiniteError, StallError
-from pipeinfer.core.ports import Request, Tally
+from pipeinfer.core.ports import Request, RequestStats
 from pipeinfer.engine.answer import Completion, Handle
 
 REQUEST = Request((1, 2), 10)
@@ -37,7 +37,7 @@ class Scripted:
 
     def submit(self, request: Request, hear: Hear) -> int:
         self.tell = hear
-        hear(News(1.0, number=7))
+        hear(RequestOutput(1.0, number=7))
         return 7
 
     def cancel(self, number: int) -> None:
@@ -71,8 +71,8 @@ class Letters:
         return ""
 
 
-def news(text: str, at_s: float = 2.0, **more: Any) -> News:
-    return News(at_s, tuple(map(ord, text)), logps=tuple(-1.0 for _ in text), number=7, **more)
+def news(text: str, at_s: float = 2.0, **more: Any) -> RequestOutput:
+    return RequestOutput(at_s, tuple(map(ord, text)), logps=tuple(-1.0 for _ in text), number=7, **more)
 
 
 def opened() -> tuple[Scripted, Handle]:
@@ -84,7 +84,7 @@ def test_pieces_and_the_whole() -> None:
     job, handle = opened()
     job.tell(news("ab"))
     job.tell(news("c", 3.0))
-    job.tell(news("", 4.0, reason="length", tally=Tally()))
+    job.tell(news("", 4.0, reason="length", stats=RequestStats()))
     assert list(handle) == ["ab", "c"]
     assert list(handle) == []
     answer = handle.result()
@@ -98,7 +98,7 @@ def test_a_stop_string_cancels_the_rest_at_once() -> None:
     job.tell(news("abZcd"))
     assert job.cancelled == [7]
     job.tell(news("ef"))
-    job.tell(news("", reason="withdrawn", tally=Tally()))
+    job.tell(news("", reason="aborted", stats=RequestStats()))
     assert (handle.result().text, handle.result().finish_reason) == ("ab", "stop")
     assert len(handle.completion.tokens) == 3
 
@@ -107,7 +107,7 @@ def test_a_cancelled_answer_says_so() -> None:
     job, handle = opened()
     job.tell(news("ab"))
     handle.cancel()
-    job.tell(news("", reason="withdrawn", tally=Tally()))
+    job.tell(news("", reason="aborted", stats=RequestStats()))
     assert job.cancelled == [7]
     assert (handle.result().text, handle.result().finish_reason) == ("ab", "cancelled")
 
@@ -119,7 +119,7 @@ def test_a_cancelled_answer_says_so() -> None:
 def test_numbers_that_are_not_finite_end_the_answer_and_name_the_place(fault: int, said: str) -> None:
     job, handle = opened()
     job.tell(news("ab"))
-    job.tell(news("", reason="error", fault=fault, tally=Tally()))
+    job.tell(news("", reason="error", fault=fault, stats=RequestStats()))
     with pytest.raises(NotFiniteError) as raised:
         handle.result()
     assert said in str(raised.value)
@@ -131,7 +131,7 @@ def test_numbers_that_are_not_finite_end_the_answer_and_name_the_place(fault: in
 def test_a_job_that_breaks_ends_the_answer_with_what_there_is() -> None:
     job, handle = opened()
     job.tell(news("ab"))
-    job.tell(News(3.0, number=7, reason="error", error=StallError("nothing moves")))
+    job.tell(RequestOutput(3.0, number=7, reason="error", error=StallError("nothing moves")))
     pieces = iter(handle)
     assert next(pieces) == "ab"
     with pytest.raises(StallError):
@@ -146,7 +146,7 @@ def test_what_only_this_answer_cannot_read_ends_it_alone() -> None:
     assert job.cancelled == [7]
     with pytest.raises(ValueError, match="no such letter"):
         handle.result()
-    job.tell(news("", reason="withdrawn", tally=Tally()))  # late, and of no interest
+    job.tell(news("", reason="aborted", stats=RequestStats()))  # late, and of no interest
 
 
 def test_an_interrupted_answer_is_what_there_was() -> None:
@@ -178,7 +178,7 @@ def test_asyncio_takes_answers_side_by_side() -> None:
                 for job, _ in opened_ones:
                     job.tell(news(piece))
             for job, _ in opened_ones:
-                job.tell(news("", reason="length", tally=Tally()))
+                job.tell(news("", reason="length", stats=RequestStats()))
 
         await asyncio.to_thread(tell)
         return [*await asyncio.gather(*taking), await whole]

@@ -15,7 +15,7 @@ from pipeinfer.costs.shapes import Shape, read_shape
 # A layer of 1000 * (2 * 100 * 12 + 3 * 2000) = 8.4e6 weights, 33.6 MB; a cell of it is 2 * 2 * 100 * 4 = 1600 bytes.
 SHAPE = Shape(
     "model", layers=4, hidden=1000, heads=10, kv_heads=2, head_dim=100, intermediate=2000, vocab=5000, gated=True,
-    tied=False, weight_bits=32.0, dtype="fp32", cell_bits=32.0,
+    tied=False, weight_bits=32.0, dtype="fp32", slot_bits=32.0,
 )  # fmt: skip
 ROOFLINE = Arithmetic(peak=33.6e9, overhead_s=1e-3)
 HARDWARE = Hardware("host", "a host", 1, 10**9, 16.8e9, Link(1e-3, bandwidth=1e6), {"fp32": ROOFLINE})
@@ -71,7 +71,7 @@ def test_attention_is_measured_by_rows_times_heads_that_share_a_key_head() -> No
 def test_bytes_by_hand() -> None:
     costs = Costs(HARDWARE, SHAPE)
     assert costs.activation_nbytes(3) == 3 * 1000 * 4
-    assert costs.cells_nbytes(2, 50) == 2 * 50 * 1600
+    assert costs.slots_nbytes(2, 50) == 2 * 50 * 1600
     assert costs.stage_nbytes(2, 50) == 2 * 33_600_000 + 160_000
     assert costs.stage_nbytes(2, 50, ends=1) == 2 * 33_600_000 + 160_000 + 20_000_000
 

@@ -32,7 +32,7 @@ class Told:
 
     def __init__(self, **knobs: Any) -> None:
         positions = knobs.pop("positions", 0)
-        settings: dict[str, Any] = {"schedule": "frontier", "rows": 3, "lead": 9} | knobs
+        settings: dict[str, Any] = {"schedule": "pipeinfer", "max_rows": 3, "max_ahead": 9} | knobs
         self.drafter = Drafter(FIRST_DRAFTER, Policy("test", **settings), 64, positions=positions)
         self._edges = Edges(ORCHESTRATOR)
         self.busy = 0
@@ -129,7 +129,7 @@ def test_what_was_held_back_answers_a_lower_order_without_a_pass() -> None:
 
 
 def test_passes_that_were_not_needed_are_not_kept_for_later() -> None:
-    told = Told(lead=1)
+    told = Told(max_ahead=1)
     told.order(5)
     told.computed([(4, 0.9)])
     assert nodes(told.computed([(5, 0.9)]))[-1] == ([], True), "it may be one node ahead, not more"
@@ -202,7 +202,7 @@ def test_guesses_are_drawn_as_the_target_will_draw() -> None:
 
 def test_an_order_of_no_passes_ends_what_was_held_back_and_evaluates_nothing() -> None:
     """Found by reading: the choices held back counted as one pass, and one less than none never ends."""
-    told = Told(width=2)
+    told = Told(topk=2)
     told.order(1, cutoff=0.5)
     told.computed([(4, 0.6), (5, 0.3)])
     commands = told.order(0, cutoff=0.1)
@@ -211,7 +211,7 @@ def test_an_order_of_no_passes_ends_what_was_held_back_and_evaluates_nothing() -
 
 
 def test_a_faulty_row_has_no_children_and_the_order_is_answered() -> None:
-    told = Told(width=2, leaves=2)
+    told = Told(topk=2, draft_batch=2)
     told.order(2)
     assert evaluated(told.computed([(4, 0.6), (5, 0.3)])) == [4, 5]
     ((found, is_done),) = nodes(told.computed([(6, 0.9)], [(8, 0.9)], faulty=(0,)))

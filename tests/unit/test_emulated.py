@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeinfer.core.ports import GREEDY, Batch, Draw, Sampling
+from pipeinfer.core.ports import GREEDY, Batch, Sampling, SamplingInputs
 from stages.models.emulated import EmulatedShard, EmulatedSpec, finish, mix, plain_tokens, spread
 
 SPEC = EmulatedSpec(layers=4, vocab=1000, seed=5)
@@ -32,7 +32,7 @@ def prompted(spec: EmulatedSpec = SPEC) -> EmulatedShard:
 
 def said(batch: Batch) -> int:
     shard = prompted()
-    return shard.choose(finish(shard.forward(batch, None)), (0,), 1)[0][0][0]
+    return shard.sample(finish(shard.forward(batch, None)), (0,), 1)[0][0][0]
 
 
 def test_any_cut_into_shards_gives_the_same_words() -> None:
@@ -46,7 +46,7 @@ def test_any_cut_into_shards_gives_the_same_words() -> None:
 def test_a_prompt_at_once_or_token_by_token_says_the_same() -> None:
     prompt = [3, 1, 4, 1, 5, 9, 2, 6]
     shard = EmulatedShard(SPEC, range(4), 32)
-    at_once = shard.choose(finish(shard.forward(prompt_batch(prompt), None)), (7,), 1)[0][0][0]
+    at_once = shard.sample(finish(shard.forward(prompt_batch(prompt), None)), (7,), 1)[0][0][0]
     assert plain_tokens(SPEC, prompt, 1, frozenset()) == [at_once]
 
 
@@ -83,8 +83,8 @@ def test_the_draft_is_right_as_often_as_it_was_told(ranks: tuple[float, ...]) ->
     target, draft = (EmulatedShard(spec, range(2), 8, is_draft=is_draft) for is_draft in (False, True))
     hidden = mix(np.arange(4000, dtype=np.uint64))
     rows = range(4000)
-    truths = [choices[0][0] for choices in target.choose(hidden, rows, 1)]
-    guesses = [[token for token, _ in choices] for choices in draft.choose(hidden, rows, 4)]
+    truths = [choices[0][0] for choices in target.sample(hidden, rows, 1)]
+    guesses = [[token for token, _ in choices] for choices in draft.sample(hidden, rows, 4)]
     for rank in range(4):
         hits = sum(guess[rank] == truth for guess, truth in zip(guesses, truths, strict=True))
         assert hits / 4000 == pytest.approx(ranks[rank] if rank < len(ranks) else 0.0, abs=0.03)
@@ -96,7 +96,7 @@ def test_the_draft_believes_its_claims() -> None:
     told = EmulatedSpec(layers=2, ranks=(0.5, 0.25), claims=(0.1,))
     for spec, wanted in ((told, [0.1, 1e-9]), (EmulatedSpec(layers=2, ranks=(0.5, 0.25)), [0.5, 0.25])):
         draft = EmulatedShard(spec, range(2), 8, is_draft=True)
-        for choices in draft.choose(hidden, range(3), 2):
+        for choices in draft.sample(hidden, range(3), 2):
             assert [math.exp(logp) for _, logp in choices] == pytest.approx(wanted)
 
 
@@ -119,13 +119,13 @@ SEEN = np.array([2, 3, 5])
 ROW = mix(np.arange(1, dtype=np.uint64))
 
 
-def drawn(draw: Draw | None, spec: EmulatedSpec = SPEC) -> int:
-    return EmulatedShard(spec, range(1), 8).choose(ROW, (0,), 1, draw)[0][0][0]
+def drawn(draw: SamplingInputs | None, spec: EmulatedSpec = SPEC) -> int:
+    return EmulatedShard(spec, range(1), 8).sample(ROW, (0,), 1, draw)[0][0][0]
 
 
 def test_every_number_of_a_draw_matters() -> None:
     spec = replace(SPEC, vocab=2**40)  # two of these words hardly ever give one token
-    draw = Draw(SAMPLED, np.array([9]), (SEEN,))
+    draw = SamplingInputs(SAMPLED, np.array([9]), (SEEN,))
     changes = {
         "temperature": 1.0, "top_k": 21, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.5, "seed": 7 + 2**40,
     }  # fmt: skip
@@ -137,7 +137,7 @@ def test_every_number_of_a_draw_matters() -> None:
 
 
 def test_nothing_else_does() -> None:
-    draw = Draw(SAMPLED, np.array([9]), (SEEN,))
+    draw = SamplingInputs(SAMPLED, np.array([9]), (SEEN,))
     assert drawn(replace(draw, seen=(np.array([5, 2, 3, 2]),))) == drawn(draw), "what was seen is a set"
     free = replace(draw, sampling=replace(SAMPLED, repetition_penalty=1.0))
     assert drawn(replace(free, seen=())) == drawn(free)
@@ -147,7 +147,7 @@ def test_nothing_else_does() -> None:
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.0, top_k=5, top_p=0.5, seed=3)], ids=str)
 def test_greedy_draws_say_what_they_always_said(sampling: Sampling) -> None:
-    assert drawn(Draw(sampling, np.array([9]), (SEEN,))) == drawn(None)
+    assert drawn(SamplingInputs(sampling, np.array([9]), (SEEN,))) == drawn(None)
     assert plain_tokens(SPEC, [1, 2, 3], 8, frozenset(), sampling) == plain_tokens(SPEC, [1, 2, 3], 8, frozenset())
     assert plain_tokens(SPEC, [1, 2, 3], 8, frozenset()) == [956, 577, 41, 780, 879, 971, 893, 459]
 
@@ -156,25 +156,25 @@ def test_a_row_draws_what_it_draws_alone() -> None:
     hidden = mix(np.arange(6, dtype=np.uint64))
     seen = tuple(np.arange(row) for row in range(6))
     shard = EmulatedShard(SPEC, range(1), 8)
-    together = shard.choose(hidden, range(6), 1, Draw(SAMPLED, np.arange(20, 26), seen))
+    together = shard.sample(hidden, range(6), 1, SamplingInputs(SAMPLED, np.arange(20, 26), seen))
     for row in range(6):
-        alone = Draw(SAMPLED, np.array([20 + row]), seen[row : row + 1])
-        assert shard.choose(hidden, (row,), 1, alone) == [together[row]]
+        alone = SamplingInputs(SAMPLED, np.array([20 + row]), seen[row : row + 1])
+        assert shard.sample(hidden, (row,), 1, alone) == [together[row]]
 
 
 def test_a_missing_set_of_seen_tokens_is_an_error() -> None:
     with pytest.raises(ValueError, match="reshape"):
-        drawn(Draw(SAMPLED, np.array([9])))
+        drawn(SamplingInputs(SAMPLED, np.array([9])))
 
 
 def test_the_draft_knows_what_the_target_will_draw() -> None:
     spec = EmulatedSpec(layers=2, vocab=1000, ranks=(0.7,))
     target, draft = (EmulatedShard(spec, range(2), 8, is_draft=is_draft) for is_draft in (False, True))
     hidden = mix(np.arange(4000, dtype=np.uint64))
-    draw = Draw(SAMPLED, np.arange(4000) % 50, (SEEN,) * 4000)
-    truths = target.choose(hidden, range(4000), 1, draw)
+    draw = SamplingInputs(SAMPLED, np.arange(4000) % 50, (SEEN,) * 4000)
+    truths = target.sample(hidden, range(4000), 1, draw)
     for guess_draw, share in ((draw, 0.7), (None, 0.0)):
-        guesses = draft.choose(hidden, range(4000), 1, guess_draw)
+        guesses = draft.sample(hidden, range(4000), 1, guess_draw)
         hits = sum(guess[0][0] == truth[0][0] for guess, truth in zip(guesses, truths, strict=True))
         assert hits / 4000 == pytest.approx(share, abs=0.03)
 
@@ -184,6 +184,6 @@ def test_plain_tokens_are_drawn_with_their_positions_and_all_that_was_seen() -> 
     tokens = list(prompt)
     for count in range(6):
         hidden = finish(shard.forward(prompt_batch(tokens), None))
-        draw = Draw(SAMPLED, np.array([len(tokens)]), (np.array(sorted(set(tokens))),))
-        tokens.append(shard.choose(hidden, (len(tokens) - 1,), 1, draw)[0][0][0])
+        draw = SamplingInputs(SAMPLED, np.array([len(tokens)]), (np.array(sorted(set(tokens))),))
+        tokens.append(shard.sample(hidden, (len(tokens) - 1,), 1, draw)[0][0][0])
         assert plain_tokens(SPEC, prompt, count + 1, frozenset(), SAMPLED) == tokens[len(prompt) :]

@@ -10,11 +10,9 @@ from pipeinfer.core.errors import LocalProtocolError
 from pipeinfer.core.ports import (
     Abandon,
     Batch,
-    Choice,
     Command,
     Compute,
     Computed,
-    Draw,
     Emit,
     Event,
     Finish,
@@ -22,7 +20,9 @@ from pipeinfer.core.ports import (
     Idle,
     Note,
     Received,
+    SampledToken,
     Sampling,
+    SamplingInputs,
     Send,
     Started,
     Wake,
@@ -55,7 +55,7 @@ class Layers:
         self.done = 0
         self.closed = False
         self.given: list[Any] = []
-        self.draws: list[Draw | None] = []
+        self.draws: list[SamplingInputs | None] = []
         self._layers, self._rest = layers, rest
 
     def forward(self, batch: Batch, hidden: Any) -> Generator[float, None, Any]:
@@ -69,7 +69,9 @@ class Layers:
             raise
         return np.arange(len(batch.tokens)) * 10
 
-    def choose(self, hidden: Any, rows: Sequence[int], count: int, draw: Draw | None = None) -> list[list[Choice]]:
+    def sample(
+        self, hidden: Any, rows: Sequence[int], count: int, draw: SamplingInputs | None = None
+    ) -> list[list[SampledToken]]:
         self.draws.append(draw)
         return [[(int(hidden[row]), 0.0)] * count for row in rows]
 
@@ -119,7 +121,7 @@ def test_a_computation_took_what_passed_since_its_turn_began() -> None:
 
 
 def test_choices_are_asked_of_the_shard() -> None:
-    draw = Draw(Sampling(0.5), np.array([4, 6]))
+    draw = SamplingInputs(Sampling(0.5), np.array([4, 6]))
     role, shard = Script(1, [Compute(5, batch(3), rows=(0, 2), choices=2, draw=draw)]), Layers(1)
     executor = Executor([role], {1: shard}, Outside())
     executor.deliver(1, Started(), 0.0)

@@ -11,7 +11,7 @@ import pytest
 
 from launch.head import LocalJob
 from launch.job import Job
-from launch.requests import JobOver, News
+from launch.requests import JobOver, RequestOutput
 from pipeinfer.core.config import Config
 from pipeinfer.core.errors import UserError
 from pipeinfer.core.ports import Batch, Request
@@ -57,7 +57,7 @@ def expected(asked: Request) -> list[int]:
     return plain_tokens(SPEC, asked.prompt, asked.max_new_tokens, asked.stop_tokens)
 
 
-def tokens(told: list[News]) -> list[int]:
+def tokens(told: list[RequestOutput]) -> list[int]:
     return [token for news in told for token in news.tokens]
 
 
@@ -65,9 +65,9 @@ def tokens(told: list[News]) -> list[int]:
 def test_requests_queue_in_order(is_threaded: bool) -> None:
     ended: list[int] = []
     with opened(is_threaded) as job:
-        told: dict[int, list[News]] = {}
+        told: dict[int, list[RequestOutput]] = {}
 
-        def hear(news: News) -> None:
+        def hear(news: RequestOutput) -> None:
             told.setdefault(news.number, []).append(news)
             if news.is_last:
                 ended.append(news.number)
@@ -117,7 +117,7 @@ def test_a_cancelled_request_ends_and_the_next_is_served() -> None:
     with opened() as job:
         ends: dict[int, str] = {}
 
-        def hear(news: News) -> None:
+        def hear(news: RequestOutput) -> None:
             if news.is_last:
                 ends[news.number] = news.reason
 
@@ -126,13 +126,13 @@ def test_a_cancelled_request_ends_and_the_next_is_served() -> None:
         job.cancel(running)
         job.cancel(99)  # nobody's
         assert tokens(job.decode(request(3))) == expected(request(3))
-        assert ends == {running: "withdrawn", waiting: "withdrawn"}
+        assert ends == {running: "aborted", waiting: "aborted"}
 
 
 @pytest.mark.parametrize("is_threaded", [True, False])
 def test_a_job_that_breaks_ends_its_requests_and_takes_no_more(is_threaded: bool) -> None:
     with opened(is_threaded, BreakingPair) as job:
-        waiting: list[News] = []
+        waiting: list[RequestOutput] = []
         job.submit(request(1, 150), waiting.append)
         with pytest.raises(RuntimeError, match="the tenth pass fails"):
             job.decode(request(2))

@@ -10,7 +10,7 @@ from pipeinfer.core.links import Link
 from pipeinfer.core.ports import Command, Event, Request
 from pipeinfer.core.protocol import ORCHESTRATOR
 from pipeinfer.orchestrator.machine import Orchestrator
-from pipeinfer.sim.world import Witness, World, WorldSpec
+from pipeinfer.sim.world import Checker, World, WorldSpec
 from speculation.schedules.continuous import Continuous
 from speculation.schedules.policy import CONTINUOUS
 from stages.models.emulated import EmulatedSpec, spread
@@ -23,7 +23,7 @@ def pace(rows: int, context: int) -> float:
     return max(rows, FREE) / FREE
 
 
-class Reader(Witness):
+class Reader(Checker):
     """Keeps the least share of its true price that any number of rows was ever thought to have."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Reader(Witness):
 def test_a_run_that_lost_rows_does_not_make_rows_cheap(seed: int) -> None:
     request = Request((1, 2, 3 + seed), 200)
     model = EmulatedSpec(STAGES, 5000, seed, spread(0.79))
-    policy = replace(CONTINUOUS, lookup=0)
+    policy = replace(CONTINUOUS, prompt_lookup=0)
     reader = Reader()
     paces, link = (pace, lambda rows, context: 0.17), Link(delay_s=0.17)
     World(WorldSpec(seed, policy, STAGES, (request,), model, paces=paces, link=link), (reader,)).run()

@@ -17,7 +17,7 @@ from pipeinfer.runtime.perfetto import PLACES, trace_events, write_perfetto
 from pipeinfer.runtime.timeline import Outcome, Timeline, read_timeline
 from pipeinfer.runtime.trace import Trace
 from speculation.schedules.policy import CONTINUOUS
-from tests.laws.traced import trace_world
+from tests.invariants.traced import trace_world
 from tests.unit.test_timeline import world
 
 Event = dict[str, Any]

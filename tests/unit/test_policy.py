@@ -9,14 +9,16 @@ from speculation.schedules.continuous import choose_rows
 from speculation.schedules.policy import CONTINUOUS, PLAIN, Policy
 from speculation.trees.tree import Tree
 
-WIDE = Policy("wide", rows=4, width=2, leaves=2, lead=8)
+WIDE = Policy("wide", max_rows=4, topk=2, draft_batch=2, max_ahead=8)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"rows": 0}, {"rows": MAX_ROWS + 1}, {"width": 0}, {"leaves": 0}, {"prefill_chunk": 0}, {"lead": -1},
-        {"window": -1}, {"floor": -0.1}, {"floor": 1.1}, {"cancel": "perhaps"}, {"leaves": 64, "width": 64},
+        {"max_rows": 0}, {"max_rows": MAX_ROWS + 1}, {"topk": 0}, {"draft_batch": 0}, {"prefill_chunk": 0},
+        {"max_ahead": -1},
+        {"window": -1}, {"min_path_prob": -0.1}, {"min_path_prob": 1.1}, {"cancel": "perhaps"},
+        {"draft_batch": 64, "topk": 64},
     ],
     ids=str,
 )  # fmt: skip
@@ -33,7 +35,7 @@ def test_the_window_follows_the_stages_unless_it_is_given() -> None:
 def test_the_published_policies_are_what_they_say() -> None:
     assert not PLAIN.speculate
     assert CONTINUOUS.speculate
-    assert CONTINUOUS.rows > 1
+    assert CONTINUOUS.max_rows > 1
 
 
 def tree_of(*logps: float, taken: bool) -> Tree:
@@ -66,7 +68,7 @@ def test_guesses_go_only_where_there_is_room() -> None:
 
 
 def test_the_floor_keeps_the_improbable_at_home() -> None:
-    policy = Policy("careful", rows=4, floor=0.5)
+    policy = Policy("careful", max_rows=4, min_path_prob=0.5)
     assert tokens(tree_of(-0.1, -0.6, -0.8, taken=True), policy, 9) == [(1, 0), (1, 1)]
 
 

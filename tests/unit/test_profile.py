@@ -46,6 +46,6 @@ def test_a_job_that_goes_otherwise_is_not_timed(job: Job) -> None:
 
 def test_a_job_s_cells_can_be_leased_again(job: Job) -> None:
     assert {cost.what.split(",")[0] for cost in tables.cells(job)} == {
-        "cells: apply", "cells: living", "cells: admit", "ledger: operations", "ledger: lease",
+        "cells: apply", "cells: living", "cells: allocate", "ledger: operations", "ledger: lease",
     }  # fmt: skip
     assert [cost.what.split(",")[0] for cost in tables.wire(job)][:2] == ["wire: encode RUN", "wire: decode RUN"]

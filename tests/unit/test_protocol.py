@@ -7,14 +7,14 @@ from pipeinfer.core.protocol import (
     HEADER,
     MAX_OPS,
     MAX_ROWS,
-    CellOp,
-    CellOpKind,
     Edges,
     Flag,
     Kind,
     Message,
     Row,
     SettingRow,
+    SlotOp,
+    SlotOpKind,
     accepted_name,
     address_name,
     decode,
@@ -25,7 +25,7 @@ from pipeinfer.core.protocol import (
 
 
 def test_sizes_are_what_the_format_says() -> None:
-    row, op = Row(1, 2, 3, 4), CellOp(CellOpKind.COMMIT, 1, 1, 1)
+    row, op = Row(1, 2, 3, 4), SlotOp(SlotOpKind.COMMIT, 1, 1, 1)
     assert len(encode(Message(Kind.CREDIT, 1, 0))) == HEADER.size == 40
     assert len(encode(Message(Kind.RUN, 0, 1, ops=(op,) * 3, rows=(row,) * 5))) == 40 + 16 * 3 + 16 * 5
 
@@ -45,7 +45,7 @@ def test_accepted_names_never_meet_a_drafters_own() -> None:
     "message",
     [
         Message(Kind.RUN, 0, 1, rows=(Row(1, 2, 3, 4),) * (MAX_ROWS + 1)),
-        Message(Kind.RUN, 0, 1, ops=(CellOp(CellOpKind.CLEAR),) * (MAX_OPS + 1)),
+        Message(Kind.RUN, 0, 1, ops=(SlotOp(SlotOpKind.CLEAR),) * (MAX_OPS + 1)),
         Message(Kind.RUN, 0, 1, rows=(Row(1 << 31, 2, 3, 4),)),
         Message(Kind.RUN, 0, 1, rows=(Row(1, -1, 3, 4),)),
         Message(Kind.RUN, 0, 1, txn=1 << 32),
@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_our_own_fault(message: Message) -> None:
 
 def test_most_rows_and_operations_fit() -> None:
     message = Message(
-        Kind.RUN, 0, 1, rows=(Row(-1, 2, 3, 4),) * MAX_ROWS, ops=(CellOp(CellOpKind.RELEASE, 1, 2),) * MAX_OPS
+        Kind.RUN, 0, 1, rows=(Row(-1, 2, 3, 4),) * MAX_ROWS, ops=(SlotOp(SlotOpKind.RELEASE, 1, 2),) * MAX_OPS
     )
     assert decode(encode(message)) == message
     assert decode(memoryview(encode(message))) == message

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from pipeinfer.core.ports import Command, Emit, Event, Halt, Note, Started, Wake, Woke
-from pipeinfer.core.protocol import ChoiceRow, Kind, Message, Row
+from pipeinfer.core.protocol import Kind, Message, ResultRow, Row
 from pipeinfer.runtime.replay import difference, retell
 from pipeinfer.runtime.trace import Step
 
 RUN = Message(Kind.RUN, 0, 1, rows=(Row(1, 2, 3, 4), Row(5, 6, 7, 8)))
-RESULT = Message(Kind.RESULT, 1, 0, rows=(ChoiceRow(1, 2, 3, math.nan),))
+RESULT = Message(Kind.RESULT, 1, 0, rows=(ResultRow(1, 2, 3, math.nan),))
 OTHER_NAN = float("nan")
 
 
@@ -32,7 +32,7 @@ OTHER_NAN = float("nan")
         ((Emit((1,)),), (Halt(),), "commands.0 was Emit(tokens=(1,), logps=(), number=0), is Halt()"),
         (Emit((1, 2)), Emit((1, 3)), "commands.tokens.1 was 2, is 3"),
         (RUN, Message(Kind.RUN, 0, 1, rows=(RUN.rows[0], Row(5, 6, 9, 8))), "commands.rows.1.parent was 7, is 9"),
-        (RESULT, Message(Kind.RESULT, 1, 0, rows=(ChoiceRow(1, 2, 3, OTHER_NAN),)), ""),
+        (RESULT, Message(Kind.RESULT, 1, 0, rows=(ResultRow(1, 2, 3, OTHER_NAN),)), ""),
         ({"a": 1, "b": [OTHER_NAN]}, {"b": [math.nan], "a": 1}, ""),
         ({"a": 1}, {"a": 1, "b": 2}, "commands.b was None, is 2"),
         ("a" * 200, "b", f"commands was '{'a' * 159} ..., is 'b'"),

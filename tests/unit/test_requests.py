@@ -8,6 +8,7 @@ import pytest
 
 from pipeinfer.core.errors import LocalProtocolError
 from pipeinfer.core.ports import (
+    Aborted,
     Closed,
     Command,
     Finish,
@@ -15,10 +16,9 @@ from pipeinfer.core.ports import (
     Idle,
     Received,
     Request,
+    RequestStats,
     Send,
     Submitted,
-    Tally,
-    Withdrawn,
 )
 from pipeinfer.core.protocol import FIRST_STAGE, ORCHESTRATOR, Flag, Kind, Message
 from pipeinfer.orchestrator.machine import Orchestrator
@@ -44,14 +44,14 @@ class Head:
     def submit(self, number: int, request: Request = SHORT) -> list[Command]:
         return self.machine.handle(Submitted(request, number), 0.0)
 
-    def withdraw(self, number: int) -> list[Command]:
-        return self.machine.handle(Withdrawn(number), 0.0)
+    def abort(self, number: int) -> list[Command]:
+        return self.machine.handle(Aborted(number), 0.0)
 
     def close(self) -> list[Command]:
         return self.machine.handle(Closed(), 0.0)
 
     def comes_back(self) -> list[Command]:
-        """The oldest run in flight, which was withdrawn."""
+        """The oldest run in flight, which was aborted."""
         self._runs += 1
         self.stage_says(Kind.CREDIT, self._runs)
         return self.stage_says(Kind.RESULT, self._runs, Flag.TOMBSTONE)
@@ -71,7 +71,7 @@ def test_the_next_request_begins_in_the_step_in_which_the_last_one_is_idle() -> 
     head = Head()
     assert prompts(head.submit(7)) == [[1, 2]]
     assert head.submit(3, Request((5,), 1)) == []
-    assert answers(head.withdraw(7)) == [Finish("withdrawn", 7)]
+    assert answers(head.abort(7)) == [Finish("aborted", 7)]
     done = head.comes_back()
     assert [type(command) for command in answers(done)] == [Idle]
     assert answers(done)[0].number == 7  # type: ignore[union-attr]
@@ -82,13 +82,13 @@ def test_a_waiting_request_is_withdrawn_without_a_word_to_anybody_else() -> None
     head = Head()
     for number in (7, 3, 4):
         head.submit(number)
-    assert head.withdraw(3) == [Finish("withdrawn", 3), Idle(Tally(), 3)]
-    assert head.withdraw(3) == [], "it has ended"
-    assert head.withdraw(99) == [], "nobody knows it"
-    head.withdraw(7)
-    assert head.withdraw(7) == [], "it has ended, and is not idle yet"
+    assert head.abort(3) == [Finish("aborted", 3), Idle(RequestStats(), 3)]
+    assert head.abort(3) == [], "it has ended"
+    assert head.abort(99) == [], "nobody knows it"
+    head.abort(7)
+    assert head.abort(7) == [], "it has ended, and is not idle yet"
     head.comes_back()
-    assert answers(head.withdraw(4)) == [Finish("withdrawn", 4)]
+    assert answers(head.abort(4)) == [Finish("aborted", 4)]
 
 
 @pytest.mark.parametrize("is_busy", [False, True])
@@ -101,7 +101,7 @@ def test_what_cannot_be_served_is_refused_when_it_is_submitted(request_: Request
         head.submit(1)
     with pytest.raises(LocalProtocolError):
         head.submit(2, request_)
-    assert head.withdraw(2) == [], "it does not wait"
+    assert head.abort(2) == [], "it does not wait"
 
 
 def test_a_number_is_one_request_at_a_time() -> None:
@@ -111,7 +111,7 @@ def test_a_number_is_one_request_at_a_time() -> None:
     for number in (1, 2):
         with pytest.raises(LocalProtocolError, match=f"request {number}"):
             head.submit(number, replace(SHORT, max_new_tokens=1))
-    head.withdraw(1)
+    head.abort(1)
     head.comes_back()
     head.submit(1)
 

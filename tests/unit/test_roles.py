@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipeinfer.core.errors import UserError
 from pipeinfer.core.protocol import ORCHESTRATOR, drafter_address, stage_address
-from pipeinfer.placement.roles import assign, count, homes, split_layers
+from pipeinfer.placement.roles import assign, count, rank_of_role, split_layers
 
 
 @given(st.integers(1, 200), st.data(), st.floats(0, 5))
@@ -35,14 +35,14 @@ def test_with_a_drafter_rank_0_leads_and_drafts(ranks: int) -> None:
     head = [role.address for role in plan[0]]
     assert head[:2] == [ORCHESTRATOR, drafter_address(0)]
     assert count(plan) == (max(1, ranks - 1), 1)
-    assert homes(plan)[stage_address(0)] == (0 if ranks == 1 else 1)
+    assert rank_of_role(plan)[stage_address(0)] == (0 if ranks == 1 else 1)
 
 
 @pytest.mark.parametrize("ranks", range(1, 9))
 def test_without_a_drafter_every_rank_is_a_stage(ranks: int) -> None:
     plan = assign(ranks, 8, drafters=0)
     assert count(plan) == (ranks, 0)
-    assert [homes(plan)[stage_address(index)] for index in range(ranks)] == list(range(ranks))
+    assert [rank_of_role(plan)[stage_address(index)] for index in range(ranks)] == list(range(ranks))
 
 
 @pytest.mark.parametrize(("drafters", "most"), [(1, 9), (0, 8), (3, 11)])

@@ -16,7 +16,7 @@ class Game:
     """A schedule and the tree it decides upon; the prompt is on its way."""
 
     def __init__(self, **knobs: Any) -> None:
-        self.schedule = Rounds(Policy("test", schedule="rounds", **{"rows": 4, "levels": 3} | knobs))
+        self.schedule = Rounds(Policy("test", schedule="rounds", **{"max_rows": 4, "num_steps": 3} | knobs))
         self.tree = Tree(0, 4, 100)
         self.tree.take(self.tree.root)
         self.schedule.opened()
@@ -68,7 +68,7 @@ def test_the_round_waits_for_its_drafts() -> None:
 
 
 def test_a_round_is_the_newest_token_and_the_best_guesses() -> None:
-    game = drafting(rows=3)
+    game = drafting(max_rows=3)
     game.guess(-0.3, -0.1, -0.2)
     game.schedule.drafted([])
     step = game.step()
@@ -112,7 +112,7 @@ def test_a_round_waits_for_a_slot() -> None:
 
 def test_results_are_always_heard() -> None:
     game = drafting()
-    assert not game.schedule.is_deaf(Situation(game.tree, 0, 1, 0, 0))
+    assert not game.schedule.defers_results(Situation(game.tree, 0, 1, 0, 0))
 
 
 def test_a_new_request_begins_anew() -> None:

@@ -29,7 +29,7 @@ PUBLISHED = {  # weights as the models' own pages count them, norms and biases i
 }
 SMALL = Shape(
     "small", layers=3, hidden=8, heads=4, kv_heads=2, head_dim=2, intermediate=16, vocab=10, gated=True, tied=False,
-    weight_bits=4.0, dtype="fp32", cell_bits=16.0,
+    weight_bits=4.0, dtype="fp32", slot_bits=16.0,
 )  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def test_sizes_by_hand() -> None:
     assert SMALL.numel == 3 * 576 + 2 * 80
     assert SMALL.head_in_layers == pytest.approx(80 / 576)
     assert SMALL.nbytes(SMALL.layer_numel) == 288.0
-    assert SMALL.cell_nbytes == 2 * 2 * 2 * 2
+    assert SMALL.slot_nbytes == 2 * 2 * 2 * 2
     assert SMALL.row_nbytes == 8 * 4
     assert replace(SMALL, gated=False).layer_numel == 576 - 8 * 16
     assert replace(SMALL, tied=True).numel == 3 * 576 + 80
@@ -49,7 +49,7 @@ def test_a_model_may_be_held_in_another_dtype() -> None:
     assert not SMALL.stored_as_computed
     held = SMALL.held_in("bf16")
     assert held.stored_as_computed
-    assert (held.nbytes(576), held.cell_nbytes, held.row_nbytes) == (1152.0, 16.0, 16)
+    assert (held.nbytes(576), held.slot_nbytes, held.row_nbytes) == (1152.0, 16.0, 16)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

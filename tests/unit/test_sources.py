@@ -36,7 +36,7 @@ class Served:
         sampling: Sampling | None = None,
         **knobs: Any,
     ) -> None:
-        policy = Policy("test", **{"rows": 4, "width": 2, "lead": 8} | knobs)
+        policy = Policy("test", **{"max_rows": 4, "topk": 2, "max_ahead": 8} | knobs)
         self.sources = Sources(drafters, policy, 2000, say, {})
         self.request = Request(prompt, most, stops, sampling or Sampling())
         self.tree = Tree(prompt[-1], len(prompt) - 1, self.sources.most_nodes())
@@ -240,7 +240,7 @@ def test_old_names_are_forgotten() -> None:
 
 
 def test_what_has_been_said_before_is_guessed_again() -> None:
-    served = Served((), lookup=2)
+    served = Served((), prompt_lookup=2)
     assert served.paths() == {7: {5: {}}}, "after 5 6 came 7 5"
     assert [node.source for node in served.tree.root.children.values()] == [LOOKUP]
     served.accept(7)
@@ -248,7 +248,7 @@ def test_what_has_been_said_before_is_guessed_again() -> None:
 
 
 def test_a_lookup_follows_what_others_have_guessed() -> None:
-    served = Served((FIRST,), lookup=1)
+    served = Served((FIRST,), prompt_lookup=1)
     served.grow(FIRST, (7, 1, ROOT), (5, 2, 1), (9, 3, 1))
     served.accept(7)
     assert served.paths() == {5: {}, 9: {}}
@@ -256,19 +256,19 @@ def test_a_lookup_follows_what_others_have_guessed() -> None:
 
 
 def test_a_lookup_stops_where_the_request_does() -> None:
-    assert Served((), lookup=9, most=2).paths() == {7: {}}
-    assert Served((), lookup=9, stops=frozenset({5})).paths() == {7: {}}
+    assert Served((), prompt_lookup=9, most=2).paths() == {7: {}}
+    assert Served((), prompt_lookup=9, stops=frozenset({5})).paths() == {7: {}}
 
 
 def test_a_new_round_looks_up_again_what_was_thrown_away() -> None:
-    served = Served((FIRST,), lookup=2)
+    served = Served((FIRST,), prompt_lookup=2)
     served.tree.prune()
     served.sources.order(Order(1, restart=True))
     assert served.paths() == {7: {5: {}}}
 
 
 def test_the_last_request_is_not_looked_up() -> None:
-    served = Served((), prompt=(1, 2, 3, 1, 2), lookup=2)
+    served = Served((), prompt=(1, 2, 3, 1, 2), prompt_lookup=2)
     tree = Tree(2, 1, 50)
     served.sources.close()
     served.sources.open(Request((1, 2), 9), 2, tree, 9)

@@ -13,15 +13,15 @@ from pipeinfer.core.protocol import (
     FIRST_STAGE,
     NO_SLOT,
     ORCHESTRATOR,
-    CellOp,
-    CellOpKind,
-    ChoiceRow,
     Edges,
     Flag,
     Kind,
     Message,
+    ResultRow,
     Row,
     SettingRow,
+    SlotOp,
+    SlotOpKind,
     fault_layer,
     fault_token,
 )
@@ -117,14 +117,14 @@ def test_a_row_of_another_run_in_the_same_cell_is_none_of_its_business() -> None
     around.cancel((2, 3))
     around.run(2, *TREE)
     around.computed(2)
-    release = CellOp(CellOpKind.RELEASE, 3, 1), CellOp(CellOpKind.RELEASE, 5, 1)
+    release = SlotOp(SlotOpKind.RELEASE, 3, 1), SlotOp(SlotOpKind.RELEASE, 5, 1)
     assert slots(compute_of(around.run(3, Row(16, 3, 2, 3), ops=release))) == [3]
 
 
 def test_a_run_whose_rows_are_all_dead_is_a_tombstone() -> None:
     around = Neighbours()
     around.cancel((2, 2))
-    ops = (CellOp(CellOpKind.RELEASE, 9, 1),)
+    ops = (SlotOp(SlotOpKind.RELEASE, 9, 1),)
     (tombstone,) = sent(around.run(2, *TREE, ops=ops, work_us=7, slowest_us=5))
     assert (tombstone.kind, tombstone.flags, tombstone.rows, tombstone.ops) == (Kind.RUN, Flag.TOMBSTONE, (), ops)
     assert (tombstone.work_us, tombstone.slowest_us) == (7, 5)
@@ -226,7 +226,7 @@ def test_rows_that_died_are_not_drawn_for() -> None:
     assert command.draw is not None
     assert (command.rows, command.draw.positions.tolist()) == ((0, 1), [3, 4])
     (result,) = sent(around.computed(2))
-    assert result.rows == (ChoiceRow(90, 2, 2, -0.5), ChoiceRow(91, 4, 3, -0.5))
+    assert result.rows == (ResultRow(90, 2, 2, -0.5), ResultRow(91, 4, 3, -0.5))
 
 
 def test_the_request_before_is_forgotten() -> None:
@@ -310,15 +310,15 @@ def test_the_last_stage_says_the_layer_and_no_number_that_is_none() -> None:
     around.run(2, *TREE[:3])
     choices = [[(90, -0.5)], [(91, float("nan"))], []]
     (result,) = sent(around.stage.handle(Computed(2, choices=choices, faults={1: 7, 2: 9}), 0.0))
-    assert result.rows == (ChoiceRow(90, 2, 2, -0.5), ChoiceRow(-8, 3, 3, 0.0), ChoiceRow(-10, 4, 3, 0.0))
-    assert [fault_layer(row.token) for row in result.rows_as(ChoiceRow)] == [None, 7, 9]
+    assert result.rows == (ResultRow(90, 2, 2, -0.5), ResultRow(-8, 3, 3, 0.0), ResultRow(-10, 4, 3, 0.0))
+    assert [fault_layer(row.token) for row in result.rows_as(ResultRow)] == [None, 7, 9]
 
 
-@pytest.mark.parametrize(("flags", "chosen"), [(Flag.SILENT, []), (Flag.LAST, [ChoiceRow(90, 3, 3, -0.5)])])
-def test_faulty_rows_of_a_prompt_come_back_unasked(flags: Flag, chosen: list[ChoiceRow]) -> None:
+@pytest.mark.parametrize(("flags", "chosen"), [(Flag.SILENT, []), (Flag.LAST, [ResultRow(90, 3, 3, -0.5)])])
+def test_faulty_rows_of_a_prompt_come_back_unasked(flags: Flag, chosen: list[ResultRow]) -> None:
     around = Neighbours(LAST)
     rows = (Row(5, 2, NO_SLOT, 2), Row(6, 3, NO_SLOT, 3))
     around.run(2, *rows, flags=Flag.CANONICAL | flags)
     choices = [[(90, -0.5)] for _ in chosen]
     (result,) = sent(around.stage.handle(Computed(2, choices=choices, faults={0: 1}), 0.0))
-    assert result.rows == (ChoiceRow(fault_token(1), 2, 2, 0.0), *chosen)
+    assert result.rows == (ResultRow(fault_token(1), 2, 2, 0.0), *chosen)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeinfer.bench.entrants import entrant
+from pipeinfer.bench.contenders import contender
 from pipeinfer.bench.peers import is_peer
-from pipeinfer.bench.scene import scene
+from pipeinfer.bench.scenario import scenario
 from pipeinfer.bench.suite import read_suite
 from pipeinfer.core.errors import UserError
 from pipeinfer.costs.paths import BENCHMARKS
@@ -60,7 +60,7 @@ def test_shipped_suites_mean_something(name: str) -> None:
     suite = read_suite(name)
     assert suite.minutes.get(suite.execution), "say what it took"
     for policy in suite.policies:
-        assert is_peer(policy) or entrant(policy, suite.points[0].set)
+        assert is_peer(policy) or contender(policy, suite.points[0].set)
     for point in suite.points:
         if suite.execution != "real":
-            assert scene(point).layers >= point.ranks - 1
+            assert scenario(point).layers >= point.ranks - 1

@@ -18,7 +18,7 @@ from pipeinfer.sim.world import WorldSpec
 from speculation.schedules.policy import CONTINUOUS, PLAIN, Policy, read_policy
 from stages.models.emulated import EmulatedSpec, spread
 from tests.house.source import ROOT
-from tests.laws.traced import trace_world
+from tests.invariants.traced import trace_world
 
 BASELINES = sorted((ROOT / "benchmarks" / "baselines").glob("*.toml"))
 REQUESTS = (Request((1, 2, 3), 50), Request((4, 5, 6, 7), 30))
@@ -52,14 +52,14 @@ def test_every_token_but_a_requests_last_has_one_accepted_row(policy: str, tmp_p
 def test_the_tally_agrees(tmp_path: Path) -> None:
     """What it counts as accepted are drafted rows; others carry what nobody had guessed."""
     traces = traced(world(CONTINUOUS), tmp_path)
-    tallies = [command.tally for step in traces[0].steps() for command in step.commands if isinstance(command, Idle)]
+    tallies = [command.stats for step in traces[0].steps() for command in step.commands if isinstance(command, Idle)]
     timeline = read_timeline(traces)
     launched = [word for word in timeline.words if word.message.kind is Kind.RUN and word.message.dest == FIRST_STAGE]
     skipped = [word for word in timeline.words if word.is_tombstone and word.message.kind is Kind.RESULT]
-    assert len(launched) == sum(tally.runs + tally.prefill_runs for tally in tallies)
-    assert len(skipped) == sum(tally.tombstones for tally in tallies) > 0
-    corrections = sum(tally.corrections for tally in tallies)
-    ended_by_one = 78 - sum(tally.accepted for tally in tallies)
+    assert len(launched) == sum(stats.runs + stats.prefill_runs for stats in tallies)
+    assert len(skipped) == sum(stats.tombstones for stats in tallies) > 0
+    corrections = sum(stats.corrections for stats in tallies)
+    ended_by_one = 78 - sum(stats.accepted for stats in tallies)
     assert corrections - len(REQUESTS) <= ended_by_one <= corrections
     assert timeline.in_flight[-1][1] == 0
     assert max(runs for _, runs in timeline.in_flight) <= CONTINUOUS.most_runs(4)
@@ -69,7 +69,7 @@ def test_plain_decoding_wastes_nothing_and_a_draft_that_is_never_right_everythin
     plain = read_timeline(traced(world(PLAIN), tmp_path))
     assert {span.outcome for span in plain.spans} == {Outcome.PREFILL, Outcome.ACCEPTED}
     (tmp_path / "wrong").mkdir()
-    policy = read_policy("continuous", ["lookup=0", "govern=false"])
+    policy = read_policy("continuous", ["prompt_lookup=0", "govern=false"])
     never = EmulatedSpec(layers=8, vocab=40, seed=1, ranks=(0.0,), claims=(0.9,))
     wrong = read_timeline(traced(WorldSpec(1, policy, 4, REQUESTS, never), tmp_path / "wrong"))
     assert {span.accepted for span in spans_of(wrong, LAST_STAGE)} == {0, 1}, "only what nobody guessed was right"

@@ -18,12 +18,12 @@ from pipeinfer.core.config import Config
 from pipeinfer.core.errors import UserError
 from pipeinfer.core.ports import (
     Abandon,
+    Aborted,
     Batch,
     Closed,
     Command,
     Compute,
     Computed,
-    Draw,
     Emit,
     Event,
     Finish,
@@ -32,26 +32,26 @@ from pipeinfer.core.ports import (
     Note,
     Received,
     Request,
+    RequestStats,
     Sampling,
+    SamplingInputs,
     Send,
     Stalled,
     Started,
     Submitted,
-    Tally,
     Wake,
-    Withdrawn,
     Woke,
 )
 from pipeinfer.core.protocol import (
-    CellOp,
-    CellOpKind,
-    ChoiceRow,
     DraftRow,
     Flag,
     Kind,
     Message,
+    ResultRow,
     Row,
     SettingRow,
+    SlotOp,
+    SlotOpKind,
     row_type,
 )
 from pipeinfer.runtime.replay import difference
@@ -65,7 +65,7 @@ COUNT, TOKEN = st.integers(0, 4), st.integers(-(2**31), 2**31 - 1)
 INTEGER = st.integers(-(2**63), 2**63 - 1)
 ROWS: dict[type, st.SearchStrategy[Any]] = {
     Row: st.builds(Row, TOKEN, WORD, WORD, WORD),
-    ChoiceRow: st.builds(ChoiceRow, TOKEN, WORD, WORD, REAL),
+    ResultRow: st.builds(ResultRow, TOKEN, WORD, WORD, REAL),
     DraftRow: st.builds(DraftRow, TOKEN, WORD, WORD, REAL),
     SettingRow: st.builds(SettingRow, TOKEN, WORD, WORD, REAL),
 }
@@ -79,7 +79,7 @@ def rows_of(kind: Kind) -> st.SearchStrategy[Any]:
 
 
 def messages_of(kind: Kind) -> st.SearchStrategy[Message]:
-    ops = st.lists(st.builds(CellOp, st.sampled_from(CellOpKind), WORD, WORD, WORD), max_size=3).map(tuple)
+    ops = st.lists(st.builds(SlotOp, st.sampled_from(SlotOpKind), WORD, WORD, WORD), max_size=3).map(tuple)
     flags = st.integers(0, sum(Flag)).map(Flag)
     counters = [WORD for _ in range(4)]
     return st.builds(Message, st.just(kind), WORD, WORD, flags, *counters, ops, rows_of(kind), WORD, WORD, WORD)
@@ -100,7 +100,7 @@ PAYLOADS = st.sampled_from([None, TENSOR])
 SAMPLINGS = st.builds(Sampling, REAL, WORD, REAL, REAL, REAL, st.integers(0, 2**64 - 1))
 TUPLES, REALS = st.lists(INTEGER, max_size=4).map(tuple), st.lists(REAL, max_size=4).map(tuple)
 SEEN = st.lists(COUNT.flatmap(arrays), max_size=3).map(tuple)
-DRAWS = st.builds(Draw, SAMPLINGS, COUNT.flatmap(arrays), SEEN, st.booleans())
+DRAWS = st.builds(SamplingInputs, SAMPLINGS, COUNT.flatmap(arrays), SEEN, st.booleans())
 WORDS = st.fixed_dictionaries({"slope": REAL, "offsets": st.lists(REAL, max_size=2)})
 LEARNT = st.dictionaries(st.text(), WORDS, max_size=2)
 CHOICES = st.lists(st.lists(st.tuples(TOKEN, REAL), max_size=3), max_size=3)
@@ -113,7 +113,7 @@ EVENTS: dict[type, st.SearchStrategy[Any]] = {
     Submitted: st.builds(
         Submitted, st.builds(Request, TUPLES, INTEGER, st.frozensets(TOKEN, max_size=3), SAMPLINGS), COUNT
     ),
-    Withdrawn: st.builds(Withdrawn, COUNT),
+    Aborted: st.builds(Aborted, COUNT),
     Closed: st.builds(Closed),
     Stalled: st.builds(Stalled),
     Woke: st.builds(Woke),
@@ -134,7 +134,7 @@ COMMANDS: dict[type, st.SearchStrategy[Any]] = {
     Wake: st.builds(Wake, REAL),
     Emit: st.builds(Emit, TUPLES, REALS, COUNT),
     Finish: st.builds(Finish, st.text(), COUNT, st.none() | COUNT),
-    Idle: st.builds(Idle, st.builds(Tally, *[COUNT] * 8, REAL, REAL, COUNT, REAL, REAL, LEARNT), COUNT),
+    Idle: st.builds(Idle, st.builds(RequestStats, *[COUNT] * 8, REAL, REAL, COUNT, REAL, REAL, LEARNT), COUNT),
     Note: st.builds(Note, st.text()),
     Halt: st.builds(Halt),
 }

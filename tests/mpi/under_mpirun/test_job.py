@@ -18,7 +18,7 @@ from stages.models.emulated import EmulatedPair, EmulatedSpec, plain_tokens, spr
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
-RELAY = Policy("continuous", rows=6, width=3, leaves=3, lead=24, cancel="relay", prefill_chunk=5)
+RELAY = Policy("continuous", max_rows=6, topk=3, draft_batch=3, max_ahead=24, cancel="relay", prefill_chunk=5)
 
 
 def decode(

@@ -13,8 +13,8 @@ from launch.backoff import Backoff
 from launch.mpi import World
 from launch.transport import MpiTransport
 from pipeinfer.core.ports import Received
-from pipeinfer.core.protocol import HEADER, MAX_OPS, MAX_ROWS, CellOp, CellOpKind, Kind, Message, Row
-from tests.laws.transport_worlds import Correspondent, Traffic
+from pipeinfer.core.protocol import HEADER, MAX_OPS, MAX_ROWS, Kind, Message, Row, SlotOp, SlotOpKind
+from tests.invariants.transport_worlds import Correspondent, Traffic
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
@@ -57,7 +57,7 @@ def test_every_sender_s_messages_arrive_in_order_with_their_own_payloads(world: 
 
 
 def test_the_largest_message_passes(world: World, transport: MpiTransport) -> None:
-    ops = tuple(CellOp(CellOpKind.RELEASE, slot, 1, 0) for slot in range(MAX_OPS))
+    ops = tuple(SlotOp(SlotOpKind.RELEASE, slot, 1, 0) for slot in range(MAX_OPS))
     rows = tuple(Row(-slot, slot, slot, slot) for slot in range(MAX_ROWS))
     message = Message(Kind.RUN, world.rank, 1, txn=1, run=1, ops=ops, rows=rows)
     if world.rank == world.size - 1:

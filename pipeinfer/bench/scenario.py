@@ -1,0 +1,167 @@
+"""Scenes: what a point means for emulated models. Layers, shares, paces and links, alike for simulation and emulation.
+
+Comparisons are at equal ranks. A policy that drafts leaves rank 0 to the orchestrator and the drafter; plain decoding
+uses that rank as a further stage, of fewer layers each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+from pipeinfer.bench.suite import Point
+from pipeinfer.core.errors import refuse
+from pipeinfer.core.links import Link
+from pipeinfer.core.ports import Request
+from speculation.schedules.policy import CONTINUOUS, PLAIN, Policy
+from stages.models.emulated import EmulatedSpec, Pace, spread
+
+if TYPE_CHECKING:
+    from pipeinfer.costs.roofline import Costs
+
+LAYERS = 80
+"""Of a point without a hardware, about: news of death is heard between layers. Each stage has at least three."""
+DRAFT_ROWS = 8
+"""Leaves that a pass of the draft has, for closed forms."""
+PROMPT_TOKENS = 16
+"""Where a point does not say."""
+LOCAL_LINK = Link(delay_s=6e-4, bandwidth=5e9)
+"""Between ranks of one host, where a point has no hardware: what a stage adds to a token of plain decoding where 9 to
+33 ranks share two cores. Most of it is Python that the caches have forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """A pace that is the same for any number of rows."""
+
+    seconds: float
+
+    def __call__(self, rows: int, context: int) -> float:
+        """See Pace."""
+        return self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """The pace of one target layer on a hardware; the output head's time is spread over all ``layers``."""
+
+    costs: Costs
+    layers: int
+
+    def __call__(self, rows: int, context: int) -> float:
+        """See Pace."""
+        return self.costs.layer_s(rows, context) + self.costs.head_s(rows) / self.layers
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A point with its numbers. ``layer_s``: a target layer; ``draft_s``: a pass of the draft; both in seconds."""
+
+    point: Point
+    acceptance: tuple[float, ...]
+    layers: int
+    layer_s: Pace
+    draft_s: Pace
+    link: Link
+    costs: Costs | None = None
+
+    @property
+    def context(self) -> int:
+        """Cells in view half way, which is where closed forms look."""
+        return self.prompt_tokens + self.point.tokens // 2
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return self.point.prompt_tokens or PROMPT_TOKENS
+
+    def stages(self, policy: Policy) -> int:
+        """Stages of ``policy``: all ranks but a drafter's."""
+        return max(1, self.point.ranks - policy.speculate)
+
+    def shares(self, policy: Policy, head_share: float = 1.0) -> tuple[int, ...]:
+        """Layers of each stage, as even as can be; the first one has ``head_share`` of what another has."""
+        stages = self.stages(policy)
+        ends = [round(self.layers * (index + head_share) / (stages - 1 + head_share)) for index in range(stages)]
+        return tuple(end - start for start, end in pairwise([0, *ends]))
+
+    def stage_s(self, policy: Policy, rows: int) -> float:
+        """Seconds of a pass of the largest stage."""
+        return max(self.shares(policy)) * self.layer_s(rows, self.context)
+
+    def trip_s(self, policy: Policy, rows: int) -> float:
+        """Seconds from a run's launch to its result where nothing else is under way."""
+        hop_s = self.link.delay_s + rows * self.link.row_nbytes / self.link.bandwidth
+        return self.layers * self.layer_s(rows, self.context) + (self.stages(policy) + 1) * hop_s
+
+    @property
+    def ceiling(self) -> float:
+        """Tokens per second of plain decoding, at most: all layers one after the other, and the links if they are
+        described."""
+        layers_s = self.layers * self.layer_s(1, self.context)
+        return 1 / (self.trip_s(PLAIN, 1) if self.point.hardware else layers_s)
+
+    def facts(self, policy: Policy) -> dict[str, Any]:
+        """What a row says of the scenario."""
+        point = self.point
+        stages = self.stages(policy)
+        found = {
+            "ranks": point.ranks,
+            "stages": stages,
+            "acceptance": {"top1": self.acceptance[0], "ranks": list(self.acceptance)},
+            "draft_time": self.draft_s(DRAFT_ROWS, self.context) / self.stage_s(CONTINUOUS, DRAFT_ROWS),
+            "hardware": point.hardware or None,
+            "target": point.target or None,
+            "draft": point.draft or None,
+            "dtype": point.dtype,
+            "prompt_tokens": self.prompt_tokens,
+            "set": list(point.set),
+            "claims": list(point.claims),
+            "burst": list(point.burst),
+            "bytes_per_rank": None,
+            "ceiling_tokens_per_s": self.ceiling,
+        }
+        if self.costs is not None:
+            cells = self.prompt_tokens + point.tokens + policy.most_guesses(stages)
+            found["bytes_per_rank"] = self.costs.stage_nbytes(max(self.shares(policy)), cells, ends=1)
+        return found
+
+    def model(self, seed: int) -> EmulatedSpec:
+        """The emulated pair."""
+        burst = (int(self.point.burst[0]), self.point.burst[1]) if self.point.burst else (1, 0.0)
+        return EmulatedSpec(self.layers, 5000, seed, self.acceptance, self.point.claims or None, burst)
+
+    def request(self, seed: int) -> Request:
+        """A prompt of its own for each seed."""
+        prompt = tuple((7919 * (seed + 1) + 31 * index) % 5000 for index in range(self.prompt_tokens))
+        return Request(prompt, self.point.tokens)
+
+
+def ranges(shares: tuple[int, ...]) -> list[range]:
+    """The layers of each stage."""
+    return [range(start, end) for start, end in pairwise(accumulate(shares, initial=0))]
+
+
+def scenario(point: Point) -> Scenario:
+    """What ``point`` means. Raises UserError where it says too little."""
+    if point.ranks < 2:
+        refuse(f"a point with {point.ranks} ranks", "say `stages` (at least 1) or `ranks` (at least 2) in the suite")
+    acceptance = point.acceptance or spread(point.top1)
+    if not point.hardware:
+        stages = point.ranks - 1
+        each = max(3, round(LAYERS / stages))
+        layer_s, draft_s = 1e-3 * point.stage_ms / each, 1e-3 * point.stage_ms * point.draft_time
+        return Scenario(point, acceptance, each * stages, Flat(layer_s), Flat(draft_s), LOCAL_LINK)
+    if not point.target or not point.draft:
+        refuse(f"a point with hardware {point.hardware} but no models", "name `target` and `draft` shapes in the suite")
+    from pipeinfer.costs.hardware import read_hardware
+    from pipeinfer.costs.roofline import Costs
+    from pipeinfer.costs.shapes import read_shape
+
+    hardware, target = read_hardware(point.hardware), read_shape(point.target)
+    costs = Costs(hardware, target, read_shape(point.draft))
+    if target.layers < point.ranks:
+        refuse(f"{point.ranks} ranks for the {target.layers} layers of {point.target}", "use fewer ranks")
+    link = replace(hardware.link, row_nbytes=costs.activation_nbytes(1))
+    return Scenario(point, acceptance, target.layers, Roofline(costs, target.layers), costs.draft_s, link, costs)

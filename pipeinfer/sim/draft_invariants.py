@@ -1,0 +1,82 @@
+"""L10, where guesses come from: what is sent to be verified was guessed, after these very tokens, by somebody.
+
+A guess that hangs in the wrong place can only cost time, so no token would tell.
+"""
+
+from __future__ import annotations
+
+from pipeinfer.core.ports import Command, Emit, Event, Received, Send
+from pipeinfer.core.protocol import (
+    NO_SLOT,
+    ORCHESTRATOR,
+    DraftRow,
+    Flag,
+    Kind,
+    Message,
+    Row,
+    accepted_name,
+    address_name,
+)
+from pipeinfer.sim.history import History, InvariantBroken, Reader
+from pipeinfer.sim.world import World
+
+Path = int
+"""Stands for a sequence of tokens: a hash of the path before its last one, and of that one."""
+
+
+class Guessed(Reader):
+    """Each drafter's nodes by the names it gave them; each cell by the tokens that led to it."""
+
+    def __init__(self, story: History) -> None:
+        super().__init__(story)
+        self._text: list[Path] = []  # of each accepted token
+        self._names: dict[int, dict[int, Path]] = {}  # by drafter and name
+        self._guessed: set[Path] = set()
+        self._cells: dict[int, Path] = {}
+
+    def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
+        """See Checker."""
+        if address != ORCHESTRATOR or world.spec.policy.prompt_lookup:
+            return  # what was looked up travels nowhere
+        if isinstance(event, Received) and event.message.kind is Kind.NODES and not self.story.over:
+            self._hear(event.message)
+        for begun, told in self.story.parts:
+            if begun is not None:
+                self._text, self._names, self._guessed, self._cells = [], {}, set(), {}
+                self._accept(begun.prompt)
+            for command in told:
+                if isinstance(command, Emit):
+                    self._accept(command.tokens)
+                elif isinstance(command, Send) and command.message.kind is Kind.RUN:
+                    self._check(command.message)
+
+    def _accept(self, tokens: tuple[int, ...]) -> None:
+        for token in tokens:
+            self._text.append(hash((self._text[-1] if self._text else 0, token)))
+
+    def _hear(self, message: Message) -> None:
+        if message.request != self.story.served:
+            return
+        names = self._names.setdefault(message.source, {})
+        for row in message.rows_as(DraftRow):
+            position = row.parent - accepted_name(0)
+            parent = self._text[position] if position >= 0 else names.get(row.parent)
+            if parent is None:
+                who = address_name(message.source)
+                raise InvariantBroken(
+                    f"L10: {who} hangs token {row.token} under {row.parent}, a name that it never gave"
+                )
+            names[row.node] = hash((parent, row.token))
+            self._guessed.add(names[row.node])
+
+    def _check(self, message: Message) -> None:
+        for row in message.rows_as(Row):
+            if message.flags & Flag.CANONICAL:
+                self._cells[row.slot] = self._text[row.position]
+                continue
+            before = self._text[row.position - 1] if row.parent == NO_SLOT else self._cells[row.parent]
+            path = self._cells[row.slot] = hash((before, row.token))
+            if path not in self._guessed and path not in self._text:
+                raise InvariantBroken(
+                    f"L10: run {message.run}: nobody guessed token {row.token} at {row.position} there"
+                )

@@ -1,0 +1,301 @@
+"""The laws: checkers that watch a simulated world and say which law broke, where, and in which run.
+
+    L1  exact: the emitted tokens are those of plain decoding, stop tokens included
+    L2  every run ends once, by the time its request is idle; no node is verified twice (but by rivals)
+    L3  cells: free + leased + canonical = all; no cell in two live partitions; canonical cells hold accepted tokens:
+        slot_invariants.py
+    L4  per edge the transaction number grows by one; results return in launch order
+    L5  live: the next token comes within a bounded time (World.run itself sees an agenda that runs dry)
+    L6  advice: only dead runs are cancelled or skipped, only dead rows dropped; so losing advice costs time only
+    L7  decode(encode(m)) == m for every message, and activations arrive as they left: replay.py
+    L8  every queue, window, tree and buffer has a bound: bounds.py
+    L9  a trace replays to identical commands: replay.py
+    L10 a draft that is always or never right is accepted accordingly; what is verified was guessed: draft_invariants.py
+    L11 a schedule does what it is named for: schedule_invariants.py
+
+What the checkers believe they derive from the messages on their own (history.py), so that no machine vouches for
+itself. Tables, ledgers and bounds have no other way in than the machines' private attributes: slot_invariants.py and
+bounds.py are the two files that peek. L1, L2, L4, L5, L6 and the rest of L10 are here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection
+from itertools import zip_longest
+
+from pipeinfer.core.ports import Command, Emit, Event, Finish, Idle, Received, Request, Send, Submitted
+from pipeinfer.core.protocol import (
+    NO_SLOT,
+    ORCHESTRATOR,
+    Flag,
+    Kind,
+    Message,
+    ResultRow,
+    Row,
+    address_name,
+)
+from pipeinfer.orchestrator.machine import RUNS_AHEAD
+from pipeinfer.sim.history import History, InvariantBroken, Launched, Reader, ending, oracle
+from pipeinfer.sim.world import Answer, World, WorldSpec
+
+
+class Exact(Reader):
+    """L1."""
+
+    def __init__(self, story: History) -> None:
+        super().__init__(story)
+        self._told: dict[int, list[int]] = {}  # by request
+
+    def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
+        """See Checker: no emission may stray from the truth, so the first wrong token is caught at once; nor may what
+        the target says after accepted tokens, even if nobody listens."""
+        if address == ORCHESTRATOR and isinstance(event, Received) and event.message.kind is Kind.RESULT:
+            self._listen(event.message)
+        for command in commands:
+            if isinstance(command, Emit):
+                self._compare(command, world.spec)
+
+    def _compare(self, emit: Emit, spec: WorldSpec) -> None:
+        told, truth = self._told.setdefault(emit.number, []), oracle(spec.model, spec.requests[emit.number])
+        told += emit.tokens
+        if tuple(told) != truth[: len(told)]:
+            pairs = enumerate(zip_longest(told, truth))
+            at, token, wanted = next((at, token, wanted) for at, (token, wanted) in pairs if token != wanted)
+            where = f"request {emit.number}, new token {at}"
+            raise InvariantBroken(f"L1: {where}: the token is {token}, plain decoding says {wanted}")
+
+    def _listen(self, message: Message) -> None:
+        story = self.story
+        if message.request != story.requests:
+            return  # it ended its request, and the next one has begun in the same step
+        run = story.runs.get(message.run)
+        for row in message.rows_as(ResultRow):
+            written, after = run.written[row.slot] if run else None, row.position + 1
+            is_accepted = row.position < len(story.text) and not story.is_dead(written)
+            if row.token < 0:
+                if is_accepted and story.fault is None:
+                    raise InvariantBroken(
+                        f"L1: request {story.requests}: run {message.run} finds {row}, which is accepted"
+                    )
+                continue
+            if is_accepted and after < len(story.truth) and row.token != story.truth[after]:
+                what = f"{row.token} after position {row.position}, plain decoding says {story.truth[after]}"
+                raise InvariantBroken(f"L1: request {story.requests}: run {message.run} found {what}")
+
+    def on_idle(self, world: World, answer: Answer, request: Request) -> None:
+        """See Checker."""
+        spec = world.spec
+        tokens, fault = ending(spec.model, request)
+        wanted = list(tokens)
+        ends = [when for when, number in spec.aborts if number == answer.number]
+        ends += [spec.closes_s] if spec.closes_s is not None else []
+        if answer.reason == "aborted" and any(when <= world.now for when in ends):
+            wanted, fault = wanted[: len(answer.tokens)], None  # nobody waited for the rest
+        if answer.tokens != wanted:
+            raise InvariantBroken(f"L1: request {answer.number}: the user saw {answer.tokens}, wanted {wanted}")
+        reason = "error" if fault is not None else "length"
+        if fault is None and wanted[-1:] and wanted[-1] in request.stop_tokens:
+            reason = "stop"
+        if answer.fault != fault:
+            raise InvariantBroken(
+                f"L1: request {answer.number} ended by layer {answer.fault}, plain decoding by {fault}"
+            )
+        if answer.reason not in (reason, "aborted" if ends else reason):
+            raise InvariantBroken(f"L1: request {answer.number} finished by {answer.reason!r}, not by {reason!r}")
+
+
+class EndsOnce(Reader):
+    """L2: runs, and requests, which are served one at a time in the order in which they were submitted."""
+
+    def __init__(self, story: History) -> None:
+        super().__init__(story)
+        self._open: set[int] = set()
+        self._ended: dict[int, bool] = {}  # by request that is not idle, in order: whether it has finished
+
+    def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
+        """See Checker."""
+        if address != ORCHESTRATOR:
+            return
+        if isinstance(event, Submitted):
+            self._ended[event.number] = False
+        if isinstance(event, Received) and event.message.kind is Kind.RESULT:
+            if event.message.run not in self._open:
+                raise InvariantBroken(f"L2: a result of run {event.message.run}, which is not in flight")
+            self._open.remove(event.message.run)
+        for command in commands:
+            if isinstance(command, Send) and command.message.kind is Kind.RUN:
+                self._open.add(command.message.run)
+            elif isinstance(command, Emit | Finish | Idle):
+                self._hear(command)
+
+    def _hear(self, command: Emit | Finish | Idle) -> None:
+        number, served = command.number, next(iter(self._ended), None)
+        if number not in self._ended or self._ended[number] != isinstance(command, Idle):
+            raise InvariantBroken(f"L2: {command} of a request that has ended already, or not yet: {self._ended}")
+        if isinstance(command, Emit) and number != served:
+            raise InvariantBroken(
+                f"L2: request {number} emits {command.tokens} out of turn, request {served} is served"
+            )
+        if isinstance(command, Finish):
+            self._ended[number] = True
+        elif isinstance(command, Idle):
+            if self._open and number == served:
+                raise InvariantBroken(f"L2: request {number} is idle, with runs {sorted(self._open)} still out")
+            del self._ended[number]
+
+
+class InOrder(Reader):
+    """L4."""
+
+    def __init__(self, story: History) -> None:
+        super().__init__(story)
+        self._sent: dict[tuple[int, int], int] = {}
+        self._taken: dict[tuple[int, int], int] = {}
+        self._flight: deque[int] = deque()
+
+    def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
+        """See Checker."""
+        if isinstance(event, Received):
+            self._grow(self._taken, "took", event.message)
+            if event.message.kind is Kind.RESULT and (not self._flight or self._flight.popleft() != event.message.run):
+                raise InvariantBroken(f"L4: the result of run {event.message.run} is out of order")
+        for command in commands:
+            if isinstance(command, Send):
+                self._grow(self._sent, "sent", command.message)
+                if address == ORCHESTRATOR and command.message.kind is Kind.RUN:
+                    self._flight.append(command.message.run)
+
+    @staticmethod
+    def _grow(seen: dict[tuple[int, int], int], verb: str, message: Message) -> None:
+        edge = (message.source, message.dest)
+        if message.is_control:
+            return
+        expected = seen.get(edge, 0) + 1
+        if message.txn != expected:
+            who = address_name(message.source if verb == "sent" else message.dest)
+            raise InvariantBroken(
+                f"L4: {who} {verb} {message.kind.name} as transaction {message.txn}, expected {expected}"
+            )
+        seen[edge] = expected
+
+
+class Lively(Reader):
+    """L5: between two emissions, and before the first one, no more than a stated time passes."""
+
+    def __init__(self, story: History) -> None:
+        super().__init__(story)
+        self.patience = patience(story.spec)
+        self._since = 0.0
+        self._chunks = 0
+
+    def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
+        """See Checker."""
+        if address != ORCHESTRATOR:
+            return
+        for begun, told in self.story.parts:
+            if begun is not None:
+                self._since = now
+                self._chunks = -(-len(begun.prompt) // world.spec.policy.prefill_chunk)
+            for command in told:
+                if isinstance(command, Emit | Idle):
+                    self._progress(world.spec, now)
+
+    def _progress(self, spec: WorldSpec, now: float) -> None:
+        most = self.patience * (1 + self._chunks)
+        if now - self._since > most:
+            raise InvariantBroken(f"L5: {now - self._since:.3f} s without a token, the bound is {most:.3f} s")
+        self._since = now
+        # Who drafts to order keeps the target waiting until the draft model has seen the prompt, too.
+        is_free = spec.policy.schedule == "continuous" and spec.placement != "alone"
+        self._chunks = 0 if is_free else self._chunks
+
+
+def patience(spec: WorldSpec) -> float:
+    """A bound on the virtual time between two tokens: the next one waits for what is in flight (a window of the slowest
+    passes), then goes once through the pipeline; and the orchestrator may share its host with a draft's layer. Where
+    all share one host the drafters may have as many turns before as a run has rows."""
+    policy, link, model = spec.policy, spec.link, spec.model
+    window = policy.most_runs(spec.stages)
+    most_rows = max(policy.max_rows, policy.prefill_chunk)
+    passes = [spec.stage_s[index % len(spec.stage_s)] * (1 + spec.row_cost * most_rows) for index in range(spec.stages)]
+    # Activations of a row: 8 bytes. A result or a run may queue on the wire behind a window of others.
+    message_s = (32 + 16 * (policy.max_rows + 2 * window * policy.max_rows + 8) + 24 * most_rows) / link.bandwidth
+    hop = link.delay_s + 3 * link.jitter_s + (window + 1) * message_s
+    draft_layer = spec.draft_s / model.layers * (1 + spec.row_cost * max(policy.draft_batch, policy.prefill_chunk))
+    turns = spec.drafters * policy.max_rows if spec.placement == "alone" else 0
+    ordered = {"rounds": policy.num_steps, "pipeinfer": policy.max_rows, "continuous": turns}[policy.schedule]
+    order_s = ordered * (spec.draft_s * (1 + spec.row_cost * max(policy.draft_batch, policy.prefill_chunk))) + 2 * hop
+    return 3 * order_s + sum(passes) + (window + RUNS_AHEAD) * max(passes) + (spec.stages + 3) * hop + 4 * draft_layer
+
+
+class Advice(Reader):
+    """L6: what is skipped on advice is dead, and no stage changes the rows it passes on."""
+
+    def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
+        """See Checker."""
+        for command in commands:
+            if not isinstance(command, Send):
+                continue
+            message = command.message
+            if message.kind is Kind.CANCEL:
+                for row in message.rows_as(Row):
+                    run = self.story.runs.get(row.slot)
+                    kept = set() if run is None or row.parent == NO_SLOT else run.written.keys() - {row.parent}
+                    self._must_be_dead(run, kept, f"{address_name(address)} cancels")
+            elif message.kind in (Kind.RUN, Kind.RESULT) and address != ORCHESTRATOR:
+                self._compare(message, self.story.runs.get(message.run))
+
+    def _compare(self, message: Message, run: Launched | None) -> None:
+        if run is None:
+            raise InvariantBroken(
+                f"L6: {address_name(message.source)} passes on run {message.run}, which was never launched"
+            )
+        who = address_name(message.source)
+        told = message.rows_as(Row)
+        if message.kind is Kind.RUN:
+            if message.ops != run.message.ops:
+                raise InvariantBroken(f"L6: {who} changes the operations of run {message.run}")
+            tokens = {row.slot: row.token for row in run.message.rows_as(Row)}
+            # A row whose numbers were not finite travels on without its token.
+            rows = {row._replace(token=tokens.get(row.slot, 0) if row.token < 0 else row.token) for row in told}
+            if not rows <= set(run.message.rows):
+                raise InvariantBroken(f"L6: {who} changes the rows of run {message.run}")
+            self._must_be_dead(run, {row.slot for row in told}, f"{who} skips")
+        elif not run.message.flags & Flag.SILENT:
+            kept = {row.slot for row in message.rows_as(ResultRow)}
+            if run.message.flags & Flag.LAST:
+                kept |= {row.slot for row in run.message.rows_as(Row)[:-1]}  # no choice is wanted after those
+            self._must_be_dead(run, kept, f"{who} skips")
+
+    def _must_be_dead(self, run: Launched | None, kept: Collection[int], deed: str) -> None:
+        for slot, written in run.written.items() if run else ():
+            if slot not in kept and not self.story.is_useless(written):
+                what = f"token {written.token} at position {written.position} of run {run.message.run if run else 0}"
+                raise InvariantBroken(f"L6: {deed} {what}, which is alive")
+
+
+class Forced(Reader):
+    """L10, and the stats's own arithmetic."""
+
+    def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
+        """See Checker: a draft of width 1 that is always right never sends a row in vain."""
+        spec, story = world.spec, self.story
+        if address != ORCHESTRATOR or spec.model.ranks[0] < 1.0 or spec.policy.topk > 1 or spec.policy.prompt_lookup:
+            return
+        for command in commands:
+            if isinstance(command, Send) and command.message.kind is Kind.RUN:
+                for row in command.message.rows_as(Row):
+                    if row.position < len(story.truth) and row.token != story.truth[row.position]:
+                        raise InvariantBroken(
+                            f"L10: a draft that is always right guessed {row.token} at {row.position}"
+                        )
+
+    def on_idle(self, world: World, answer: Answer, request: Request) -> None:
+        """See Checker: a draft that is never right is never accepted."""
+        spec, stats = world.spec, answer.stats
+        if stats is None or stats.accepted + stats.corrections != len(answer.tokens):
+            raise InvariantBroken(f"L10: {len(answer.tokens)} tokens, counted as {stats}")
+        never = sum(spec.model.ranks) == 0.0 and spec.policy.topk < spec.model.vocab and not spec.policy.prompt_lookup
+        if stats.accepted and (never or not spec.policy.speculate):
+            raise InvariantBroken(f"L10: a draft that is never right had {stats.accepted} guesses accepted")

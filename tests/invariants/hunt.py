@@ -1,0 +1,90 @@
+"""Planted faults and the hunt for them: in how many random worlds is a change of the code noticed, and by which law?
+
+``python -m tests.invariants.hunt`` prints it for every fault.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from pipeinfer.core.errors import LocalProtocolError, RemoteProtocolError, StallError
+from pipeinfer.sim.history import InvariantBroken
+from pipeinfer.sim.random_worlds import check_world, random_world
+
+WORLDS = range(300)  # the rarest fault shows in one of a hundred and fifty
+CATCHES = (InvariantBroken, LocalProtocolError, RemoteProtocolError, StallError)
+"""What says that a fault was noticed: a law, or the machines' own checks."""
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """A fault, and the law (or the error of the machines' own checks) that must be among those who catch it.
+
+    ``schedule``: of the worlds in which it is looked for; mixed ones if empty."""
+
+    name: str
+    caught_by: str
+    plant: Plant
+    schedule: str = ""
+
+
+def roll(mutants: list[Mutant]) -> Callable[..., Callable[[Plant], Plant]]:
+    """A decorator that enlists faults in ``mutants``: ``@mutant("L3")`` says who must notice, a second word in the
+    worlds of which schedule."""
+
+    def mutant(caught_by: str, schedule: str = "") -> Callable[[Plant], Plant]:
+        def enlist(plant: Plant) -> Plant:
+            mutants.append(Mutant(plant.__name__, caught_by, plant, schedule))
+            return plant
+
+        return enlist
+
+    return mutant
+
+
+def hunt(
+    planted: Mutant, seeds: Sequence[int] = WORLDS, most: int | None = None, until: str = ""
+) -> tuple[Counter[str], int]:
+    """Who caught the fault in how many worlds, and in how many it was looked for.
+
+    ``most`` catches, or one by ``until``, are enough."""
+    catches: Counter[str] = Counter()
+    tried = 0
+    with pytest.MonkeyPatch.context() as patch:
+        planted.plant(patch)
+        for seed in seeds:
+            tried += 1
+            try:
+                check_world(random_world(seed, planted.schedule))
+            except CATCHES as error:  # whatever else is raised is the fault's own: what it patches has changed
+                law = str(error).partition(":")[0]
+                catches[law if law[:1] == "L" and law[1:].isdigit() else type(error).__name__] += 1
+            if catches[until] or catches.total() == most:
+                break
+    return catches, tried
+
+
+def wrap(patch: pytest.MonkeyPatch, owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Replace ``owner.name`` by ``around(original, *arguments)``."""
+    original = getattr(owner, name)
+    patch.setattr(owner, name, lambda *arguments, **options: around(original, *arguments, **options))
+
+
+def main() -> None:
+    from tests.invariants.mutants import MUTANTS
+
+    for planted in MUTANTS:
+        catches, tried = hunt(planted)
+        by = ", ".join(f"{law} {count}" for law, count in catches.most_common())
+        worlds = f"{tried} {planted.schedule or 'mixed'}"
+        print(f"{planted.name:51} {catches.total():4} of {worlds:14}  ({planted.caught_by} wanted)  {by}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""Faults that break what is said and where it is kept: laws L1 to L5."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvbuffers.slot_allocator import SlotAllocator
+from kvbuffers.slot_table import SlotTable
+from pipeinfer.core.ports import Idle, Send
+from pipeinfer.core.protocol import Edges, Flag, Kind, SlotOpKind
+from pipeinfer.orchestrator.flight import Run
+from pipeinfer.orchestrator.machine import Orchestrator
+from pipeinfer.orchestrator.session import Waiting
+from pipeinfer.sim.network import Network
+from speculation.schedules.continuous import choose_rows
+from speculation.trees.accept import accept
+from speculation.trees.tree import Tree
+from stages.models.emulated import EmulatedShard
+from stages.stage.machine import Stage
+from tests.invariants.hunt import Mutant, roll, wrap
+
+TEXT_AND_CELLS: list[Mutant] = []
+mutant = roll(TEXT_AND_CELLS)
+
+
+# L1: the text.
+
+
+@mutant("L1")
+def accept_a_token_the_target_did_not_choose(patch: pytest.MonkeyPatch) -> None:
+    def advance(original: Any, tree: Tree, token: int) -> Any:
+        return original(tree, next(iter(tree.root.children), token) if tree.root.choice is not None else token)
+
+    wrap(patch, Tree, "advance", advance)
+
+
+@mutant("L1")
+def stop_tokens_are_ignored(patch: pytest.MonkeyPatch) -> None:
+    never = lambda tree, most, stops, judge: accept(tree, most, frozenset(), judge)  # noqa: E731
+    patch.setattr("pipeinfer.orchestrator.machine.accept", never)
+
+
+@mutant("L1")
+def one_token_too_many(patch: pytest.MonkeyPatch) -> None:
+    def take(original: Any, waiting: Waiting) -> Any:
+        number, request = original(waiting)
+        if len(request.prompt) + request.max_new_tokens < waiting._context:
+            request = replace(request, max_new_tokens=request.max_new_tokens + 1)
+        return number, request
+
+    wrap(patch, Waiting, "take", take)
+
+
+@mutant("L1")
+def a_faulty_row_is_taken_for_a_good_one(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("stages.stage.machine._marked", lambda message, event: message.rows)
+
+
+@mutant("L1")
+def what_is_faulty_in_a_prompt_is_no_matter(patch: pytest.MonkeyPatch) -> None:
+    def hear(original: Any, run: Run, message: Any) -> None:
+        original(run, message)
+
+    wrap(patch, Run, "hear", hear)
+
+
+@mutant("L2")
+def the_newest_request_goes_first(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Waiting, "take", lambda original, waiting: waiting._requests.popitem())
+
+
+@mutant("L1")
+def withdrawing_ends_whatever_is_served(patch: pytest.MonkeyPatch) -> None:
+    def abort(original: Any, machine: Orchestrator, number: int) -> Any:
+        session = machine._session
+        return original(machine, session.caller_number if session else number)
+
+    wrap(patch, Orchestrator, "_abort", abort)
+
+
+@mutant("StallError")
+def the_next_request_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    def open_(original: Any, machine: Orchestrator) -> Any:
+        return original(machine) if len(machine._waiting) < 2 else []
+
+    wrap(patch, Orchestrator, "_open", open_)
+
+
+@mutant("L1")
+def a_row_sees_a_dead_sibling(patch: pytest.MonkeyPatch) -> None:
+    def allocate(original: Any, table: SlotTable, rows: Any, canonical: bool = False) -> Any:
+        batch = original(table, rows, canonical)
+        if not canonical:
+            above = table._sight_above(rows[-1])
+            for sibling in [
+                slot for slot, (_, visible_slots) in table._leased.items() if visible_slots == above | 1 << slot
+            ]:
+                batch.visible[-1, sibling] = True
+        return batch
+
+    wrap(patch, SlotTable, "allocate", allocate)
+
+
+@mutant("L1")
+def positions_are_off_by_one_in_trees(patch: pytest.MonkeyPatch) -> None:
+    def allocate(original: Any, table: SlotTable, rows: Any, canonical: bool = False) -> Any:
+        batch = original(table, rows, canonical)
+        return batch if canonical else replace(batch, positions=batch.positions + 1)
+
+    wrap(patch, SlotTable, "allocate", allocate)
+
+
+@mutant("L1")
+def the_last_layer_is_skipped_for_wide_runs(patch: pytest.MonkeyPatch) -> None:
+    def forward(original: Any, shard: EmulatedShard, batch: Any, hidden: Any) -> Any:
+        words = yield from original(shard, batch, hidden)
+        return words if len(batch.tokens) < 3 else np.roll(words, 1)
+
+    wrap(patch, EmulatedShard, "forward", forward)
+
+
+@mutant("L1", "pipeinfer")
+def a_row_sees_canonical_cells_beyond_its_joint(patch: pytest.MonkeyPatch) -> None:
+    def allocate(original: Any, table: SlotTable, rows: Any, canonical: bool = False) -> Any:
+        batch = original(table, rows, canonical)
+        batch.visible[:, [] if canonical else list(table._canonical)] = True
+        return batch
+
+    wrap(patch, SlotTable, "allocate", allocate)
+
+
+# L2: every run ends once, and nothing is verified twice.
+
+
+@mutant("L2", "continuous")
+def a_node_is_sent_twice(patch: pytest.MonkeyPatch) -> None:
+    def sample(tree: Tree, *rest: Any) -> Any:
+        nodes = choose_rows(tree, *rest)
+        for node in nodes[-1:]:
+            if node is not tree.root and node.position % 5 == 4:
+                node.pending = True
+                tree._push(node)
+        return nodes
+
+    patch.setattr("speculation.schedules.continuous.choose_rows", sample)
+
+
+@mutant("L2")
+def idle_before_the_last_run_is_back(patch: pytest.MonkeyPatch) -> None:
+    def settle(original: Any, machine: Orchestrator) -> Any:
+        session = machine._session
+        if session is None or not session.is_over or len(machine._flight) > 1:
+            return []
+        machine._session = None
+        return [Idle(session.stats, session.caller_number), *machine._open()]
+
+    wrap(patch, Orchestrator, "_settle", settle)
+
+
+@mutant("StallError")
+def a_result_is_dropped(patch: pytest.MonkeyPatch) -> None:
+    def arrivals(original: Any, net: Network, source: int, dest: int, message: Any, *rest: Any) -> Any:
+        when = original(net, source, dest, message, *rest)
+        return [] if message.kind is Kind.RESULT and message.run % 11 == 10 else when
+
+    wrap(patch, Network, "arrivals", arrivals)
+
+
+@mutant("L4")
+def a_result_is_sent_twice(patch: pytest.MonkeyPatch) -> None:
+    def computed(original: Any, stage: Stage, event: Any) -> Any:
+        commands = original(stage, event)
+        first = commands[0].message
+        if first.kind is Kind.RESULT and first.run % 5 == 4:
+            commands.insert(1, Send(first._replace(txn=stage._edges.stamp(0))))
+        return commands
+
+    wrap(patch, Stage, "_computed", computed)
+    blind_to_order(patch)
+
+
+# L3: cells.
+
+
+@mutant("L3")
+def one_commit_is_skipped(patch: pytest.MonkeyPatch) -> None:
+    def operations(original: Any, ledger: SlotAllocator) -> Any:
+        ops = original(ledger)
+        return ops if ledger.length % 5 != 4 else tuple(op for op in ops if op.kind is not SlotOpKind.COMMIT)
+
+    wrap(patch, SlotAllocator, "operations", operations)
+
+
+@mutant("L3")
+def the_wrong_cell_is_committed(patch: pytest.MonkeyPatch) -> None:
+    def operations(original: Any, ledger: SlotAllocator) -> Any:
+        ops = original(ledger)
+        return tuple(
+            op._replace(slot=min(ledger._leased))
+            if op.kind is SlotOpKind.COMMIT and op.position % 3 == 2 and ledger._leased
+            else op
+            for op in ops
+        )
+
+    wrap(patch, SlotAllocator, "operations", operations)
+
+
+@mutant("L3")
+def a_living_cell_is_released(patch: pytest.MonkeyPatch) -> None:
+    def cancel(original: Any, machine: Orchestrator, runs: Any, rows: Any, session: Any) -> Any:
+        living = [node for run in machine._flight for node in run.nodes if node.alive and node.slot is not None]
+        if (runs or rows) and living and living[-1].slot in machine._ledger._leased:
+            machine._ledger.release(living[-1].slot)
+        return original(machine, runs, rows, session)
+
+    wrap(patch, Orchestrator, "_cancel", cancel)
+
+
+@mutant("L3")
+def a_cell_is_leased_before_it_is_released(patch: pytest.MonkeyPatch) -> None:
+    def operations(original: Any, ledger: SlotAllocator) -> Any:
+        return tuple(op for op in original(ledger) if op.kind is not SlotOpKind.RELEASE)
+
+    wrap(patch, SlotAllocator, "operations", operations)
+
+
+@mutant("L3")
+def a_dead_cell_is_never_given_back(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SlotAllocator, "release", lambda ledger, *slots: ledger._leased.difference_update(slots))
+
+
+@mutant("L3")
+def a_table_forgets_to_clear(patch: pytest.MonkeyPatch) -> None:
+    def release(original: Any, table: SlotTable, ops: Any) -> None:
+        original(table, [op for op in ops if op.kind is not SlotOpKind.RELEASE])
+
+    wrap(patch, SlotTable, "apply", release)
+    wrap(patch, SlotTable, "allocate", lambda original, table, rows, canonical=False: (
+        [table._leased.pop(row.slot, None) for row in rows], original(table, rows, canonical))[1])  # fmt: skip
+
+
+@mutant("L6")
+def a_tombstone_loses_its_operations(patch: pytest.MonkeyPatch) -> None:
+    def send(original: Any, stage: Stage, kind: Kind, *rest: Any, **options: Any) -> Any:
+        if options.get("flags") == Flag.TOMBSTONE:
+            options["ops"] = False
+        return original(stage, kind, *rest, **options)
+
+    wrap(patch, Stage, "_send", send)
+
+
+@mutant("RemoteProtocolError", "pipeinfer")
+def the_cell_of_a_copy_is_committed(patch: pytest.MonkeyPatch) -> None:
+    def launch(original: Any, machine: Orchestrator, session: Any, step: Any) -> Any:
+        sent = original(machine, session, step)
+        for node in [node for node in step.copies if node.slot in machine._ledger._leased]:
+            ledger, slot = machine._ledger, next(r.slot for r in sent.message.rows if r.position == node.position)
+            ledger._released.remove(slot)
+            ledger._leased.add(slot)
+            ledger.release(node.slot)
+            node.slot = slot
+        return sent
+
+    wrap(patch, Orchestrator, "_launch", launch)
+
+
+@mutant("L3", "continuous")
+def what_is_thrown_away_keeps_its_cells(patch: pytest.MonkeyPatch) -> None:
+    def accept_some(original: Any, machine: Orchestrator, session: Any) -> Any:
+        session.tree.prune = lambda: Tree.prune(session.tree)[:0]
+        return original(machine, session)
+
+    wrap(patch, Orchestrator, "_accept", accept_some)
+
+
+# L4: order.
+
+
+def blind_to_order(patch: pytest.MonkeyPatch) -> None:
+    """The machines' own check of transactions is off."""
+    patch.setattr(Edges, "check", lambda edges, message: None)
+
+
+@mutant("L4")
+def a_transaction_number_is_repeated(patch: pytest.MonkeyPatch) -> None:
+    def stamp(original: Any, edges: Edges, dest: int) -> int:
+        txn: int = original(edges, dest)
+        return min(txn, 6)
+
+    wrap(patch, Edges, "stamp", stamp)
+    blind_to_order(patch)
+
+
+@mutant("L4")
+def the_stream_overtakes_itself(patch: pytest.MonkeyPatch) -> None:
+    def arrivals(original: Any, net: Network, source: int, dest: int, message: Any, *rest: Any) -> Any:
+        when = original(net, source, dest, message, *rest)
+        return [at + 1.5 if message.txn % 4 == 3 and not message.is_control else at for at in when]
+
+    wrap(patch, Network, "arrivals", arrivals)
+    blind_to_order(patch)
+
+
+# L5: liveness.
+
+
+@mutant("StallError")
+def a_credit_is_lost(patch: pytest.MonkeyPatch) -> None:
+    def arrivals(original: Any, net: Network, source: int, dest: int, message: Any, *rest: Any) -> Any:
+        when = original(net, source, dest, message, *rest)
+        return [] if message.kind is Kind.CREDIT and message.run == 9 else when
+
+    wrap(patch, Network, "arrivals", arrivals)
+
+
+@mutant("L5")
+def a_result_waits_for_long(patch: pytest.MonkeyPatch) -> None:
+    def arrivals(original: Any, net: Network, source: int, dest: int, message: Any, *rest: Any) -> Any:
+        when = original(net, source, dest, message, *rest)
+        return [at + 1000.0 if message.kind is Kind.RESULT and message.run == 7 else at for at in when]
+
+    wrap(patch, Network, "arrivals", arrivals)

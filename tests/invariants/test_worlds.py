@@ -1,0 +1,80 @@
+"""Random worlds keep every law: the same ones each time, and whatever Hypothesis thinks of.
+
+``python -m pipeinfer.sim.random_worlds --worlds 2000 --schedule all --processes 2`` looks at more of them.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, note
+from hypothesis import strategies as st
+
+from pipeinfer.sim.random_worlds import SCHEDULES, check_world, draw_world, first_failures, main, random_world, survey
+from pipeinfer.sim.world import World
+from tests.invariants.mutants import MUTANTS
+
+QUICK, ALL = range(25), range(100)
+"""Worlds of each schedule; the mutants are caught in the first of them, and so these must keep every law."""
+
+
+@pytest.mark.parametrize("schedule", sorted({mutant.schedule for mutant in MUTANTS}))
+def test_the_worlds_of_the_mutants_keep_every_law(schedule: str) -> None:
+    assert not first_failures(QUICK, schedule=schedule)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("schedule", ["", *SCHEDULES])
+def test_a_hundred_worlds_of_each_schedule(schedule: str, part: int) -> None:
+    assert not first_failures(ALL[len(QUICK) + part :: 3], schedule=schedule)[1]
+
+
+@given(st.randoms(use_true_random=False), st.integers(0, 0xFFFF), st.sampled_from(("", *SCHEDULES)))
+def test_any_world(rng: random.Random, seed: int, schedule: str) -> None:
+    spec = draw_world(rng, seed, schedule)
+    note(repr(spec))
+    check_world(spec)
+
+
+@pytest.mark.parametrize("schedule", ["pipeinfer", "continuous"])  # the others have nothing to cancel before the end
+@pytest.mark.parametrize("seed", range(5))
+def test_advice_changes_time_and_never_tokens(seed: int, schedule: str) -> None:
+    # Where a user ends requests, time decides how many tokens there are.
+    spec = replace(random_world(seed, schedule), aborts=(), closes_s=None)
+    variants = [replace(spec, policy=replace(spec.policy, cancel=cancel)) for cancel in ("direct", "relay", "off")]
+    variants.append(replace(variants[0], link=replace(spec.link, control_loss=1.0)))
+    variants.append(replace(variants[1], link=replace(spec.link, control_loss=0.5, control_repeat=0.5, jitter_s=2.0)))
+    variants += [replace(one, policy=replace(one.policy, cancel_rows=not spec.policy.cancel_rows)) for one in variants]
+    told = [[answer.tokens for answer in World(variant).run()] for variant in variants]
+    assert all(tokens == told[0] for tokens in told)
+
+
+def test_a_seed_is_a_world() -> None:
+    assert random_world(7) == random_world(7)
+    assert random_world(7) != random_world(8)
+    assert [random_world(7, schedule).policy.schedule for schedule in SCHEDULES[1:]] == list(SCHEDULES[1:])
+
+
+def test_the_command_line_tells_the_seed_and_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["--worlds", "2", "--seed", "3"]) == 0
+    assert "mixed: 2 worlds kept every law" in capsys.readouterr().out
+    monkeypatch.setattr("pipeinfer.orchestrator.machine.accept", lambda *arguments: 1 / 0)
+    assert main(["--worlds", "2", "--seed", "3", "--schedule", "rounds"]) == 1
+    assert "--worlds 1 --seed 3 --schedule rounds" in capsys.readouterr().out
+
+
+def test_the_command_line_takes_every_schedule_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--worlds", "1", "--schedule", "all"]) == 0
+    told = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert told == list(SCHEDULES)
+
+
+@pytest.mark.slow
+def test_worlds_are_the_same_on_two_processes() -> None:
+    alone, shared = (survey(range(30), "rounds", processes) for processes in (1, 2))
+    assert (alone.worlds, alone.events, alone.tokens) == (shared.worlds, shared.events, shared.tokens)

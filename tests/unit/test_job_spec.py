@@ -1,0 +1,57 @@
+"""Machines from numbers: the same ones everywhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeinfer.core.ports import Send, Started
+from pipeinfer.orchestrator.machine import Orchestrator
+from pipeinfer.runtime.job_spec import JobSpec
+from speculation.drafter.machine import Drafter
+from speculation.schedules.policy import CONTINUOUS, PLAIN, Policy
+from stages.stage.machine import Stage
+
+CAST = JobSpec(2, 2, CONTINUOUS, 64, digest=7)
+
+
+def test_everybody_is_cast() -> None:
+    kinds = [type(CAST.machine(address)) for address in CAST.addresses]
+    assert kinds == [Orchestrator, Stage, Stage, Drafter, Drafter]
+    assert [CAST.machine(address).address for address in CAST.addresses] == [0, 1, 2, 0x8000, 0x8001]
+
+
+def test_numbers_make_the_same_cast() -> None:
+    for cast in (CAST, JobSpec(1, 0, PLAIN, 8, guess_slots=3, placement="alone")):
+        assert JobSpec.of(json.loads(json.dumps(cast.numbers()))) == cast
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"more": 1},
+        {"policy": {"name": "some", "more": 1}},
+        {"policy": {"name": "some", "max_rows": 0}},
+        {"placement": "odd"},
+    ],
+)
+def test_what_is_no_cast(change: dict[str, object]) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        JobSpec.of(CAST.numbers() | change)
+
+
+def test_the_digest_is_everybody_s() -> None:
+    for address in CAST.addresses[1:]:
+        (hello,) = CAST.machine(address).handle(Started(), 0.0)
+        assert isinstance(hello, Send)
+        assert hello.message.run == 7
+
+
+def test_cells() -> None:
+    policy = Policy("some", max_rows=4, window=3)
+    assert JobSpec(2, 1, policy, 64).cells == (64, 12)
+    assert JobSpec(2, 1, policy, 64, guess_slots=5).cells == (64, 5)
+    assert JobSpec(2, 1, policy, 64, guess_slots=50).cells == (64, 12)
+    assert JobSpec(2, 0, PLAIN, 64).cells == (64, 0)
+    assert JobSpec(2, 1, policy, 64).window == 3

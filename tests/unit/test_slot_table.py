@@ -1,0 +1,191 @@
+"""What a row may see. Rows are written as (token, slot, parent, position)."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvbuffers.slot_table import SlotTable
+from pipeinfer.core.errors import RemoteProtocolError
+from pipeinfer.core.ports import Batch, Sampling
+from pipeinfer.core.protocol import NO_SLOT, Row, SlotOp, SlotOpKind
+
+
+def commit(slot: int, position: int, cells: int = 1) -> SlotOp:
+    return SlotOp(SlotOpKind.COMMIT, slot, cells, position)
+
+
+def release(slot: int, cells: int = 1) -> SlotOp:
+    return SlotOp(SlotOpKind.RELEASE, slot, cells)
+
+
+def seen(batch: Batch) -> list[list[int]]:
+    return [[int(cell) for cell in row.nonzero()[0]] for row in batch.visible]
+
+
+def prompted(tokens: int = 3, capacity: int = 12) -> SlotTable:
+    """A table whose canonical sequence is slots 0, 1, 2."""
+    table = SlotTable(capacity)
+    table.allocate([Row(9, index, NO_SLOT, index) for index in range(tokens)], canonical=True)
+    return table
+
+
+def test_a_prompt_is_causal() -> None:
+    table = SlotTable(8)
+    assert seen(table.allocate([Row(1, i, NO_SLOT, i) for i in range(3)], canonical=True)) == [[0], [0, 1], [0, 1, 2]]
+    assert seen(table.allocate([Row(1, 4, NO_SLOT, 3)], canonical=True)) == [[0, 1, 2, 4]]
+    assert table.counts() == (4, 0, 4)
+    table.check()
+
+
+def test_a_chain_sees_the_canonical_cells_and_its_ancestors() -> None:
+    batch = prompted().allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4), Row(3, 5, 4, 5)])
+    assert seen(batch) == [[0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
+    assert batch.tokens.tolist() == [1, 2, 3]
+    assert batch.positions.tolist() == [3, 4, 5]
+    assert batch.slots.tolist() == [3, 4, 5]
+
+
+def test_siblings_do_not_see_each_other() -> None:
+    batch = prompted().allocate([Row(1, 3, NO_SLOT, 3), Row(2, 5, 3, 4), Row(3, 4, 3, 4), Row(4, 7, 4, 5)])
+    assert seen(batch) == [[0, 1, 2, 3], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 7]]
+
+
+def test_a_tree_grows_over_several_runs() -> None:
+    table = prompted()
+    table.allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4)])
+    assert seen(table.allocate([Row(3, 6, 4, 5), Row(4, 5, 3, 4)])) == [[0, 1, 2, 3, 4, 6], [0, 1, 2, 3, 5]]
+
+
+def test_a_commit_shows_a_cell_to_everybody_later() -> None:
+    table = prompted()
+    table.allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4)])
+    table.apply([commit(3, 3)])
+    assert table.length == 4
+    assert seen(table.allocate([Row(5, 6, 3, 4)])) == [[0, 1, 2, 3, 6]]
+    table.check()
+
+
+def test_a_row_that_joins_before_the_end_sees_no_canonical_cell_beyond() -> None:
+    """Its token may be the canonical one, verified once more, or one that has lost: both see what they were told."""
+    table = prompted()
+    table.allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4), Row(3, 5, 4, 5), Row(4, 6, 3, 4)])
+    table.apply([commit(3, 3, cells=2)])
+    batch = table.allocate([Row(2, 7, 3, 4), Row(5, 8, 7, 5), Row(6, 9, 6, 5), Row(7, 10, 5, 6), Row(8, 11, 1, 2)])
+    assert seen(batch) == [
+        [0, 1, 2, 3, 7],
+        [0, 1, 2, 3, 7, 8],
+        [0, 1, 2, 3, 6, 9],
+        [0, 1, 2, 3, 4, 5, 10],
+        [0, 1, 11],
+    ]
+
+
+def test_a_released_cell_is_seen_by_nobody_and_used_again() -> None:
+    table = prompted()
+    table.allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, NO_SLOT, 3)])
+    table.apply([commit(3, 3), release(4)])
+    assert seen(table.allocate([Row(3, 4, 3, 4)])) == [[0, 1, 2, 3, 4]]
+    assert table.counts() == (7, 1, 4)
+
+
+def test_clear_empties_everything() -> None:
+    table = prompted()
+    table.allocate([Row(1, 3, NO_SLOT, 3)])
+    table.apply([SlotOp(SlotOpKind.CLEAR)])
+    assert table.counts() == (12, 0, 0)
+    assert seen(table.allocate([Row(1, 5, NO_SLOT, 0)], canonical=True)) == [[5]]
+
+
+def test_a_range_of_operations_is_applied_cell_by_cell() -> None:
+    table = prompted()
+    table.allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4), Row(3, 5, 3, 4), Row(4, 6, 5, 5)])
+    table.apply([commit(3, 3, cells=2), release(5, cells=2)])
+    assert (table.length, table.counts()) == (5, (7, 0, 5))
+
+
+def test_rows_of_a_missing_ancestor_are_not_living() -> None:
+    table = prompted()
+    table.allocate([Row(1, 3, NO_SLOT, 3)])
+    rows = [Row(2, 4, 3, 4), Row(3, 5, 9, 5), Row(4, 6, 5, 6), Row(5, 7, 4, 5), Row(6, 8, 2, 3), Row(7, 10, NO_SLOT, 3)]
+    assert table.living(rows) == (0, 3, 4, 5)
+
+
+def test_rows_at_dead_cells_and_all_below_them_are_not_living() -> None:
+    rows = [Row(2, 4, NO_SLOT, 3), Row(3, 5, 4, 4), Row(4, 6, 5, 5), Row(5, 7, 4, 4)]
+    assert prompted().living(rows, {5}) == (0, 3)
+    assert prompted().living(rows, {4, 5}) == ()
+    assert prompted().living(rows, {9}) == (0, 1, 2, 3)
+
+
+def test_a_draw_is_for_the_token_after_its_row() -> None:
+    table = prompted()
+    batch = table.allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4)])
+    draw = table.draw(Sampling(0.5), batch, (1, 0), is_guess=True)
+    assert (draw.positions.tolist(), draw.seen, draw.is_guess) == ([5, 4], (), True)
+
+
+def test_a_penalty_sees_what_the_row_sees_each_token_once() -> None:
+    table = prompted()
+    table.allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, NO_SLOT, 3)])
+    batch = table.allocate([Row(1, 5, 3, 4), Row(8, 6, 4, 4), Row(7, 7, 2, 3)])
+    draw = table.draw(Sampling(repetition_penalty=1.25), batch, (0, 1, 2))
+    assert [tokens.tolist() for tokens in draw.seen] == [[1, 9], [2, 8, 9], [7, 9]]
+
+
+def test_a_cell_that_is_used_again_is_seen_with_its_new_token() -> None:
+    table = prompted()
+    table.allocate([Row(1, 3, NO_SLOT, 3)])
+    table.apply([release(3)])
+    batch = table.allocate([Row(4, 3, NO_SLOT, 3)])
+    assert table.draw(Sampling(repetition_penalty=1.25), batch, (0,)).seen[0].tolist() == [4, 9]
+
+
+def test_a_tombstones_cells_may_be_released_unleased() -> None:
+    table = prompted()
+    table.apply([release(7, cells=3)])
+    assert table.counts() == (9, 0, 3)
+
+
+@pytest.mark.parametrize(
+    "ops",
+    [
+        [commit(4, 4)],  # not the next position
+        [commit(8, 3)],  # never leased
+        [commit(4, 3)],  # put at another position
+        [release(0)],  # canonical
+        [release(11, cells=2)],  # beyond the table
+        [commit(3, 3), commit(3, 4)],  # twice
+    ],
+    ids=str,
+)
+def test_operations_no_correct_leader_asks_for(ops: list[SlotOp]) -> None:
+    table = prompted()
+    table.allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4)])
+    with pytest.raises(RemoteProtocolError):
+        table.apply(ops)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [Row(1, 0, NO_SLOT, 3)],  # a canonical cell
+        [Row(1, 12, NO_SLOT, 3)],  # beyond the table
+        [Row(1, 4, NO_SLOT, 3), Row(1, 4, NO_SLOT, 3)],  # twice
+        [Row(1, 4, NO_SLOT, 5)],  # leaves a gap
+        [Row(1, 4, 1, 3)],  # not the position after its parent's
+        [Row(1, 4, NO_SLOT, 2)],  # whoever names no parent goes on at the end
+        [Row(1, 4, 8, 4)],  # its parent is free
+        [Row(1, 4, NO_SLOT, 3), Row(1, 5, 4, 5)],  # not its parent's next position
+    ],
+    ids=str,
+)
+def test_rows_no_correct_leader_sends(rows: list[Row]) -> None:
+    with pytest.raises(RemoteProtocolError):
+        prompted().allocate(rows)
+
+
+def test_a_contradiction_is_found() -> None:
+    table = prompted()
+    table._leased[1] = 0
+    with pytest.raises(AssertionError, match="leased and canonical"):
+        table.check()
