@@ -90,14 +90,14 @@ def test_the_real_choice_is_computed_as_well(directories: tuple[Path, Path]) -> 
         """A real shard that remembers what it was asked."""
 
         def __init__(self, shard: Any) -> None:
-            self.forward, self._choose, self.weight_nbytes = shard.forward, shard.choose, shard.weight_nbytes
+            self.forward, self._sample, self.weight_nbytes = shard.forward, shard.sample, shard.weight_nbytes
             self.asked: list[tuple[Sequence[int], int, SamplingInputs | None]] = []
 
         def sample(
             self, hidden: Any, rows: Sequence[int], count: int, draw: SamplingInputs | None = None
         ) -> list[list[SampledToken]]:
             self.asked.append((rows, count, draw))
-            chosen: list[list[SampledToken]] = self._choose(hidden, rows, count, draw)
+            chosen: list[list[SampledToken]] = self._sample(hidden, rows, count, draw)
             return chosen
 
     watched = Watched(open_pair(directories, ()).draft(0, CAPACITY))
