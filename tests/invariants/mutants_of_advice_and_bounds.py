@@ -15,7 +15,7 @@ import pipeinfer.runtime.executor
 import pipeinfer.sim.world
 import stages.stage.machine
 from kvbuffers.slot_table import SlotTable
-from pipeinfer import protocol
+from pipeinfer.core import protocol
 from pipeinfer.core.protocol import Flag, Kind, ResultRow, Row
 from pipeinfer.orchestrator.flight import Flight
 from pipeinfer.orchestrator.machine import Orchestrator

@@ -270,9 +270,9 @@ def the_cell_of_a_copy_is_committed(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L3", "continuous")
 def what_is_thrown_away_keeps_its_cells(patch: pytest.MonkeyPatch) -> None:
-    def accept_some(original: Any, machine: Orchestrator, session: Any) -> Any:
+    def accept_some(original: Any, machine: Orchestrator, session: Any, run: Any) -> Any:
         session.tree.prune = lambda: Tree.prune(session.tree)[:0]
-        return original(machine, session)
+        return original(machine, session, run)
 
     wrap(patch, Orchestrator, "_accept", accept_some)
 

@@ -269,9 +269,9 @@ def test_a_line_that_is_no_event_is_damage(line: str, folder: Path) -> None:
         ("not JSON", "is no trace"),
         ("[]", "is no trace"),
         ("{}", "is no trace"),
-        ('{"pipeinfer_trace": 3, "protocol": 2}', "is no trace"),
+        ('{"pipeinfer_trace": 4, "protocol": 2}', "is no trace"),
         ('{"pipeinfer_trace": 77, "protocol": 2}', "made by another version"),
-        ('{"pipeinfer_trace": 3, "protocol": 1}', "made by another version"),
+        ('{"pipeinfer_trace": 4, "protocol": 1}', "made by another version"),
         ("\udcff", "is no trace"),
     ],
 )
