@@ -117,7 +117,7 @@ class SlotAllocator:
         return len(self._free) + len(self._released), len(self._leased), len(self._canonical)
 
     def check(self) -> None:
-        """Raise AssertionError where the ledger contradicts itself (law L3)."""
+        """Raise AssertionError where the ledger contradicts itself (invariant L3)."""
         free = set(self._free) | set(self._released)
         assert len(free) == len(self._free) + len(self._released), "a cell is free twice"
         assert not (free & self._leased or free & self._canonical or self._leased & self._canonical), "a cell twice"

@@ -25,8 +25,8 @@ class SlotTable:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._canonical: dict[int, int] = {}  # slot -> position, in the order of positions
-        self._text = 0  # the visible_slots of the last canonical cell: all of them
-        self._leased: dict[int, tuple[int, int]] = {}  # slot -> position, visible_slots
+        self._text = 0  # what the last canonical slot attends to: all of them
+        self._leased: dict[int, tuple[int, int]] = {}  # slot -> position, what it attends to
         self._token = np.zeros(capacity, dtype=np.int64)
         self._span = 0  # one past the highest cell ever used since it was last clear
 
@@ -135,7 +135,7 @@ class SlotTable:
         return self.capacity - leased - canonical, leased, canonical
 
     def check(self) -> None:
-        """Raise AssertionError where the table contradicts itself (law L3)."""
+        """Raise AssertionError where the table contradicts itself (invariant L3)."""
         positions = list(self._canonical.values())
         assert positions == list(range(self.length)), f"canonical positions {positions}"
         assert not self._leased.keys() & self._canonical.keys(), "a cell is leased and canonical"

@@ -31,7 +31,7 @@ WARM_TOKENS = 8
 """Of the first prompt, before anything is measured."""
 HEAVY = f"{BUILTIN}*"
 Opened = Callable[[Contender, dict[str, Any]], None]
-"""Called with what is known of an contender before it decodes."""
+"""Called with what is known of a contender before it decodes."""
 
 
 def measure_point(world: World, suite: Suite, point: Point, announce: Callable[[float], None]) -> list[dict[str, Any]]:

@@ -261,7 +261,7 @@ def decode(data: bytes | memoryview) -> Message:
 
 
 class Edges:
-    """The transaction numbers of one role: stamped on what it sends, checked on what it receives (law L4)."""
+    """The transaction numbers of one role: stamped on what it sends, checked on what it receives (invariant L4)."""
 
     def __init__(self, address: int) -> None:
         self.address = address

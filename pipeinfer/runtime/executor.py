@@ -1,6 +1,6 @@
 """The executor: carries out what the machines of one rank command, one layer at a time.
 
-Both doors use it. A driver over real processes gives it a transport and the wall clock; the simulator gives it a
+Both drivers use it. A driver over real processes gives it a transport and the wall clock; the simulator gives it a
 network and a clock of its own. It decides nothing: it hands events to machines, keeps one computation running, and
 stops between layers so that whoever drives it can let messages in.
 """

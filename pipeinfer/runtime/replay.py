@@ -1,4 +1,4 @@
-"""Replaying: fresh machines are told what others were told, and must command the same (law L9).
+"""Replaying: fresh machines are told what others were told, and must command the same (invariant L9).
 
 So a trace from anywhere, a simulated world or a real rank, can be taken home and debugged; and a machine that looks at
 a clock, a seedless random number or the order of a set is found out.

@@ -1,4 +1,4 @@
-"""What happened in a world, told from its messages alone: the ground that the laws stand on."""
+"""What happened in a world, told from its messages alone: what the invariants are checked against."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _THROWN_AWAY = (Kind.ADVANCE, Flag.RESTART)
 
 
 class InvariantBroken(AssertionError):
-    """A law does not hold; the message begins with the law's number."""
+    """An invariant does not hold; the message begins with its number."""
 
 
 @functools.lru_cache(maxsize=64)

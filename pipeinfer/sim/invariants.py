@@ -1,4 +1,4 @@
-"""The laws: checkers that watch a simulated world and say which law broke, where, and in which run.
+"""The invariants: checkers that watch a simulated world and say which one broke, where, and in which run.
 
     L1  exact: the emitted tokens are those of plain decoding, stop tokens included
     L2  every run ends once, by the time its request is idle; no node is verified twice (but by rivals)
@@ -276,7 +276,7 @@ class Advice(Reader):
 
 
 class Forced(Reader):
-    """L10, and the stats's own arithmetic."""
+    """L10, and the statistics' own arithmetic."""
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         """See Checker: a draft of width 1 that is always right never sends a row in vain."""

@@ -1,8 +1,8 @@
-"""Random worlds: every shape a pipeline may have, drawn from a seed, and every law checked in each.
+"""Random worlds: every shape a pipeline may have, drawn from a seed, and every invariant checked in each.
 
     python -m pipeinfer.sim.random_worlds --worlds 5000 --schedule all --processes 2
 
-A world that breaks a law is reproduced by its seed (and its schedule, where one was named): ``--worlds 1 --seed <seed>
+A world that fails is reproduced by its seed (and its schedule, where one was named): ``--worlds 1 --seed <seed>
 --schedule <schedule>``. What is drawn leans towards the edges (no lead, no cells, all advice lost, a draft that is
 always or never right), because that is where faults hide.
 """
@@ -215,7 +215,7 @@ def every_invariant(spec: WorldSpec) -> tuple[Checker, ...]:
 
 
 def check_world(spec: WorldSpec, twin: bool = True) -> Report:
-    """Run ``spec`` under every law and replay it; raises what went wrong: InvariantBroken, or a machine's own refusal.
+    """Run ``spec`` under every invariant and replay it; raises what failed: InvariantBroken, or a refusal.
 
     With ``twin``, a world where advice was followed runs again without it: it may change time, never tokens (L6). Where
     a user aborts or closes at some moment, time decides how many tokens there are."""
@@ -264,8 +264,8 @@ class Survey:
 
     def __str__(self) -> str:
         return (
-            f"{self.worlds} worlds kept every law: {self.events} events, {self.tokens} tokens in {self.wall_s:.1f} s; "
-            f"{self.worlds / self.wall_s:.1f} worlds/s, {self.events / self.wall_s:.0f} events/s"
+            f"{self.worlds} worlds kept every invariant: {self.events} events, {self.tokens} tokens "
+            f"in {self.wall_s:.1f} s; {self.worlds / self.wall_s:.1f} worlds/s, {self.events / self.wall_s:.0f} events/s"
         )
 
 
@@ -293,7 +293,9 @@ def survey(seeds: Sequence[int], schedule: str = "", processes: int = 1) -> Surv
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="pipeinfer.sim.random_worlds", description="Check the laws in random worlds.")
+    parser = argparse.ArgumentParser(
+        prog="pipeinfer.sim.random_worlds", description="Check the invariants in random worlds."
+    )
     parser.add_argument("--worlds", type=int, default=2000, help="of each schedule")
     parser.add_argument("--seed", type=int, default=0, help="of the first world")
     parser.add_argument("--processes", type=int, default=1)

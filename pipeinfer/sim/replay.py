@@ -1,4 +1,4 @@
-"""What is written down comes back the same: a message from its bytes (law L7), a role's commands from a trace (L9)."""
+"""What is written down comes back the same: a message from its bytes (L7), a role's commands from a trace (L9)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """L11: a schedule does what it is named for, as far as messages and commands show it.
 
 Tokens cannot depend on a schedule, so no other law notices one that cheats: a rival that is spared the work it was
-published with would be compared unfairly. What is demanded of each is in its module; see frontier.py and rounds.py.
+published with would be compared unfairly. What is demanded of each is in its module; see pipeinfer.py and rounds.py.
 """
 
 from __future__ import annotations

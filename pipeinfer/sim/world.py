@@ -211,7 +211,7 @@ class World:
         heapq.heappush(self._agenda, (when, self._serial, action))
 
     def run(self, most_events: int = 1_000_000) -> list[Answer]:
-        """Run to the end of the last request; raises StallError where nothing is left to happen before it (law L5)."""
+        """Run to the end of the last request; raises StallError where nothing is left to happen before it (L5)."""
         for host in self.hosts:
             for address in host.executor.addresses:
                 host.executor.deliver(address, Started(), 0.0)

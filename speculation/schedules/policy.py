@@ -45,9 +45,9 @@ class Policy:
     prompt_lookup: int = 0  # tokens guessed by looking the text's end up in the text; 0: none
     prefill_chunk: int = 128  # prompt tokens per run
     num_steps: int = 1  # rounds: draft passes per round
-    p_accept: float = 0.0  # frontier: least probability of a drafted token
-    p_recovery: float = 0.0  # frontier: what p_accept gains with every run launched while nothing comes back
-    p_decay: float = 0.0  # frontier: what it loses with every refusal
+    p_accept: float = 0.0  # pipeinfer: least probability of a drafted token
+    p_recovery: float = 0.0  # pipeinfer: what p_accept gains with every run launched while nothing comes back
+    p_decay: float = 0.0  # pipeinfer: what it loses with every refusal
 
     def __post_init__(self) -> None:
         for what in ("max_rows", "topk", "draft_batch", "prefill_chunk", "num_steps"):

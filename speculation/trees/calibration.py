@@ -127,7 +127,7 @@ class Calibration:
         longest = float(np.abs(shift + tilt * claims).max())
         share = min(1.0, _LONGEST_STEP / longest) if longest > 0.0 else 1.0
         # In 32 bits, as they travel: numpy's sums and exponentials differ in the last bits from processor to processor,
-        # and a trace from one must replay on another (law L9).
+        # and a trace from one must replay on another (invariant L9).
         slope = float(np.float32(_within(self.slope + share * tilt, _LEAST_SLOPE, _MOST_SLOPE)))
         offsets = np.clip(offsets + share * shift, -_MOST_OFFSET, _MOST_OFFSET)
         self._adopt(slope, offsets.astype(np.float32).tolist())

@@ -59,7 +59,7 @@ class Notes:
 
 
 class LayerStub(nn.Module):
-    """Stands where a layer was. The layer itself stays at hand, out of torch's visible_slots."""
+    """Stands where a layer was. The layer itself stays at hand, out of torch's view."""
 
     def __init__(self, layer: nn.Module, last: bool, notes: Notes) -> None:
         super().__init__()

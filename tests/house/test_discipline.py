@@ -18,7 +18,7 @@ KNOWS_RANK_ZERO = {
     "pipeinfer/placement/roles.py",
     "launch/mpi.py",
     "launch/environment.py",
-}  # the last: before MPI is loaded
+}
 HAS_A_COMMUNICATOR = {"launch/muster.py", "launch/mpi.py", "launch/transport.py"}
 
 

@@ -1,4 +1,4 @@
-"""Worlds at the edge, one by one; every law is checked in each."""
+"""Worlds at the edge, one by one; every invariant is checked in each."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def test_it_is_caught_by_the_one_who_should(planted: Mutant) -> None:
 def test_every_law_has_a_fault_of_its_own() -> None:
     laws = {mutant.caught_by for mutant in MUTANTS}
     assert {f"L{number}" for number in range(1, 12)} <= laws
-    assert "StallError" in laws, "law L5's other half"
+    assert "StallError" in laws, "invariant L5's other half"
 
 
 def test_nothing_stays_planted() -> None:

@@ -1,4 +1,4 @@
-"""Law L9 through files: what a world's hosts wrote down replays to the same commands, and what differs is found."""
+"""L9 through files: what a world's hosts wrote down replays to the same commands, and what differs is found."""
 
 from __future__ import annotations
 

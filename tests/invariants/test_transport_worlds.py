@@ -199,7 +199,7 @@ def test_ranks_that_wait_for_each_other_are_a_stall() -> None:
 def main() -> int:
     worlds = range(int(sys.argv[1]))
     found = [line for kind in WORLDS for line in failures(kind, worlds)]
-    print("\n".join(found) or f"{len(worlds)} worlds of each kind kept every law")
+    print("\n".join(found) or f"{len(worlds)} worlds of each kind kept every invariant")
     return 1 if found else 0
 
 

@@ -1,4 +1,4 @@
-"""Law L7: the bytes of every kind, and what happens to bytes that no correct peer would send."""
+"""Invariant L7: the bytes of every kind, and what happens to bytes that no correct peer would send."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random worlds keep every law: the same ones each time, and whatever Hypothesis thinks of.
+"""Random worlds keep every invariant: the same ones each time, and whatever Hypothesis thinks of.
 
 ``python -m pipeinfer.sim.random_worlds --worlds 2000 --schedule all --processes 2`` looks at more of them.
 """
@@ -17,7 +17,7 @@ from pipeinfer.sim.world import World
 from tests.invariants.mutants import MUTANTS
 
 QUICK, ALL = range(25), range(100)
-"""Worlds of each schedule; the mutants are caught in the first of them, and so these must keep every law."""
+"""Worlds of each schedule; the mutants are caught in the first of them, and so these must keep every invariant."""
 
 
 @pytest.mark.parametrize("schedule", sorted({mutant.schedule for mutant in MUTANTS}))
@@ -62,7 +62,7 @@ def test_the_command_line_tells_the_seed_and_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["--worlds", "2", "--seed", "3"]) == 0
-    assert "mixed: 2 worlds kept every law" in capsys.readouterr().out
+    assert "mixed: 2 worlds kept every invariant" in capsys.readouterr().out
     monkeypatch.setattr("pipeinfer.orchestrator.machine.accept", lambda *arguments: 1 / 0)
     assert main(["--worlds", "2", "--seed", "3", "--schedule", "rounds"]) == 1
     assert "--worlds 1 --seed 3 --schedule rounds" in capsys.readouterr().out

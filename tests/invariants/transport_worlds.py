@@ -276,7 +276,7 @@ def random_driven_world(seed: int) -> tuple[WorldSpec, int]:
 
 
 def check_driven_world(seed: int) -> DrivenWorld:
-    """Run the world of ``seed`` under every law that is not about the simulator's own time; raises what goes wrong."""
+    """Run the world of ``seed`` under each invariant that is not about the simulator's own time; raises what fails."""
     spec, factor = random_driven_world(seed)
     story = History(spec)
     readers = [law(story) for law in (Exact, EndsOnce, Cells, Replicas, InOrder, Advice, Forced, Guessed)]

@@ -1,4 +1,4 @@
-"""Law L9 for real ranks: what they wrote down replays to the same commands, whether the job ended well, failed, hung or
+"""L9 for real ranks: what they wrote down replays to the same commands, whether the job ended well, failed, hung or
 was killed."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PipeInfer's schedule step by step (see speculation/schedules/pipeinfer.py). In whole worlds law L11 watches it."""
+"""PipeInfer's schedule step by step (see speculation/schedules/pipeinfer.py). In whole worlds L11 watches it."""
 
 from __future__ import annotations
 

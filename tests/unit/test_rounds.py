@@ -1,4 +1,4 @@
-"""Synchronous speculation step by step (see speculation/schedules/rounds.py). In whole worlds law L11 watches it."""
+"""Synchronous speculation step by step (see speculation/schedules/rounds.py). In whole worlds L11 watches it."""
 
 from __future__ import annotations
 
