@@ -265,7 +265,8 @@ class Survey:
     def __str__(self) -> str:
         return (
             f"{self.worlds} worlds kept every invariant: {self.events} events, {self.tokens} tokens "
-            f"in {self.wall_s:.1f} s; {self.worlds / self.wall_s:.1f} worlds/s, {self.events / self.wall_s:.0f} events/s"
+            f"in {self.wall_s:.1f} s; {self.worlds / self.wall_s:.1f} worlds/s, "
+            f"{self.events / self.wall_s:.0f} events/s"
         )
 
 
