@@ -5,7 +5,7 @@
     python -m benchmarks.profile --trace FILE       the machines of a real job's rank, from its trace
 
 machines  per event of a simulated job of 8 stages, told again; of the orchestrator the mean is judged
-tables    the wire's encoding and decoding, and operations on cells, on that job's messages
+tables    the wire's encoding and decoding, and operations on slots, on that job's messages
 ranks     what a stage on an MPI rank of its own takes around its layers, for each run
 layers    what a Llama shard's layer takes beside its kernels
 
@@ -38,10 +38,10 @@ def of_machines() -> Iterator[Cost]:
 
 
 def of_tables() -> Iterator[Cost]:
-    """The wire and the cells."""
+    """The wire and the slots."""
     job = jobs.simulated(CONTINUOUS)
     yield from tables.wire(job)
-    yield from tables.cells(job)
+    yield from tables.slot_table(job)
 
 
 def of_ranks() -> Iterator[Cost]:

@@ -122,7 +122,7 @@ def costs(rows: Sequence[Row]) -> str:
 
 
 def show(value: Any) -> str:
-    """A cell."""
+    """A slot."""
     if value is None:
         return ""
     if isinstance(value, list):

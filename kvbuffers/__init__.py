@@ -1,1 +1,1 @@
-"""Multibuffered key/value cells: the table every shard keeps, and the ledger of whoever hands cells out."""
+"""Multibuffered key/value slots: the table every shard keeps, and the ledger of whoever hands slots out."""

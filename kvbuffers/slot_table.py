@@ -1,9 +1,9 @@
-"""The cell table: which cell holds which token, kept alike by every shard that follows one stream of runs.
+"""The slot table: which slot holds which token, kept alike by every shard that follows one stream of runs.
 
 Whoever leads the stream (see partitions.py) names a slot for each row. A shard only replays: operations first, then the
 rows, in stream order. So all replicas agree without a word between them, and a row's attention mask follows from the
-table alone: it sees what its parent sees, and its own cell. That never changes: nothing is moved in memory, a cell
-becomes canonical by changing its state. Such a *visible_slots* is a set of cells, kept as the bits of an integer.
+table alone: it sees what its parent sees, and its own slot. That never changes: nothing is moved in memory, a slot
+becomes canonical by changing its state. Such a *visible_slots* is a set of slots, kept as the bits of an integer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeinfer.core.protocol import NO_SLOT, Row, SlotOp, SlotOpKind
 
 
 class SlotTable:
-    """``capacity`` cells, each free, leased to a run, or canonical at a position."""
+    """``capacity`` slots, each free, leased to a run, or canonical at a position."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -28,7 +28,7 @@ class SlotTable:
         self._text = 0  # what the last canonical slot attends to: all of them
         self._leased: dict[int, tuple[int, int]] = {}  # slot -> position, what it attends to
         self._token = np.zeros(capacity, dtype=np.int64)
-        self._span = 0  # one past the highest cell ever used since it was last clear
+        self._span = 0  # one past the highest slot ever used since it was last clear
 
     @property
     def length(self) -> int:
@@ -38,17 +38,17 @@ class SlotTable:
     def apply(self, ops: Sequence[SlotOp]) -> None:
         """Carry out ``ops`` in order; raises RemoteProtocolError where a correct leader would not have asked."""
         for op in ops:
-            last = op.slot + op.cells
+            last = op.slot + op.length
             if last > self.capacity:
-                raise RemoteProtocolError(f"{op.kind.name} of cells {op.slot}..{last - 1}, there are {self.capacity}")
+                raise RemoteProtocolError(f"{op.kind.name} of slots {op.slot}..{last - 1}, there are {self.capacity}")
             if op.kind is SlotOpKind.COMMIT:
-                for index in range(op.cells):
+                for index in range(op.length):
                     self._commit(op.slot + index, op.position + index)
             elif op.kind is SlotOpKind.RELEASE:
                 for slot in range(op.slot, last):
                     if slot in self._canonical:
-                        raise RemoteProtocolError(f"release of canonical cell {slot}")
-                    # A tombstone carries no rows, so a dead run's cells may never have been leased here.
+                        raise RemoteProtocolError(f"release of canonical slot {slot}")
+                    # A tombstone carries no rows, so a dead run's slots may never have been leased here.
                     self._leased.pop(slot, None)
             else:
                 self._canonical.clear()
@@ -57,15 +57,15 @@ class SlotTable:
 
     def _commit(self, slot: int, position: int) -> None:
         if position != self.length:
-            raise RemoteProtocolError(f"commit of cell {slot} at position {position}, the next one is {self.length}")
+            raise RemoteProtocolError(f"commit of slot {slot} at position {position}, the next one is {self.length}")
         if slot not in self._leased or self._leased[slot][0] != position:
-            raise RemoteProtocolError(f"commit of cell {slot}, which no row put at position {position}")
+            raise RemoteProtocolError(f"commit of slot {slot}, which no row put at position {position}")
         del self._leased[slot]
         self._canonical[slot] = position
         self._text |= 1 << slot
 
     def living(self, rows: Sequence[Row], dead: Collection[int] = ()) -> tuple[int, ...]:
-        """The indices of the rows that are not at ``dead`` cells and whose ancestors are all here, in order. Death is
+        """The indices of the rows that are not at ``dead`` slots and whose ancestors are all here, in order. Death is
         inherited: where an ancestor is missing, its run was skipped or its row dropped, and nothing below it can matter
         any more."""
         here: set[int] = set()
@@ -82,12 +82,12 @@ class SlotTable:
         return tuple(alive)
 
     def allocate(self, rows: Sequence[Row], canonical: bool = False) -> Batch:
-        """Lease the rows' cells, parents first, and say what each row sees; ``canonical`` rows become canonical at
+        """Lease the rows' slots, parents first, and say what each row sees; ``canonical`` rows become canonical at
         once."""
         sights = []
         for row in rows:
             if row.slot >= self.capacity or row.slot in self._leased or row.slot in self._canonical:
-                raise RemoteProtocolError(f"row at cell {row.slot}, which is not free")
+                raise RemoteProtocolError(f"row at slot {row.slot}, which is not free")
             visible_slots = self._sight_above(row) | 1 << row.slot
             sights.append(visible_slots)
             self._leased[row.slot] = row.position, visible_slots
@@ -109,9 +109,9 @@ class SlotTable:
             for later in islice(reversed(self._canonical), self.length - 1 - position):
                 visible_slots ^= 1 << later
         else:
-            raise RemoteProtocolError(f"cell {row.slot} descends from cell {row.parent}, which is free")
+            raise RemoteProtocolError(f"slot {row.slot} descends from slot {row.parent}, which is free")
         if row.position != position + 1:
-            raise RemoteProtocolError(f"cell {row.slot} is at position {row.position}, its parent at {position}")
+            raise RemoteProtocolError(f"slot {row.slot} is at position {row.position}, its parent at {position}")
         return visible_slots
 
     def _visible(self, sights: Sequence[int]) -> npt.NDArray[np.bool_]:
@@ -130,7 +130,7 @@ class SlotTable:
         return SamplingInputs(sampling, batch.positions[list(rows)] + 1, seen, is_guess)
 
     def counts(self) -> tuple[int, int, int]:
-        """How many cells are free, leased, canonical."""
+        """How many slots are free, leased, canonical."""
         leased, canonical = len(self._leased), len(self._canonical)
         return self.capacity - leased - canonical, leased, canonical
 
@@ -138,4 +138,4 @@ class SlotTable:
         """Raise AssertionError where the table contradicts itself (invariant L3)."""
         positions = list(self._canonical.values())
         assert positions == list(range(self.length)), f"canonical positions {positions}"
-        assert not self._leased.keys() & self._canonical.keys(), "a cell is leased and canonical"
+        assert not self._leased.keys() & self._canonical.keys(), "a slot is leased and canonical"

@@ -219,7 +219,7 @@ def make_shards(cast: JobSpec, roles: tuple[Role, ...], pair: Pair) -> dict[int,
     shards: dict[int, ShardModel] = {}
     for role in roles:
         if role.layers is not None:
-            shards[role.address] = pair.stage(role.layers, sum(cast.cells))
+            shards[role.address] = pair.stage(role.layers, sum(cast.slots))
         elif role.address != ORCHESTRATOR:
             shards[role.address] = pair.draft(role.address - FIRST_DRAFTER, draft_slots(cast.policy, cast.context))
     return shards

@@ -130,7 +130,7 @@ class Facts:
 
 
 def row(shares: list[float]) -> str:
-    """Set shares as cells of a table."""
+    """Set shares as slots of a table."""
     return " | ".join(f"{share:.3f}" for share in shares)
 
 

@@ -1,7 +1,7 @@
 """What the shard takes beside the kernels it calls: its layers against the bare torch operations of the same layers.
 
 The bare layer computes the same function with the same kernels: norms, linears, rotation, attention, gate. Its keys,
-values and rotations lie ready: it has no cells to write to or to choose from, no mask, and nobody listens between its
+values and rotations lie ready: it has no slots to write to or to choose from, no mask, and nobody listens between its
 halves.
 """
 
@@ -40,7 +40,7 @@ def costs() -> Iterator[Cost]:
         for rows in ROWS:
             for context in CONTEXTS:
                 bare_us, more_us = _pair_us(_bare(spec, rows, context), _pass(shard, spec, rows, context))
-                what = f"layer of {name}, {rows} rows, {context} cells"
+                what = f"layer of {name}, {rows} rows, {context} slots"
                 yield Cost(f"{what}: bare", [bare_us / spec.layer_count])
                 yield Cost(f"{what}: shard beside it", [more_us / spec.layer_count], SHARE * bare_us / spec.layer_count)
 
@@ -57,7 +57,7 @@ def _pair_us(bare: Callable[[], object], whole: Callable[[], object]) -> tuple[f
 
 
 def _pass(shard: LlamaShard, spec: ModelSpec, rows: int, context: int) -> Callable[[], object]:
-    """The shard's own pass of the last ``rows`` of ``context`` cells."""
+    """The shard's own pass of the last ``rows`` of ``context`` slots."""
     positions = np.arange(context - rows, context)
     batch = Batch(np.zeros(rows, np.int64), positions, positions, np.arange(context) <= positions[:, None])
     hidden = torch.randn(rows, spec.hidden_size)

@@ -1,4 +1,4 @@
-"""What the wire and the cells take, on what a recorded job sent and leased."""
+"""What the wire and the slots take, on what a recorded job sent and leased."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _nbytes(message: Message) -> int:
     return len(encode(message))
 
 
-def cells(job: Job) -> Iterator[Cost]:
+def slot_table(job: Job) -> Iterator[Cost]:
     """A stage's table and the leader's ledger, through all runs of a job; those of 8 rows are shown."""
     events = [step.event for step in job.steps if step.address == FIRST_STAGE and isinstance(step.event, Received)]
     runs = [event.message for event in events if event.message.kind is Kind.RUN]
@@ -58,7 +58,7 @@ def cells(job: Job) -> Iterator[Cost]:
 
 def _through(job: Job, runs: list[Message]) -> Iterator[dict[str, float]]:
     """What each operation took for each of ``runs``."""
-    accepted, guesses = job.cast.cells
+    accepted, guesses = job.cast.slots
     table, ledger, watch = SlotTable(accepted + guesses), SlotAllocator(accepted, guesses), Stopwatch()
     for run in runs:
         rows = run.rows_as(Row)
@@ -73,10 +73,10 @@ def _through(job: Job, runs: list[Message]) -> Iterator[dict[str, float]]:
         for op in run.ops:  # what the leader did since the last run
             if op.kind is not SlotOpKind.CLEAR:
                 act = ledger.commit if op.kind is SlotOpKind.COMMIT else ledger.release
-                for slot in range(op.slot, op.slot + op.cells):
+                for slot in range(op.slot, op.slot + op.length):
                     act(slot)
         ops = watch(ledger.operations)
         slots = watch(ledger.lease, len(rows))
         assert (ops, sorted(slots)) == (run.ops, sorted(row.slot for row in rows)), "this is not what the leader did"
-        names = ("cells: apply", "cells: living", "cells: allocate", "ledger: operations", "ledger: lease")
+        names = ("slots: apply", "slots: living", "slots: allocate", "ledger: operations", "ledger: lease")
         yield dict(zip(names, watch.us, strict=True))

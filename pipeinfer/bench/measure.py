@@ -104,8 +104,8 @@ def _describe(cpu: str, threads: int, link: tuple[float, float], here: Probe) ->
         matrix = " x ".join(map(str, sizes.matrix))
         weights = f"{by}: up to {sizes.stream_nbytes // 10**6} MB of {matrix} weights in turn"
         yield _curve(f"{dtype}.linear", ROWS, here.linear(dtype), weights)
-        cells = f"{by}: {sizes.context} cells, {KV_HEADS} key heads of {sizes.head_dim}, layers in turn"
-        yield _curve(f"{dtype}.attention", PACKED_ROWS, here.attention(dtype), cells)
+        source = f"{by}: {sizes.context} slots, {KV_HEADS} key heads of {sizes.head_dim}, layers in turn"
+        yield _curve(f"{dtype}.attention", PACKED_ROWS, here.attention(dtype), source)
 
 
 def _figure(name: str, value: float, source: str, kind: str = "sustained") -> str:
@@ -214,7 +214,7 @@ class Probe:
 
         context, head_dim = self.sizes.context, self.sizes.head_dim
         layer = self._random(dtype, 1, 2 * KV_HEADS, context, head_dim)
-        cells = [layer.clone() for _ in range(self.sizes.stream_nbytes // 4 // layer.nbytes)]
+        layers = [layer.clone() for _ in range(self.sizes.stream_nbytes // 4 // layer.nbytes)]
         found = []
         for rows in PACKED_ROWS:
             shown = max(rows, 2 if dtype == "bf16" else 1)  # as the shard does
@@ -224,8 +224,8 @@ class Probe:
             def call(held: torch.Tensor, queries: torch.Tensor = queries, mask: torch.Tensor = mask) -> object:
                 return F.scaled_dot_product_attention(queries, held[:, :KV_HEADS], held[:, KV_HEADS:], attn_mask=mask)
 
-            calls = [lambda held=held, call=call: call(held) for held in cells]
-            found.append(sum(held.nbytes for held in cells) / self.usual_s(calls))
+            calls = [lambda held=held, call=call: call(held) for held in layers]
+            found.append(sum(held.nbytes for held in layers) / self.usual_s(calls))
         return found
 
     def _random(self, dtype: str, *shape: int) -> torch.Tensor:

@@ -54,14 +54,14 @@ def random_model(layers: int, hidden: int, intermediate: int, heads: int, kv_hea
 
 
 def whole_shard(
-    spec: ModelSpec, dtype: str, cells: int, weights: Weights | None = None, device: str = "cpu"
+    spec: ModelSpec, dtype: str, slots: int, weights: Weights | None = None, device: str = "cpu"
 ) -> ShardModel:
-    """All layers of a model with ``cells`` cells on ``device``; of random weights unless some are given."""
+    """All layers of a model with ``slots`` slots on ``device``; of random weights unless some are given."""
     from stages.models.llama import LlamaShard
     from stages.models.pair import DTYPES
 
     weights = weights or RandomCheckpoint(spec)
-    return LlamaShard.load(spec, weights, range(spec.layer_count), DTYPES[dtype], cells, device)
+    return LlamaShard.load(spec, weights, range(spec.layer_count), DTYPES[dtype], slots, device)
 
 
 def one_pass(shard: ShardModel, rows: int, context: int) -> Callable[[], object]:

@@ -68,7 +68,7 @@ class Scenario:
 
     @property
     def context(self) -> int:
-        """Cells in view half way, which is where closed forms look."""
+        """Slots in view half way, which is where closed forms look."""
         return self.prompt_tokens + self.point.tokens // 2
 
     @property
@@ -123,8 +123,8 @@ class Scenario:
             "ceiling_tokens_per_s": self.ceiling,
         }
         if self.costs is not None:
-            cells = self.prompt_tokens + point.tokens + policy.most_guesses(stages)
-            found["bytes_per_rank"] = self.costs.stage_nbytes(max(self.shares(policy)), cells, ends=1)
+            slots = self.prompt_tokens + point.tokens + policy.most_guesses(stages)
+            found["bytes_per_rank"] = self.costs.stage_nbytes(max(self.shares(policy)), slots, ends=1)
         return found
 
     def model(self, seed: int) -> EmulatedSpec:

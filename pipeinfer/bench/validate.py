@@ -27,7 +27,7 @@ LARGE = {
 
 @dataclass(slots=True)
 class Comparison:
-    """A pass of ``rows`` rows that look at ``context`` cells, output head included; times in seconds."""
+    """A pass of ``rows`` rows that look at ``context`` slots, output head included; times in seconds."""
 
     model: str
     dtype: str

@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
         "--show",
         action="store_true",
         help="first print all events in the order of time (in ms), a line each: what a role was told => what it "
-        "commanded. CANCEL 7 8/30 means run 7 and of run 8 the row at cell 30; lines with *** are decisions",
+        "commanded. CANCEL 7 8/30 means run 7 and of run 8 the row at slot 30; lines with *** are decisions",
     )
 
 

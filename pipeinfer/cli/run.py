@@ -86,7 +86,7 @@ def add_models(group: Any) -> None:
         help="draft model with the target's tokenizer (repeat it for drafters that differ), or none",
     )
     group.add_argument("--drafters", type=int, metavar="N", help="draft ranks (default: one for each --draft)")
-    group.add_argument("--dtype", default="fp32", metavar="fp32|bf16", help="of weights and cells (default fp32)")
+    group.add_argument("--dtype", default="fp32", metavar="fp32|bf16", help="of weights and slots (default fp32)")
     group.add_argument("--context", type=int, default=0, metavar="N", help="most tokens, prompt included")
 
 

@@ -65,7 +65,7 @@ class Config:
 
 
 DEFAULT_CONTEXT = 4096
-"""Most tokens of a request unless ``context`` says more: cells for a whole long context are paid for even if unused."""
+"""Most tokens of a request unless ``context`` says more: slots for a whole long context are paid for even if unused."""
 
 
 def model_name(name: object, part: str) -> str:

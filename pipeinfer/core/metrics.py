@@ -62,7 +62,7 @@ def measure(submitted_at: float, emitted_at: Sequence[tuple[float, int]], stats:
 def table(metrics: dict[str, Any]) -> str:
     """The measures as people read them, two aligned lines."""
     itl = metrics["itl_ms"]
-    cells = [
+    slots = [
         ("TTFT", f"{metrics['ttft_ms']:.1f} ms"),
         ("TPOT", f"{metrics['tpot_ms']:.2f} ms"),
         ("ITL p50/p90/p99", f"{itl['p50']:.1f}/{itl['p90']:.1f}/{itl['p99']:.1f} ms"),
@@ -73,7 +73,7 @@ def table(metrics: dict[str, Any]) -> str:
         ("cancelled", str(metrics["cancelled_runs"])),
         ("waste", f"{metrics['waste']:.2f}"),
     ]
-    widths = [max(len(name), len(value)) for name, value in cells]
-    names = "  ".join(name.rjust(width) for (name, _), width in zip(cells, widths, strict=True))
-    values = "  ".join(value.rjust(width) for (_, value), width in zip(cells, widths, strict=True))
+    widths = [max(len(name), len(value)) for name, value in slots]
+    names = "  ".join(name.rjust(width) for (name, _), width in zip(slots, widths, strict=True))
+    values = "  ".join(value.rjust(width) for (_, value), width in zip(slots, widths, strict=True))
     return f"{names}\n{values}"

@@ -19,8 +19,8 @@ Payload = Any
 class Batch:
     """The rows of one pass through a shard, ready for attention.
 
-    ``tokens``, ``positions``, ``slots``: int64 [rows]. ``visible``: bool [rows, span]; row r attends to cell c of its
-    own shard if ``visible[r, c]``, itself included. ``span`` is one past the highest cell that any row needs.
+    ``tokens``, ``positions``, ``slots``: int64 [rows]. ``visible``: bool [rows, span]; row r attends to slot c of its
+    own shard if ``visible[r, c]``, itself included. ``span`` is one past the highest slot that any row needs.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -78,7 +78,7 @@ class SamplingInputs:
 
 
 class ShardModel(Protocol):
-    """Some layers of a model with the key/value cells of those layers."""
+    """Some layers of a model with the key/value slots of those layers."""
 
     def forward(self, batch: Batch, hidden: Payload | None) -> Generator[float, None, Payload]:
         """Run the layers; ``hidden`` is None for the shard that embeds. Yields between layers the seconds it would rest
@@ -343,12 +343,12 @@ class Pair(Protocol):
         ...
 
     def stage(self, layers: range, capacity: int) -> ShardModel:
-        """The target's ``layers`` with ``capacity`` cells; with the first layer comes the embedding, with the last the
+        """The target's ``layers`` with ``capacity`` slots; with the first layer comes the embedding, with the last the
         output head."""
         ...
 
     def draft(self, index: int, capacity: int) -> ShardModel:
-        """The whole draft model of the ``index``-th drafter with ``capacity`` cells."""
+        """The whole draft model of the ``index``-th drafter with ``capacity`` slots."""
         ...
 
     def pack(self, hidden: Payload) -> npt.NDArray[np.uint8]:

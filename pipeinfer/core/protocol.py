@@ -1,11 +1,11 @@
 """The messages between roles and their wire format.
 
-A message is a fixed 40-byte little-endian header, then 16-byte cell operations, then 16-byte rows. At most one tensor
+A message is a fixed 40-byte little-endian header, then 16-byte slot operations, then 16-byte rows. At most one tensor
 goes with it, of ``payload_nbytes``: behind the rows if it is small, else out of band. Nothing is ever pickled.
 
     header  magic:u16 version:u8 kind:u8 source:u16 dest:u16 flags:u16 request:u16 rows:u16 ops:u16
             epoch:u32 txn:u32 run:u32 payload_nbytes:u32 work_us:u32 slowest_us:u32
-    op      kind:u8 pad:u8 cells:u16 slot:u32 position:u32 spare:u32
+    op      kind:u8 pad:u8 slots:u16 slot:u32 position:u32 spare:u32
     row     token:i32 then two u32 and one u32 or f32, whose meaning depends on the kind (see Row, DraftRow, ResultRow,
             SettingRow)
 
@@ -62,7 +62,7 @@ class Kind(enum.IntEnum):
     """What a message says; the comment names sender and receiver."""
 
     HELLO = 1  # stage, drafter -> orchestrator: I am ready; ``run`` holds my configuration digest
-    RUN = 2  # orchestrator -> first stage -> ... -> last stage: cell operations, rows, activations
+    RUN = 2  # orchestrator -> first stage -> ... -> last stage: slot operations, rows, activations
     RESULT = 3  # last stage -> orchestrator: the target's choice after each row
     CREDIT = 4  # first stage -> orchestrator: the next run may follow ``run``; its row says what the last one took
     CANCEL = 5  # orchestrator -> stages: these runs, or single rows of them, are dead (advice)
@@ -93,19 +93,19 @@ class Flag(enum.IntFlag):
 
 
 class SlotOpKind(enum.IntEnum):
-    """What happens to a range of cells; applied in stream order, before the rows of the run that carries it."""
+    """What happens to a range of slots; applied in stream order, before the rows of the run that carries it."""
 
-    COMMIT = 1  # slots [slot, slot+cells) become canonical at positions [position, position+cells)
-    RELEASE = 2  # slots [slot, slot+cells) become free
+    COMMIT = 1  # slots [slot, slot+slots) become canonical at positions [position, position+slots)
+    RELEASE = 2  # slots [slot, slot+slots) become free
     CLEAR = 3  # every slot becomes free: a new request
 
 
 class SlotOp(NamedTuple):
-    """One operation on so many neighbouring ``cells``."""
+    """One operation on so many neighbouring ``slots``."""
 
     kind: SlotOpKind
     slot: int = 0
-    cells: int = 0
+    length: int = 0
     position: int = 0
 
 
@@ -152,7 +152,7 @@ AnyRow = Row | ResultRow | DraftRow | SettingRow
 AnyRowT = TypeVar("AnyRowT", Row, ResultRow, DraftRow, SettingRow)
 _ROW_TYPES: dict[Kind, tuple[struct.Struct, type[Row] | type[ResultRow] | type[DraftRow] | type[SettingRow]]] = {
     Kind.RUN: (ROW, Row),
-    Kind.CANCEL: (ROW, Row),  # ``slot``: the run's number; ``parent``: the cell of one row of it, or NO_SLOT for all
+    Kind.CANCEL: (ROW, Row),  # ``slot``: the run's number; ``parent``: the slot of one row of it, or NO_SLOT for all
     Kind.RESULT: (REAL_ROW, ResultRow),
     Kind.PROMPT: (REAL_ROW, DraftRow),
     Kind.NODES: (REAL_ROW, DraftRow),
@@ -212,7 +212,7 @@ def encode(message: Message) -> bytes:
                 message.work_us, message.slowest_us,
             )
         ]  # fmt: skip
-        parts += [OP.pack(op.kind, op.cells, op.slot, op.position, 0) for op in message.ops]
+        parts += [OP.pack(op.kind, op.length, op.slot, op.position, 0) for op in message.ops]
         if message.rows:
             layout, _ = _ROW_TYPES[message.kind]
             parts += [layout.pack(*row) for row in message.rows]
@@ -248,8 +248,8 @@ def decode(data: bytes | memoryview) -> Message:
         flag_bits = Flag(flags)
         rows_at = HEADER.size + OP.size * op_count
         ops = tuple(
-            SlotOp(SlotOpKind(code), slot, cells, position)
-            for code, cells, slot, position, _ in OP.iter_unpack(data[HEADER.size : rows_at])
+            SlotOp(SlotOpKind(code), slot, length, position)
+            for code, length, slot, position, _ in OP.iter_unpack(data[HEADER.size : rows_at])
         )
         rows: tuple[AnyRow, ...] = ()
         if row_count:

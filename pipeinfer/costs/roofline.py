@@ -30,7 +30,7 @@ class ModelCosts:
         self._linear = self._arithmetic.linear if shape.stored_as_computed else None
 
     def layer_s(self, rows: int, context: int) -> float:
-        """One layer for ``rows`` rows that look at ``context`` cells."""
+        """One layer for ``rows`` rows that look at ``context`` slots."""
         linears_s = self._linears_s(self.shape.layer_numel, rows)
         return linears_s + self._attention_s(rows, context) + self._arithmetic.overhead_s
 
@@ -66,7 +66,7 @@ class Costs:
         self.draft = None if draft is None else ModelCosts(hardware, draft)
 
     def layer_s(self, rows: int, context: int) -> float:
-        """Seconds of one target layer for ``rows`` rows that look at ``context`` cells."""
+        """Seconds of one target layer for ``rows`` rows that look at ``context`` slots."""
         return self.target.layer_s(rows, context)
 
     def head_s(self, rows: int) -> float:
@@ -83,13 +83,13 @@ class Costs:
         """Bytes that go from one stage to the next."""
         return rows * self.target.shape.row_nbytes
 
-    def slots_nbytes(self, layers: int, cells: int) -> int:
-        """Bytes of ``cells`` cells of ``layers`` layers: a rank's keys and values, or a run's partition of them."""
-        return round(layers * cells * self.target.shape.slot_nbytes)
+    def slots_nbytes(self, layers: int, slots: int) -> int:
+        """Bytes of ``slots`` slots of ``layers`` layers: a rank's keys and values, or a run's partition of them."""
+        return round(layers * slots * self.target.shape.slot_nbytes)
 
-    def stage_nbytes(self, layers: int, cells: int, ends: int = 0) -> int:
-        """Bytes that a stage of ``layers`` layers and ``cells`` cells holds. ``ends``: how many matrices of the size of
+    def stage_nbytes(self, layers: int, slots: int, ends: int = 0) -> int:
+        """Bytes that a stage of ``layers`` layers and ``slots`` slots holds. ``ends``: how many matrices of the size of
         the output head it has beside them: 1 for the first stage (its embedding) and for the last."""
         shape = self.target.shape
         weights = layers * shape.layer_numel + ends * shape.head_numel
-        return round(shape.nbytes(weights)) + self.slots_nbytes(layers, cells)
+        return round(shape.nbytes(weights)) + self.slots_nbytes(layers, slots)

@@ -20,7 +20,7 @@ DTYPE_NBYTES = {"fp32": 4, "bf16": 2}
 class Shape:
     """A decoder's sizes. ``gated``: its MLP has three matrices, not two. ``tied``: the head is the embedding.
     ``weight_bits``: of a weight as stored, on average. ``dtype``: of arithmetic and activations. ``slot_bits``: of a
-    number in a cell of keys and values."""
+    number in a slot of keys and values."""
 
     name: str
     layers: int
@@ -77,7 +77,7 @@ class Shape:
         return numel * self.weight_bits / 8
 
     def held_in(self, dtype: str) -> Shape:
-        """The same model with weights and cells in ``dtype``."""
+        """The same model with weights and slots in ``dtype``."""
         bits = 8.0 * DTYPE_NBYTES[dtype]
         return replace(self, dtype=dtype, weight_bits=bits, slot_bits=bits)
 
@@ -90,15 +90,15 @@ def read_shape(name: str) -> Shape:
     if directory.is_dir():
         return of_spec(ModelSpec.read(directory), name)
     file = Table.read(find("models", name))
-    file.only(("title", "shape", "weights", "arithmetic", "cells"))
+    file.only(("title", "shape", "weights", "arithmetic", "kv_cache"))
     file.text("title")
-    shape, weights, arithmetic, cells = map(file.table, ("shape", "weights", "arithmetic", "cells"))
+    shape, weights, arithmetic, kv_cache = map(file.table, ("shape", "weights", "arithmetic", "kv_cache"))
     counts = ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
     shape.only((*counts, "gated", "tied", "source"))
     weights.only(("bits", "source"))
     arithmetic.only(("dtype", "source"))
-    cells.only(("bits", "source"))
-    for table in (shape, weights, arithmetic, cells):
+    kv_cache.only(("bits", "source"))
+    for table in (shape, weights, arithmetic, kv_cache):
         table.text("source")
     sizes = {count: shape.count(count) for count in counts}
     if sizes["heads"] % sizes["kv_heads"]:
@@ -110,7 +110,7 @@ def read_shape(name: str) -> Shape:
         tied=shape.flag("tied"),
         weight_bits=weights.number("bits"),
         dtype=arithmetic.text("dtype", DTYPES),
-        slot_bits=cells.number("bits"),
+        slot_bits=kv_cache.number("bits"),
     )
 
 

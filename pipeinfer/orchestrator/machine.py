@@ -4,15 +4,15 @@ Theory of operation. Requests are served one at a time, in the order in which th
 chunks that flow through the stages like any run. The token tree starts at the prompt's last token; sources feed nodes
 into it whenever they like (sources.py). A credit from the first stage says that it can take one more run: then the
 schedule (schedule.py) takes nodes from the tree, as a rule the most probable unsent ones, and they leave as one run,
-each in a cell of its own (partitions.py).
+each in a slot of its own (partitions.py).
 
     tree          run 7          run 8          run 9        results come back in launch order
     root --+-- a ---- b ---- c          ...                 RESULT 7: the target's token after each row of run 7
            +-- a'                                           accept: walk from the root along the target's own tokens
 
-A result may move the root several tokens (accept.py). The nodes that die with it free their cells; a run whose rows are
+A result may move the root several tokens (accept.py). The nodes that die with it free their slots; a run whose rows are
 all dead is cancelled, which is advice: the stages may skip it, and it comes back as a tombstone, or computed and
-ignored. Accepted cells become canonical by an operation that rides in the next run. If nobody had guessed the target's
+ignored. Accepted slots become canonical by an operation that rides in the next run. If nobody had guessed the target's
 token, the new root is unsent, and being certain it leads the next run, which never waits behind dead work.
 
 The epoch counts those corrections. When the last token is out, everything in flight is dead; the request is over for
@@ -228,7 +228,7 @@ class Orchestrator:
 
     def _finish(self, session: Session, reason: str, fault: int | None = None) -> list[Command]:
         session.is_over = True
-        # A later run may carry the commit of the root's cell, so the root's own run must be written everywhere.
+        # A later run may carry the commit of the root's slot, so the root's own run must be written everywhere.
         root = session.tree.root.run
         doomed = [run for run in self._flight if run.cancelled_at is None and (run.is_prefill or run.number != root)]
         commands: list[Command] = [Finish(reason, session.caller_number, fault)]

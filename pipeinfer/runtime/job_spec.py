@@ -19,7 +19,7 @@ from stages.stage.machine import Stage
 class JobSpec:
     """Who plays: ``stages`` stages and ``drafters`` drafters, by ``policy``, for requests of up to ``context`` tokens.
 
-    ``digest``: what ranks compare at HELLO. ``guess_slots``: cells for guesses in flight, if fewer than the policy
+    ``digest``: what ranks compare at HELLO. ``guess_slots``: slots for guesses in flight, if fewer than the policy
     wants. ``calibrations``: what is known of each source's probabilities.
     ``placement``: what processors the roles have. ``draft_contexts``: of each drafter the positions that its model was
     made for, 0 for any number; empty if none has a limit."""
@@ -60,15 +60,15 @@ class JobSpec:
         return self.policy.most_runs(self.stages)
 
     @property
-    def cells(self) -> tuple[int, int]:
-        """Cells of every stage: for accepted tokens, and for guesses in flight."""
+    def slots(self) -> tuple[int, int]:
+        """Slots of every stage: for accepted tokens, and for guesses in flight."""
         guesses = self.policy.most_guesses(self.stages)
         return self.context, guesses if self.guess_slots is None else min(guesses, self.guess_slots)
 
     def machine(self, address: int) -> Machine:
         """The brain of the role at ``address``, as it is before anything has happened."""
         if address == ORCHESTRATOR:
-            guesses = self.cells[1]
+            guesses = self.slots[1]
             numbers = (self.stages, self.drafters, self.policy, self.context, self.digest, guesses)
             return Orchestrator(*numbers, self.calibrations, self.placement)
         if address >= FIRST_DRAFTER:
@@ -78,4 +78,4 @@ class JobSpec:
         # Where one stage is all, its result is the best there is to know for the next run.
         result_first = self.policy.schedule == "continuous" and self.stages == 1
         credits_early = self.policy.schedule != "pipeinfer" and not result_first
-        return Stage(address, self.stages, sum(self.cells), self.window, self.digest, credits_early, result_first)
+        return Stage(address, self.stages, sum(self.slots), self.window, self.digest, credits_early, result_first)

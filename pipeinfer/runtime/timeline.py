@@ -1,7 +1,7 @@
 """The timeline of a job, out of its traces: what was computed when and what came of it, and every message's way.
 
 A stage's pass is worth what its rows are worth, and a row is worth something if its token, after just those tokens
-before it, stands in the answer. The orchestrator's trace knows: a commit names the cell of an accepted row, and rows
+before it, stands in the answer. The orchestrator's trace knows: a commit names the slot of an accepted row, and rows
 that were in flight at the end are compared with the answer itself. Of several rows that say the same only one counts.
 """
 
@@ -258,9 +258,9 @@ class _Worth:
     """Which rows of which runs are ``accepted``, and which runs are ``prefills``, from what the orchestrator sends."""
 
     def __init__(self) -> None:
-        self.accepted: set[tuple[int, int]] = set()  # run, cell
+        self.accepted: set[tuple[int, int]] = set()  # run, slot
         self.prefills: set[int] = set()
-        self._undecided: dict[int, tuple[int, Row]] = {}  # by cell, in the order of launching: run, row
+        self._undecided: dict[int, tuple[int, Row]] = {}  # by slot, in the order of launching: run, row
         self._covered: set[int] = set()  # positions that have their row
         self._text: list[int] = []
 
@@ -270,9 +270,9 @@ class _Worth:
         self._text = list(request.prompt)
 
     def launch(self, message: Message) -> None:
-        """A run leaves: operations on cells first, then its rows."""
+        """A run leaves: operations on slots first, then its rows."""
         for op in message.ops:
-            for slot in range(op.slot, op.slot + op.cells):
+            for slot in range(op.slot, op.slot + op.length):
                 launched = self._undecided.pop(slot, None)
                 if launched and op.kind is SlotOpKind.COMMIT:
                     self._accept(*launched)

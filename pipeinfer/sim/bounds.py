@@ -112,8 +112,8 @@ def _tree_bounds(tree: Tree) -> Iterator[Limit]:
 
 
 def _ledger_bounds(ledger: SlotAllocator) -> Iterator[Limit]:
-    yield "leased cells", len(ledger._leased), ledger.speculative
-    yield "cell operations", len(ledger._ops) + len(ledger._released), min(MAX_OPS, ledger.capacity + 1)
+    yield "leased slots", len(ledger._leased), ledger.speculative
+    yield "slot operations", len(ledger._ops) + len(ledger._released), min(MAX_OPS, ledger.capacity + 1)
 
 
 def _orchestrator_bounds(machine: Orchestrator, spec: WorldSpec) -> Iterator[Limit]:

@@ -25,14 +25,14 @@ Path = int
 
 
 class Guessed(Reader):
-    """Each drafter's nodes by the names it gave them; each cell by the tokens that led to it."""
+    """Each drafter's nodes by the names it gave them; each slot by the tokens that led to it."""
 
     def __init__(self, story: History) -> None:
         super().__init__(story)
         self._text: list[Path] = []  # of each accepted token
         self._names: dict[int, dict[int, Path]] = {}  # by drafter and name
         self._guessed: set[Path] = set()
-        self._cells: dict[int, Path] = {}
+        self._slots: dict[int, Path] = {}
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         """See Checker."""
@@ -42,7 +42,7 @@ class Guessed(Reader):
             self._hear(event.message)
         for begun, told in self.story.parts:
             if begun is not None:
-                self._text, self._names, self._guessed, self._cells = [], {}, set(), {}
+                self._text, self._names, self._guessed, self._slots = [], {}, set(), {}
                 self._accept(begun.prompt)
             for command in told:
                 if isinstance(command, Emit):
@@ -72,10 +72,10 @@ class Guessed(Reader):
     def _check(self, message: Message) -> None:
         for row in message.rows_as(Row):
             if message.flags & Flag.CANONICAL:
-                self._cells[row.slot] = self._text[row.position]
+                self._slots[row.slot] = self._text[row.position]
                 continue
-            before = self._text[row.position - 1] if row.parent == NO_SLOT else self._cells[row.parent]
-            path = self._cells[row.slot] = hash((before, row.token))
+            before = self._text[row.position - 1] if row.parent == NO_SLOT else self._slots[row.parent]
+            path = self._slots[row.slot] = hash((before, row.token))
             if path not in self._guessed and path not in self._text:
                 raise InvariantBroken(
                     f"L10: run {message.run}: nobody guessed token {row.token} at {row.position} there"

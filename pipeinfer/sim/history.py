@@ -40,19 +40,19 @@ def oracle(model: EmulatedSpec, request: Request) -> tuple[int, ...]:
 
 @dataclass(slots=True, eq=False)
 class Written:
-    """A token as it was written to a cell by a run; its fate is remembered once it is known."""
+    """A token as it was written to a slot by a run; its fate is remembered once it is known."""
 
     token: int
     position: int
     parent: Written | None
-    is_copy: bool = False  # another cell holds the same token after the same ones
+    is_copy: bool = False  # another slot holds the same token after the same ones
     accepted: bool = False
     dead: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class Launched:
-    """A run as it left the orchestrator, and the canonical and leased cells after it."""
+    """A run as it left the orchestrator, and the canonical and leased slots after it."""
 
     message: Message
     written: dict[int, Written]

@@ -2,7 +2,7 @@
 
     L1  exact: the emitted tokens are those of plain decoding, stop tokens included
     L2  every run ends once, by the time its request is idle; no node is verified twice (but by rivals)
-    L3  cells: free + leased + canonical = all; no cell in two live partitions; canonical cells hold accepted tokens:
+    L3  slots: free + leased + canonical = all; no slot in two live partitions; canonical slots hold accepted tokens:
         slot_invariants.py
     L4  per edge the transaction number grows by one; results return in launch order
     L5  live: the next token comes within a bounded time (World.run itself sees an agenda that runs dry)

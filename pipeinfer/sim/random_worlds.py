@@ -3,7 +3,7 @@
     python -m pipeinfer.sim.random_worlds --worlds 5000 --schedule all --processes 2
 
 A world that fails is reproduced by its seed (and its schedule, where one was named): ``--worlds 1 --seed <seed>
---schedule <schedule>``. What is drawn leans towards the edges (no lead, no cells, all advice lost, a draft that is
+--schedule <schedule>``. What is drawn leans towards the edges (no lead, no slots, all advice lost, a draft that is
 always or never right), because that is where faults hide.
 """
 
@@ -29,7 +29,7 @@ from pipeinfer.sim.history import History, InvariantBroken
 from pipeinfer.sim.invariants import Advice, EndsOnce, Exact, Forced, InOrder, Lively
 from pipeinfer.sim.replay import Recorder, Wire, replay
 from pipeinfer.sim.schedule_invariants import schedule_invariants
-from pipeinfer.sim.slot_invariants import Cells, Replicas
+from pipeinfer.sim.slot_invariants import Replicas, Slots
 from pipeinfer.sim.world import Checker, World, WorldSpec
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import PLACEMENTS
@@ -210,7 +210,7 @@ def _draw_link(rng: random.Random) -> Link:
 def every_invariant(spec: WorldSpec) -> tuple[Checker, ...]:
     """A fresh checker for each law that one world can show; the history, which the others read, comes first."""
     story = History(spec)
-    readers = [law(story) for law in (Exact, EndsOnce, Cells, Replicas, InOrder, Advice, Forced, Guessed, Lively)]
+    readers = [law(story) for law in (Exact, EndsOnce, Slots, Replicas, InOrder, Advice, Forced, Guessed, Lively)]
     return story, *readers, *schedule_invariants(story), Bounds(spec), Wire()
 
 

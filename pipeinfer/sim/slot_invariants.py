@@ -23,7 +23,7 @@ STRIDE = 16
 """Tables are compared as a whole at every so many events of a role, and when a request is idle."""
 
 
-class Cells(Reader):
+class Slots(Reader):
     """L3 for the stream that leaves the orchestrator: its ledger against a shadow kept from the messages."""
 
     def __init__(self, story: History) -> None:
@@ -51,11 +51,11 @@ class Cells(Reader):
         for op in run.message.ops:
             if op.kind is SlotOpKind.CLEAR:
                 self._canonical, self._leased = [], {}
-            for index in range(op.cells):
+            for index in range(op.length):
                 self._apply(op, op.slot + index, op.position + index, run.message.run)
         for row in run.message.rows_as(Row):
             if row.slot in self._leased or row.slot in self._canonical:
-                raise InvariantBroken(f"L3: run {run.message.run} writes to cell {row.slot}, which is in use")
+                raise InvariantBroken(f"L3: run {run.message.run} writes to slot {row.slot}, which is in use")
             if run.message.flags & Flag.CANONICAL:
                 self._accept(row.slot, run.written[row.slot], row.position, run.message.run)
             else:
@@ -65,18 +65,18 @@ class Cells(Reader):
     def _apply(self, op: SlotOp, slot: int, position: int, number: int) -> None:
         written = self._leased.pop(slot, None)
         if written is None:
-            raise InvariantBroken(f"L3: run {number} carries {op.kind.name} of cell {slot}, which is not leased")
+            raise InvariantBroken(f"L3: run {number} carries {op.kind.name} of slot {slot}, which is not leased")
         if op.kind is SlotOpKind.COMMIT:
             self._accept(slot, written, position, number)
         elif not written.is_copy and not self.story.is_useless(written):
             raise InvariantBroken(
-                f"L3: run {number} releases cell {slot}, whose token {written.token} may still be accepted"
+                f"L3: run {number} releases slot {slot}, whose token {written.token} may still be accepted"
             )
 
     def _accept(self, slot: int, written: Written, position: int, number: int) -> None:
         place, text = len(self._canonical), self.story.text
         if position != place or written.position != place or place >= len(text) or written.token != text[place]:
-            what = f"cell {slot} (token {written.token}, position {written.position}) at position {position}"
+            what = f"slot {slot} (token {written.token}, position {written.position}) at position {position}"
             raise InvariantBroken(
                 f"L3: run {number} commits {what}; the next one is {text[place : place + 1]} at {place}"
             )
@@ -91,7 +91,7 @@ class Cells(Reader):
             raise InvariantBroken("L3: the orchestrator's ledger contradicts the operations that it sent")
         for slot in ledger._leased if not self.story.over else ():
             if self.story.is_dead(self._leased[slot]):
-                raise InvariantBroken(f"L3: cell {slot} is kept for token {self._leased[slot].token}, which is dead")
+                raise InvariantBroken(f"L3: slot {slot} is kept for token {self._leased[slot].token}, which is dead")
 
 
 class Replicas(Reader):
@@ -132,7 +132,7 @@ class Replicas(Reader):
             self._compare_drafter(machine)
 
     def _compare_stage(self, stage: Stage) -> None:
-        name, table = address_name(stage.address), stage._cells
+        name, table = address_name(stage.address), stage._table
         run = self.story.runs.get(self._applied.get(stage.address, 0))
         _check(f"table of {name}", table)
         if run is None:
@@ -145,21 +145,21 @@ class Replicas(Reader):
             raise InvariantBroken(f"L3: after run {run.message.run} {name} holds {tokens}, not {wanted}")
         if not table._leased.keys() <= run.leased:
             extra = sorted(table._leased.keys() - run.leased)
-            raise InvariantBroken(f"L3: after run {run.message.run} {name} still keeps the released cells {extra}")
+            raise InvariantBroken(f"L3: after run {run.message.run} {name} still keeps the released slots {extra}")
 
     def _compare_drafter(self, drafter: Drafter) -> None:
         _check("drafter's ledger", drafter._ledger)
-        _check("drafter's table", drafter._cells)
+        _check("drafter's table", drafter._table)
         if drafter._request == self.story.requests and drafter._prefilled:
-            tokens = [self._slots[drafter.address, slot] for slot in drafter._cells._canonical]
+            tokens = [self._slots[drafter.address, slot] for slot in drafter._table._canonical]
             if tokens != self.story.text[: len(tokens)]:
                 raise InvariantBroken(f"L3: the drafter holds {tokens}, accepted are {self.story.text}")
 
 
-def _check(name: str, cells: SlotTable | SlotAllocator) -> None:
+def _check(name: str, table: SlotTable | SlotAllocator) -> None:
     try:
-        cells.check()
+        table.check()
     except AssertionError as error:
         raise InvariantBroken(f"L3: {name}: {error}") from error
-    if sum(cells.counts()) != cells.capacity:
-        raise InvariantBroken(f"L3: {name}: free, leased and canonical cells are {cells.counts()} of {cells.capacity}")
+    if sum(table.counts()) != table.capacity:
+        raise InvariantBroken(f"L3: {name}: free, leased and canonical slots are {table.counts()} of {table.capacity}")

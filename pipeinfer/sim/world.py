@@ -67,7 +67,7 @@ class WorldSpec:
     placement: Placement = "spread"
     drafter_beside_orchestrator: bool = True
     draft_contexts: tuple[int, ...] = ()  # positions that each draft was made for, 0 for any number
-    guess_slots: int | None = None  # cells for guesses in flight, if not what the policy wants
+    guess_slots: int | None = None  # slots for guesses in flight, if not what the policy wants
     at_once: bool = False  # all requests are submitted at the beginning, not each when the one before is idle
     aborts: tuple[tuple[float, int], ...] = ()  # when the user aborts which request, counted from 0
     closes_s: float | None = None  # when the user closes, whatever waits or is being served
@@ -288,7 +288,7 @@ def make_machines(spec: WorldSpec) -> list[Machine]:
 
 def make_shards(spec: WorldSpec) -> dict[int, ShardModel]:
     """Emulated shards for all stages and drafters."""
-    cells = spec.context + spec.policy.most_guesses(spec.stages)
+    slots = spec.context + spec.policy.most_guesses(spec.stages)
     shards: dict[int, ShardModel] = {}
     layers = spec.model.layers
     cuts = [layers * index // spec.stages for index in range(spec.stages + 1)]
@@ -297,7 +297,7 @@ def make_shards(spec: WorldSpec) -> dict[int, ShardModel]:
     for index, mine in enumerate(range(start, end) for start, end in pairwise(cuts)):
         stage_s = spec.stage_s[index % len(spec.stage_s)]
         pace = spec.paces[0] if spec.paces else per_layer(_pace(stage_s, spec.row_cost), len(mine))
-        shards[stage_address(index)] = EmulatedShard(spec.model, mine, cells, pace)
+        shards[stage_address(index)] = EmulatedShard(spec.model, mine, slots, pace)
     capacity = draft_slots(spec.policy, spec.context)
     pace = per_layer(spec.paces[1] if spec.paces else _pace(spec.draft_s, spec.row_cost), layers)
     for index in range(spec.drafters):

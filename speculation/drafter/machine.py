@@ -71,7 +71,7 @@ class Drafter:
         self._digest = digest
         self._edges = Edges(address)
         self._ledger = SlotAllocator(context, policy.max_ahead + policy.draft_batch)
-        self._cells = SlotTable(self._ledger.capacity)
+        self._table = SlotTable(self._ledger.capacity)
         self._request = 0
         self._prompt: list[int] = []
         self._prefilled = 0
@@ -231,7 +231,7 @@ class Drafter:
         ops, rows = self._ledger.prompt_rows(self._prompt[self._prefilled :][: self._policy.prefill_chunk])
         self._prefilled += len(rows)
         ends = self._prefilled == len(self._prompt)
-        self._cells.apply(ops)
+        self._table.apply(ops)
         if ends and self._origin is not None:
             self._origin.slot = rows[-1].slot
         # The prompt's last token is the tree's first root, unless the target has already passed it.
@@ -275,12 +275,12 @@ class Drafter:
         root = self._tree.root.position
         self._batch = [node for node in nodes if node.position >= root]
         ops = self._ledger.operations()
-        self._cells.apply(ops)
+        self._table.apply(ops)
         rows = []
         for node, slot in zip(nodes, self._ledger.lease(len(nodes)), strict=True):
             if node.slot is not None:
                 rows.append(node.row(slot))
-                self._ledger.release(slot)  # a second look: its first cell is the one that counts
+                self._ledger.release(slot)  # a second look: its first slot is the one that counts
                 continue
             node.slot = slot
             rows.append(node.row(slot))
@@ -293,13 +293,13 @@ class Drafter:
         self._job += 1
         self._busy = True
         self._rows, self._wanted = len(rows), wanted
-        batch = self._cells.allocate(rows, canonical)
+        batch = self._table.allocate(rows, canonical)
         if not wanted:
             return Compute(self._job, batch)
         return Compute(self._job, batch, rows=wanted, choices=self._policy.topk, draw=self._draw(batch, wanted))
 
     def _draw(self, batch: Batch, wanted: tuple[int, ...]) -> SamplingInputs:
-        return self._cells.draw(self._sampling, batch, wanted, is_guess=True)
+        return self._table.draw(self._sampling, batch, wanted, is_guess=True)
 
     def _computed(self, event: Computed) -> list[Command]:
         self._busy = False
@@ -340,5 +340,5 @@ class Drafter:
 
 
 def draft_slots(policy: Policy, context: int) -> int:
-    """Cells of a draft model's shard."""
+    """Slots of a draft model's shard."""
     return context + policy.max_ahead + policy.draft_batch

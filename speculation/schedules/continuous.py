@@ -98,7 +98,7 @@ def choose_rows(
     tree: Tree, policy: Policy, room: int, most: int | None = None, curve: CostCurve | None = None
 ) -> list[Node]:
     """Take the nodes of the next run, best first, parents before children: at most ``most`` (the policy's ``rows``),
-    and no more guesses than there are cells (``room``).
+    and no more guesses than there are slots (``room``).
 
     The root is no guess and always goes. A guess goes if its path is probable enough for what a row costs by the
     ``curve`` (without one: ``policy.floor``), and as many go as give the most useful rows per second."""

@@ -13,7 +13,7 @@ What the code decides, and so do we:
 What we leave out, all of it in its favour: metadata messages, logits and full-size tensors of cancelled runs on the
 wire, and the draft model's pass over the last token of each micro-batch before it is sent. Trees: the published
 settings of ``p_split`` (0.8 and 0.9) only ever give chains, as no second choice is that probable; we have chains only.
-Where a superfluous run still has descendants in flight it is our cells that keep them right, not a recomputation.
+Where a superfluous run still has descendants in flight it is our slots that keep them right, not a recomputation.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class PipeInfer:
 
     def _speculative(self, now: Situation) -> Launch | None:
         if now.room < len(self._batch):
-            return None  # cells come back with the next result
+            return None  # slots come back with the next result
         batch, self._batch = self._batch, []
         nodes = [node for node in batch if node.pending]
         for node in nodes:

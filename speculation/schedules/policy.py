@@ -77,7 +77,7 @@ class Policy:
         return self.window or 2 * stages + 2
 
     def most_guesses(self, stages: int) -> int:
-        """Cells for guesses in flight that every target shard has beside those for accepted tokens."""
+        """Slots for guesses in flight that every target shard has beside those for accepted tokens."""
         return self.max_rows * self.most_runs(stages) if self.speculate else 0
 
     def settings(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Schedules: when the target gets which nodes of the tree, and when drafters are asked for more.
 
-The orchestrator has the means (credits, cells, messages); a schedule has the say. Whenever something has changed the
+The orchestrator has the means (credits, slots, messages); a schedule has the say. Whenever something has changed the
 orchestrator asks ``next`` until there is nothing more to do.
 """
 
@@ -20,7 +20,7 @@ PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 @dataclass(slots=True)
 class Situation:
     """What a schedule decides upon: the tree, how many ``credits`` the first stage has given, how many runs are
-    ``in_flight`` and how many more may be (``slots``), for how many guesses there are cells (``room``)."""
+    ``in_flight`` and how many more may be (``slots``), for how many guesses there are slots (``room``)."""
 
     tree: Tree
     credits: int

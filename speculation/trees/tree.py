@@ -62,7 +62,7 @@ class Node:
         self.claim = claim
 
     def row(self, slot: int) -> Row:
-        """The row of a run that carries this node in cell ``slot``; its parent has a cell by then, or is the prompt's
+        """The row of a run that carries this node in slot ``slot``; its parent has a slot by then, or is the prompt's
         end."""
         parent = self.parent
         return Row(self.token, slot, NO_SLOT if parent is None or parent.slot is None else parent.slot, self.position)
@@ -185,7 +185,7 @@ class Tree:
         dead = _bury(old)
         old.children = {token: heir}  # late words about the old root still find its heir
         if not old.pending:
-            old.parent = None  # nobody asks any more; a passed node still to be evaluated needs its parent's cell
+            old.parent = None  # nobody asks any more; a passed node still to be evaluated needs its parent's slot
         self.size -= 1 + len(dead)
         self.root = heir
         if len(self._frontier) > SLACK + self.size:

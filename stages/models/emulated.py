@@ -1,6 +1,6 @@
-"""The emulated model: a chain of hashes kept in the cells, instead of a neural network.
+"""The emulated model: a chain of hashes kept in the slots, instead of a neural network.
 
-Each layer writes a hash of its input and position into the row's cell and adds up the hashes of all visible cells. So
+Each layer writes a hash of its input and position into the row's slot and adds up the hashes of all visible slots. So
 one wrong commit, release, parent or mask anywhere changes the tokens, and plain decoding is the oracle for every
 protocol bug, without weights. A layer may also be given a pace, so that schedules can be measured on machines that lack
 the hardware; whoever reports such a time must say so.
@@ -35,7 +35,7 @@ NEVER = 1e-9
 """How probable a draft calls what it has no claim for."""
 
 Pace = Callable[[int, int], float]
-"""Seconds for so many rows, with so many cells in view."""
+"""Seconds for so many rows, with so many slots in view."""
 
 
 _SHIFT, _FIRST, _SECOND = np.uint64(33), np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
@@ -79,7 +79,7 @@ class EmulatedSpec:
 
 
 class EmulatedShard:
-    """Layers ``layers`` of ``spec`` with ``capacity`` cells; ``layer_s`` is the pace of one layer. A draft rests for
+    """Layers ``layers`` of ``spec`` with ``capacity`` slots; ``layer_s`` is the pace of one layer. A draft rests for
     several layers at once: real ones have fewer."""
 
     def __init__(
@@ -97,7 +97,7 @@ class EmulatedShard:
         self.faults: dict[int, int] = {}
         share = spec.draft_faulty if is_draft else spec.faulty
         self._fault_share = 1.0 - (1.0 - share) ** (1 / (spec.layers + 1))  # of one layer, or of the head
-        self._cells = np.zeros((len(layers), capacity), dtype=np.uint64)
+        self._kv = np.zeros((len(layers), capacity), dtype=np.uint64)
         self._totals = list(accumulate(spec.ranks))
         self._claims = [math.log(max(share, NEVER)) for share in spec.claims or spec.ranks]
         self._salts = mix(np.arange(layers.start, layers.stop, dtype=np.uint64) + np.uint64(spec.seed * 0x10001 + 1))
@@ -120,7 +120,7 @@ class EmulatedShard:
         for first in range(0, len(self._layers), at_once):
             layers = range(first, min(first + at_once, len(self._layers)))
             for index in layers:
-                keys = self._cells[index]
+                keys = self._kv[index]
                 keys[batch.slots] = mix(words ^ self._salts[index] ^ places)
                 words = mix(words + np.einsum("ij,j->i", sees, keys[:span]))
                 self._note_faults(words, range(len(words)), self._layers[index])

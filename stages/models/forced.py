@@ -1,7 +1,7 @@
 """Forced acceptance for real models: they compute as always, and an emulated model says the words.
 
 So a pair's speed can be measured at any acceptance, on any machine, even with weights that mean nothing. The emulated
-model (emulated.py) has one layer and is given the shard's own rows and cells: its words depend on all that a row
+model (emulated.py) has one layer and is given the shard's own rows and slots: its words depend on all that a row
 sees, and plain decoding under the same forcing remains the oracle. The real shard's head and choice are computed and
 ignored, for their time; the hashes beside them take some microseconds a row.
 """
@@ -19,7 +19,7 @@ matters, so that a target and a draft need not know the same ones."""
 
 
 class ForcedShard:
-    """``shard`` with ``capacity`` cells, which chooses tokens, but others than its own.
+    """``shard`` with ``capacity`` slots, which chooses tokens, but others than its own.
 
     A draft's k-th choice is the target's with probability ``ranks[k]``, and it claims as much."""
 

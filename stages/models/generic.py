@@ -1,8 +1,8 @@
 """Some consecutive layers of any decoder that transformers knows and that can be cut by its layers.
 
 Slower than LlamaShard, whose layers are fused, but no architecture is written down: layers, rotary embeddings, norms
-and heads are transformers' own code (generic_skeleton.py), on our cells (generic_cells.py). What may be
-served is decided in generic_spec.py. The rule about finite numbers in cells is LlamaShard's.
+and heads are transformers' own code (generic_skeleton.py), on our slots (generic_slots.py). What may be
+served is decided in generic_spec.py. The rule about finite numbers in slots is LlamaShard's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeinfer.core.ports import Batch, Payload, SampledToken, SamplingInputs
 from stages.kernels.choices import best_choices
 from stages.kernels.finite import all_may_stand, tamed
 from stages.models.generic_skeleton import Skeleton
-from stages.models.generic_slots import CellCache, LayerCells, UnsupportedError, View, looking
+from stages.models.generic_slots import LayerSlots, SlotCache, UnsupportedError, View, looking
 from stages.models.generic_spec import GenericSpec
 
 
@@ -30,17 +30,17 @@ class GenericShard:
         spec: GenericSpec,
         skeleton: Skeleton,
         layers: range,
-        cells: list[LayerCells],
+        kv: list[LayerSlots],
         vocabulary: int | None = None,
     ) -> None:
-        """``cells``: one for each layer of the model, those of other shards empty. Use ``load``."""
+        """``slots``: one for each layer of the model, those of other shards empty. Use ``load``."""
         self.faults: dict[int, int] = {}
-        self._spec, self._skeleton, self._range, self._cells = spec, skeleton, layers, cells
+        self._spec, self._skeleton, self._range, self._kv = spec, skeleton, layers, kv
         self._vocabulary = vocabulary
-        own = cells[layers.start].keys
+        own = kv[layers.start].keys
         assert own is not None
         self._dtype, self._device = own.dtype, own.device
-        self._positions = torch.zeros(own.shape[2], dtype=torch.int64, device=own.device)  # of what each cell holds
+        self._positions = torch.zeros(own.shape[2], dtype=torch.int64, device=own.device)  # of what each slot holds
         modules = [skeleton.model, *(skeleton.layers[index] for index in layers)]
         self._weights = [tensor for module in modules for tensor in module.state_dict(keep_vars=True).values()]
 
@@ -54,19 +54,19 @@ class GenericShard:
         device: str = "cpu",
         vocabulary: int | None = None,
     ) -> GenericShard:
-        """Read the shard's weights, and no others, and set up ``capacity`` zeroed cells. Raises CheckpointError.
+        """Read the shard's weights, and no others, and set up ``capacity`` zeroed slots. Raises CheckpointError.
         ``vocabulary``: see LlamaShard.load."""
         skeleton = spec.skeleton(layers, dtype)
         skeleton.to(device, layers)
-        cells = []
+        kv = []
         with torch.inference_mode():
-            for index, (heads, key_size, value_size) in enumerate(spec.cells):
+            for index, (heads, key_size, value_size) in enumerate(spec.kv_shapes):
                 if index not in layers:
-                    cells.append(LayerCells())
+                    kv.append(LayerSlots())
                     continue
                 shapes = [(1, heads, capacity, size) for size in (key_size, value_size)]
-                cells.append(LayerCells(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)))
-            return cls(spec, skeleton, layers, cells, vocabulary)
+                kv.append(LayerSlots(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)))
+            return cls(spec, skeleton, layers, kv, vocabulary)
 
     @property
     def weight_nbytes(self) -> int:
@@ -98,7 +98,7 @@ class GenericShard:
 
     def _layers(self, batch: Batch, hidden: Payload | None, view: View) -> Iterator[Tensor]:
         """The activations [1, rows, hidden_size] after each layer."""
-        cache = CellCache(self._cells, view)
+        cache = SlotCache(self._kv, view)
         tokens = torch.from_numpy(batch.tokens).to(self._device)
         if self._vocabulary is not None:
             tokens = tokens.clamp_max(self._spec.vocab_size - 1)
@@ -111,7 +111,7 @@ class GenericShard:
                 x = calls[index].run(self._skeleton.layers[index], x)
             # A layer that keeps more than its own keys and values, or none, would decode something else.
             if cache.written != [index]:
-                raise UnsupportedError(f"layer {index}, which writes the cells of layers {cache.written}")
+                raise UnsupportedError(f"layer {index}, which writes the slots of layers {cache.written}")
             cache.written.clear()
             yield x
 
@@ -131,9 +131,9 @@ class GenericShard:
     def _states(self) -> Iterator[Tensor]:
         """Keys and values [1, kv heads, capacity, size] of all layers here."""
         for index in self._range:
-            cells = self._cells[index]
-            if cells.keys is not None and cells.values is not None:
-                yield from (cells.keys, cells.values)
+            kv = self._kv[index]
+            if kv.keys is not None and kv.values is not None:
+                yield from (kv.keys, kv.values)
 
     def _view(self, batch: Batch) -> View:
         slots, positions, visible = (

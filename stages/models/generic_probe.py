@@ -29,7 +29,7 @@ class Findings:
     """See GenericSpec, which has the same fields."""
 
     hidden_size: int
-    cells: tuple[tuple[int, int, int], ...]
+    kv_shapes: tuple[tuple[int, int, int], ...]
     tuples: bool
     tied: bool
     entry: tuple[str, ...]
@@ -70,7 +70,7 @@ def _findings(skeleton: Skeleton, whole: PreTrainedModel) -> Findings:
     _check_masks(calls, view)
     _check_rows(skeleton, straight, entered, calls, view)
     _check_tokens(skeleton, straight, calls, view)
-    cells = tuple(_cells(index, skeleton.layers[index], entered, call, view) for index, call in enumerate(calls))
+    kv_shapes = tuple(_kv_shape(index, skeleton.layers[index], entered, call, view) for index, call in enumerate(calls))
     skeleton.leave(entered[0])
     last = tuple(dict.fromkeys(notes.used[notes.used_before :]))
     if set(entry) & set(last):
@@ -82,7 +82,7 @@ def _findings(skeleton: Skeleton, whole: PreTrainedModel) -> Findings:
         raise UnsupportedError(f"weights in {min(idle)}, which plain text does not use")
     return Findings(
         hidden_size=entered.shape[-1],
-        cells=cells,
+        kv_shapes=kv_shapes,
         tuples=notes.tuples,
         tied=tied,
         entry=entry,
@@ -99,7 +99,7 @@ def _ends(whole: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _enter(skeleton: Skeleton, order: list[int], shift: int = 0, seen: int = 0) -> tuple[Tensor, list[Call], View]:
-    """Run the skeleton on the rows POSITIONS in this order; cells stay where they are, one for each row. Each row's
+    """Run the skeleton on the rows POSITIONS in this order; slots stay where they are, one for each row. Each row's
     token follows from its position and ``shift``; the cache claims to have ``seen`` tokens."""
     places = torch.tensor(POSITIONS)
     rows = torch.tensor(order)
@@ -110,7 +110,7 @@ def _enter(skeleton: Skeleton, order: list[int], shift: int = 0, seen: int = 0) 
 
 def _check_masks(calls: list[Call], view: View) -> None:
     """Every layer must be given a mask of ours as it is, and none may show a later token."""
-    later = view.cell_positions[None, :] > view.positions[:, None]
+    later = view.slot_positions[None, :] > view.positions[:, None]
     if any(bool((mask[0, 0][later] == 0).any()) for mask in view.masks):
         raise UnsupportedError("attention to later tokens")
     ours = {id(mask) for mask in view.masks}
@@ -148,11 +148,11 @@ def _check_tokens(skeleton: Skeleton, order: list[int], calls: list[Call], view:
         raise UnsupportedError("layers that are given more of the tokens than the activations")
 
 
-def _cells(index: int, layer: nn.Module, entered: Tensor, call: Call, view: View) -> tuple[int, int, int]:
+def _kv_shape(index: int, layer: nn.Module, entered: Tensor, call: Call, view: View) -> tuple[int, int, int]:
     """Key/value heads, key size and value size of one layer, run on the meta device up to its attention."""
     found = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, ProbeCache)]
     if len(found) != 1:
-        raise UnsupportedError(f"a layer {index} that is not given the cells")
+        raise UnsupportedError(f"a layer {index} that is not given the slots")
     cache, on_meta = found[0], Call(_to_meta(call.args), _to_meta(call.kwargs), call.by_name)
     before = str(_form(on_meta.kwargs))
     try:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from stages.models.generic_slots import IMPLEMENTATIONS, CellCache, UnsupportedError, View, looking
+from stages.models.generic_slots import IMPLEMENTATIONS, SlotCache, UnsupportedError, View, looking
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class Skeleton:
         for module in (self.model, *(self.layers[index] for index in layers)):
             nn.Module.to(module, device)
 
-    def enter(self, tokens: Tensor, view: View, cache: CellCache) -> tuple[Tensor, list[Call]]:
+    def enter(self, tokens: Tensor, view: View, cache: SlotCache) -> tuple[Tensor, list[Call]]:
         """What the first layer is given for ``tokens`` [rows], as [1, rows, hidden_size], and every layer's call."""
         out = self._run(self.base, tokens, view, cache)[0]
         if self.notes.entered is None or out.shape[:-1] != self.notes.entered.shape[:-1]:
@@ -170,12 +170,12 @@ class Skeleton:
         view = View(rows, rows, rows, torch.ones(len(rows), len(rows), dtype=torch.bool, device=hidden.device))
         self.notes.answer = hidden[None]
         try:
-            logits: Tensor = self._run(self.model, torch.zeros_like(rows), view, CellCache([], view)).logits
+            logits: Tensor = self._run(self.model, torch.zeros_like(rows), view, SlotCache([], view)).logits
         finally:
             self.notes.answer = None
         return logits[0]
 
-    def _run(self, module: nn.Module, tokens: Tensor, view: View, cache: CellCache) -> Any:
+    def _run(self, module: nn.Module, tokens: Tensor, view: View, cache: SlotCache) -> Any:
         notes = self.notes
         notes.calls, notes.used = [], []
         notes.entered = notes.passed = None

@@ -1,10 +1,10 @@
-"""Our key/value cells behind transformers' own interfaces: a Cache, a mask function and two attention functions.
+"""Our key/value slots behind transformers' own interfaces: a Cache, a mask function and two attention functions.
 
 A model built by transformers asks three things of the world, and each is answered here. Its base model asks a *mask
 function* for the mask: transformers hands over a predicate on the places of query and key in plain text (causal, within
-a sliding window, within the same chunk), which is evaluated on the rows' and the cells' positions and joined with
+a sliding window, within the same chunk), which is evaluated on the rows' and the slots' positions and joined with
 ``Batch.visible``; a window is thus exact in a tree. Its layers ask a *Cache* to keep keys and values, and get back all
-cells up to the span. And they ask an *attention function* for the mixture, which knows no mask but the one given.
+slots up to the span. And they ask an *attention function* for the mixture, which knows no mask but the one given.
 
 Nothing here is per model. ``IMPLEMENTATIONS`` names what is registered, once, when this module is imported.
 """
@@ -35,7 +35,7 @@ _SAID_BY_THE_MASK = {"sliding_window", "is_causal", "position_ids", "use_cache",
 
 
 class UnsupportedError(Exception):
-    """The model asks for something that cells, masks and positions cannot give; the message says what."""
+    """The model asks for something that slots, masks and positions cannot give; the message says what."""
 
 
 class Probed(Exception):  # not an error: how a probe leaves a layer
@@ -44,11 +44,11 @@ class Probed(Exception):  # not an error: how a probe leaves a layer
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The cells as the rows of one pass see them."""
+    """The slots as the rows of one pass see them."""
 
-    slots: Tensor  # int64 [rows]: the cell that each row writes
+    slots: Tensor  # int64 [rows]: the slot that each row writes
     positions: Tensor  # int64 [rows]
-    cell_positions: Tensor  # int64 [span]
+    slot_positions: Tensor  # int64 [span]
     visible: Tensor  # bool [rows, span]
     masks: list[Tensor] = field(default_factory=list)  # what the mask function has answered so far
     probing: bool = False  # a layer is left where its attention begins
@@ -74,7 +74,7 @@ def _mask(*, mask_function: Callable[..., Tensor], dtype: torch.dtype, use_vmap:
         raise UnsupportedError("a mask of its own")
     view = _VIEW.get()
     zero = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=view.positions.device)
-    queries, keys = view.positions[None, None, :, None], view.cell_positions[None, None, None, :]
+    queries, keys = view.positions[None, None, :, None], view.slot_positions[None, None, None, :]
     allowed = mask_function(zero, zero, queries, keys) & view.visible
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     mask.masked_fill_(~allowed, torch.finfo(dtype).min)
@@ -129,10 +129,10 @@ for _name, _attention in ((IMPLEMENTATIONS[True], _sdpa), (IMPLEMENTATIONS[False
     AttentionMaskInterface.register(_name, _mask)
 
 
-class LayerCells(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer's cells; ``keys`` and ``values``: [1, kv_heads, capacity, head_dim], or None for a layer elsewhere."""
+class LayerSlots(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer's slots; ``keys`` and ``values``: [1, kv_heads, capacity, head_dim], or None for a layer elsewhere."""
 
-    is_sliding = False  # a window is the mask's business, no cell is ever dropped here
+    is_sliding = False  # a window is the mask's business, no slot is ever dropped here
 
     def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -140,20 +140,20 @@ class LayerCells(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """There is nothing left to do: cells are set up when a shard is loaded."""
+        """There is nothing left to do: slots are set up when a shard is loaded."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the rows' keys and values ``[1, kv_heads, rows, head_dim]``; return the cells of the view's span."""
+        """Write the rows' keys and values ``[1, kv_heads, rows, head_dim]``; return the slots of the view's span."""
         view: View = kwargs["view"]
         if self.keys is None or self.values is None:
-            raise UnsupportedError("a layer that writes the cells of another shard")
+            raise UnsupportedError("a layer that writes the slots of another shard")
         if view.bad is not None:
             for states in (key_states, value_states):
                 view.bad.logical_or_(~may_stand(states[0]).all(-1).all(0))
             key_states, value_states = tamed(key_states), tamed(value_states)
         self.keys.index_copy_(2, view.slots, key_states)
         self.values.index_copy_(2, view.slots, value_states)
-        span = len(view.cell_positions)
+        span = len(view.slot_positions)
         return self.keys[:, :, :span], self.values[:, :, :span]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -161,7 +161,7 @@ class LayerCells(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """Cells have no order; whatever wants a place in the text is given positions."""
+        """Slots have no order; whatever wants a place in the text is given positions."""
         return 0
 
     def get_max_length(self) -> int:
@@ -169,10 +169,10 @@ class LayerCells(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return -1
 
 
-class CellCache(Cache):
-    """The cells of all layers during one pass; ``written``: the layers that have updated theirs."""
+class SlotCache(Cache):
+    """The slots of all layers during one pass; ``written``: the layers that have updated theirs."""
 
-    def __init__(self, layers: list[LayerCells], view: View) -> None:
+    def __init__(self, layers: list[LayerSlots], view: View) -> None:
         super().__init__(layers=list(layers))
         self.view = view
         self.written: list[int] = []
@@ -180,15 +180,15 @@ class CellCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """See LayerCells.update."""
+        """See LayerSlots.update."""
         self.written.append(layer_idx)
         layer = self.layers[layer_idx]
-        assert isinstance(layer, LayerCells)
+        assert isinstance(layer, LayerSlots)
         return layer.update(key_states, value_states, view=self.view)
 
 
-class ProbeCache(CellCache):
-    """Has no cells, but claims to have ``seen`` tokens; notes in ``shapes`` what each layer would write."""
+class ProbeCache(SlotCache):
+    """Has no slots, but claims to have ``seen`` tokens; notes in ``shapes`` what each layer would write."""
 
     def __init__(self, view: View, seen: int) -> None:
         super().__init__([], view)
@@ -198,7 +198,7 @@ class ProbeCache(CellCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Base models ask before they look whether they were given positions; a layer that asks counts on an order."""
         if _VIEW.get().probing:
-            raise UnsupportedError(f"layers that count their cells, as layer {layer_idx}")
+            raise UnsupportedError(f"layers that count their slots, as layer {layer_idx}")
         return self.seen
 
     def update(

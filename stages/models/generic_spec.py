@@ -2,7 +2,7 @@
 
 ``config.json`` alone settles part of it, and is read with the standard library. The rest is found out by looking: the
 model is built without weights and run without layers (see generic_probe.py), and each layer is stopped where its
-attention begins. What a layer is given must follow from tokens, positions, masks and cells alone: that is tested by
+attention begins. What a layer is given must follow from tokens, positions, masks and slots alone: that is tested by
 shuffling the rows. Whatever does not fit is refused by name.
 
 This module imports neither torch nor transformers until a directory is read.
@@ -41,7 +41,7 @@ class GenericSpec:
     layer_count: int
     context: int
     tied: bool  # the head is the embedding
-    cells: tuple[tuple[int, int, int], ...]  # per layer: key/value heads, size of a key, size of a value
+    kv_shapes: tuple[tuple[int, int, int], ...]  # per layer: key/value heads, size of a key, size of a value
     tuples: bool  # the layers return tuples
     entry: tuple[str, ...]  # modules with weights that run before the first layer
     exit: tuple[str, ...]  # and after the last
@@ -73,10 +73,10 @@ class GenericSpec:
             architecture=model_class.__name__,
             vocab_size=int(config.vocab_size),
             hidden_size=found.hidden_size,
-            layer_count=len(found.cells),
+            layer_count=len(found.kv_shapes),
             context=_context(path, config),
             tied=found.tied,
-            cells=found.cells,
+            kv_shapes=found.kv_shapes,
             tuples=found.tuples,
             entry=found.entry,
             exit=found.exit,

@@ -1,15 +1,15 @@
-"""Some consecutive layers of a Llama-family decoder in plain torch, with the key/value cells of those layers.
+"""Some consecutive layers of a Llama-family decoder in plain torch, with the key/value slots of those layers.
 
 Three liberties are taken with the checkpoint; none changes the tokens. Linears that read the same input are one matrix
 (q, k and v; gate and up). The rows of q and k are reordered within each head so that the two numbers which rotary
 embedding turns together lie side by side: the rotation is then one complex product in place, and scores do not change
 because q and k are reordered alike. And keys and values of a layer share one tensor, so that one call writes both.
 
-A row never reads a cell that ``Batch.visible`` hides: its weight in the softmax is exactly 0. But 0 times NaN is NaN,
-so no cell may hold anything but finite numbers (see finite.py) when it is read: cells start at zero, and even a row
+A row never reads a slot that ``Batch.visible`` hides: its weight in the softmax is exactly 0. But 0 times NaN is NaN,
+so no slot may hold anything but finite numbers (see finite.py) when it is read: slots start at zero, and even a row
 that sees nothing at all leaves a finite mean behind, because hidden scores are the lowest finite number and not minus
 infinity. A pass is checked once, at its end. Where something is not finite the pass is computed again, with zeros in
-its place, before anybody else reads a cell, and the rows are named (``faults``); a pass that is given up is cleared of
+its place, before anybody else reads a slot, and the rows are named (``faults``); a pass that is given up is cleared of
 such numbers.
 """
 
@@ -69,24 +69,24 @@ class LlamaShard:
         spec: ModelSpec,
         weights: list[_Layer],
         ends: dict[str, Tensor],
-        cells: Tensor,
+        kv: Tensor,
         first_layer: int = 0,
         vocabulary: int | None = None,
     ) -> None:
-        """``ends`` holds what the shard has of EMBEDDING, NORM, HEAD; ``cells``: zeros
+        """``ends`` holds what the shard has of EMBEDDING, NORM, HEAD; ``slots``: zeros
         [layers, 2 * kv heads, capacity, head_dim], keys before values. Use ``load``."""
         self.faults: dict[int, int] = {}
         self._spec = spec
         self._layers = weights
         self._first_layer, self._vocabulary = first_layer, vocabulary
-        self._all_cells = cells
+        self._all_kv = kv
         self._embedding, self._norm, self._head = ends.get(EMBEDDING), ends.get(NORM), ends.get(HEAD)
-        self._cells = cells.unbind(0)
-        self._keys, self._values = cells[:, None, : spec.kv_head_count], cells[:, None, spec.kv_head_count :]
-        self._dtype, self._device = cells.dtype, cells.device
+        self._kv = kv.unbind(0)
+        self._keys, self._values = kv[:, None, : spec.kv_head_count], kv[:, None, spec.kv_head_count :]
+        self._dtype, self._device = kv.dtype, kv.device
         frequencies, factor = inverse_frequencies(spec.rope, spec.head_dim, spec.context)
-        turns = torch.complex(*cosines_sines(torch.arange(cells.shape[2]), frequencies, factor))
-        self._turns = turns[:, None].to(cells.device)  # complex64 [capacity, 1, head_dim / 2]: by position
+        turns = torch.complex(*cosines_sines(torch.arange(kv.shape[2]), frequencies, factor))
+        self._turns = turns[:, None].to(kv.device)  # complex64 [capacity, 1, head_dim / 2]: by position
         self._hidden_shape, self._head_shape = (spec.hidden_size,), (spec.head_dim,)
         self._eps = spec.norm_eps
         self._rotated = spec.head_count + spec.kv_head_count  # heads that carry a position: q's, then k's
@@ -104,7 +104,7 @@ class LlamaShard:
         device: str = "cpu",
         vocabulary: int | None = None,
     ) -> LlamaShard:
-        """Read the shard's weights, layer by layer, and set up ``capacity`` zeroed cells. Raises CheckpointError.
+        """Read the shard's weights, layer by layer, and set up ``capacity`` zeroed slots. Raises CheckpointError.
 
         ``vocabulary``: of a draft, how many tokens its target has rows for. It chooses none beyond those, and embeds
         tokens beyond its own rows as its last one."""
@@ -132,13 +132,13 @@ class LlamaShard:
         step, span = self._prepare(batch), batch.visible.shape[1]
         entered = x = self._enter(batch, hidden)
         try:
-            for layer, cells in zip(self._layers, self._views(span), strict=True):
-                x = x + self._attend(layer, cells, x, step)
+            for layer, kv in zip(self._layers, self._views(span), strict=True):
+                x = x + self._attend(layer, kv, x, step)
                 yield 0.0
                 x = x + self._feed(layer, x)
                 yield 0.0
         except GeneratorExit:  # the pass is given up
-            self._all_cells.index_copy_(2, step.slots, tamed(self._written(step.slots)))
+            self._all_kv.index_copy_(2, step.slots, tamed(self._written(step.slots)))
             raise
         # One sum tells of all activations: finite ones may add up to infinity, but then the second look finds nothing.
         if not (all_may_stand(self._written(step.slots)) and x.sum().isfinite()):
@@ -157,15 +157,15 @@ class LlamaShard:
 
     def _written(self, slots: Tensor) -> Tensor:
         """A copy of the keys and values at ``slots`` of all layers: [layers, 2 * kv heads, rows, head_dim]."""
-        return self._all_cells.index_select(2, slots)
+        return self._all_kv.index_select(2, slots)
 
     def _mend(self, x: Tensor, step: _Pass, span: int) -> Tensor:
         """The pass once more, from the first layer's input ``x`` on: whatever is not finite is not written, its rows
         are noted in ``faults``, and zeros are passed on for them."""
         bad = ~x.isfinite().all(-1)
         step = step._replace(bad=bad)
-        for index, (layer, cells) in enumerate(zip(self._layers, self._views(span), strict=True), self._first_layer):
-            x = x + self._attend(layer, cells, x, step)
+        for index, (layer, kv) in enumerate(zip(self._layers, self._views(span), strict=True), self._first_layer):
+            x = x + self._attend(layer, kv, x, step)
             x = x + self._feed(layer, x)
             bad |= ~x.isfinite().all(-1)
             for row in bad.nonzero()[:, 0].tolist():
@@ -173,27 +173,27 @@ class LlamaShard:
         return x.masked_fill(bad[:, None], 0.0)
 
     def _views(self, span: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Of each layer: all its cells, and the keys and the values [1, kv heads, span, head_dim] of the first ``span``
+        """Of each layer: all its slots, and the keys and the values [1, kv heads, span, head_dim] of the first ``span``
         ones. Cut for all layers at once, as each cut takes a microsecond."""
         keys, values = (half[:, :, :, :span].unbind(0) for half in (self._keys, self._values))
-        return zip(self._cells, keys, values, strict=True)
+        return zip(self._kv, keys, values, strict=True)
 
     def _prepare(self, batch: Batch) -> _Pass:
-        hidden_cells = torch.from_numpy(~batch.visible).to(self._device)
-        mask = torch.zeros(hidden_cells.shape, dtype=self._dtype, device=self._device)
-        mask.masked_fill_(hidden_cells, torch.finfo(self._dtype).min)
+        hidden_slots = torch.from_numpy(~batch.visible).to(self._device)
+        mask = torch.zeros(hidden_slots.shape, dtype=self._dtype, device=self._device)
+        mask.masked_fill_(hidden_slots, torch.finfo(self._dtype).min)
         mask = mask.repeat_interleave(self._copies, 0)
         if mask.shape[0] == 1 and self._dtype is torch.bfloat16:
             mask = mask.expand(2, -1)  # a single row of bf16 queries takes four times as long as two
         turns = self._turns[torch.from_numpy(batch.positions).to(self._device)]
         return _Pass(turns, torch.from_numpy(batch.slots).to(self._device), mask[None, None])
 
-    def _attend(self, layer: _Layer, cells: tuple[Tensor, Tensor, Tensor], x: Tensor, step: _Pass) -> Tensor:
-        """The attention block's addition to ``x`` [rows, hidden_size]; writes the rows' keys and values. ``cells``: see
+    def _attend(self, layer: _Layer, kv: tuple[Tensor, Tensor, Tensor], x: Tensor, step: _Pass) -> Tensor:
+        """The attention block's addition to ``x`` [rows, hidden_size]; writes the rows' keys and values. ``slots``: see
         _views."""
         rows, size = x.shape[0], self._spec.head_dim
         queries, kv_heads = self._spec.head_count, self._spec.kv_head_count
-        own, keys, values = cells
+        own, keys, values = kv
         normed = F.rms_norm(x, self._hidden_shape, layer.attention_norm, self._eps)
         heads = F.linear(normed, layer.qkv, layer.qkv_bias).view(rows, self._heads, size)
         rotated = heads[:, : self._rotated]

@@ -65,7 +65,7 @@ class CheckpointPair:
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise
             refuse(
-                f"there is not enough memory for layers {layers.start} to {layers.stop - 1} with {capacity} cells",
+                f"there is not enough memory for layers {layers.start} to {layers.stop - 1} with {capacity} slots",
                 "use more ranks, --dtype bf16 or a smaller --context",
             )
 

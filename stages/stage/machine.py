@@ -55,7 +55,7 @@ MOST_US = 0xFFFFFFFF
 
 
 class Stage:
-    """The machine of stage ``address`` of ``stages``; ``capacity`` cells, at most ``window`` runs in flight.
+    """The machine of stage ``address`` of ``stages``; ``capacity`` slots, at most ``window`` runs in flight.
 
     ``credits_early``: whether the first stage's credit leaves before the run has ended, just in time for the next.
     ``result_first``: of a stage that is first and last, whether it leaves after the result."""
@@ -76,11 +76,11 @@ class Stage:
         self._window = window
         self._digest = digest
         self._edges = Edges(address)
-        self._cells = SlotTable(capacity)
+        self._table = SlotTable(capacity)
         self._queue: deque[Received] = deque()
         self._credits_early = credits_early
         self._result_first = result_first
-        self._cancelled: dict[int, set[int] | None] = {}  # the dead cells of a run; None: all of them
+        self._cancelled: dict[int, set[int] | None] = {}  # the dead slots of a run; None: all of them
         self._sampling = GREEDY
         self._current: Message | None = None
         self._abandoned = False
@@ -142,15 +142,15 @@ class Stage:
             commands.append(Abandon(current.run))
         return commands
 
-    def _mark(self, run: int, cell: int) -> bool:
-        """Note that ``cell`` of ``run`` is dead, or all of it; whether that is news."""
-        cells = self._cancelled.setdefault(run, set())
-        if cells is None or cell in cells:
+    def _mark(self, run: int, slot: int) -> bool:
+        """Note that ``slot`` of ``run`` is dead, or all of it; whether that is news."""
+        slots = self._cancelled.setdefault(run, set())
+        if slots is None or slot in slots:
             return False
-        if cell == NO_SLOT:
+        if slot == NO_SLOT:
             self._cancelled[run] = None
         else:
-            cells.add(cell)
+            slots.add(slot)
         return True
 
     def _next(self) -> list[Command]:
@@ -159,12 +159,12 @@ class Stage:
         while self._queue and self._current is None:
             event = self._queue.popleft()
             message = event.message
-            self._cells.apply(message.ops)
+            self._table.apply(message.ops)
             if self._is_first:
                 self._owes_credit = message
             cancelled = self._cancelled.get(message.run, set())
             dead = Flag.TOMBSTONE in message.flags or cancelled is None
-            alive = () if dead else self._cells.living(message.rows_as(Row), cancelled or ())
+            alive = () if dead else self._table.living(message.rows_as(Row), cancelled or ())
             if alive:
                 commands.append(self._compute(message, alive, event.payload))
                 due = self._pacer.begin(self._now, len(alive))
@@ -187,11 +187,11 @@ class Stage:
         if len(alive) < len(message.rows):
             message, keep = message._replace(rows=tuple(message.rows[index] for index in alive)), alive
         self._current = message
-        batch = self._cells.allocate(message.rows_as(Row), canonical=Flag.CANONICAL in message.flags)
+        batch = self._table.allocate(message.rows_as(Row), canonical=Flag.CANONICAL in message.flags)
         wanted = _wanted(message) if self._is_last else ()
         if not wanted:
             return Compute(message.run, batch, payload, keep, choices=int(self._is_last))
-        draw = self._cells.draw(self._sampling, batch, wanted)
+        draw = self._table.draw(self._sampling, batch, wanted)
         return Compute(message.run, batch, payload, keep, wanted, choices=1, draw=draw)
 
     def _computed(self, event: Computed) -> list[Command]:
@@ -231,7 +231,7 @@ class Stage:
     def _done(self, message: Message) -> None:
         self._newest_done = message.run
         if self._cancelled:
-            self._cancelled = {run: cells for run, cells in self._cancelled.items() if run > message.run}
+            self._cancelled = {run: slots for run, slots in self._cancelled.items() if run > message.run}
 
     def _send(
         self,

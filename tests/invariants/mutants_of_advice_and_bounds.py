@@ -84,20 +84,20 @@ def the_cancel_of_a_row_names_a_living_one(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L6")
 def the_cancel_of_a_row_kills_its_run(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, Stage, "_mark", lambda original, stage, run, cell: original(stage, run, protocol.NO_SLOT))
+    wrap(patch, Stage, "_mark", lambda original, stage, run, slot: original(stage, run, protocol.NO_SLOT))
 
 
 @mutant("L6")
-def a_cancelled_row_takes_its_cell_along(patch: pytest.MonkeyPatch) -> None:
-    """Whatever is later put into that cell is skipped too."""
-    cells: dict[int, set[int]] = {}
+def a_cancelled_row_takes_its_slot_along(patch: pytest.MonkeyPatch) -> None:
+    """Whatever is later put into that slot is skipped too."""
+    slots: dict[int, set[int]] = {}
 
-    def mark(original: Any, stage: Stage, run: int, cell: int) -> Any:
-        cells.setdefault(id(stage._cells), set()).add(cell)
-        return original(stage, run, cell)
+    def mark(original: Any, stage: Stage, run: int, slot: int) -> Any:
+        slots.setdefault(id(stage._table), set()).add(slot)
+        return original(stage, run, slot)
 
     def living(original: Any, table: SlotTable, rows: Any, dead: Any) -> Any:
-        return original(table, rows, set(dead) | cells.get(id(table), set()))
+        return original(table, rows, set(dead) | slots.get(id(table), set()))
 
     wrap(patch, Stage, "_mark", mark)
     wrap(patch, SlotTable, "living", living)

@@ -106,7 +106,7 @@ def the_drafter_does_not_forget(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant("L8", "pipeinfer")
-def the_drafter_forgets_its_guesses_and_not_their_cells(patch: pytest.MonkeyPatch) -> None:
+def the_drafter_forgets_its_guesses_and_not_their_slots(patch: pytest.MonkeyPatch) -> None:
     def restart(original: Any, drafter: Drafter) -> None:
         release = drafter._ledger.release
         drafter._ledger.release = lambda *slots: None  # type: ignore[method-assign]

@@ -124,7 +124,7 @@ def the_last_layer_is_skipped_for_wide_runs(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant("L1", "pipeinfer")
-def a_row_sees_canonical_cells_beyond_its_joint(patch: pytest.MonkeyPatch) -> None:
+def a_row_sees_canonical_slots_beyond_its_joint(patch: pytest.MonkeyPatch) -> None:
     def allocate(original: Any, table: SlotTable, rows: Any, canonical: bool = False) -> Any:
         batch = original(table, rows, canonical)
         batch.visible[:, [] if canonical else list(table._canonical)] = True
@@ -183,7 +183,7 @@ def a_result_is_sent_twice(patch: pytest.MonkeyPatch) -> None:
     blind_to_order(patch)
 
 
-# L3: cells.
+# L3: slots.
 
 
 @mutant("L3")
@@ -196,7 +196,7 @@ def one_commit_is_skipped(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant("L3")
-def the_wrong_cell_is_committed(patch: pytest.MonkeyPatch) -> None:
+def the_wrong_slot_is_committed(patch: pytest.MonkeyPatch) -> None:
     def operations(original: Any, ledger: SlotAllocator) -> Any:
         ops = original(ledger)
         return tuple(
@@ -210,7 +210,7 @@ def the_wrong_cell_is_committed(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant("L3")
-def a_living_cell_is_released(patch: pytest.MonkeyPatch) -> None:
+def a_living_slot_is_released(patch: pytest.MonkeyPatch) -> None:
     def cancel(original: Any, machine: Orchestrator, runs: Any, rows: Any, session: Any) -> Any:
         living = [node for run in machine._flight for node in run.nodes if node.alive and node.slot is not None]
         if (runs or rows) and living and living[-1].slot in machine._ledger._leased:
@@ -221,7 +221,7 @@ def a_living_cell_is_released(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant("L3")
-def a_cell_is_leased_before_it_is_released(patch: pytest.MonkeyPatch) -> None:
+def a_slot_is_leased_before_it_is_released(patch: pytest.MonkeyPatch) -> None:
     def operations(original: Any, ledger: SlotAllocator) -> Any:
         return tuple(op for op in original(ledger) if op.kind is not SlotOpKind.RELEASE)
 
@@ -229,7 +229,7 @@ def a_cell_is_leased_before_it_is_released(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant("L3")
-def a_dead_cell_is_never_given_back(patch: pytest.MonkeyPatch) -> None:
+def a_dead_slot_is_never_given_back(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SlotAllocator, "release", lambda ledger, *slots: ledger._leased.difference_update(slots))
 
 
@@ -254,7 +254,7 @@ def a_tombstone_loses_its_operations(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant("RemoteProtocolError", "pipeinfer")
-def the_cell_of_a_copy_is_committed(patch: pytest.MonkeyPatch) -> None:
+def the_slot_of_a_copy_is_committed(patch: pytest.MonkeyPatch) -> None:
     def launch(original: Any, machine: Orchestrator, session: Any, step: Any) -> Any:
         sent = original(machine, session, step)
         for node in [node for node in step.copies if node.slot in machine._ledger._leased]:
@@ -269,7 +269,7 @@ def the_cell_of_a_copy_is_committed(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant("L3", "continuous")
-def what_is_thrown_away_keeps_its_cells(patch: pytest.MonkeyPatch) -> None:
+def what_is_thrown_away_keeps_its_slots(patch: pytest.MonkeyPatch) -> None:
     def accept_some(original: Any, machine: Orchestrator, session: Any, run: Any) -> Any:
         session.tree.prune = lambda: Tree.prune(session.tree)[:0]
         return original(machine, session, run)

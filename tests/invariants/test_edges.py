@@ -59,10 +59,10 @@ EDGES = {
     "slow drafter": replace(BASE, draft_s=5.0),
     "slow drafter elsewhere": replace(BASE, draft_s=5.0, drafter_beside_orchestrator=False),
     "quick drafter elsewhere": replace(BASE, draft_s=0.001, drafter_beside_orchestrator=False),
-    "no cells for guesses": replace(BASE, guess_slots=0),
-    "one cell for guesses": replace(BASE, guess_slots=1),
-    "two cells for guesses": replace(BASE, guess_slots=2),
-    "no cell to spare": replace(BASE, context=29, guess_slots=1),
+    "no slots for guesses": replace(BASE, guess_slots=0),
+    "one slot for guesses": replace(BASE, guess_slots=1),
+    "two slots for guesses": replace(BASE, guess_slots=2),
+    "no slot to spare": replace(BASE, context=29, guess_slots=1),
     "never right": replace(BASE, model=replace(MODEL, ranks=(0.0,))),
     "always right": replace(BASE, model=replace(MODEL, ranks=(1.0,)), policy=replace(POLICY, topk=1)),
     "right but thinks it is wrong": replace(BASE, model=replace(MODEL, ranks=(1.0,), claims=(1e-6,))),
@@ -113,9 +113,9 @@ EDGES |= {
     for name, policy in SCHEDULES.items()
 }
 EDGES |= {
-    f"{cells} cells for guesses, {name}": replace(SMALL, policy=policy, guess_slots=cells)
+    f"{slots} slots for guesses, {name}": replace(SMALL, policy=policy, guess_slots=slots)
     for name, policy in SCHEDULES.items()
-    for cells in (0, 1, 2)
+    for slots in (0, 1, 2)
 }
 EDGES |= {
     f"cancels of rows, {cancel}, {how}": replace(

@@ -28,7 +28,7 @@ from pipeinfer.sim.history import History, InvariantBroken
 from pipeinfer.sim.invariants import Advice, EndsOnce, Exact, Forced, InOrder
 from pipeinfer.sim.random_worlds import random_world
 from pipeinfer.sim.replay import Wire
-from pipeinfer.sim.slot_invariants import Cells, Replicas
+from pipeinfer.sim.slot_invariants import Replicas, Slots
 from pipeinfer.sim.world import Answer, Checker, WorldSpec, make_job_spec, make_shards
 from tests.invariants.simulated_mpi import NAMES, Bell, Library
 from tests.invariants.virtual_time import VirtualTime
@@ -279,7 +279,7 @@ def check_driven_world(seed: int) -> DrivenWorld:
     """Run the world of ``seed`` under each invariant that is not about the simulator's own time; raises what fails."""
     spec, factor = random_driven_world(seed)
     story = History(spec)
-    readers = [law(story) for law in (Exact, EndsOnce, Cells, Replicas, InOrder, Advice, Forced, Guessed)]
+    readers = [law(story) for law in (Exact, EndsOnce, Slots, Replicas, InOrder, Advice, Forced, Guessed)]
     world = DrivenWorld(spec, factor, (story, *readers, Bounds(spec), Wire()))
     world.run()
     return world

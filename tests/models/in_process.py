@@ -46,10 +46,10 @@ def decode(
         1, policy, stages, tuple(requests), context=224, placement=placement, draft_contexts=pair.draft_contexts
     )
     world = World(spec)
-    cells = spec.context + policy.most_guesses(stages)
+    slots = spec.context + policy.most_guesses(stages)
     cuts = [pair.layers * index // stages for index in range(stages + 1)]
     shards: dict[int, Any] = {
-        FIRST_STAGE + index: pair.stage(range(*piece), cells) for index, piece in enumerate(pairwise(cuts))
+        FIRST_STAGE + index: pair.stage(range(*piece), slots) for index, piece in enumerate(pairwise(cuts))
     }
     shards[drafter_address(0)] = pair.draft(0, draft_slots(policy, spec.context))
     for host in world.hosts:

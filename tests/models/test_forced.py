@@ -76,12 +76,12 @@ def test_any_cut_says_the_same_and_computes_what_it_always_did(directories: tupl
     assert said(plain, batch, 1) != said(whole, batch, 1)
 
 
-def test_a_hidden_cell_changes_the_word(directories: tuple[Path, Path]) -> None:
+def test_a_hidden_slot_changes_the_word(directories: tuple[Path, Path]) -> None:
     """So plain decoding is the oracle here as well: masks, parents and commits all show."""
     shards = [open_pair(directories, (0.5,)).stage(range(6), CAPACITY)]
     compute(shards, prompt_batch(2))
-    sights = [set(range(COUNT)), *(set(range(COUNT)) - {cell} for cell in range(0, COUNT, 10))]
-    words = [said(shards, make_batch([7], [COUNT], [COUNT], [cells]), 1)[0][0][0] for cells in sights]
+    sights = [set(range(COUNT)), *(set(range(COUNT)) - {slot} for slot in range(0, COUNT, 10))]
+    words = [said(shards, make_batch([7], [COUNT], [COUNT], [slots]), 1)[0][0][0] for slots in sights]
     assert words[0] not in words[1:]
 
 

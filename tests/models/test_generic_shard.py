@@ -1,4 +1,4 @@
-"""Models of many architectures decode through transformers' own layers, on our cells, what transformers decodes."""
+"""Models of many architectures decode through transformers' own layers, on our slots, what transformers decodes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from pipeinfer.core.errors import LocalProtocolError
 from stages.kernels.choices import best_choices
 from stages.models.generic import GenericShard
-from stages.models.generic_slots import CellCache, UnsupportedError
+from stages.models.generic_slots import SlotCache, UnsupportedError
 from stages.models.generic_spec import GenericSpec
 from tests.models.tiny_generic import MODELS, make_model
 from tests.models.walk import Reference, compute, greedy, make_batch, prefill
@@ -64,8 +64,8 @@ def test_tokens_equal_transformers(model: Path) -> None:
         assert greedy(thirds, prompt, 48, chunk=3) == expected
 
 
-def test_a_tree_in_scattered_cells_gives_the_logits_of_plain_text(model: Path) -> None:
-    """Three branches in one batch, shuffled, in cells that hold what dead rows left there."""
+def test_a_tree_in_scattered_slots_gives_the_logits_of_plain_text(model: Path) -> None:
+    """Three branches in one batch, shuffled, in slots that hold what dead rows left there."""
     reference, shards, dice = Reference(model), load(model, 3, capacity=96), random.Random(model.name)
     free = list(range(96))
     dice.shuffle(free)
@@ -75,7 +75,7 @@ def test_a_tree_in_scattered_cells_gives_the_logits_of_plain_text(model: Path) -
     prompt = [*PROMPTS[2], *PROMPTS[0]]
     canonical = [free.pop() for _ in prompt]
     prefill(shards, prompt, canonical, 7)
-    rows: list[tuple[list[int], int, set[int]]] = []  # tokens from the root on, slot, cells of the prompt and ancestors
+    rows: list[tuple[list[int], int, set[int]]] = []  # tokens from the root on, slot, slots of the prompt and ancestors
     for _ in range(3):
         path: list[int] = []
         seen = set(canonical)
@@ -196,15 +196,15 @@ def test_no_rows_are_no_choices(model: Path) -> None:
     assert shards[-1].sample(compute(shards, make_batch([1], [0], [0], [set()])), (), 1) == []
 
 
-def test_a_layer_that_keeps_more_than_its_own_cells_is_noticed(gemma2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (shard,), update = load(gemma2), CellCache.update
+def test_a_layer_that_keeps_more_than_its_own_slots_is_noticed(gemma2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shard,), update = load(gemma2), SlotCache.update
 
-    def update_twice(cache: CellCache, keys: Any, values: Any, layer: int, *rest: Any) -> Any:
+    def update_twice(cache: SlotCache, keys: Any, values: Any, layer: int, *rest: Any) -> Any:
         update(cache, keys, values, layer, *rest)
         return update(cache, keys, values, layer, *rest)
 
-    monkeypatch.setattr(CellCache, "update", update_twice)
-    with pytest.raises(UnsupportedError, match="writes the cells"):
+    monkeypatch.setattr(SlotCache, "update", update_twice)
+    with pytest.raises(UnsupportedError, match="writes the slots"):
         list(shard.forward(make_batch([1], [0], [0], [set()]), None))
 
 

@@ -52,7 +52,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "Llama4ForCausalLM",
         "Llama4TextConfig",
         SIZES | EXPERTS | {"head_dim": 16, "intermediate_size_mlp": 96, "attn_temperature_tuning": True},
-        "count their cells",
+        "count their slots",
     ),
     "doge": ("DogeForCausalLM", "DogeConfig", SIZES, "under a mask of its own making"),
 }
@@ -165,17 +165,17 @@ def test_what_is_found_out(tmp_path: Path) -> None:
     gpt2 = GenericSpec.read(make_model(tmp_path / "gpt2", "gpt2"))
     assert (gpt2.architecture, gpt2.layer_count, gpt2.hidden_size, gpt2.vocab_size) == ("GPT2LMHeadModel", 6, 64, 512)
     assert (gpt2.context, gpt2.tied, gpt2.eos_tokens, gpt2.dtype) == (256, True, (0,), "float32")
-    assert gpt2.cells == ((4, 16, 16),) * 6
+    assert gpt2.kv_shapes == ((4, 16, 16),) * 6
     assert gpt2.entry == ("transformer.wte", "transformer.wpe")
     assert gpt2.exit == ("transformer.ln_f", "lm_head")
     assert gpt2.exit_numel == 2 * 64 + 512 * 64
     assert 0.6 < gpt2.head_in_layers < 0.7
     mixtral = GenericSpec.read(make_model(tmp_path / "mixtral", "mixtral", torch.bfloat16))
     assert mixtral.dtype == "bfloat16"
-    assert mixtral.cells == ((2, 16, 16),) * 6
+    assert mixtral.kv_shapes == ((2, 16, 16),) * 6
     assert mixtral.layer_numel == 64 * 64 * 3 + 4 * 3 * 64 * 112 + 4 * 64 + 2 * 64
     assert EXPERTS["num_local_experts"] == 4
-    assert GenericSpec.read(make_model(tmp_path / "falcon", "falcon")).cells[0] == (1, 16, 16)
+    assert GenericSpec.read(make_model(tmp_path / "falcon", "falcon")).kv_shapes[0] == (1, 16, 16)
     assert GenericSpec.read(make_model(tmp_path / "long", "phi3-longrope")).context == 128, "frequencies change there"
 
 

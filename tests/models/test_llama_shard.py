@@ -1,4 +1,4 @@
-"""The shard decodes exactly what transformers decodes, however the layers, the rows and the cells are laid out."""
+"""The shard decodes exactly what transformers decodes, however the layers, the rows and the slots are laid out."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def test_tokens_and_logits_equal_transformers(variant: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", list(CONFIGS))
-def test_tree_rows_in_scattered_cells(architecture: str, tmp_path: Path) -> None:
-    """Right and wrong guesses in one batch, in any order, in cells that hold what dead rows left there."""
+def test_tree_rows_in_scattered_slots(architecture: str, tmp_path: Path) -> None:
+    """Right and wrong guesses in one batch, in any order, in slots that hold what dead rows left there."""
     directory = make_tiny(tmp_path, architecture, seed=8, num_hidden_layers=3)
     expected = PROMPT + Reference(directory).greedy(PROMPT, 60)
     shards = load_shards(directory, 2, capacity=96)
@@ -88,7 +88,7 @@ def test_tree_rows_in_scattered_cells(architecture: str, tmp_path: Path) -> None
     prefill(shards, PROMPT[:-1], canonical, 4)
     while len(canonical) < len(expected) - 4:
         root = len(canonical)
-        rows: list[tuple[int, int, int, set[int], bool]] = []  # token, position, slot, ancestors' cells, right
+        rows: list[tuple[int, int, int, set[int], bool]] = []  # token, position, slot, ancestors' slots, right
         ancestors: set[int] = set()
         for depth in range(dice.randint(1, 4)):
             right = free.pop()
@@ -99,7 +99,7 @@ def test_tree_rows_in_scattered_cells(architecture: str, tmp_path: Path) -> None
             ancestors.add(right)
         dice.shuffle(rows)
         tokens, positions, slots, seen, rights = map(list, zip(*rows, strict=True))
-        batch = make_batch(tokens, positions, slots, [cells | set(canonical) for cells in seen])
+        batch = make_batch(tokens, positions, slots, [own | set(canonical) for own in seen])
         wanted = [row for row, right in enumerate(rights) if right]
         chosen = shards[-1].sample(compute(shards, batch), wanted, 1)
         assert [choice[0][0] for choice in chosen] == [expected[positions[row] + 1] for row in wanted]

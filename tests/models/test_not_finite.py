@@ -48,8 +48,8 @@ def load(folder: Path, kind: str, shards: int = 2, dtype: str = "fp32") -> list[
     return [GenericShard.load(spec, range(cuts[i], cuts[i + 1]), DTYPES[dtype], 160) for i in range(shards)]
 
 
-def cells_of(shard: Any) -> list[torch.Tensor]:
-    return [shard._all_cells] if hasattr(shard, "_all_cells") else list(shard._states())
+def slots_of(shard: Any) -> list[torch.Tensor]:
+    return [shard._all_kv] if hasattr(shard, "_all_kv") else list(shard._states())
 
 
 KINDS = ("llama", "any llama", "gpt2")
@@ -58,7 +58,7 @@ KINDS = ("llama", "any llama", "gpt2")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_guess_that_is_not_finite_changes_no_bit_of_any_other_row(kind: str, dtype: str, tmp_path: Path) -> None:
-    """Siblings in its run, and rows of later runs that have its cell in their span, read it with a weight of 0."""
+    """Siblings in its run, and rows of later runs that have its slot in their span, read it with a weight of 0."""
     name = kind.split()[-1]
     folder = make_model(tmp_path, name)
     damage(folder, EMBEDDINGS[name], BAD, INF)
@@ -67,14 +67,14 @@ def test_a_guess_that_is_not_finite_changes_no_bit_of_any_other_row(kind: str, d
         shards = load(folder, kind, dtype=dtype)
         prompt = set(range(len(PROMPT)))
         prefill(shards, PROMPT, range(len(PROMPT)), 5)
-        # Cell 8 holds the guess, cell 9 a child of it; cells 7 and 10 do not see them.
+        # Slot 8 holds the guess, slot 9 a child of it; slots 7 and 10 do not see them.
         seen = [prompt, prompt, prompt | {8}, prompt | {7}]
         tree = make_batch([40, guess, 41, 42], [7, 7, 8, 8], [7, 8, 9, 10], seen)
         said = shards[-1].sample(compute(shards, tree), [0, 3], 8)
         assert shards[0].faults == ({1: 0} if guess == BAD else {})
         later = make_batch([43], [9], [11], [prompt | {7, 10}])
         said += shards[-1].sample(compute(shards, later), [0], 8)
-        assert all(states.isfinite().all() for shard in shards for states in cells_of(shard))
+        assert all(states.isfinite().all() for shard in shards for states in slots_of(shard))
         assert not shards[0].faults or guess == BAD
         found.append(said)
     assert found[0] == found[1]
@@ -150,11 +150,11 @@ def test_the_first_layer_is_named(kind: str, tensor: str, layer: int, value: flo
     batch = make_batch(PROMPT[:2], range(2), range(2), [set(), {0}])
     shards[-1].sample(compute(shards, batch), [0, 1], 1)
     assert [shard.faults for shard in shards] == [{}, {0: layer, 1: layer}]
-    assert all(states.isfinite().all() for shard in shards for states in cells_of(shard))
+    assert all(states.isfinite().all() for shard in shards for states in slots_of(shard))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pass_that_is_given_up_leaves_finite_cells(kind: str, tmp_path: Path) -> None:
+def test_a_pass_that_is_given_up_leaves_finite_slots(kind: str, tmp_path: Path) -> None:
     name = kind.split()[-1]
     folder = make_model(tmp_path, name)
     damage(folder, EMBEDDINGS[name], BAD, INF)
@@ -162,9 +162,9 @@ def test_a_pass_that_is_given_up_leaves_finite_cells(kind: str, tmp_path: Path) 
     steps = shard.forward(make_batch([BAD], [0], [0], [set()]), None)
     for _ in range(3):
         next(steps)
-    assert not all(states.isfinite().all() for states in cells_of(shard)), "they are read again only by this pass"
+    assert not all(states.isfinite().all() for states in slots_of(shard)), "they are read again only by this pass"
     steps.close()
-    assert all(states.isfinite().all() for states in cells_of(shard))
+    assert all(states.isfinite().all() for states in slots_of(shard))
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -88,7 +88,7 @@ def test_rows_of_a_tree(model: Path) -> None:
     slots = dice.sample(range(100), len(PROMPT) + 12)
     canonical, free = slots[: len(PROMPT)], slots[len(PROMPT) :]
     prefill(shards, PROMPT, canonical, 7)
-    rows: list[tuple[list[int], int, set[int]]] = []  # tokens from the root on, slot, cells before it
+    rows: list[tuple[list[int], int, set[int]]] = []  # tokens from the root on, slot, slots before it
     for _ in range(3):
         path: list[int] = []
         seen = set(canonical)

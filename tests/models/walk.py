@@ -1,4 +1,4 @@
-"""Driving shards by hand: batches built from explicit cells, as a stage would build them from its cell table."""
+"""Driving shards by hand: batches built from explicit slots, as a stage would build them from its slot table."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def load_shards(
 def make_batch(
     tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], seen: Sequence[set[int]]
 ) -> Batch:
-    """Row r writes cell ``slots[r]`` and sees the cells ``seen[r]`` and its own."""
-    every = [cells | {slot} for cells, slot in zip(seen, slots, strict=True)]
-    visible = np.zeros((len(tokens), 1 + max(max(cells) for cells in every)), dtype=np.bool_)
-    for row, cells in enumerate(every):
-        visible[row, sorted(cells)] = True
+    """Row r writes slot ``slots[r]`` and sees the slots ``seen[r]`` and its own."""
+    every = [own | {slot} for own, slot in zip(seen, slots, strict=True)]
+    visible = np.zeros((len(tokens), 1 + max(max(own) for own in every)), dtype=np.bool_)
+    for row, own in enumerate(every):
+        visible[row, sorted(own)] = True
     return Batch(np.array(tokens), np.array(positions), np.array(slots), visible)
 
 
@@ -62,7 +62,7 @@ def compute(shards: Sequence[LlamaShard], batch: Batch) -> Any:
 def prefill(
     shards: Sequence[LlamaShard], tokens: Sequence[int], slots: Sequence[int], chunk: int
 ) -> list[list[SampledToken]]:
-    """Run ``tokens`` in chunks of ``chunk`` rows, token i in cell ``slots[i]``; returns 8 choices after each."""
+    """Run ``tokens`` in chunks of ``chunk`` rows, token i in slot ``slots[i]``; returns 8 choices after each."""
     choices = []
     for start in range(0, len(tokens), chunk):
         rows = range(start, min(start + chunk, len(tokens)))
@@ -73,7 +73,7 @@ def prefill(
 
 
 def greedy(shards: Sequence[LlamaShard], prompt: Sequence[int], count: int, chunk: int = 5) -> list[int]:
-    """Plain greedy decoding: chunked prefill, then one row at a time, cells in order."""
+    """Plain greedy decoding: chunked prefill, then one row at a time, slots in order."""
     slots = list(range(len(prompt) + count))
     tokens = list(prompt)
     tokens.append(prefill(shards, prompt, slots, chunk)[-1][0][0])

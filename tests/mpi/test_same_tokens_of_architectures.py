@@ -1,6 +1,6 @@
 """On several ranks a random tiny model of every architecture says what transformers says.
 
-The Llama family has layers of its own here, all others go through transformers' layers on our cells.
+The Llama family has layers of its own here, all others go through transformers' layers on our slots.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pipeinfer.costs.hardware import Arithmetic, Curve, Hardware, read_hardware
 from pipeinfer.costs.roofline import Costs, ModelCosts
 from pipeinfer.costs.shapes import Shape, read_shape
 
-# A layer of 1000 * (2 * 100 * 12 + 3 * 2000) = 8.4e6 weights, 33.6 MB; a cell of it is 2 * 2 * 100 * 4 = 1600 bytes.
+# A layer of 1000 * (2 * 100 * 12 + 3 * 2000) = 8.4e6 weights, 33.6 MB; a slot of it is 2 * 2 * 100 * 4 = 1600 bytes.
 SHAPE = Shape(
     "model", layers=4, hidden=1000, heads=10, kv_heads=2, head_dim=100, intermediate=2000, vocab=5000, gated=True,
     tied=False, weight_bits=32.0, dtype="fp32", slot_bits=32.0,
@@ -33,7 +33,7 @@ def test_few_rows_wait_for_memory_and_many_for_arithmetic() -> None:
 
 def test_attention_comes_on_top() -> None:
     costs = Costs(HARDWARE, SHAPE)
-    # 2100 cells are 3.36 MB, 0.2 ms. A row's 4 * 2100 * 10 * 100 = 8.4 MFLOP take 0.25 ms: more, even for one row.
+    # 2100 slots are 3.36 MB, 0.2 ms. A row's 4 * 2100 * 10 * 100 = 8.4 MFLOP take 0.25 ms: more, even for one row.
     assert costs.layer_s(1, 2100) - costs.layer_s(1, 0) == pytest.approx(0.25e-3)
     assert costs.layer_s(4, 2100) - costs.layer_s(4, 0) == pytest.approx(1e-3)
     fast = Costs(replace(HARDWARE, arithmetic={"fp32": replace(ROOFLINE, peak=1e15)}), SHAPE)

@@ -36,5 +36,5 @@ def test_a_wrong_figure_is_noticed() -> None:
     assert refreshed(wrong) == text
 
 
-def test_cells() -> None:
+def test_slots() -> None:
     assert [show(value) for value in (None, 0.12345, 7, ["window=1"], "")] == ["", "0.123", "7", "window=1", ""]

@@ -143,7 +143,7 @@ def test_to_begin_again_is_to_forget_and_to_look_at_the_newest_token_once_more()
     told.computed([(5, 0.9)])
     command = compute_of(told.order(2, restart=True))
     assert command.batch.tokens.tolist() == [7]
-    assert command.batch.visible[0].sum() == 4, "the prompt and itself, in a cell of its own"
+    assert command.batch.visible[0].sum() == 4, "the prompt and itself, in a slot of its own"
     commands = told.computed([(4, 0.9)])
     assert nodes(commands) == [([(4, ROOT)], False)]
     assert told.drafter._tree is not None
@@ -158,7 +158,7 @@ def test_what_was_held_back_is_forgotten_with_the_rest() -> None:
     assert evaluated(told.order(3, restart=True)) == [7]
 
 
-def test_cells_of_what_was_forgotten_are_free_again() -> None:
+def test_slots_of_what_was_forgotten_are_free_again() -> None:
     told = Told()
     for _ in range(50):
         told.order(3, restart=True)

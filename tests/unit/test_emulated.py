@@ -53,7 +53,7 @@ def test_a_prompt_at_once_or_token_by_token_says_the_same() -> None:
 def test_every_bit_of_the_mask_matters() -> None:
     everything = list(range(8))
     right = said(one(7, 8, 8, everything))
-    wrong = {said(one(7, 8, 8, [cell for cell in everything if cell != missing])) for missing in everything}
+    wrong = {said(one(7, 8, 8, [slot for slot in everything if slot != missing])) for missing in everything}
     assert right not in wrong
     assert len(wrong) == 8
 
@@ -67,7 +67,7 @@ def test_so_do_the_token_and_its_position(batch: Batch) -> None:
     assert said(batch) != said(one(7, 8, 8, list(range(8))))
 
 
-def test_the_cell_itself_does_not_matter() -> None:
+def test_the_slot_itself_does_not_matter() -> None:
     assert said(one(7, 8, 20, list(range(8)))) == said(one(7, 8, 8, list(range(8))))
 
 

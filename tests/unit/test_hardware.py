@@ -42,8 +42,8 @@ def written(tmp_path: Path, *more: str, without: str = "", title: str = 'title =
 
 
 def test_every_number_is_read(tmp_path: Path) -> None:
-    cells = curve("bf16.attention", [1, 8], [4e9, 2e9])
-    more = [figure("bf16.peak", 4e11), figure("bf16.overhead", 2e-5), cells]
+    slots = curve("bf16.attention", [1, 8], [4e9, 2e9])
+    more = [figure("bf16.peak", 4e11), figure("bf16.overhead", 2e-5), slots]
     found = read_hardware(written(tmp_path, *more))
     assert (found.name, found.title, found.cores) == ("mine", "a machine", 4)
     assert (found.memory_nbytes, found.bandwidth) == (8_000_000_000, 50e9)

@@ -48,10 +48,10 @@ def test_the_digest_is_everybody_s() -> None:
         assert hello.message.run == 7
 
 
-def test_cells() -> None:
+def test_slots() -> None:
     policy = Policy("some", max_rows=4, window=3)
-    assert JobSpec(2, 1, policy, 64).cells == (64, 12)
-    assert JobSpec(2, 1, policy, 64, guess_slots=5).cells == (64, 5)
-    assert JobSpec(2, 1, policy, 64, guess_slots=50).cells == (64, 12)
-    assert JobSpec(2, 0, PLAIN, 64).cells == (64, 0)
+    assert JobSpec(2, 1, policy, 64).slots == (64, 12)
+    assert JobSpec(2, 1, policy, 64, guess_slots=5).slots == (64, 5)
+    assert JobSpec(2, 1, policy, 64, guess_slots=50).slots == (64, 12)
+    assert JobSpec(2, 0, PLAIN, 64).slots == (64, 0)
     assert JobSpec(2, 1, policy, 64).window == 3

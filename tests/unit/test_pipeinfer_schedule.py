@@ -116,7 +116,7 @@ def test_a_newest_token_in_flight_goes_out_once_more() -> None:
     assert game.launch() == Launch([], [guess], is_canonical=True)
 
 
-def test_it_takes_a_cell_to_go_out_once_more() -> None:
+def test_it_takes_a_slot_to_go_out_once_more() -> None:
     game = begun()
     game.order()
     game.draft(8)

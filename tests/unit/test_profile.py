@@ -44,8 +44,8 @@ def test_a_job_that_goes_otherwise_is_not_timed(job: Job) -> None:
         list(machines.costs("job", job))
 
 
-def test_a_job_s_cells_can_be_leased_again(job: Job) -> None:
-    assert {cost.what.split(",")[0] for cost in tables.cells(job)} == {
-        "cells: apply", "cells: living", "cells: allocate", "ledger: operations", "ledger: lease",
+def test_a_job_s_slots_can_be_leased_again(job: Job) -> None:
+    assert {cost.what.split(",")[0] for cost in tables.slot_table(job)} == {
+        "slots: apply", "slots: living", "slots: allocate", "ledger: operations", "ledger: lease",
     }  # fmt: skip
     assert [cost.what.split(",")[0] for cost in tables.wire(job)][:2] == ["wire: encode RUN", "wire: decode RUN"]

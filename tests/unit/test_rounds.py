@@ -91,7 +91,7 @@ def test_then_everybody_waits_for_the_verdict() -> None:
 
 
 @pytest.mark.parametrize("room", [0, 1])
-def test_guesses_go_as_far_as_there_are_cells_and_the_newest_token_always(room: int) -> None:
+def test_guesses_go_as_far_as_there_are_slots_and_the_newest_token_always(room: int) -> None:
     game = drafting()
     game.guess(-0.1, -0.2)
     game.schedule.drafted([])

@@ -93,7 +93,7 @@ def test_an_unknown_name_is_refused_with_those_there_are() -> None:
         ("gated = true", "gated = 1", "shape.gated must be true or false"),
         ("bits = 4.86", "bits = -4.86", "weights.bits must be a positive number"),
         ('dtype = "fp32"', 'dtype = "fp8"', "arithmetic.dtype must be fp32 or bf16, not 'fp8'"),
-        ("[cells]", "[unknown]", "unknown is unknown"),
+        ("[kv_cache]", "[unknown]", "unknown is unknown"),
         ("[weights]", "[arithmetic2]", "arithmetic2 is unknown"),
         ("title", "name", "name is unknown"),
     ],
@@ -111,6 +111,6 @@ def test_what_is_wrong_is_refused_by_name(old: str, new: str, says: str, tmp_pat
 def test_no_number_goes_without_a_source(tmp_path: Path) -> None:
     text = (BENCHMARKS / "models" / "tinyllama-1.1b.toml").read_text()
     path = tmp_path / "mine.toml"
-    path.write_text(text.replace('source = "llama.cpp\'s default: cells in half precision"', ""))
-    with pytest.raises(UserError, match=r"mine\.toml: cells\.source is missing"):
+    path.write_text(text.replace('source = "llama.cpp\'s default: KV cache in half precision"', ""))
+    with pytest.raises(UserError, match=r"mine\.toml: kv_cache\.source is missing"):
         read_shape(str(path))

@@ -16,7 +16,7 @@ def fresh(accepted: int = 4, speculative: int = 4) -> SlotAllocator:
     return ledger
 
 
-def test_cells_are_lent_lowest_first() -> None:
+def test_slots_are_lent_lowest_first() -> None:
     ledger = fresh()
     assert ledger.lease(3) == [0, 1, 2]
     assert ledger.lease(1) == [3]
@@ -41,15 +41,15 @@ def test_neighbours_share_one_operation() -> None:
     ledger.check()
 
 
-def test_a_commit_after_a_lower_cell_begins_a_new_range() -> None:
+def test_a_commit_after_a_lower_slot_begins_a_new_range() -> None:
     ledger = fresh()
     ledger.lease(3)
     ledger.commit(1)
     ledger.commit(0)
-    assert [(op.slot, op.cells, op.position) for op in ledger.operations()] == [(1, 1, 0), (0, 1, 1)]
+    assert [(op.slot, op.length, op.position) for op in ledger.operations()] == [(1, 1, 0), (0, 1, 1)]
 
 
-def test_a_cell_is_used_again_in_the_run_that_releases_it() -> None:
+def test_a_slot_is_used_again_in_the_run_that_releases_it() -> None:
     ledger = fresh()
     ledger.lease(2)
     ledger.release(0)
@@ -65,7 +65,7 @@ def test_not_before_its_release_has_left() -> None:
     assert ledger.lease(1) == [2]
 
 
-def test_room_is_bounded_by_guesses_and_by_cells() -> None:
+def test_room_is_bounded_by_guesses_and_by_slots() -> None:
     ledger = fresh(4, 2)
     assert ledger.room() == 2
     ledger.lease(1)
@@ -80,7 +80,7 @@ def test_room_is_bounded_by_guesses_and_by_cells() -> None:
 def test_a_full_ledger_refuses() -> None:
     ledger = fresh(1, 1)
     ledger.lease(2)
-    with pytest.raises(LocalProtocolError, match="1 cells wanted, 0 of 2 are free"):
+    with pytest.raises(LocalProtocolError, match="1 slots wanted, 0 of 2 are free"):
         ledger.lease(1)
 
 
@@ -103,7 +103,7 @@ def test_clear_forgets_everything_and_says_so_first() -> None:
     ledger.check()
 
 
-def test_releases_that_do_not_fit_wait_and_so_do_their_cells() -> None:
+def test_releases_that_do_not_fit_wait_and_so_do_their_slots() -> None:
     ledger = fresh(0, 2 * MAX_OPS + 2)
     slots = ledger.lease(2 * MAX_OPS + 2)
     for slot in slots[::2]:
@@ -124,7 +124,7 @@ def test_a_contradiction_is_found(field: str, slot: int) -> None:
         ledger.check()
 
 
-def test_a_lost_cell_is_found() -> None:
+def test_a_lost_slot_is_found() -> None:
     ledger = fresh()
     ledger._leased.discard(ledger.lease(1)[0])
     with pytest.raises(AssertionError, match="lost"):

@@ -10,16 +10,16 @@ from pipeinfer.core.ports import Batch, Sampling
 from pipeinfer.core.protocol import NO_SLOT, Row, SlotOp, SlotOpKind
 
 
-def commit(slot: int, position: int, cells: int = 1) -> SlotOp:
-    return SlotOp(SlotOpKind.COMMIT, slot, cells, position)
+def commit(slot: int, position: int, length: int = 1) -> SlotOp:
+    return SlotOp(SlotOpKind.COMMIT, slot, length, position)
 
 
-def release(slot: int, cells: int = 1) -> SlotOp:
-    return SlotOp(SlotOpKind.RELEASE, slot, cells)
+def release(slot: int, length: int = 1) -> SlotOp:
+    return SlotOp(SlotOpKind.RELEASE, slot, length)
 
 
 def seen(batch: Batch) -> list[list[int]]:
-    return [[int(cell) for cell in row.nonzero()[0]] for row in batch.visible]
+    return [[int(slot) for slot in row.nonzero()[0]] for row in batch.visible]
 
 
 def prompted(tokens: int = 3, capacity: int = 12) -> SlotTable:
@@ -37,7 +37,7 @@ def test_a_prompt_is_causal() -> None:
     table.check()
 
 
-def test_a_chain_sees_the_canonical_cells_and_its_ancestors() -> None:
+def test_a_chain_sees_the_canonical_slots_and_its_ancestors() -> None:
     batch = prompted().allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4), Row(3, 5, 4, 5)])
     assert seen(batch) == [[0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
     assert batch.tokens.tolist() == [1, 2, 3]
@@ -56,7 +56,7 @@ def test_a_tree_grows_over_several_runs() -> None:
     assert seen(table.allocate([Row(3, 6, 4, 5), Row(4, 5, 3, 4)])) == [[0, 1, 2, 3, 4, 6], [0, 1, 2, 3, 5]]
 
 
-def test_a_commit_shows_a_cell_to_everybody_later() -> None:
+def test_a_commit_shows_a_slot_to_everybody_later() -> None:
     table = prompted()
     table.allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4)])
     table.apply([commit(3, 3)])
@@ -65,11 +65,11 @@ def test_a_commit_shows_a_cell_to_everybody_later() -> None:
     table.check()
 
 
-def test_a_row_that_joins_before_the_end_sees_no_canonical_cell_beyond() -> None:
+def test_a_row_that_joins_before_the_end_sees_no_canonical_slot_beyond() -> None:
     """Its token may be the canonical one, verified once more, or one that has lost: both see what they were told."""
     table = prompted()
     table.allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4), Row(3, 5, 4, 5), Row(4, 6, 3, 4)])
-    table.apply([commit(3, 3, cells=2)])
+    table.apply([commit(3, 3, length=2)])
     batch = table.allocate([Row(2, 7, 3, 4), Row(5, 8, 7, 5), Row(6, 9, 6, 5), Row(7, 10, 5, 6), Row(8, 11, 1, 2)])
     assert seen(batch) == [
         [0, 1, 2, 3, 7],
@@ -80,7 +80,7 @@ def test_a_row_that_joins_before_the_end_sees_no_canonical_cell_beyond() -> None
     ]
 
 
-def test_a_released_cell_is_seen_by_nobody_and_used_again() -> None:
+def test_a_released_slot_is_seen_by_nobody_and_used_again() -> None:
     table = prompted()
     table.allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, NO_SLOT, 3)])
     table.apply([commit(3, 3), release(4)])
@@ -96,10 +96,10 @@ def test_clear_empties_everything() -> None:
     assert seen(table.allocate([Row(1, 5, NO_SLOT, 0)], canonical=True)) == [[5]]
 
 
-def test_a_range_of_operations_is_applied_cell_by_cell() -> None:
+def test_a_range_of_operations_is_applied_slot_by_slot() -> None:
     table = prompted()
     table.allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4), Row(3, 5, 3, 4), Row(4, 6, 5, 5)])
-    table.apply([commit(3, 3, cells=2), release(5, cells=2)])
+    table.apply([commit(3, 3, length=2), release(5, length=2)])
     assert (table.length, table.counts()) == (5, (7, 0, 5))
 
 
@@ -110,7 +110,7 @@ def test_rows_of_a_missing_ancestor_are_not_living() -> None:
     assert table.living(rows) == (0, 3, 4, 5)
 
 
-def test_rows_at_dead_cells_and_all_below_them_are_not_living() -> None:
+def test_rows_at_dead_slots_and_all_below_them_are_not_living() -> None:
     rows = [Row(2, 4, NO_SLOT, 3), Row(3, 5, 4, 4), Row(4, 6, 5, 5), Row(5, 7, 4, 4)]
     assert prompted().living(rows, {5}) == (0, 3)
     assert prompted().living(rows, {4, 5}) == ()
@@ -132,7 +132,7 @@ def test_a_penalty_sees_what_the_row_sees_each_token_once() -> None:
     assert [tokens.tolist() for tokens in draw.seen] == [[1, 9], [2, 8, 9], [7, 9]]
 
 
-def test_a_cell_that_is_used_again_is_seen_with_its_new_token() -> None:
+def test_a_slot_that_is_used_again_is_seen_with_its_new_token() -> None:
     table = prompted()
     table.allocate([Row(1, 3, NO_SLOT, 3)])
     table.apply([release(3)])
@@ -140,9 +140,9 @@ def test_a_cell_that_is_used_again_is_seen_with_its_new_token() -> None:
     assert table.draw(Sampling(repetition_penalty=1.25), batch, (0,)).seen[0].tolist() == [4, 9]
 
 
-def test_a_tombstones_cells_may_be_released_unleased() -> None:
+def test_a_tombstones_slots_may_be_released_unleased() -> None:
     table = prompted()
-    table.apply([release(7, cells=3)])
+    table.apply([release(7, length=3)])
     assert table.counts() == (9, 0, 3)
 
 
@@ -153,7 +153,7 @@ def test_a_tombstones_cells_may_be_released_unleased() -> None:
         [commit(8, 3)],  # never leased
         [commit(4, 3)],  # put at another position
         [release(0)],  # canonical
-        [release(11, cells=2)],  # beyond the table
+        [release(11, length=2)],  # beyond the table
         [commit(3, 3), commit(3, 4)],  # twice
     ],
     ids=str,
@@ -168,7 +168,7 @@ def test_operations_no_correct_leader_asks_for(ops: list[SlotOp]) -> None:
 @pytest.mark.parametrize(
     "rows",
     [
-        [Row(1, 0, NO_SLOT, 3)],  # a canonical cell
+        [Row(1, 0, NO_SLOT, 3)],  # a canonical slot
         [Row(1, 12, NO_SLOT, 3)],  # beyond the table
         [Row(1, 4, NO_SLOT, 3), Row(1, 4, NO_SLOT, 3)],  # twice
         [Row(1, 4, NO_SLOT, 5)],  # leaves a gap

@@ -30,7 +30,7 @@ from stages.stage.machine import Stage
 STAGES = 3
 FIRST, MIDDLE, LAST = FIRST_STAGE, FIRST_STAGE + 1, FIRST_STAGE + 2
 TREE = (Row(10, 2, NO_SLOT, 2), Row(11, 3, 2, 3), Row(12, 4, 2, 3), Row(13, 5, 3, 4))
-"""A guess, two after it, and one after the first of those. The prompt is in cells 0 and 1."""
+"""A guess, two after it, and one after the first of those. The prompt is in slots 0 and 1."""
 
 
 class Neighbours:
@@ -57,8 +57,8 @@ class Neighbours:
         return self._tell(Kind.REQUEST, self.stage.address - 1, rows=sampling.rows())
 
     def cancel(self, *rows: tuple[int, int], flags: Flag = Flag.NONE) -> list[Command]:
-        """Advice about (run, cell) or (run, NO_SLOT)."""
-        advice = tuple(Row(0, run, cell, 0) for run, cell in rows)
+        """Advice about (run, slot) or (run, NO_SLOT)."""
+        advice = tuple(Row(0, run, slot, 0) for run, slot in rows)
         return self.hear(Message(Kind.CANCEL, ORCHESTRATOR, self.stage.address, flags, rows=advice))
 
     def computed(self, run: int, rows: int = 2, seconds: float = 0.0) -> list[Command]:
@@ -112,7 +112,7 @@ def test_a_row_that_is_being_computed_is_computed_to_the_end() -> None:
     assert passed_on.rows == TREE
 
 
-def test_a_row_of_another_run_in_the_same_cell_is_none_of_its_business() -> None:
+def test_a_row_of_another_run_in_the_same_slot_is_none_of_its_business() -> None:
     around = Neighbours()
     around.cancel((2, 3))
     around.run(2, *TREE)
