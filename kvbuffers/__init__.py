@@ -1,1 +1,1 @@
-"""Multibuffered key/value slots: the table every shard keeps, and the ledger of whoever hands slots out."""
+"""Multibuffered key/value slots: the table every shard keeps, and the allocator of whoever hands slots out."""

@@ -1,7 +1,7 @@
-"""The ledger of slots: who hands them out, and when they may be used again.
+"""The allocator of slots: who hands them out, and when they may be used again.
 
 Theory of operation. One role leads each stream of runs (the orchestrator for the target's stages, a drafter for its own
-shard) and it alone decides which slot a row gets. It keeps this ledger; the shards keep a SlotTable that replays its
+shard) and it alone decides which slot a row gets. It keeps this allocator; the shards keep a SlotTable that replays its
 decisions.
 
     lease    a run gets a private partition: slots that no other run writes
@@ -117,7 +117,7 @@ class SlotAllocator:
         return len(self._free) + len(self._released), len(self._leased), len(self._canonical)
 
     def check(self) -> None:
-        """Raise AssertionError where the ledger contradicts itself (invariant L3)."""
+        """Raise AssertionError where the allocator contradicts itself (invariant L3)."""
         free = set(self._free) | set(self._released)
         assert len(free) == len(self._free) + len(self._released), "a slot is free twice"
         assert not (free & self._leased or free & self._canonical or self._leased & self._canonical), "a slot twice"

@@ -82,7 +82,7 @@ class Job:
         self._config = config
         self._world = world
         rank = world.rank if world else 0
-        cast = JobSpec(
+        job_spec = JobSpec(
             *count(plan),
             Policy(**config.policy),
             context,
@@ -91,9 +91,9 @@ class Job:
             placement=placement or (world.placement if world else "alone"),
             draft_contexts=pair.draft_contexts,
         )
-        self._trace = _open_trace(config, plan, cast, rank) if config.trace is not None else None
+        self._trace = _open_trace(config, plan, job_spec, rank) if config.trace is not None else None
         with muster.busy("loading") if muster else nullcontext():
-            self._shards = make_shards(cast, plan[rank], pair)
+            self._shards = make_shards(job_spec, plan[rank], pair)
         if muster is not None:
             muster.wait(Backoff().wait)
         self._transport: Transport | None = None
@@ -101,13 +101,13 @@ class Job:
         if world is not None:
             from launch.mpi import MpiTransport
 
-            self._transport = MpiTransport(world.comm, pair.pack, pair.unpack, cast.window)
+            self._transport = MpiTransport(world.comm, pair.pack, pair.unpack, job_spec.window)
             if link is not None:
                 self._transport = PacedLinks(self._transport, link)
             if not world.is_head:
                 world.last_words = self._tell_head
         self._driver = Driver(rank_of_role(plan), self._transport)
-        machines = [cast.machine(role.address) for role in plan[rank]]
+        machines = [job_spec.machine(role.address) for role in plan[rank]]
         self._orchestrator = next((machine for machine in machines if isinstance(machine, Orchestrator)), None)
         observer = self._trace.write if self._trace else None
         self._executor = Executor(machines, self._shards, self._driver, observer, clock=time.monotonic)
@@ -214,24 +214,26 @@ def load(config: Config, cleared: Cleared, world: World | None, muster: Muster |
     return Job(config, cleared.plan, cleared.context, pair, world, muster=muster)
 
 
-def make_shards(cast: JobSpec, roles: tuple[Role, ...], pair: Pair) -> dict[int, ShardModel]:
+def make_shards(job_spec: JobSpec, roles: tuple[Role, ...], pair: Pair) -> dict[int, ShardModel]:
     """The models of ``roles``, by address."""
     shards: dict[int, ShardModel] = {}
     for role in roles:
         if role.layers is not None:
-            shards[role.address] = pair.stage(role.layers, sum(cast.slots))
+            shards[role.address] = pair.stage(role.layers, sum(job_spec.slots))
         elif role.address != ORCHESTRATOR:
-            shards[role.address] = pair.draft(role.address - FIRST_DRAFTER, draft_slots(cast.policy, cast.context))
+            shards[role.address] = pair.draft(
+                role.address - FIRST_DRAFTER, draft_slots(job_spec.policy, job_spec.context)
+            )
     return shards
 
 
-def _open_trace(config: Config, plan: Plan, cast: JobSpec, rank: int) -> TraceWriter:
+def _open_trace(config: Config, plan: Plan, job_spec: JobSpec, rank: int) -> TraceWriter:
     layers = next(([role.layers.start, role.layers.stop] for role in plan[rank] if role.layers), None)
     header = Header(
         rank,
         len(plan),
         [role.address for role in plan[rank]],
-        cast.numbers(),
+        job_spec.numbers(),
         asdict(config),
         layers,
         socket.gethostname(),

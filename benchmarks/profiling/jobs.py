@@ -22,7 +22,7 @@ PROMPT, TOKENS = 256, 256
 class Job:
     """Who played, and all that happened."""
 
-    cast: JobSpec
+    job_spec: JobSpec
     steps: list[Step]
 
 
@@ -39,7 +39,7 @@ def simulated(policy: Policy) -> Job:
 def traced(path: Path) -> Job:
     """What a rank of a real job wrote down (`pipeinfer run --trace`). Raises UserError."""
     trace = Trace(path)
-    return Job(JobSpec.of(trace.header.cast), list(trace.steps()))
+    return Job(JobSpec.of(trace.header.job_spec), list(trace.steps()))
 
 
 def role_of(step: Step) -> str:

@@ -50,7 +50,7 @@ def _told(job: Job) -> list[float]:
     """Microseconds of each event."""
     watch = Stopwatch()
     addresses = {step.address for step in job.steps}
-    retold = retell({address: _Timed(job.cast.machine(address), watch) for address in addresses}, job.steps)
+    retold = retell({address: _Timed(job.job_spec.machine(address), watch) for address in addresses}, job.steps)
     if retold.difference:
         raise SystemExit(f"this is not how it was: {retold.difference}")
     return watch.us

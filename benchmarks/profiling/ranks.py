@@ -73,7 +73,7 @@ def serve(job: Job, transport: MpiTransport, layers: int) -> tuple[list[float], 
         elif isinstance(event, Computed):
             computed.add(len(runs) - 1)
 
-    driver.executor = Executor([job.cast.machine(STAGE)], {STAGE: Idle(layers)}, driver, observe)
+    driver.executor = Executor([job.job_spec.machine(STAGE)], {STAGE: Idle(layers)}, driver, observe)
     idle, watch = list[float](), Stopwatch()
     while not driver.executor.is_halted:
         before = driver.moved_at
@@ -91,7 +91,7 @@ def main() -> None:
     pair = CheckpointPair((MODEL, RandomCheckpoint(MODEL)), (), "fp32")
     found: list[Cost] = []
     for layers in (0, LAYERS):
-        transport = MpiTransport(world.comm, pair.pack, pair.unpack, job.cast.window)
+        transport = MpiTransport(world.comm, pair.pack, pair.unpack, job.job_spec.window)
         if world.is_head:
             lead(job, transport)
         else:

@@ -43,7 +43,7 @@ def _nbytes(message: Message) -> int:
 
 
 def slot_table(job: Job) -> Iterator[Cost]:
-    """A stage's table and the leader's ledger, through all runs of a job; those of 8 rows are shown."""
+    """A stage's table and the leader's allocator, through all runs of a job; those of 8 rows are shown."""
     events = [step.event for step in job.steps if step.address == FIRST_STAGE and isinstance(step.event, Received)]
     runs = [event.message for event in events if event.message.kind is Kind.RUN]
     us: dict[str, list[float]] = {}
@@ -58,8 +58,8 @@ def slot_table(job: Job) -> Iterator[Cost]:
 
 def _through(job: Job, runs: list[Message]) -> Iterator[dict[str, float]]:
     """What each operation took for each of ``runs``."""
-    accepted, guesses = job.cast.slots
-    table, ledger, watch = SlotTable(accepted + guesses), SlotAllocator(accepted, guesses), Stopwatch()
+    accepted, guesses = job.job_spec.slots
+    table, allocator, watch = SlotTable(accepted + guesses), SlotAllocator(accepted, guesses), Stopwatch()
     for run in runs:
         rows = run.rows_as(Row)
         watch.us.clear()
@@ -67,16 +67,16 @@ def _through(job: Job, runs: list[Message]) -> Iterator[dict[str, float]]:
         watch(table.living, rows)
         watch(table.allocate, rows, canonical=bool(run.flags & Flag.CANONICAL))
         if run.flags & Flag.CANONICAL:
-            ledger.prompt_rows([row.token for row in rows])
+            allocator.prompt_rows([row.token for row in rows])
             yield {}
             continue
         for op in run.ops:  # what the leader did since the last run
             if op.kind is not SlotOpKind.CLEAR:
-                act = ledger.commit if op.kind is SlotOpKind.COMMIT else ledger.release
+                act = allocator.commit if op.kind is SlotOpKind.COMMIT else allocator.release
                 for slot in range(op.slot, op.slot + op.length):
                     act(slot)
-        ops = watch(ledger.operations)
-        slots = watch(ledger.lease, len(rows))
+        ops = watch(allocator.operations)
+        slots = watch(allocator.lease, len(rows))
         assert (ops, sorted(slots)) == (run.ops, sorted(row.slot for row in rows)), "this is not what the leader did"
-        names = ("slots: apply", "slots: living", "slots: allocate", "ledger: operations", "ledger: lease")
+        names = ("slots: apply", "slots: living", "slots: allocate", "allocator: operations", "allocator: lease")
         yield dict(zip(names, watch.us, strict=True))

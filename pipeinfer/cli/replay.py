@@ -69,8 +69,8 @@ def check(trace: Trace) -> int:
 
     header = trace.header
     try:
-        cast = JobSpec.of(header.cast)
-        machines = {address: cast.machine(address) for address in header.roles}
+        job_spec = JobSpec.of(header.job_spec)
+        machines = {address: job_spec.machine(address) for address in header.roles}
         names = role_names(trace)
     except (*DAMAGE, MemoryError) as error:
         refuse(f"the first line of {trace.path} is damaged ({type(error).__name__}: {error})", "use another trace")
@@ -95,7 +95,7 @@ def show(traces: Sequence[Trace]) -> Iterator[str]:
     for trace in traces:
         header = trace.header
         layers = f", layers {header.layers[0]} to {header.layers[1] - 1}" if header.layers else ""
-        policy = header.cast.get("policy", {}).get("name")
+        policy = header.job_spec.get("policy", {}).get("name")
         yield f"rank {header.rank} of {header.ranks} on {header.host}: {role_names(trace)}{layers}, policy {policy}"
     for at_s, step in in_order(traces):
         yield from lines(step, 1e3 * at_s)

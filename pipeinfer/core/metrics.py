@@ -54,7 +54,7 @@ def measure(submitted_at: float, emitted_at: Sequence[tuple[float, int]], stats:
         "calibration_error": {
             "claimed": stats.claimed_error,
             "believed": stats.believed_error,
-            "outcomes": stats.judged,
+            "outcomes": stats.verified,
         },
     }
 

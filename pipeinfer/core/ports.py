@@ -279,7 +279,7 @@ class RequestStats:
     prefill_runs: int = 0
     cancel_s: float = 0.0  # seconds from the word that cancelled it to a tombstone's return, of all tombstones
     busy_s: float = 0.0  # seconds that a stage worked on runs after prefill, the mean of all stages
-    judged: int = 0  # guesses that the target judged, in all requests so far
+    verified: int = 0  # guesses that the target judged, in all requests so far
     claimed_error: float = 0.0  # their expected calibration error as the drafts claimed them
     believed_error: float = 0.0  # and as the tree believed them
     calibrations: dict[str, Any] = field(default_factory=dict)  # what was learnt of each source

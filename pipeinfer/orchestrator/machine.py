@@ -98,7 +98,7 @@ class Orchestrator:
         self._policy = policy
         self._window = policy.most_runs(stages)
         self._edges = Edges(ORCHESTRATOR)
-        self._ledger = SlotAllocator(context, policy.most_guesses(stages) if guess_slots is None else guess_slots)
+        self._allocator = SlotAllocator(context, policy.most_guesses(stages) if guess_slots is None else guess_slots)
         self._schedule = make_schedule(policy, placement)
         self._sources = Sources(self.roster.drafters, policy, context, self._send, calibrations or {})
         self._sampling = GREEDY
@@ -193,7 +193,7 @@ class Orchestrator:
         tree = Tree(request.prompt[-1], len(request.prompt) - 1, self._sources.most_nodes())
         tree.take(tree.root)  # it leaves with the prompt
         self._session = Session(request, caller_number, self._requests, tree)
-        self._ledger.clear()
+        self._allocator.clear()
         self._epoch = 0
         return self._begin()
 
@@ -264,7 +264,7 @@ class Orchestrator:
             self._credits,
             len(self._flight),
             self._window - len(self._flight),
-            self._ledger.room(),
+            self._allocator.room(),
             self._now,
         )
         if self._deferred and (session.is_over or not self._schedule.defers_results(situation)):
@@ -288,7 +288,7 @@ class Orchestrator:
 
     def _launch_prefill(self, session: Session) -> Send:
         prompt = session.request.prompt
-        ops, rows = self._ledger.prompt_rows(prompt[session.prefilled :][: self._policy.prefill_chunk])
+        ops, rows = self._allocator.prompt_rows(prompt[session.prefilled :][: self._policy.prefill_chunk])
         session.prefilled += len(rows)
         run = self._flight.launch(self._now, is_prefill=True)
         flags = Flag.CANONICAL | Flag.SILENT
@@ -302,15 +302,15 @@ class Orchestrator:
     def _launch(self, session: Session, launch: Launch) -> Send:
         run = self._flight.launch(self._now, is_canonical=launch.is_canonical)
         run.nodes, run.copies = launch.nodes, launch.copies
-        ops = self._ledger.operations()
-        slots = self._ledger.lease(len(run.nodes) + len(run.copies))
+        ops = self._allocator.operations()
+        slots = self._allocator.lease(len(run.nodes) + len(run.copies))
         for node, slot in zip(run.nodes, slots, strict=False):
             node.slot, node.run = slot, run.number
             if node is session.tree.root:
                 run.carries_root = True
-                self._ledger.commit(slot)  # it is accepted already
+                self._allocator.commit(slot)  # it is accepted already
         rows = [node.row(slot) for node, slot in zip([*run.nodes, *run.copies], slots, strict=True)]
-        self._ledger.release(*slots[len(run.nodes) :])  # nobody will ever look at a copy
+        self._allocator.release(*slots[len(run.nodes) :])  # nobody will ever look at a copy
         session.stats.runs += 1
         session.stats.rows += len(rows)
         session.stats.drafted += len(run.nodes) - run.carries_root
@@ -339,7 +339,7 @@ class Orchestrator:
 
     def _accept(self, session: Session, run: Run) -> list[Command]:
         left = session.request.max_new_tokens - session.emitted
-        outcome = accept(session.tree, left, session.request.stop_tokens, self._sources.judged)
+        outcome = accept(session.tree, left, session.request.stop_tokens, self._sources.verified)
         if not outcome.accepted:
             return [] if outcome.fault is None else self._finish(session, "error", outcome.fault)
         session.emitted += len(outcome.accepted)
@@ -350,13 +350,13 @@ class Orchestrator:
                 session.stats.corrections += 1
             else:
                 session.stats.accepted += 1
-                self._ledger.commit(node.slot)
+                self._allocator.commit(node.slot)
         tokens = tuple(node.token for node in outcome.accepted)
         commands: list[Command] = [Emit(tokens, tuple(outcome.logps), session.caller_number)]
         restarts = not self._policy.reuse and any(node.source is None or node.rank for node in outcome.accepted)
         if restarts:
             outcome.died += session.tree.prune()
-        self._ledger.release(*[node.slot for node in outcome.died if node.slot is not None])
+        self._allocator.release(*[node.slot for node in outcome.died if node.slot is not None])
         if outcome.stopped or session.emitted == session.request.max_new_tokens:
             return commands + self._finish(session, "stop" if outcome.stopped else "length")
         if outcome.fault is not None:

@@ -167,7 +167,7 @@ class Sources:
     def _calibration(self, source: int) -> Calibration | None:
         return self.calibrations[source] if self._policy.calibrate else None
 
-    def judged(self, node: Node) -> None:
+    def verified(self, node: Node) -> None:
         """The target has judged ``node``, which is accepted: learn from what was guessed after it."""
         by_source: dict[int, list[Node]] = {}
         for child in node.children.values():
@@ -213,7 +213,7 @@ class Sources:
 
     def account(self, stats: RequestStats) -> None:
         """Write down how good the guesses' probabilities were, and what was learnt of them."""
-        stats.judged = sum(row.events for row in self.claimed.rows())
+        stats.verified = sum(row.events for row in self.claimed.rows())
         stats.claimed_error, stats.believed_error = self.claimed.error(), self.believed.error()
         stats.calibrations = {
             source_name(source): calibration.to_words()

@@ -91,7 +91,7 @@ class Timeline:
     @property
     def policy(self) -> str:
         """Its name."""
-        return str(self.header.cast.get("policy", {}).get("name"))
+        return str(self.header.job_spec.get("policy", {}).get("name"))
 
 
 def read_timeline(traces: Sequence[Trace]) -> Timeline:

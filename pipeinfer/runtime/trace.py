@@ -74,13 +74,13 @@ class Step:
 @dataclass(frozen=True, slots=True)
 class Header:
     """Whose trace it is. ``roles``: the addresses that play on ``rank`` of ``ranks``; ``layers``: of its stage, first
-    and one past the last. ``cast``: the numbers of a JobSpec (job_spec.py), ``config``: the words of a Config.
+    and one past the last. ``job_spec``: the numbers of a JobSpec (job_spec.py), ``config``: the words of a Config.
     ``wall_s``: what has to be added to a time of this trace for seconds of the Unix epoch."""
 
     rank: int
     ranks: int
     roles: list[int]
-    cast: dict[str, Any]
+    job_spec: dict[str, Any]
     config: dict[str, Any] = field(default_factory=dict)
     layers: list[int] | None = None
     host: str = ""

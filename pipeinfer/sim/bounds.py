@@ -111,9 +111,9 @@ def _tree_bounds(tree: Tree) -> Iterator[Limit]:
     yield "pipeinfer", len(tree._frontier), SLACK + 2 * tree.max_nodes + 1
 
 
-def _ledger_bounds(ledger: SlotAllocator) -> Iterator[Limit]:
-    yield "leased slots", len(ledger._leased), ledger.speculative
-    yield "slot operations", len(ledger._ops) + len(ledger._released), min(MAX_OPS, ledger.capacity + 1)
+def _ledger_bounds(allocator: SlotAllocator) -> Iterator[Limit]:
+    yield "leased slots", len(allocator._leased), allocator.speculative
+    yield "slot operations", len(allocator._ops) + len(allocator._released), min(MAX_OPS, allocator.capacity + 1)
 
 
 def _orchestrator_bounds(machine: Orchestrator, spec: WorldSpec) -> Iterator[Limit]:
@@ -121,7 +121,7 @@ def _orchestrator_bounds(machine: Orchestrator, spec: WorldSpec) -> Iterator[Lim
     # A new root goes without a credit, so some may be owed: at most one for each run that may be out.
     yield "credits owed", RUNS_AHEAD - machine._credits, RUNS_AHEAD + spec.policy.most_runs(spec.stages)
     yield "waiting requests", len(machine._waiting), len(spec.requests)
-    yield from _ledger_bounds(machine._ledger)
+    yield from _ledger_bounds(machine._allocator)
     session = machine._session
     if session is None:
         return
@@ -148,6 +148,6 @@ def _drafter_bounds(drafter: Machine, spec: WorldSpec) -> Iterator[Limit]:
     yield "batch", len(drafter._batch), spec.policy.draft_batch
     yield "withheld", len(drafter._withheld), spec.policy.most_nodes()
     yield "prompt", len(drafter._prompt), spec.context
-    yield from _ledger_bounds(drafter._ledger)
+    yield from _ledger_bounds(drafter._allocator)
     if drafter._tree is not None:
         yield from _tree_bounds(drafter._tree)

@@ -27,8 +27,8 @@ Path = int
 class Guessed(Reader):
     """Each drafter's nodes by the names it gave them; each slot by the tokens that led to it."""
 
-    def __init__(self, story: History) -> None:
-        super().__init__(story)
+    def __init__(self, history: History) -> None:
+        super().__init__(history)
         self._text: list[Path] = []  # of each accepted token
         self._names: dict[int, dict[int, Path]] = {}  # by drafter and name
         self._guessed: set[Path] = set()
@@ -38,9 +38,9 @@ class Guessed(Reader):
         """See Checker."""
         if address != ORCHESTRATOR or world.spec.policy.prompt_lookup:
             return  # what was looked up travels nowhere
-        if isinstance(event, Received) and event.message.kind is Kind.NODES and not self.story.over:
+        if isinstance(event, Received) and event.message.kind is Kind.NODES and not self.history.over:
             self._hear(event.message)
-        for begun, told in self.story.parts:
+        for begun, told in self.history.parts:
             if begun is not None:
                 self._text, self._names, self._guessed, self._slots = [], {}, set(), {}
                 self._accept(begun.prompt)
@@ -55,7 +55,7 @@ class Guessed(Reader):
             self._text.append(hash((self._text[-1] if self._text else 0, token)))
 
     def _hear(self, message: Message) -> None:
-        if message.request != self.story.served:
+        if message.request != self.history.served:
             return
         names = self._names.setdefault(message.source, {})
         for row in message.rows_as(DraftRow):

@@ -176,5 +176,5 @@ class History(Checker):
 class Reader(Checker):
     """A checker that reads the history."""
 
-    def __init__(self, story: History) -> None:
-        self.story = story
+    def __init__(self, history: History) -> None:
+        self.history = history

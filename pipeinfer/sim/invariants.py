@@ -14,7 +14,7 @@
     L11 a schedule does what it is named for: schedule_invariants.py
 
 What the checkers believe they derive from the messages on their own (history.py), so that no machine vouches for
-itself. Tables, ledgers and bounds have no other way in than the machines' private attributes: slot_invariants.py and
+itself. Tables, allocators and bounds have no other way in than the machines' private attributes: slot_invariants.py and
 bounds.py are the two files that peek. L1, L2, L4, L5, L6 and the rest of L10 are here.
 """
 
@@ -43,8 +43,8 @@ from pipeinfer.sim.world import Answer, World, WorldSpec
 class Exact(Reader):
     """L1."""
 
-    def __init__(self, story: History) -> None:
-        super().__init__(story)
+    def __init__(self, history: History) -> None:
+        super().__init__(history)
         self._told: dict[int, list[int]] = {}  # by request
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
@@ -66,22 +66,22 @@ class Exact(Reader):
             raise InvariantBroken(f"L1: {where}: the token is {token}, plain decoding says {wanted}")
 
     def _listen(self, message: Message) -> None:
-        story = self.story
-        if message.request != story.requests:
+        history = self.history
+        if message.request != history.requests:
             return  # it ended its request, and the next one has begun in the same step
-        run = story.runs.get(message.run)
+        run = history.runs.get(message.run)
         for row in message.rows_as(ResultRow):
             written, after = run.written[row.slot] if run else None, row.position + 1
-            is_accepted = row.position < len(story.text) and not story.is_dead(written)
+            is_accepted = row.position < len(history.text) and not history.is_dead(written)
             if row.token < 0:
-                if is_accepted and story.fault is None:
+                if is_accepted and history.fault is None:
                     raise InvariantBroken(
-                        f"L1: request {story.requests}: run {message.run} finds {row}, which is accepted"
+                        f"L1: request {history.requests}: run {message.run} finds {row}, which is accepted"
                     )
                 continue
-            if is_accepted and after < len(story.truth) and row.token != story.truth[after]:
-                what = f"{row.token} after position {row.position}, plain decoding says {story.truth[after]}"
-                raise InvariantBroken(f"L1: request {story.requests}: run {message.run} found {what}")
+            if is_accepted and after < len(history.truth) and row.token != history.truth[after]:
+                what = f"{row.token} after position {row.position}, plain decoding says {history.truth[after]}"
+                raise InvariantBroken(f"L1: request {history.requests}: run {message.run} found {what}")
 
     def on_idle(self, world: World, answer: Answer, request: Request) -> None:
         """See Checker."""
@@ -108,8 +108,8 @@ class Exact(Reader):
 class EndsOnce(Reader):
     """L2: runs, and requests, which are served one at a time in the order in which they were submitted."""
 
-    def __init__(self, story: History) -> None:
-        super().__init__(story)
+    def __init__(self, history: History) -> None:
+        super().__init__(history)
         self._open: set[int] = set()
         self._ended: dict[int, bool] = {}  # by request that is not idle, in order: whether it has finished
 
@@ -148,8 +148,8 @@ class EndsOnce(Reader):
 class InOrder(Reader):
     """L4."""
 
-    def __init__(self, story: History) -> None:
-        super().__init__(story)
+    def __init__(self, history: History) -> None:
+        super().__init__(history)
         self._sent: dict[tuple[int, int], int] = {}
         self._taken: dict[tuple[int, int], int] = {}
         self._flight: deque[int] = deque()
@@ -183,9 +183,9 @@ class InOrder(Reader):
 class Lively(Reader):
     """L5: between two emissions, and before the first one, no more than a stated time passes."""
 
-    def __init__(self, story: History) -> None:
-        super().__init__(story)
-        self.patience = patience(story.spec)
+    def __init__(self, history: History) -> None:
+        super().__init__(history)
+        self.patience = patience(history.spec)
         self._since = 0.0
         self._chunks = 0
 
@@ -193,7 +193,7 @@ class Lively(Reader):
         """See Checker."""
         if address != ORCHESTRATOR:
             return
-        for begun, told in self.story.parts:
+        for begun, told in self.history.parts:
             if begun is not None:
                 self._since = now
                 self._chunks = -(-len(begun.prompt) // world.spec.policy.prefill_chunk)
@@ -240,11 +240,11 @@ class Advice(Reader):
             message = command.message
             if message.kind is Kind.CANCEL:
                 for row in message.rows_as(Row):
-                    run = self.story.runs.get(row.slot)
+                    run = self.history.runs.get(row.slot)
                     kept = set() if run is None or row.parent == NO_SLOT else run.written.keys() - {row.parent}
                     self._must_be_dead(run, kept, f"{address_name(address)} cancels")
             elif message.kind in (Kind.RUN, Kind.RESULT) and address != ORCHESTRATOR:
-                self._compare(message, self.story.runs.get(message.run))
+                self._compare(message, self.history.runs.get(message.run))
 
     def _compare(self, message: Message, run: Launched | None) -> None:
         if run is None:
@@ -270,7 +270,7 @@ class Advice(Reader):
 
     def _must_be_dead(self, run: Launched | None, kept: Collection[int], deed: str) -> None:
         for slot, written in run.written.items() if run else ():
-            if slot not in kept and not self.story.is_useless(written):
+            if slot not in kept and not self.history.is_useless(written):
                 what = f"token {written.token} at position {written.position} of run {run.message.run if run else 0}"
                 raise InvariantBroken(f"L6: {deed} {what}, which is alive")
 
@@ -280,13 +280,13 @@ class Forced(Reader):
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         """See Checker: a draft of width 1 that is always right never sends a row in vain."""
-        spec, story = world.spec, self.story
+        spec, history = world.spec, self.history
         if address != ORCHESTRATOR or spec.model.ranks[0] < 1.0 or spec.policy.topk > 1 or spec.policy.prompt_lookup:
             return
         for command in commands:
             if isinstance(command, Send) and command.message.kind is Kind.RUN:
                 for row in command.message.rows_as(Row):
-                    if row.position < len(story.truth) and row.token != story.truth[row.position]:
+                    if row.position < len(history.truth) and row.token != history.truth[row.position]:
                         raise InvariantBroken(
                             f"L10: a draft that is always right guessed {row.token} at {row.position}"
                         )

@@ -209,9 +209,9 @@ def _draw_link(rng: random.Random) -> Link:
 
 def every_invariant(spec: WorldSpec) -> tuple[Checker, ...]:
     """A fresh checker for each law that one world can show; the history, which the others read, comes first."""
-    story = History(spec)
-    readers = [law(story) for law in (Exact, EndsOnce, Slots, Replicas, InOrder, Advice, Forced, Guessed, Lively)]
-    return story, *readers, *schedule_invariants(story), Bounds(spec), Wire()
+    history = History(spec)
+    readers = [law(history) for law in (Exact, EndsOnce, Slots, Replicas, InOrder, Advice, Forced, Guessed, Lively)]
+    return history, *readers, *schedule_invariants(history), Bounds(spec), Wire()
 
 
 def check_world(spec: WorldSpec, twin: bool = True) -> Report:

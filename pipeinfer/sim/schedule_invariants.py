@@ -30,8 +30,8 @@ class Orders(Reader):
     """Every order is answered once, by tokens that are as probable as it asked for; and who works to order is idle
     without one."""
 
-    def __init__(self, story: History) -> None:
-        super().__init__(story)
+    def __init__(self, history: History) -> None:
+        super().__init__(history)
         self._open: dict[int, Message] = {}  # by drafter
         self._cutoffs: dict[int, float] = {}
         self._prompts: dict[int, tuple[int, int]] = {}  # the request, and how much of its prompt has arrived
@@ -80,8 +80,8 @@ class Orders(Reader):
 class OneRoundAtATime(Reader):
     """Rounds: draft anew, then one run that begins at the newest token, then nothing until it is back."""
 
-    def __init__(self, story: History) -> None:
-        super().__init__(story)
+    def __init__(self, history: History) -> None:
+        super().__init__(history)
         self._length = 0
         self._in_flight = 0
         self._awaited = 0  # drafters at work
@@ -94,9 +94,9 @@ class OneRoundAtATime(Reader):
         if isinstance(event, Received):
             message = event.message
             self._in_flight -= message.kind is Kind.RESULT
-            if message.kind is Kind.NODES and message.flags & Flag.LAST and message.request == self.story.served:
+            if message.kind is Kind.NODES and message.flags & Flag.LAST and message.request == self.history.served:
                 self._awaited -= 1
-        for begun, told in self.story.parts:
+        for begun, told in self.history.parts:
             if begun is not None:
                 self._length, self._awaited = len(begun.prompt), 0
             self._read(told, world.spec)
@@ -137,8 +137,8 @@ class OneRoundAtATime(Reader):
 class PipeInfer(Reader):
     """PipeInfer's: what its docstring says of runs, restarts, cancels and of what has to wait."""
 
-    def __init__(self, story: History) -> None:
-        super().__init__(story)
+    def __init__(self, history: History) -> None:
+        super().__init__(history)
         self._text: list[int] = []
         self._owes_canonical = False
         self._front = 0  # where the next speculative run has to begin
@@ -160,7 +160,7 @@ class PipeInfer(Reader):
             return
         if isinstance(event, Received):
             self._found(event.message)
-        for begun, told in self.story.parts:
+        for begun, told in self.history.parts:
             if begun is not None:
                 self._begin(begun)
             self._read(told, world.spec)
@@ -180,7 +180,7 @@ class PipeInfer(Reader):
                 self._sent(command.message, spec)
 
     def _found(self, message: Message) -> None:
-        if message.kind is not Kind.NODES or message.request != self.story.served:
+        if message.kind is not Kind.NODES or message.request != self.history.served:
             return
         for row in message.rows_as(DraftRow) if message.source in self._awaited else ():
             self._has_stopped |= row.token in self._stops
@@ -241,7 +241,7 @@ class PipeInfer(Reader):
         self._owes_drafted = False
 
 
-def schedule_invariants(story: History) -> tuple[Reader, ...]:
-    """L11 for the schedule of the story's world."""
-    own = {"rounds": (OneRoundAtATime,), "pipeinfer": (PipeInfer,)}.get(story.spec.policy.schedule, ())
-    return Orders(story), *(law(story) for law in own)
+def schedule_invariants(history: History) -> tuple[Reader, ...]:
+    """L11 for the schedule of the history's world."""
+    own = {"rounds": (OneRoundAtATime,), "pipeinfer": (PipeInfer,)}.get(history.spec.policy.schedule, ())
+    return Orders(history), *(law(history) for law in own)

@@ -1,4 +1,4 @@
-"""L3: ledgers and tables against a shadow kept from the messages. Peeks into private attributes, as it must."""
+"""L3: allocators and tables against a shadow kept from the messages. Peeks into private attributes, as it must."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ STRIDE = 16
 
 
 class Slots(Reader):
-    """L3 for the stream that leaves the orchestrator: its ledger against a shadow kept from the messages."""
+    """L3 for the stream that leaves the orchestrator: its allocator against a shadow kept from the messages."""
 
-    def __init__(self, story: History) -> None:
-        super().__init__(story)
+    def __init__(self, history: History) -> None:
+        super().__init__(history)
         self._canonical: list[int] = []  # slots by position
         self._leased: dict[int, Written] = {}
         self._count = 0
@@ -38,7 +38,7 @@ class Slots(Reader):
             return
         for command in commands:
             if isinstance(command, Send) and command.message.kind is Kind.RUN:
-                self._replay(self.story.runs[command.message.run])
+                self._replay(self.history.runs[command.message.run])
         self._count += 1
         if self._count % STRIDE == 0:
             self._compare(world)
@@ -68,13 +68,13 @@ class Slots(Reader):
             raise InvariantBroken(f"L3: run {number} carries {op.kind.name} of slot {slot}, which is not leased")
         if op.kind is SlotOpKind.COMMIT:
             self._accept(slot, written, position, number)
-        elif not written.is_copy and not self.story.is_useless(written):
+        elif not written.is_copy and not self.history.is_useless(written):
             raise InvariantBroken(
                 f"L3: run {number} releases slot {slot}, whose token {written.token} may still be accepted"
             )
 
     def _accept(self, slot: int, written: Written, position: int, number: int) -> None:
-        place, text = len(self._canonical), self.story.text
+        place, text = len(self._canonical), self.history.text
         if position != place or written.position != place or place >= len(text) or written.token != text[place]:
             what = f"slot {slot} (token {written.token}, position {written.position}) at position {position}"
             raise InvariantBroken(
@@ -83,22 +83,22 @@ class Slots(Reader):
         self._canonical.append(slot)
 
     def _compare(self, world: World) -> None:
-        ledger = world.orchestrator._ledger
-        _check("orchestrator's ledger", ledger)
-        if ledger._ops and ledger._ops[0].kind is SlotOpKind.CLEAR:
+        allocator = world.orchestrator._allocator
+        _check("orchestrator's allocator", allocator)
+        if allocator._ops and allocator._ops[0].kind is SlotOpKind.CLEAR:
             return  # of the next request
-        if not (ledger._leased <= self._leased.keys() and ledger._canonical >= set(self._canonical)):
-            raise InvariantBroken("L3: the orchestrator's ledger contradicts the operations that it sent")
-        for slot in ledger._leased if not self.story.over else ():
-            if self.story.is_dead(self._leased[slot]):
+        if not (allocator._leased <= self._leased.keys() and allocator._canonical >= set(self._canonical)):
+            raise InvariantBroken("L3: the orchestrator's allocator contradicts the operations that it sent")
+        for slot in allocator._leased if not self.history.over else ():
+            if self.history.is_dead(self._leased[slot]):
                 raise InvariantBroken(f"L3: slot {slot} is kept for token {self._leased[slot].token}, which is dead")
 
 
 class Replicas(Reader):
-    """L3 for those who follow a stream: every stage's table, and the drafter's table and ledger."""
+    """L3 for those who follow a stream: every stage's table, and the drafter's table and allocator."""
 
-    def __init__(self, story: History) -> None:
-        super().__init__(story)
+    def __init__(self, history: History) -> None:
+        super().__init__(history)
         self._applied: dict[int, int] = {}  # the last run whose operations a stage has applied
         self._slots: dict[tuple[int, int], int] = {}  # what a drafter wrote where
         self._count = 0
@@ -133,13 +133,13 @@ class Replicas(Reader):
 
     def _compare_stage(self, stage: Stage) -> None:
         name, table = address_name(stage.address), stage._table
-        run = self.story.runs.get(self._applied.get(stage.address, 0))
+        run = self.history.runs.get(self._applied.get(stage.address, 0))
         _check(f"table of {name}", table)
         if run is None:
             return  # it has not heard of this request yet
-        tokens = [self.story._at[slot].token for slot in table._canonical]
-        wanted = self.story.text[: run.canonical]
-        if self.story.over and not self.story.has_begun:
+        tokens = [self.history._at[slot].token for slot in table._canonical]
+        wanted = self.history.text[: run.canonical]
+        if self.history.over and not self.history.has_begun:
             wanted = wanted[: len(tokens)]  # aborted during its prompt: the rest of it was skipped, and rightly so
         if tokens != wanted:
             raise InvariantBroken(f"L3: after run {run.message.run} {name} holds {tokens}, not {wanted}")
@@ -148,12 +148,12 @@ class Replicas(Reader):
             raise InvariantBroken(f"L3: after run {run.message.run} {name} still keeps the released slots {extra}")
 
     def _compare_drafter(self, drafter: Drafter) -> None:
-        _check("drafter's ledger", drafter._ledger)
+        _check("drafter's allocator", drafter._allocator)
         _check("drafter's table", drafter._table)
-        if drafter._request == self.story.requests and drafter._prefilled:
+        if drafter._request == self.history.requests and drafter._prefilled:
             tokens = [self._slots[drafter.address, slot] for slot in drafter._table._canonical]
-            if tokens != self.story.text[: len(tokens)]:
-                raise InvariantBroken(f"L3: the drafter holds {tokens}, accepted are {self.story.text}")
+            if tokens != self.history.text[: len(tokens)]:
+                raise InvariantBroken(f"L3: the drafter holds {tokens}, accepted are {self.history.text}")
 
 
 def _check(name: str, table: SlotTable | SlotAllocator) -> None:

@@ -282,8 +282,8 @@ def make_job_spec(spec: WorldSpec) -> JobSpec:
 
 def make_machines(spec: WorldSpec) -> list[Machine]:
     """The orchestrator, the stages in order, the drafters."""
-    cast = make_job_spec(spec)
-    return [cast.machine(address) for address in cast.addresses]
+    job_spec = make_job_spec(spec)
+    return [job_spec.machine(address) for address in job_spec.addresses]
 
 
 def make_shards(spec: WorldSpec) -> dict[int, ShardModel]:

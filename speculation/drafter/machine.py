@@ -70,8 +70,8 @@ class Drafter:
         self._positions = positions or context
         self._digest = digest
         self._edges = Edges(address)
-        self._ledger = SlotAllocator(context, policy.max_ahead + policy.draft_batch)
-        self._table = SlotTable(self._ledger.capacity)
+        self._allocator = SlotAllocator(context, policy.max_ahead + policy.draft_batch)
+        self._table = SlotTable(self._allocator.capacity)
         self._request = 0
         self._prompt: list[int] = []
         self._prefilled = 0
@@ -152,7 +152,7 @@ class Drafter:
         if message.request != self._request:
             self._close()
             self._request = message.request
-            self._ledger.clear()
+            self._allocator.clear()
             self._prefilled = self._names = 0
         self._prompt += [row.token for row in rows]
         if Flag.LAST in message.flags:
@@ -193,7 +193,7 @@ class Drafter:
         tree = self._tree
         if tree is None:
             return
-        self._ledger.release(*[node.slot for node in tree.prune() if node.slot is not None])
+        self._allocator.release(*[node.slot for node in tree.prune() if node.slot is not None])
         self._ahead.clear()
         self._withheld = []
         if tree.root not in self._batch:
@@ -209,9 +209,9 @@ class Drafter:
                 heir.name = row.node
             self._ahead.discard(heir)
             self._ahead.difference_update(died)
-            self._ledger.release(*[node.slot for node in died if node.slot is not None])
+            self._allocator.release(*[node.slot for node in died if node.slot is not None])
             if heir.slot is not None:
-                self._ledger.commit(heir.slot)
+                self._allocator.commit(heir.slot)
 
     def _next(self) -> list[Command]:
         """Start the next pass, or give up one that nobody needs any more."""
@@ -228,7 +228,7 @@ class Drafter:
         return [self._evaluate(nodes)]
 
     def _prefill(self, tree: Tree) -> Compute:
-        ops, rows = self._ledger.prompt_rows(self._prompt[self._prefilled :][: self._policy.prefill_chunk])
+        ops, rows = self._allocator.prompt_rows(self._prompt[self._prefilled :][: self._policy.prefill_chunk])
         self._prefilled += len(rows)
         ends = self._prefilled == len(self._prompt)
         self._table.apply(ops)
@@ -274,18 +274,18 @@ class Drafter:
         assert self._tree is not None
         root = self._tree.root.position
         self._batch = [node for node in nodes if node.position >= root]
-        ops = self._ledger.operations()
+        ops = self._allocator.operations()
         self._table.apply(ops)
         rows = []
-        for node, slot in zip(nodes, self._ledger.lease(len(nodes)), strict=True):
+        for node, slot in zip(nodes, self._allocator.lease(len(nodes)), strict=True):
             if node.slot is not None:
                 rows.append(node.row(slot))
-                self._ledger.release(slot)  # a second look: its first slot is the one that counts
+                self._allocator.release(slot)  # a second look: its first slot is the one that counts
                 continue
             node.slot = slot
             rows.append(node.row(slot))
             if node.position <= root:
-                self._ledger.commit(slot)  # it is accepted already
+                self._allocator.commit(slot)  # it is accepted already
         wanted = tuple(index for index, node in enumerate(nodes) if node.position >= root)
         return self._compute(rows, canonical=False, wanted=wanted)
 

@@ -138,7 +138,7 @@ def test_clocks_of_several_hosts_are_compared(paths: list[Path], capsys: pytest.
         (None, "No such file"),
         ("words\n", "is no trace"),
         ('{"pipeinfer_trace": 9, "protocol": 9}\n', "made by another version"),
-        ('{"pipeinfer_trace": 4, "protocol": 2, "rank": 0, "ranks": 1, "roles": [0], "cast": {}}\n', "is damaged"),
+        ('{"pipeinfer_trace": 4, "protocol": 2, "rank": 0, "ranks": 1, "roles": [0], "job_spec": {}}\n', "is damaged"),
     ],
 )
 def test_what_is_no_trace_is_refused_in_a_line(

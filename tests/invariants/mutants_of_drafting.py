@@ -108,10 +108,10 @@ def the_drafter_does_not_forget(patch: pytest.MonkeyPatch) -> None:
 @mutant("L8", "pipeinfer")
 def the_drafter_forgets_its_guesses_and_not_their_slots(patch: pytest.MonkeyPatch) -> None:
     def restart(original: Any, drafter: Drafter) -> None:
-        release = drafter._ledger.release
-        drafter._ledger.release = lambda *slots: None  # type: ignore[method-assign]
+        release = drafter._allocator.release
+        drafter._allocator.release = lambda *slots: None  # type: ignore[method-assign]
         original(drafter)
-        drafter._ledger.release = release  # type: ignore[method-assign]
+        drafter._allocator.release = release  # type: ignore[method-assign]
 
     wrap(patch, Drafter, "_restart", restart)
 

@@ -188,20 +188,20 @@ def a_result_is_sent_twice(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L3")
 def one_commit_is_skipped(patch: pytest.MonkeyPatch) -> None:
-    def operations(original: Any, ledger: SlotAllocator) -> Any:
-        ops = original(ledger)
-        return ops if ledger.length % 5 != 4 else tuple(op for op in ops if op.kind is not SlotOpKind.COMMIT)
+    def operations(original: Any, allocator: SlotAllocator) -> Any:
+        ops = original(allocator)
+        return ops if allocator.length % 5 != 4 else tuple(op for op in ops if op.kind is not SlotOpKind.COMMIT)
 
     wrap(patch, SlotAllocator, "operations", operations)
 
 
 @mutant("L3")
 def the_wrong_slot_is_committed(patch: pytest.MonkeyPatch) -> None:
-    def operations(original: Any, ledger: SlotAllocator) -> Any:
-        ops = original(ledger)
+    def operations(original: Any, allocator: SlotAllocator) -> Any:
+        ops = original(allocator)
         return tuple(
-            op._replace(slot=min(ledger._leased))
-            if op.kind is SlotOpKind.COMMIT and op.position % 3 == 2 and ledger._leased
+            op._replace(slot=min(allocator._leased))
+            if op.kind is SlotOpKind.COMMIT and op.position % 3 == 2 and allocator._leased
             else op
             for op in ops
         )
@@ -213,8 +213,8 @@ def the_wrong_slot_is_committed(patch: pytest.MonkeyPatch) -> None:
 def a_living_slot_is_released(patch: pytest.MonkeyPatch) -> None:
     def cancel(original: Any, machine: Orchestrator, runs: Any, rows: Any, session: Any) -> Any:
         living = [node for run in machine._flight for node in run.nodes if node.alive and node.slot is not None]
-        if (runs or rows) and living and living[-1].slot in machine._ledger._leased:
-            machine._ledger.release(living[-1].slot)
+        if (runs or rows) and living and living[-1].slot in machine._allocator._leased:
+            machine._allocator.release(living[-1].slot)
         return original(machine, runs, rows, session)
 
     wrap(patch, Orchestrator, "_cancel", cancel)
@@ -222,15 +222,15 @@ def a_living_slot_is_released(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L3")
 def a_slot_is_leased_before_it_is_released(patch: pytest.MonkeyPatch) -> None:
-    def operations(original: Any, ledger: SlotAllocator) -> Any:
-        return tuple(op for op in original(ledger) if op.kind is not SlotOpKind.RELEASE)
+    def operations(original: Any, allocator: SlotAllocator) -> Any:
+        return tuple(op for op in original(allocator) if op.kind is not SlotOpKind.RELEASE)
 
     wrap(patch, SlotAllocator, "operations", operations)
 
 
 @mutant("L3")
 def a_dead_slot_is_never_given_back(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SlotAllocator, "release", lambda ledger, *slots: ledger._leased.difference_update(slots))
+    patch.setattr(SlotAllocator, "release", lambda allocator, *slots: allocator._leased.difference_update(slots))
 
 
 @mutant("L3")
@@ -257,11 +257,11 @@ def a_tombstone_loses_its_operations(patch: pytest.MonkeyPatch) -> None:
 def the_slot_of_a_copy_is_committed(patch: pytest.MonkeyPatch) -> None:
     def launch(original: Any, machine: Orchestrator, session: Any, step: Any) -> Any:
         sent = original(machine, session, step)
-        for node in [node for node in step.copies if node.slot in machine._ledger._leased]:
-            ledger, slot = machine._ledger, next(r.slot for r in sent.message.rows if r.position == node.position)
-            ledger._released.remove(slot)
-            ledger._leased.add(slot)
-            ledger.release(node.slot)
+        for node in [node for node in step.copies if node.slot in machine._allocator._leased]:
+            allocator, slot = machine._allocator, next(r.slot for r in sent.message.rows if r.position == node.position)
+            allocator._released.remove(slot)
+            allocator._leased.add(slot)
+            allocator.release(node.slot)
             node.slot = slot
         return sent
 

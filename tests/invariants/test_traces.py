@@ -41,8 +41,8 @@ BUSY = WorldSpec(
 
 def replayed(path: Path) -> Retold:
     trace = Trace(path)
-    cast = JobSpec.of(trace.header.cast)
-    return retell({address: cast.machine(address) for address in trace.header.roles}, trace.steps())
+    job_spec = JobSpec.of(trace.header.job_spec)
+    return retell({address: job_spec.machine(address) for address in trace.header.roles}, trace.steps())
 
 
 @pytest.mark.parametrize("schedule", ["plain", "rounds", "pipeinfer", "continuous"])

@@ -178,10 +178,10 @@ class DrivenWorld:
 
     def __init__(self, spec: WorldSpec, factor: int, checkers: tuple[Checker, ...]) -> None:
         self.spec, self.checkers, self._factor = spec, checkers, factor
-        cast = make_job_spec(spec)
-        self.window = cast.window
-        self.machines = [cast.machine(address) for address in cast.addresses]
-        plan = place([range(index, index + 1) for index in range(spec.stages)], cast.drafters)
+        job_spec = make_job_spec(spec)
+        self.window = job_spec.window
+        self.machines = [job_spec.machine(address) for address in job_spec.addresses]
+        plan = place([range(index, index + 1) for index in range(spec.stages)], job_spec.drafters)
         self.home = rank_of_role(plan)
         self.hosts: list[Any] = [SimpleNamespace(inbox=deque(), executor=None) for _ in plan]
         self.answers: list[Answer] = []
@@ -278,8 +278,8 @@ def random_driven_world(seed: int) -> tuple[WorldSpec, int]:
 def check_driven_world(seed: int) -> DrivenWorld:
     """Run the world of ``seed`` under each invariant that is not about the simulator's own time; raises what fails."""
     spec, factor = random_driven_world(seed)
-    story = History(spec)
-    readers = [law(story) for law in (Exact, EndsOnce, Slots, Replicas, InOrder, Advice, Forced, Guessed)]
-    world = DrivenWorld(spec, factor, (story, *readers, Bounds(spec), Wire()))
+    history = History(spec)
+    readers = [law(history) for law in (Exact, EndsOnce, Slots, Replicas, InOrder, Advice, Forced, Guessed)]
+    world = DrivenWorld(spec, factor, (history, *readers, Bounds(spec), Wire()))
     world.run()
     return world

@@ -28,8 +28,8 @@ BASELINES = ROOT / "benchmarks" / "baselines"
 
 def replayed(path: Path) -> tuple[Trace, Retold]:
     trace = Trace(path)
-    cast = JobSpec.of(trace.header.cast)
-    return trace, retell({address: cast.machine(address) for address in trace.header.roles}, trace.steps())
+    job_spec = JobSpec.of(trace.header.job_spec)
+    return trace, retell({address: job_spec.machine(address) for address in trace.header.roles}, trace.steps())
 
 
 def files(folder: Path) -> list[Path]:

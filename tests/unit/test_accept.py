@@ -74,9 +74,9 @@ def test_a_stop_token_is_the_last_one_accepted() -> None:
 def test_the_walk_ends_at_an_accepted_row_whose_numbers_are_not_finite() -> None:
     tree, nodes = chain(1, 2)
     judge(nodes, 1, fault_token(4), 3)
-    judged = list[Node]()
-    outcome = accept(tree, 9, frozenset(), judged.append)
-    assert ([node.token for node in outcome.accepted], outcome.fault, judged) == ([1], 4, nodes[:1])
+    verified = list[Node]()
+    outcome = accept(tree, 9, frozenset(), verified.append)
+    assert ([node.token for node in outcome.accepted], outcome.fault, verified) == ([1], 4, nodes[:1])
 
 
 def test_a_faulty_guess_that_is_not_accepted_is_a_wrong_guess() -> None:

@@ -164,8 +164,8 @@ def test_slots_of_what_was_forgotten_are_free_again() -> None:
         told.order(3, restart=True)
         for token in (4, 5, 6):
             told.computed([(token, 0.9)])
-    told.drafter._ledger.check()
-    assert len(told.drafter._ledger._leased) <= 9
+    told.drafter._allocator.check()
+    assert len(told.drafter._allocator._leased) <= 9
 
 
 def test_a_pass_over_what_is_forgotten_is_given_up() -> None:

@@ -23,8 +23,8 @@ def test_everybody_is_cast() -> None:
 
 
 def test_numbers_make_the_same_cast() -> None:
-    for cast in (CAST, JobSpec(1, 0, PLAIN, 8, guess_slots=3, placement="alone")):
-        assert JobSpec.of(json.loads(json.dumps(cast.numbers()))) == cast
+    for job_spec in (CAST, JobSpec(1, 0, PLAIN, 8, guess_slots=3, placement="alone")):
+        assert JobSpec.of(json.loads(json.dumps(job_spec.numbers()))) == job_spec
 
 
 @pytest.mark.parametrize(

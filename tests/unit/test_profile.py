@@ -46,6 +46,6 @@ def test_a_job_that_goes_otherwise_is_not_timed(job: Job) -> None:
 
 def test_a_job_s_slots_can_be_leased_again(job: Job) -> None:
     assert {cost.what.split(",")[0] for cost in tables.slot_table(job)} == {
-        "slots: apply", "slots: living", "slots: allocate", "ledger: operations", "ledger: lease",
+        "slots: apply", "slots: living", "slots: allocate", "allocator: operations", "allocator: lease",
     }  # fmt: skip
     assert [cost.what.split(",")[0] for cost in tables.wire(job)][:2] == ["wire: encode RUN", "wire: decode RUN"]

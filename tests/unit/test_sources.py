@@ -52,7 +52,7 @@ class Served:
         heirs = []
         for token in tokens:
             self.tree.root.choice = token
-            self.sources.judged(self.tree.root)
+            self.sources.verified(self.tree.root)
             heirs.append(self.tree.advance(token)[0])
         return self.sources.advance(heirs, restart)
 
