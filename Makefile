@@ -50,7 +50,7 @@ test: lint  ## lint, all tests, then the MPI tests on 2, 3 and 4 ranks
 	$(BIN)/python -m pytest $(SLURM)
 	@$(MAKE) --no-print-directory test-mpi
 
-test-fast: $(STAMP)  ## house, unit and a part of the laws, in less than a minute
+test-fast: $(STAMP)  ## house, unit and a part of the invariants, in less than a minute
 	$(BIN)/python -m pytest -q -m 'not slow' --hypothesis-profile fast $(wildcard tests/house tests/unit tests/invariants)
 
 # A rank stuck inside MPI hears no signal: the thread method ends it, and mpiexec then ends the others.

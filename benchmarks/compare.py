@@ -45,7 +45,7 @@ class Verdict:
     p: float
 
     @property
-    def word(self) -> str:
+    def label(self) -> str:
         """What may be said."""
         if self.p >= SURE or self.low <= 1 <= self.high:
             return "no difference shown"
@@ -125,8 +125,8 @@ def main() -> int:
         interval = f"{verdict.low:.3f}-{verdict.high:.3f}"
         where = " ".join(map(str, filter(None, _words(json.loads(place)))))
         figures = f"{verdict.old:>11.2f} {verdict.new:>9.2f} {verdict.ratio:>6.3f} {interval:>15} {verdict.p:>6.3f}"
-        print(f"{figures}  {verdict.word}: {where}")
-    return any(verdict.word == "slower" for verdict in verdicts.values())
+        print(f"{figures}  {verdict.label}: {where}")
+    return any(verdict.label == "slower" for verdict in verdicts.values())
 
 
 if __name__ == "__main__":

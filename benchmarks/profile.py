@@ -4,7 +4,7 @@
     python -m benchmarks.profile --only layers      one part: machines, tables, ranks or layers
     python -m benchmarks.profile --trace FILE       the machines of a real job's rank, from its trace
 
-machines  per event of a simulated job of 8 stages, told again; of the orchestrator the mean is judged
+machines  per event of a simulated job of 8 stages, replayed; the orchestrator's mean has a limit
 tables    the wire's encoding and decoding, and operations on slots, on that job's messages
 ranks     what a stage on an MPI rank of its own takes around its layers, for each run
 layers    what a Llama shard's layer takes beside its kernels
@@ -48,7 +48,7 @@ def of_ranks() -> Iterator[Cost]:
     """A stage on a rank of its own."""
     line, environ = command(2, [sys.executable, "-m", "benchmarks.profiling.ranks"])
     told = subprocess.run(line, env=environ, stdout=subprocess.PIPE, text=True, check=True, timeout=300)
-    yield from (Cost(**words) for words in json.loads(told.stdout))
+    yield from (Cost(**fields) for fields in json.loads(told.stdout))
 
 
 def of_layers() -> Iterator[Cost]:

@@ -75,6 +75,6 @@ def over_sync(found: dict[str, Row], name: str) -> float:
 
 
 def spread(name: str, points: Points) -> str:
-    """The speeds of a policy over the better synchronous one, in words."""
+    """The speeds of a policy over the better synchronous one, as text."""
     speeds = sorted(over_sync(found, name) for found in points)
     return f"{speeds[0]:.2f} to {speeds[-1]:.2f}, median {percentile(speeds, 0.5):.2f}"

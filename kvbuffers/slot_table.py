@@ -1,39 +1,103 @@
 """The slot table: which slot holds which token, kept alike by every shard that follows one stream of runs.
 
-Whoever leads the stream (see partitions.py) names a slot for each row. A shard only replays: operations first, then the
-rows, in stream order. So all replicas agree without a word between them, and a row's attention mask follows from the
-table alone: it sees what its parent sees, and its own slot. That never changes: nothing is moved in memory, a slot
-becomes canonical by changing its state. Such a *visible_slots* is a set of slots, kept as the bits of an integer.
+Whoever leads the stream (see slot_allocator.py) names a slot for each row. A shard only replays: operations first, then
+the rows, in stream order. So all replicas agree without messages, and what a row attends to follows from the
+table alone: what its parent attends to, and its own slot. That never changes: nothing is moved in memory, a slot
+becomes canonical by changing its state. What a row attends to is a list of slots in order of position: so many of the
+first canonical slots of its sequence, then the row's own ancestors, itself last. Ancestors that have become canonical
+are counted among the former as soon as a child asks, so the rest stays short.
 """
 
 from __future__ import annotations
 
+import struct
+from array import array
 from collections.abc import Collection, Sequence
-from itertools import islice
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeinfer.core.errors import RemoteProtocolError
+from pipeinfer.core.messages import NO_SLOT, Row, SlotOp, SlotOpKind
 from pipeinfer.core.ports import Batch, Sampling, SamplingInputs
-from pipeinfer.core.protocol import NO_SLOT, Row, SlotOp, SlotOpKind
+from pipeinfer.core.slots import attended_by, slots_of
+
+SLOT = struct.Struct("q")
+"""A slot in a path: int64, as numpy has it."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What is known of one sequence.
+
+    ``canonical``: slot -> position, in the order of positions. ``leased``: slot -> position, prefix, path. ``path``:
+    the slots of the row's ancestors after the prefix and its own, packed by SLOT."""
+
+    canonical: dict[int, int] = field(default_factory=dict)
+    leased: dict[int, tuple[int, int, bytes]] = field(default_factory=dict)
+    ranges: array[int] = field(default_factory=lambda: array("q"))  # first slot and count of each, flat
+    next_slot: int = -1  # one past the last range
+    copied: npt.NDArray[np.int64] | None = None  # the ranges as a batch has them, made when one asks
+
+    def extend(self, slot: int) -> None:
+        """``slot`` is the next canonical one."""
+        self.canonical[slot] = len(self.canonical)
+        self.copied = None
+        if slot == self.next_slot:
+            self.ranges[-1] += 1
+        else:
+            self.ranges.extend((slot, 1))
+        self.next_slot = slot + 1
+
+    def canonical_ranges(self) -> npt.NDArray[np.int64]:
+        """int64 [ranges, 2]; never changed later."""
+        if self.copied is None:
+            self.copied = np.array(self.ranges, np.int64).reshape(-1, 2)
+        return self.copied
+
+    def above(self, row: Row) -> tuple[int, bytes]:
+        """What ``row``'s parent attends to: how many of the first canonical slots, and its path after those."""
+        length = len(self.canonical)
+        if row.parent in self.leased:
+            position, prefix, path = self.leased[row.parent]
+            if prefix < length:
+                prefix, path = self._shortened(prefix, path)
+                self.leased[row.parent] = position, prefix, path
+        elif row.parent == NO_SLOT:
+            position, prefix, path = length - 1, length, b""
+        elif row.parent in self.canonical:
+            position = self.canonical[row.parent]
+            prefix, path = position + 1, b""
+        else:
+            raise RemoteProtocolError(f"slot {row.slot} descends from slot {row.parent}, which is free")
+        if row.position != position + 1:
+            raise RemoteProtocolError(f"slot {row.slot} is at position {row.position}, its parent at {position}")
+        return prefix, path
+
+    def _shortened(self, prefix: int, path: bytes) -> tuple[int, bytes]:
+        """The same slots: those of the first in ``path`` that are canonical where they stand go to the prefix. The last
+        one is leased and stays."""
+        moved = 0
+        for (slot,) in SLOT.iter_unpack(path):
+            if self.canonical.get(slot) != prefix + moved:
+                break
+            moved += 1
+        return prefix + moved, path[moved * SLOT.size :]
 
 
 class SlotTable:
-    """``capacity`` slots, each free, leased to a run, or canonical at a position."""
+    """``capacity`` slots, each free, leased to a run of a sequence, or canonical at a position of one."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._canonical: dict[int, int] = {}  # slot -> position, in the order of positions
-        self._text = 0  # what the last canonical slot attends to: all of them
-        self._leased: dict[int, tuple[int, int]] = {}  # slot -> position, what it attends to
+        self._sequences: dict[int, _Sequence] = {}  # made at first use
+        self._used: set[int] = set()  # leased or canonical
         self._token = np.zeros(capacity, dtype=np.int64)
-        self._span = 0  # one past the highest slot ever used since it was last clear
 
-    @property
-    def length(self) -> int:
-        """Canonical positions are 0 .. length - 1."""
-        return len(self._canonical)
+    def length(self, sequence: int = 0) -> int:
+        """Canonical positions of ``sequence`` are 0 .. length - 1."""
+        return len(self._sequences[sequence].canonical) if sequence in self._sequences else 0
 
     def apply(self, ops: Sequence[SlotOp]) -> None:
         """Carry out ``ops`` in order; raises RemoteProtocolError where a correct leader would not have asked."""
@@ -41,101 +105,142 @@ class SlotTable:
             last = op.slot + op.length
             if last > self.capacity:
                 raise RemoteProtocolError(f"{op.kind.name} of slots {op.slot}..{last - 1}, there are {self.capacity}")
+            if op.kind is SlotOpKind.FREE:  # of a sequence all of whose runs were skipped nothing is known
+                freed = self._sequences.pop(op.sequence, _Sequence())
+                self._used.difference_update(freed.canonical, freed.leased)
+                continue
+            state = self._state(op.sequence)
             if op.kind is SlotOpKind.COMMIT:
                 for index in range(op.length):
-                    self._commit(op.slot + index, op.position + index)
+                    self._commit(state, op.slot + index, op.position + index)
             elif op.kind is SlotOpKind.RELEASE:
                 for slot in range(op.slot, last):
-                    if slot in self._canonical:
-                        raise RemoteProtocolError(f"release of canonical slot {slot}")
                     # A tombstone carries no rows, so a dead run's slots may never have been leased here.
-                    self._leased.pop(slot, None)
+                    if state.leased.pop(slot, None) is not None:
+                        self._used.remove(slot)
+                    elif slot in self._used:
+                        raise RemoteProtocolError(f"release of slot {slot}, which is canonical or of another sequence")
             else:
-                self._canonical.clear()
-                self._leased.clear()
-                self._text = self._span = 0
+                self._truncate(op.sequence, op.length)
 
-    def _commit(self, slot: int, position: int) -> None:
-        if position != self.length:
-            raise RemoteProtocolError(f"commit of slot {slot} at position {position}, the next one is {self.length}")
-        if slot not in self._leased or self._leased[slot][0] != position:
+    def _state(self, sequence: int) -> _Sequence:
+        """What is known of ``sequence``, from now on at least that it exists."""
+        state = self._sequences.get(sequence)
+        if state is None:
+            state = self._sequences[sequence] = _Sequence()
+        return state
+
+    def _commit(self, state: _Sequence, slot: int, position: int) -> None:
+        length = len(state.canonical)
+        if position != length:
+            raise RemoteProtocolError(f"commit of slot {slot} at position {position}, the next one is {length}")
+        if slot not in state.leased or state.leased[slot][0] != position:
             raise RemoteProtocolError(f"commit of slot {slot}, which no row put at position {position}")
-        del self._leased[slot]
-        self._canonical[slot] = position
-        self._text |= 1 << slot
+        del state.leased[slot]
+        state.extend(slot)
+
+    def _truncate(self, sequence: int, length: int) -> None:
+        """The first ``length`` canonical positions of ``sequence`` stay, and nothing else of it."""
+        state, kept = self._sequences[sequence], _Sequence()
+        if length > len(state.canonical):
+            raise RemoteProtocolError(f"sequence {sequence} is to keep {length} of {len(state.canonical)} positions")
+        canonical = list(state.canonical)
+        self._used.difference_update(canonical[length:], state.leased)
+        for slot in canonical[:length]:
+            kept.extend(slot)
+        self._sequences[sequence] = kept
 
     def living(self, rows: Sequence[Row], dead: Collection[int] = ()) -> tuple[int, ...]:
         """The indices of the rows that are not at ``dead`` slots and whose ancestors are all here, in order. Death is
         inherited: where an ancestor is missing, its run was skipped or its row dropped, and nothing below it can matter
         any more."""
-        here: set[int] = set()
+        here: dict[int, int] = {}  # slot -> sequence
         alive = []
+        nothing = _Sequence()
         for index, row in enumerate(rows):
+            state = self._sequences.get(row.sequence, nothing)
             if row.slot not in dead and (
                 row.parent == NO_SLOT
-                or row.parent in self._leased
-                or row.parent in here
-                or row.parent in self._canonical
+                or row.parent in state.leased
+                or here.get(row.parent) == row.sequence
+                or row.parent in state.canonical
             ):
-                here.add(row.slot)
+                here[row.slot] = row.sequence
                 alive.append(index)
         return tuple(alive)
 
     def allocate(self, rows: Sequence[Row], canonical: bool = False) -> Batch:
-        """Lease the rows' slots, parents first, and say what each row sees; ``canonical`` rows become canonical at
-        once."""
-        sights = []
+        """Lease the rows' slots, parents first, and return what each row attends to; ``canonical`` rows become
+        canonical at once."""
+        used, capacity, pack = self._used, self.capacity, SLOT.pack
+        indices: dict[int, int] = {}  # sequence -> its index in the batch
+        sequence, state = rows[0].sequence, self._state(rows[0].sequence)
+        indices[sequence] = 0
+        prefixes, ends, paths, end = list[int](), list[int](), list[bytes](), 0
         for row in rows:
-            if row.slot >= self.capacity or row.slot in self._leased or row.slot in self._canonical:
-                raise RemoteProtocolError(f"row at slot {row.slot}, which is not free")
-            visible_slots = self._sight_above(row) | 1 << row.slot
-            sights.append(visible_slots)
-            self._leased[row.slot] = row.position, visible_slots
+            slot = row.slot
+            if slot >= capacity or slot in used:
+                raise RemoteProtocolError(f"row at slot {slot}, which is not free")
+            if row.sequence != sequence:
+                sequence, state = row.sequence, self._state(row.sequence)
+                indices.setdefault(sequence, len(indices))
+            prefix, path = state.above(row)
+            path += pack(slot)
+            used.add(slot)
+            prefixes.append(prefix)
+            paths.append(path)
+            end += len(path) // SLOT.size
+            ends.append(end)
             if canonical:
-                self._commit(row.slot, row.position)
-        tokens, slots, _, positions = (np.array(column, np.int64) for column in zip(*rows, strict=True))
-        self._token[slots] = tokens
-        self._span = max(self._span, max(sights).bit_length())
-        return Batch(tokens, positions, slots, self._visible(sights))
+                if row.position != len(state.canonical):
+                    raise RemoteProtocolError(f"canonical slot {slot} at position {row.position}, before the end")
+                state.extend(slot)
+            else:
+                state.leased[slot] = row.position, prefix, path
+        return self._batch(rows, indices, prefixes, paths, ends)
 
-    def _sight_above(self, row: Row) -> int:
-        """What ``row``'s parent sees."""
-        if row.parent in self._leased:
-            position, visible_slots = self._leased[row.parent]
-        elif row.parent == NO_SLOT:
-            position, visible_slots = self.length - 1, self._text
-        elif row.parent in self._canonical:
-            position, visible_slots = self._canonical[row.parent], self._text
-            for later in islice(reversed(self._canonical), self.length - 1 - position):
-                visible_slots ^= 1 << later
+    def _batch(
+        self,
+        rows: Sequence[Row],
+        indices: dict[int, int],
+        prefixes: list[int],
+        paths: list[bytes],
+        ends: list[int],
+    ) -> Batch:
+        """``rows`` as a Batch, and their tokens noted. ``indices``: of each sequence in ``canonical``."""
+        tokens, slots, _, positions, names = zip(*rows, strict=True)
+        each = np.array((tokens, positions, slots, prefixes, ends), np.int64)  # one conversion, as each takes long
+        self._token[each[2]] = each[0]
+        if len(indices) == 1:
+            sequence = np.zeros(len(rows), np.int64)
         else:
-            raise RemoteProtocolError(f"slot {row.slot} descends from slot {row.parent}, which is free")
-        if row.position != position + 1:
-            raise RemoteProtocolError(f"slot {row.slot} is at position {row.position}, its parent at {position}")
-        return visible_slots
-
-    def _visible(self, sights: Sequence[int]) -> npt.NDArray[np.bool_]:
-        """``sights`` [rows] as a mask [rows, span]."""
-        nbytes = (self._span + 7) // 8
-        bits = np.frombuffer(b"".join(visible_slots.to_bytes(nbytes, "little") for visible_slots in sights), np.uint8)
-        mask = np.unpackbits(bits.reshape(-1, nbytes), axis=1, count=self._span, bitorder="little")
-        return mask.view(np.bool_)
+            sequence = np.array([indices[name] for name in names], np.int64)
+        ranges = tuple([self._sequences[name].canonical_ranges() for name in indices])
+        ancestors = np.frombuffer(b"".join(paths), np.int64)
+        return Batch(each[0], each[1], each[2], ranges, sequence, each[3], ancestors, each[4])
 
     def draw(self, sampling: Sampling, batch: Batch, rows: Sequence[int], is_guess: bool = False) -> SamplingInputs:
         """How the tokens after ``rows`` of ``batch`` are drawn by ``sampling``."""
         seen: tuple[npt.NDArray[np.int64], ...] = ()
         if sampling.repetition_penalty != 1.0:
-            tokens = self._token[: batch.visible.shape[1]]
-            seen = tuple(np.unique(tokens[batch.visible[row]]) for row in rows)
+            seen = tuple(np.unique(self._token[slots]) for slots in attended_by(batch, rows))
         return SamplingInputs(sampling, batch.positions[list(rows)] + 1, seen, is_guess)
 
     def counts(self) -> tuple[int, int, int]:
         """How many slots are free, leased, canonical."""
-        leased, canonical = len(self._leased), len(self._canonical)
-        return self.capacity - leased - canonical, leased, canonical
+        leased = sum(len(state.leased) for state in self._sequences.values())
+        return self.capacity - len(self._used), leased, len(self._used) - leased
 
     def check(self) -> None:
         """Raise AssertionError where the table contradicts itself (invariant L3)."""
-        positions = list(self._canonical.values())
-        assert positions == list(range(self.length)), f"canonical positions {positions}"
-        assert not self._leased.keys() & self._canonical.keys(), "a slot is leased and canonical"
+        count = 0
+        for name, state in self._sequences.items():
+            length = len(state.canonical)
+            positions = list(state.canonical.values())
+            assert positions == list(range(length)), f"canonical positions {positions} of sequence {name}"
+            ranges = state.canonical_ranges()
+            assert slots_of(ranges).tolist() == list(state.canonical), f"ranges {ranges.tolist()} of sequence {name}"
+            assert not state.leased.keys() & state.canonical.keys(), "a slot is leased and canonical"
+            assert self._used >= state.leased.keys() | state.canonical.keys(), "a slot is used and free"
+            count += len(state.leased) + length
+        assert count == len(self._used), "a slot is used by nobody, or twice"

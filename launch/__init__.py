@@ -1,1 +1,1 @@
-"""Launching: which rank plays what, starting ranks, and the driver that runs their machines over MPI."""
+"""Launching: starting and watching ranks, the MPI transport, and the driver that runs a rank's machines."""

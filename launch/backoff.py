@@ -1,4 +1,4 @@
-"""Polite waiting: sleep between polls, so that many ranks can share few cores."""
+"""Waiting with sleeps between polls, so that many ranks can share few cores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PR_SET_TIMERSLACK = 29
 
 
 class Clock(Protocol):
-    """What tells the time and sleeps: the module ``time``, or a virtual one. Seconds."""
+    """A clock in seconds with sleep: the module ``time``, or a virtual clock."""
 
     def monotonic(self) -> float:
         """The time; it never goes back."""
@@ -27,7 +27,7 @@ class Clock(Protocol):
 
 
 class Backoff:
-    """How long to sleep when nothing moves: 20 us, growing by half to 100 us, and to 1 ms after five seconds."""
+    """The time between polls without progress: 20 us, growing by half to 100 us, and to 1 ms after five seconds."""
 
     def __init__(self, clock: Clock = time) -> None:
         self._clock = clock
@@ -35,7 +35,7 @@ class Backoff:
         self.reset()
 
     def reset(self) -> None:
-        """Something moved."""
+        """There was progress."""
         self._delay_s = SHORTEST_S
         self._quiet_since = 0.0
 
@@ -52,12 +52,12 @@ class Backoff:
 
 
 def sleep_until(due: float, clock: Clock = time) -> None:
-    """Sleep until ``clock`` says ``due``; not at all if it does already."""
+    """Sleep until ``clock`` reaches ``due``; not at all if it already has."""
     if (left_s := due - clock.monotonic()) > 0:
         clock.sleep(left_s)
 
 
 def _wake_on_time() -> None:
-    """Linux wakes sleepers up to 50 us late, to wake several at once; ask it not to do so in this thread."""
+    """Turn off Linux's timer slack in this thread, by which wakeups may be up to 50 us late."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)

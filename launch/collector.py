@@ -1,4 +1,4 @@
-"""Python's cyclic garbage collector in processes that are ours; a program that uses the engine keeps its own habits."""
+"""Python's cyclic garbage collector in processes that we start; a program that uses the engine keeps its settings."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Doorbells: a rank that has sent something to another one of its host wakes it.
 
-MPI cannot wait without spinning, and who sleeps between polls hears late or wakes in vain. So every rank has a socket
-for datagrams, named in no file system; a sender of the same host drops an empty one into it, and a waiting rank sleeps
-on the socket. Nothing depends on it: a ring that is lost is heard at the next poll, and where there are no such sockets
-(they are Linux's), or where the sender is on another host, polls are all there is.
+MPI implementations spin while they wait, and a rank that sleeps between polls receives late or wakes without need.
+Every rank therefore has a datagram socket in the abstract namespace. A sender on the same host sends an empty datagram,
+and a waiting rank sleeps on the socket. Correctness does not depend on doorbells: after a lost datagram the message
+arrives at the next poll. Without such sockets (they are Linux's), and from other hosts, messages are polled for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol
 
 
 class Bell(Protocol):
-    """What wakes a waiting rank; a bell may be lost."""
+    """Wakes a waiting rank; a wakeup may be lost."""
 
     name: bytes
 
@@ -57,7 +57,7 @@ class Doorbell:
         """Wake ``rank``, if it is a neighbour."""
         name = self._names.get(rank)
         if name and self._socket is not None:
-            with contextlib.suppress(OSError):  # its queue is full: it will wake anyway; or it is gone
+            with contextlib.suppress(OSError):  # its queue is full, so it wakes anyway; or it has exited
                 self._socket.sendto(b"", name)
 
     def wait(self, seconds: float) -> bool:

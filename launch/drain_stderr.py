@@ -1,4 +1,4 @@
-"""Last words: a launcher that kills a job may drop what its ranks said and it has not read yet."""
+"""Draining standard error: a launcher that kills a job may drop output of ranks that it has not read yet."""
 
 from __future__ import annotations
 

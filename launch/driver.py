@@ -1,4 +1,4 @@
-"""The driver: one rank's loop. Messages in, one layer, messages in, one layer; a polite wait when there is neither."""
+"""The driver: one rank's loop. It receives messages, computes one layer, and repeats; without either it sleeps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeinfer.core.ports import Emit, Event, Finish, Idle, Send, Transport
 from pipeinfer.runtime.executor import Executor
 
 MOST_IDLE_S = 50e-3
-"""Whoever waits looks up as often as this though nobody calls; a look takes a busy host a tenth of a millisecond."""
+"""Longest wait between polls without a doorbell; a poll takes a busy host a tenth of a millisecond."""
 
 
 class Driver:
@@ -29,17 +29,17 @@ class Driver:
         if self._bell is not None:
             self._bell.meet({0: self._bell.name})
         self.moved_at = self._clock.monotonic()
-        self.executor: Executor  # set by whoever casts the roles
-        self.news: deque[tuple[float, Emit | Finish | Idle]] = deque()
+        self.executor: Executor  # set by the Job that creates the roles
+        self.outputs: deque[tuple[float, Emit | Finish | Idle]] = deque()
 
     def send(self, command: Send, now: float) -> None:
-        """Outlet: off to the rank where the role lives."""
+        """Outlet: send to the rank of the receiving role."""
         assert self._transport is not None, "a rank that is alone sends nothing"
         self._transport.send(self._rank_of_role[command.message.dest], command.message, command.payload)
 
     def tell(self, command: Emit | Finish | Idle, now: float) -> None:
-        """Outlet: news for the head's user, with its time."""
-        self.news.append((now, command))
+        """Outlet: output for the head's program, with its time."""
+        self.outputs.append((now, command))
 
     def deliver(self, address: int, event: Event) -> None:
         """Hand a role an event from outside."""
@@ -76,13 +76,14 @@ class Driver:
             self._transport.wake()
 
     def close(self) -> None:
-        """Let go of what it waits on."""
+        """Release the resources of waiting."""
         if self._bell is not None:
             self._bell.close()
 
     def _step(self, now: float) -> bool:
-        """Compute the next layer; whether there was one. A paced one is slept through, as deaf as a real one computes;
-        it begins when the last one should have ended, also across passes, for no real machine oversleeps."""
+        """Compute the next layer; whether there was one. A paced layer is slept through without receiving messages,
+        like a real layer; it begins when the last one should have ended, also across passes, for no real machine
+        oversleeps."""
         rest_s = self.executor.step(now)
         if rest_s is None:
             self._overslept_s = self._due = 0.0
@@ -96,12 +97,12 @@ class Driver:
         return True
 
     def run(self, until: Callable[[], bool], deadline_s: float = 0.0, explain: Callable[[], str] = str) -> None:
-        """Turn until ``until()``; StallError, saying ``explain()``, if nothing moves for ``deadline_s`` (0: never).
-        Where it has nothing to say, all is well."""
+        """Turn until ``until()``. Raises StallError with the text ``explain()`` if nothing moves for ``deadline_s`` (0:
+        never), unless the text is empty."""
         self.moved_at = self._clock.monotonic()
         while not until():
             self.turn()
             if deadline_s and self._clock.monotonic() - self.moved_at > deadline_s:
-                if words := explain():
-                    raise StallError(words)
+                if report := explain():
+                    raise StallError(report)
                 self.moved_at = self._clock.monotonic()

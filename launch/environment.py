@@ -1,4 +1,4 @@
-"""What the launcher says: how many processes it meant to be one job, read from the environment without touching MPI."""
+"""The launcher's number of processes and this process's number, read from the environment without MPI."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeinfer.core.errors import refuse
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A launcher's word: its name, how many processes it started, and which of them this one is."""
+    """A launcher's name, its number of processes, and this process's number."""
 
     launcher: str
     size: int
@@ -19,7 +19,7 @@ class Launch:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that speaks for all."""
+        """Whether this process is rank 0, which reports for all."""
         return self.rank == 0
 
 
@@ -34,7 +34,7 @@ _SIGNS = (
 
 
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
-"""From here on Slurm numbers what is no step of srun's: the batch script, an interactive shell, ..."""
+"""Slurm's step numbers from here on are no steps of srun: the batch script, an interactive shell, ..."""
 
 
 def launched(environ: Mapping[str, str] = os.environ) -> Launch | None:
@@ -65,7 +65,7 @@ def _is_step_of_many(environ: Mapping[str, str]) -> bool:
 
 
 def refuse_singletons(launch: Launch | None, world_size: int) -> None:
-    """Raise UserError where the launcher meant one job but MPI sees processes that know nothing of each other."""
+    """Raise UserError if the launcher started one job but MPI sees separate jobs of one process."""
     if launch is None or launch.size == world_size or world_size != 1:
         return
     fixes = {

@@ -1,4 +1,4 @@
-"""How a process of ours ends when something went wrong: one message, the right exit code, and the whole job with it."""
+"""The end of a process after an error: one message, the right exit code, and the end of the whole job."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from pipeinfer.core.errors import PipeinferError, Terminated, UserError, exit_co
 
 SIGNALLED_S = 1.3
 """A rank waits so long before it takes a signal for its own affair. A launcher that ends a job signals all ranks, and
-kills them a second later: then whoever failed has told it, or rank 0, which waits for half a second less, does."""
+kills them a second later: by then the rank that failed has reported it, or else rank 0, which waits for half a
+second less, does."""
 
 
 def leave(error: BaseException) -> int:
-    """Say ``error`` once and return the exit code; where this process is a rank of an MPI job, end the job with it.
+    """Report ``error`` once and return the exit code; where this process is a rank of an MPI job, end the job with it.
 
-    A UserError is one line from the rank that speaks for all, and every rank leaves by itself: they all have it."""
+    A UserError is one line from rank 0, and every rank leaves by itself: all ranks have the error."""
     launch, error = launched(), origin(error)
     if isinstance(error, UserError):
         if not error.is_told and (launch is None or launch.leads):
             write(f"pipeinfer: {error}")
         return exit_code(error)
-    say(error, rank=launch.rank if launch is not None and launch.size > 1 else None)
+    report(error, rank=launch.rank if launch is not None and launch.size > 1 else None)
     mpi = sys.modules.get("launch.mpi")  # MPI cannot run without it
     if mpi is not None:
         mpi.abort(exit_code(error))
     return exit_code(error)
 
 
-def say(error: BaseException, rank: int | None = None) -> None:
-    """Tell on standard error what ended this process, ``rank`` of a job or None: the errors that we foresaw in a line,
-    others with their traceback, and nothing where somebody else has told it."""
+def report(error: BaseException, rank: int | None = None) -> None:
+    """Write to standard error what ended this process, ``rank`` of a job or None: expected errors in one line, others
+    with their traceback, and nothing where another process has reported the error."""
     if isinstance(error, PipeinferError):
         if not error.is_told:
             write(f"pipeinfer: {error}")

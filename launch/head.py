@@ -1,8 +1,8 @@
 """The head of a job: carries out what programs order, from any thread, on the one thread that drives the job.
 
 Requests are handed to the orchestrator at once; it queues them. The driving thread is one of its own (threaded), or,
-where MPI allows no second one, whichever waits for an answer. A slow consumer stalls nobody: news are handed on and
-never waited for.
+where MPI allows no second one, whichever waits for an answer. A slow consumer does not stall the job: output is handed
+on without waiting.
 """
 
 from __future__ import annotations
@@ -10,48 +10,24 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
 from launch.job import Job
-from launch.requests import Hear, RequestOutput, Requests
+from launch.requests import Cancel, Close, OnOutput, Order, RequestOutput, Requests, Submit
 from pipeinfer.core.errors import StallError, UserError
 from pipeinfer.core.ports import Aborted, Emit, Finish, Request, Submitted
 
 GRACE_S = 3.0
-"""So long a program may take to leave once its job has broken; then the other ranks are ended without it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    """Serve this request."""
-
-    number: int
-    request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """No more of this request is wanted."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Close:
-    """No further request will come: let everybody go."""
-
-
-Order = Submit | Cancel | Close
+"""A program's time to exit after its job has failed; then the other ranks are ended."""
 
 
 class Head:
-    """Leads ``job``, whose head this is, and tells ``tell`` what becomes of requests, on the thread that drives."""
+    """Leads ``job``, whose head this is, and gives the output of requests to ``pass_on``, on the thread that drives."""
 
-    def __init__(self, job: Job, tell: Callable[[RequestOutput], None]) -> None:
+    def __init__(self, job: Job, pass_on: Callable[[RequestOutput], None]) -> None:
         self._job = job
-        self._tell = tell
+        self._pass_on = pass_on
         self._orders: SimpleQueue[Order] = SimpleQueue()
         self._served: dict[int, tuple[str, int | None]] = {}  # by number: how it ended, if it has and is not idle yet
         self._is_closing = False
@@ -62,7 +38,7 @@ class Head:
         self._job.wake()
 
     def lead(self) -> None:
-        """Serve until somebody orders to close; then let everybody go."""
+        """Serve until an order to close; then end the job."""
         while not self._is_closing:
             self.step()
         for number in self._served:
@@ -72,35 +48,35 @@ class Head:
         self._job.close()
 
     def step(self) -> None:
-        """Carry out orders, drive the job one turn, pass on what it tells. Raises StallError, after asking every role
-        what it is doing, if requests wait and nothing moves for the configured time."""
+        """Carry out orders, drive the job for one turn of its loop, pass its output on. Raises StallError, after asking
+        every role what it is doing, if requests wait and nothing moves for the configured time."""
         while not self._orders.empty():
             self._carry_out(self._orders.get())
-        news = self._job.turn()
-        while news:
-            self._pass_on(*news.popleft())
-        if self._served and self._job.is_stalled and (words := self._job.explain()):
-            raise StallError(words)
+        commands = self._job.turn()
+        while commands:
+            self._report(*commands.popleft())
+        if self._served and self._job.is_stalled and (report := self._job.explain()):
+            raise StallError(report)
 
     def _carry_out(self, order: Order) -> None:
         if isinstance(order, Submit):
             self._served[order.number] = "", None
-            self._tell(RequestOutput(time.monotonic(), number=order.number))
+            self._pass_on(RequestOutput(time.monotonic(), number=order.number))
             self._job.deliver(Submitted(order.request, order.number))
         elif isinstance(order, Cancel):
             self._job.deliver(Aborted(order.number))
         else:
             self._is_closing = True
 
-    def _pass_on(self, at_s: float, told: Any) -> None:
-        number = told.number
-        if isinstance(told, Emit):
-            self._tell(RequestOutput(at_s, told.tokens, logps=told.logps, load=self._job.load, number=number))
-        elif isinstance(told, Finish):
-            self._served[number] = told.reason, told.fault
+    def _report(self, at_s: float, command: Any) -> None:
+        number = command.number
+        if isinstance(command, Emit):
+            self._pass_on(RequestOutput(at_s, command.tokens, logps=command.logps, load=self._job.load, number=number))
+        elif isinstance(command, Finish):
+            self._served[number] = command.reason, command.fault
         else:
             reason, fault = self._served.pop(number)
-            self._tell(RequestOutput(at_s, reason=reason, stats=told.stats, number=number, fault=fault))
+            self._pass_on(RequestOutput(at_s, reason=reason, stats=command.stats, number=number, fault=fault))
 
 
 class LocalJob:
@@ -112,7 +88,7 @@ class LocalJob:
         self.is_threaded = is_threaded
         self.ranks = job.ranks
         self._requests = Requests()
-        self._head = Head(job, self._requests.tell)
+        self._head = Head(job, self._requests.deliver)
         self._error: BaseException | None = None
         self._left = threading.Event()
         self._owner = threading.current_thread()
@@ -138,20 +114,20 @@ class LocalJob:
         self._error = error
         self._requests.fail(error, time.monotonic())
 
-    def submit(self, request: Request, hear: Hear) -> int:
-        """From any thread: serve ``request``, whose news ``hear`` takes; its number. Raises JobOver."""
-        number = self._requests.open(hear)
+    def submit(self, request: Request, on_output: OnOutput) -> int:
+        """From any thread: serve ``request``, whose output ``on_output`` takes; its number. Raises JobOver."""
+        number = self._requests.open(on_output)
         self._head.order(Submit(number, request))
         return number
 
     def cancel(self, number: int) -> None:
-        """From any thread: no more of request ``number`` is wanted; its last news still comes."""
+        """From any thread: cancel request ``number``; its last output still comes."""
         self._head.order(Cancel(number))
 
-    def wait(self, news: threading.Condition, ready: Callable[[], bool], timeout_s: float | None = None) -> bool:
-        """Wait, holding ``news``, which is notified of what may change ``ready``; whether it is."""
+    def wait(self, changed: threading.Condition, ready: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Wait, holding ``changed``, which is notified of what may change ``ready``; whether it is."""
         if self._thread is not None:
-            return news.wait_for(ready, timeout_s)
+            return changed.wait_for(ready, timeout_s)
         if threading.current_thread() is not self._owner:
             raise UserError("this MPI grants one thread only; wait for answers on the one that opened the engine")
         until = None if timeout_s is None else time.monotonic() + timeout_s
@@ -164,23 +140,23 @@ class LocalJob:
         return ready()
 
     def decode(self, request: Request) -> list[RequestOutput]:
-        """All news of ``request``, waited for. Raises what has broken the job."""
-        told, changed = list[RequestOutput](), threading.Condition()
+        """All output of ``request``, waited for. Raises the error that ended the job early."""
+        outputs, changed = list[RequestOutput](), threading.Condition()
 
-        def hear(news: RequestOutput) -> None:
+        def on_output(output: RequestOutput) -> None:
             with changed:
-                told.append(news)
+                outputs.append(output)
                 changed.notify_all()
 
-        self.submit(request, hear)
+        self.submit(request, on_output)
         with changed:
-            self.wait(changed, lambda: bool(told) and told[-1].is_last)
-        if (error := told[-1].error) is not None:
+            self.wait(changed, lambda: bool(outputs) and outputs[-1].is_last)
+        if (error := outputs[-1].error) is not None:
             raise error
-        return told
+        return outputs
 
     def close(self) -> None:
-        """Let everybody go; raises what has broken the job, if something has."""
+        """End the job; raises the error that ended the job early, if any."""
         self._requests.close()
         self._left.set()
         self._head.order(Close())

@@ -1,4 +1,4 @@
-"""A job: one rank's roles, cast and driven. head.py leads on rank 0; the other ranks serve until it closes."""
+"""A job: one rank's roles, created and driven. head.py leads on rank 0; the other ranks serve until rank 0 closes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from launch.backoff import Backoff
 from launch.driver import Driver
 from launch.paced_links import PacedLinks
 from pipeinfer import __version__
+from pipeinfer.core.addresses import ORCHESTRATOR
 from pipeinfer.core.config import Config
 from pipeinfer.core.links import Link
+from pipeinfer.core.messages import Failed, Message
 from pipeinfer.core.ports import (
     Closed,
     Emit,
@@ -23,27 +25,25 @@ from pipeinfer.core.ports import (
     Idle,
     Pair,
     Send,
-    ShardModel,
     Stalled,
     Started,
     Transport,
 )
-from pipeinfer.core.protocol import FIRST_DRAFTER, ORCHESTRATOR, Kind, Message
 from pipeinfer.orchestrator.machine import Orchestrator
 from pipeinfer.placement.roles import Plan, Role, count, rank_of_role
 from pipeinfer.runtime.executor import Executor
 from pipeinfer.runtime.job_spec import JobSpec
+from pipeinfer.runtime.shards import load_shards
 from pipeinfer.runtime.trace import Header, TraceWriter
-from speculation.drafter.machine import draft_slots
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import Placement
 
 if TYPE_CHECKING:
     from launch.mpi import World
-    from launch.muster import Muster
     from launch.preflight import Cleared
+    from launch.rendezvous import Rendezvous
 
-LAST_WORDS_S = 1.0
+SAVE_S = 1.0
 """How long a rank that has failed leaves the head's program to save what was decoded."""
 PROBE_S = 2.0
 """Least time that silent roles get to answer before the head gives up on them."""
@@ -64,7 +64,7 @@ class RankFacts:
 class Job:
     """This rank's part of the job that ``config`` and ``plan`` describe; ``world`` is None for a rank that is alone.
 
-    ``muster`` watches the ranks while they load.
+    ``rendezvous`` watches the ranks while they load.
     ``link`` paces messages between ranks, and ``placement`` is what is supposed of them, for emulations. ``traffic``:
     messages and bytes that all ranks have sent each other; the head knows it once the job is closed."""
 
@@ -77,7 +77,7 @@ class Job:
         world: World | None = None,
         link: Link | None = None,
         placement: Placement | None = None,
-        muster: Muster | None = None,
+        rendezvous: Rendezvous | None = None,
     ) -> None:
         self._config = config
         self._world = world
@@ -92,10 +92,10 @@ class Job:
             draft_contexts=pair.draft_contexts,
         )
         self._trace = _open_trace(config, plan, job_spec, rank) if config.trace is not None else None
-        with muster.busy("loading") if muster else nullcontext():
-            self._shards = make_shards(job_spec, plan[rank], pair)
-        if muster is not None:
-            muster.wait(Backoff().wait)
+        with rendezvous.busy("loading") if rendezvous else nullcontext():
+            self._shards = load_shards(job_spec, plan[rank], pair)
+        if rendezvous is not None:
+            rendezvous.wait(Backoff().wait)
         self._transport: Transport | None = None
         self.traffic = (0, 0)
         if world is not None:
@@ -105,7 +105,7 @@ class Job:
             if link is not None:
                 self._transport = PacedLinks(self._transport, link)
             if not world.is_head:
-                world.last_words = self._tell_head
+                world.before_abort = self._tell_head
         self._driver = Driver(rank_of_role(plan), self._transport)
         machines = [job_spec.machine(role.address) for role in plan[rank]]
         self._orchestrator = next((machine for machine in machines if isinstance(machine, Orchestrator)), None)
@@ -127,10 +127,10 @@ class Job:
         self._driver.deliver(ORCHESTRATOR, event)
 
     def turn(self) -> deque[tuple[float, Emit | Finish | Idle]]:
-        """On the head: let in what has arrived, compute one layer, or wait a little; what there is to tell, with its
-        time, for the caller to take."""
+        """On the head: let in what has arrived, compute one layer, or wait a little. Returns the commands for the user
+        with their times, for the caller to take."""
         self._driver.turn()
-        return self._driver.news
+        return self._driver.outputs
 
     def wake(self) -> None:
         """From any thread: end the wait of a turn."""
@@ -149,7 +149,7 @@ class Job:
         return timeout_s > 0 and time.monotonic() - self._driver.moved_at > timeout_s
 
     def explain(self) -> str:
-        """Nothing has moved for long: ask every role what it is doing; what they say, or nothing where one of them is
+        """Nothing has moved for long: ask every role what it is doing; their answers, or nothing where one of them is
         computing: a layer may take longer than the job allows for silence, and its rank answers only after it."""
         assert self._orchestrator is not None
         roster, began = self._orchestrator.roster, time.monotonic()
@@ -158,12 +158,12 @@ class Job:
         self._driver.run(lambda: roster.is_heard or time.monotonic() > until)
         if roster.is_busy:
             return ""
-        said = "\n  ".join(self._orchestrator.report())
+        answers = "\n  ".join(self._orchestrator.report())
         waited = f"nothing has moved for {self._config.timeout_s:g} s (--timeout allows more)"
-        return f"{waited}; what each role says:\n  {said}"
+        return f"{waited}; what each role reports:\n  {answers}"
 
     def serve(self) -> None:
-        """On the other ranks: play until the head closes."""
+        """On the other ranks: serve until the head closes."""
         self._driver.run(lambda: self._executor.is_halted)
         self._end()
 
@@ -171,20 +171,20 @@ class Job:
         """This rank has failed and will end the job with exit code ``code``: let the head's program save what it has;
         it ends the job as soon as it has."""
         assert self._transport is not None
-        until, backoff = time.monotonic() + LAST_WORDS_S, Backoff()
-        self._driver.send(Send(Message(Kind.FAILED, self._executor.addresses[0], ORCHESTRATOR, run=code)), 0.0)
+        until, backoff = time.monotonic() + SAVE_S, Backoff()
+        self._driver.send(Send(Message(self._executor.addresses[0], ORCHESTRATOR, Failed(code))), 0.0)
         while time.monotonic() < until:
             self._transport.poll()
             backoff.wait()
 
     def close(self) -> None:
-        """On the head: let everybody go. Collective with their ``serve``."""
+        """On the head: end the job. Collective with the other ranks' ``serve``."""
         self.deliver(Closed())
         self._driver.run(lambda: self._executor.is_halted, self._config.timeout_s, self.explain)
         self._end()
 
     def kill(self) -> None:
-        """Let go of what this process holds for the job, models included; nothing else outlives it."""
+        """Release this process's resources of the job, models included."""
         self._shards.clear()
         self._driver.close()
         if self._trace is not None:
@@ -193,17 +193,17 @@ class Job:
     def _end(self) -> None:
         if self._transport is not None:
             assert self._world is not None
-            self._world.last_words = None
+            self._world.before_abort = None
             self._transport.close()
             sent = self._world.gather({"messages": self._transport.messages, "nbytes": self._transport.nbytes})
             self.traffic = (sum(rank["messages"] for rank in sent), sum(rank["nbytes"] for rank in sent))
         self.kill()
 
 
-def load(config: Config, cleared: Cleared, world: World | None, muster: Muster | None = None) -> Job:
+def load(config: Config, cleared: Cleared, world: World | None, rendezvous: Rendezvous | None = None) -> Job:
     """This rank's part of the job that ``config`` describes and ``cleared`` checked, with its share of the models.
     Collective. Raises UserError for what cannot be loaded, StallError for a rank that makes no progress."""
-    with muster.busy("loading") if muster else nullcontext():
+    with rendezvous.busy("loading") if rendezvous else nullcontext():
         import torch
 
         from stages.models.pair import CheckpointPair
@@ -211,20 +211,7 @@ def load(config: Config, cleared: Cleared, world: World | None, muster: Muster |
         if world is not None:
             torch.set_num_threads(world.threads)
         pair = CheckpointPair(cleared.target, cleared.drafts, config.dtype, config.forced_acceptance)
-    return Job(config, cleared.plan, cleared.context, pair, world, muster=muster)
-
-
-def make_shards(job_spec: JobSpec, roles: tuple[Role, ...], pair: Pair) -> dict[int, ShardModel]:
-    """The models of ``roles``, by address."""
-    shards: dict[int, ShardModel] = {}
-    for role in roles:
-        if role.layers is not None:
-            shards[role.address] = pair.stage(role.layers, sum(job_spec.slots))
-        elif role.address != ORCHESTRATOR:
-            shards[role.address] = pair.draft(
-                role.address - FIRST_DRAFTER, draft_slots(job_spec.policy, job_spec.context)
-            )
-    return shards
+    return Job(config, cleared.plan, cleared.context, pair, world, rendezvous=rendezvous)
 
 
 def _open_trace(config: Config, plan: Plan, job_spec: JobSpec, rank: int) -> TraceWriter:

@@ -1,4 +1,4 @@
-"""Words between a job and whoever started it: JSON objects, one a line, over a socket.
+"""The channel between a job and the process that started it: JSON objects, one per line, over a socket.
 
 Both ends are processes of one user on one host. The socket has a name in no file system, so that nothing is left behind
 and no directory's length or absence matters; whoever connects is asked for its user by the kernel.
@@ -54,29 +54,29 @@ def is_ours(wire: socket.socket) -> bool:
 
 
 class JsonChannel:
-    """One end of ``wire``, which whoever opened it closes. One thread hears, any may say.
+    """One end of ``wire``, which whoever opened it closes. One thread receives, any may send.
 
     Not a text file over the socket: writing to one of those throws away what it has read ahead, and ``select`` does not
     see what that is."""
 
     def __init__(self, wire: socket.socket) -> None:
         self.wire = wire
-        self._saying = threading.Lock()
-        self._ahead = b""  # what has arrived and was not heard yet
+        self._sending = threading.Lock()
+        self._ahead = b""  # what has arrived and was not received yet
 
-    def say(self, words: dict[str, Any]) -> None:
-        """Send ``words``. Raises ConnectionError where nobody listens."""
-        line = json.dumps(words).encode() + b"\n"
-        with self._saying:
+    def send(self, message: dict[str, Any]) -> None:
+        """Send ``message``. Raises ConnectionError where the other end is gone."""
+        line = json.dumps(message).encode() + b"\n"
+        with self._sending:
             self.wire.sendall(line)
 
-    def try_to_say(self, words: dict[str, Any]) -> None:
-        """As ``say``, but where nobody listens nothing is said: whoever hears learns that soon enough."""
+    def try_to_send(self, message: dict[str, Any]) -> None:
+        """As ``send``, but nothing is raised where the other end is gone: the receiving thread finds out."""
         with contextlib.suppress(OSError):
-            self.say(words)
+            self.send(message)
 
-    def hear(self) -> dict[str, Any] | None:
-        """The next words, waited for; None if the other end is gone."""
+    def receive(self) -> dict[str, Any] | None:
+        """Wait for the next message and return it; None if the other end is gone."""
         while b"\n" not in self._ahead:
             try:
                 arrived = self.wire.recv(1 << 16)
@@ -86,10 +86,10 @@ class JsonChannel:
                 return None
             self._ahead += arrived
         line, _, self._ahead = self._ahead.partition(b"\n")
-        words: dict[str, Any] = json.loads(line)
-        return words
+        message: dict[str, Any] = json.loads(line)
+        return message
 
     @property
-    def is_spoken_to(self) -> bool:
-        """Whether there is something to hear, be it that the other end is gone."""
+    def is_readable(self) -> bool:
+        """Whether there is something to read: an object, or the end of the connection."""
         return b"\n" in self._ahead or bool(select.select([self.wire], [], [], 0)[0])

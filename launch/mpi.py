@@ -15,13 +15,13 @@ import mpi4py
 import numpy as np
 import numpy.typing as npt
 
-mpi4py.rc.thread_level = "serialized"  # several threads, one at a time; must be said before MPI is loaded
+mpi4py.rc.thread_level = "serialized"  # several threads, one at a time; must be set before MPI is loaded
 
 from mpi4py import MPI  # noqa: E402
 
 from launch import transport  # noqa: E402
-from launch.failure import say  # noqa: E402
-from launch.muster import Muster  # noqa: E402
+from launch.failure import report  # noqa: E402
+from launch.rendezvous import Rendezvous  # noqa: E402
 from launch.signals import end_undisturbed  # noqa: E402
 from launch.transport import on_this_host, politely  # noqa: E402
 from launch.watch import here, name_of  # noqa: E402
@@ -33,7 +33,7 @@ MpiTransport = functools.partial(transport.MpiTransport, mpi=MPI)
 """The transport over this process's MPI."""
 REST_S = 10e-3
 OVERSUBSCRIBED = 1.25
-"""So many ranks for each core take each other's time; a few more than cores do not."""
+"""More ranks per core than this slow each other down; a few more ranks than cores do not."""
 
 
 def abort(code: int) -> None:
@@ -44,7 +44,7 @@ def abort(code: int) -> None:
 
 
 def _asked_threads() -> int:
-    """What OMP_NUM_THREADS says; 0 if nothing."""
+    """The value of OMP_NUM_THREADS; 0 if it has none."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return max(1, int(asked)) if asked.isdigit() else 0
 
@@ -64,7 +64,7 @@ class World:
     _failing = threading.Lock()
 
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
-        """``threads``: this rank's share of the cores it may use, unless OMP_NUM_THREADS says otherwise;
+        """``threads``: this rank's share of the cores it may use, unless OMP_NUM_THREADS is set;
         ``placement``: what processors ranks have; ``may_thread``: whether MPI may be called by another thread than the
         one that opened it, one at a time."""
         self.comm = (comm or MPI.COMM_WORLD).Dup()
@@ -75,12 +75,13 @@ class World:
         self.threads = _asked_threads() or fair
         shared: Placement = "oversubscribed" if is_oversubscribed else "spread"
         self.placement: Placement = shared if self.size > 1 else "alone"
-        self.last_words: Callable[[int], None] | None = None  # what to do between saying what failed and ending all
+        # Called with the exit code after a failure is reported and before all ranks are ended.
+        self.before_abort: Callable[[int], None] | None = None
 
-    def muster(self, timeout_s: float) -> Muster:
+    def rendezvous(self, timeout_s: float) -> Rendezvous:
         """Watch the ranks from now until all are ready. Collective."""
         names = [name_of(rank, *where) for rank, where in enumerate(self.comm.allgather(here()))]
-        return Muster(self.comm.Dup(), names, timeout_s, self.may_thread, self.fail)
+        return Rendezvous(self.comm.Dup(), names, timeout_s, self.may_thread, self.fail)
 
     @property
     def is_head(self) -> bool:
@@ -89,28 +90,28 @@ class World:
 
     def agree(self, verdict: int, meanwhile: Callable[[], object] = int) -> int:
         """The head's ``verdict``, on every rank; who waits for it calls ``meanwhile`` now and then."""
-        word = np.array([verdict], np.int64)
-        politely(self.comm.Ibcast(word), meanwhile)
-        return int(word[0])
+        number = np.array([verdict], np.int64)
+        politely(self.comm.Ibcast(number), meanwhile)
+        return int(number[0])
 
     def rest(self) -> None:
-        """Wait for ranks that still work, and leave the cores to them: only every few milliseconds a look."""
+        """Wait for ranks that still work; poll only every few milliseconds, to leave the cores to them."""
         request = self.comm.Ibarrier()
         while not request.Test():
             time.sleep(REST_S)
 
-    def tell(self, words: dict[str, Any]) -> dict[str, Any]:
-        """What the head says in ``words`` (JSON), on every rank."""
-        text = np.frombuffer(json.dumps(words).encode(), np.uint8).copy()
+    def broadcast(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The head's ``message`` (JSON), on every rank."""
+        text = np.frombuffer(json.dumps(message).encode(), np.uint8).copy()
         if (size := self.agree(text.size)) != text.size:
             text = np.empty(size, np.uint8)
         politely(self.comm.Ibcast(text))
-        said: dict[str, Any] = json.loads(bytes(text))
-        return said
+        found: dict[str, Any] = json.loads(bytes(text))
+        return found
 
     @property
     def library(self) -> str:
-        """The MPI library, in its own words."""
+        """The MPI library's version string."""
         return MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
 
     @contextlib.contextmanager
@@ -169,16 +170,16 @@ class World:
         abort(code)
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Say what went wrong here and take every rank of the job down, now; once, whichever thread calls it first."""
+        """Report the error and end every rank of the job now; only the first calling thread reports."""
         error = origin(error)
         code = exit_code(error) or 1
         World.has_failed = True
         end_undisturbed()  # the launcher may be ending this rank for another one meanwhile
         if self._failing.acquire(blocking=False):
-            say(error, self.rank)
-            if self.last_words is not None:
+            report(error, self.rank)
+            if self.before_abort is not None:
                 with contextlib.suppress(Exception):  # what has failed may fail again
-                    self.last_words(code)
+                    self.before_abort(code)
             self.abort(code)
         raise SystemExit(code)
 

@@ -1,4 +1,4 @@
-"""Starting ranks on this machine with the installed mpiexec and the flags it needs.
+"""Starting ranks on this machine with the installed mpiexec and the options that this machine needs.
 
 python -m launch.mpiexec -n 4 -- PROGRAM ARG ...
 """
@@ -57,14 +57,14 @@ def command(ranks: int, program: list[str], python: str = sys.executable) -> tup
     told = ask_version(mpiexec, environ)
     flags = ["-n", str(ranks)]
     if OPEN_MPI.search(told):
-        flags += ["--host", f"localhost:{ranks}", "--oversubscribe"]  # here, whatever a file of hosts says
+        flags += ["--host", f"localhost:{ranks}", "--oversubscribe"]  # on this host, also if a hostfile names others
         if is_address(socket.gethostname()):
             environ.setdefault("PRTE_MCA_prte_keep_fqdn_hostnames", "1")  # or it is not recognised as localhost
         if ranks > len(os.sched_getaffinity(0)):
             flags += ["--bind-to", "none"]
         if os.geteuid() == 0:
             flags += ["--allow-run-as-root"]
-        # All ranks are on this host: shared memory, and none of the fabrics that would be probed in vain.
+        # All ranks are on this host: use shared memory, and probe no fabrics.
         shared = "vader" if OPEN_MPI_BEFORE_5.search(told) else "sm"
         environ.setdefault("OMPI_MCA_pml", "ob1")
         environ.setdefault("OMPI_MCA_btl", f"self,{shared}")
@@ -86,7 +86,7 @@ def is_address(host: str) -> bool:
 
 
 def ask_version(mpiexec: str, environ: dict[str, str]) -> str:
-    """What ``mpiexec`` says of itself. Raises UserError where it does not say anything."""
+    """The version text of ``mpiexec``. Raises UserError where it prints none."""
     line = [mpiexec, "--version"]
     try:
         with subprocess.Popen(
@@ -101,7 +101,7 @@ def ask_version(mpiexec: str, environ: dict[str, str]) -> str:
     except OSError as error:
         refuse(f"{mpiexec} cannot be started ({error.strerror})", "mend it, or put another one first on the PATH")
     except subprocess.TimeoutExpired:
-        refuse(f"`{mpiexec} --version` says nothing", "mend it, or put another one first on the PATH")
+        refuse(f"`{mpiexec} --version` prints nothing", "mend it, or put another one first on the PATH")
 
 
 def refuse_what_mpich_cannot(ranks: int, shared_nbytes: int, host: str) -> None:
@@ -141,7 +141,7 @@ def start_again(ranks: int, argv: Sequence[str]) -> int:
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End the launcher ``process``, which leads a session of its own, and its ranks."""
-    process.terminate()  # it takes its ranks along
+    process.terminate()  # it ends its ranks
     try:
         process.wait(GRACE_S)
     except subprocess.TimeoutExpired:

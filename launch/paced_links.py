@@ -1,5 +1,5 @@
-"""Paced links: real messages that leave only when an emulated link would have delivered them. Whoever reports times
-taken so must say that they are emulated."""
+"""Paced links: real messages that leave only when an emulated link would have delivered them. Reports must
+label such times as emulated."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections import deque
 from typing import NamedTuple
 
 from pipeinfer.core.links import Link, Wires
+from pipeinfer.core.messages import Message
 from pipeinfer.core.ports import Payload, Received, Transport
-from pipeinfer.core.protocol import Message
 
 
 class _Held(NamedTuple):
@@ -26,7 +26,7 @@ class PacedLinks:
         self._transport = transport
         self._link = link
         self._wires = Wires(link)
-        self._streams: dict[int, deque[_Held]] = {}  # by destination; words of control do not queue behind them
+        self._streams: dict[int, deque[_Held]] = {}  # by destination; control messages do not queue behind them
         self._control: deque[_Held] = deque()
 
     def send(self, rank: int, message: Message, payload: Payload | None) -> None:

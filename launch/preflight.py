@@ -72,7 +72,7 @@ def _refuse_forcing(config: Config) -> None:
             "give the probabilities that a draft's first choice, its second, ... is right: together at most 1",
         )
     if config.random_weights and not shares:
-        refuse("--random-weights without --forced-acceptance", "say both: random models agree on nothing")
+        refuse("--random-weights without --forced-acceptance", "give both: random models agree on nothing")
 
 
 def _refuse_few_tokens(target_directory: Path, models: dict[Path, Model]) -> None:

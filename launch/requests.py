@@ -1,4 +1,4 @@
-"""The requests that programs wait for, by number, whoever drives the job and whichever thread asks."""
+"""The requests that programs wait for, by number, for any driving thread and any asking thread."""
 
 from __future__ import annotations
 
@@ -7,13 +7,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeinfer.core.errors import PipeinferError
-from pipeinfer.core.ports import RequestStats
+from pipeinfer.core.ports import Request, RequestStats
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Serve this request."""
+
+    number: int
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """No more of this request is wanted."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """No further request will come: let everybody go."""
+
+
+Order = Submit | Cancel | Close
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What the head hears of request ``number`` at ``at_s`` (monotonic seconds): that it was submitted, tokens with
-    their log-probabilities, how it ended. The last news has a ``stats`` or, where the job broke, an ``error``.
+    """The output of request ``number`` at ``at_s`` (monotonic seconds): that it was submitted, tokens with
+    their log-probabilities, how it ended. The last output has a ``stats`` or, if the job failed, an ``error``.
 
     ``reason``: stop, length, aborted or error; with error, ``fault`` is the layer whose numbers were not finite.
     ``load``: the orchestrator's, for those who watch."""
@@ -34,8 +57,8 @@ class RequestOutput:
         return self.stats is not None or self.error is not None
 
 
-Hear = Callable[[RequestOutput], None]
-"""Takes the news of one request, in order, on the thread that drives the job; it must not wait for anything."""
+OnOutput = Callable[[RequestOutput], None]
+"""Takes the output of one request, in order, on the thread that drives the job; it must not wait for anything."""
 
 
 class JobOver(PipeinferError):
@@ -43,40 +66,41 @@ class JobOver(PipeinferError):
 
 
 class Requests:
-    """Who is to hear of which request. All of it may be called from any thread."""
+    """The callback of each request. All methods may be called from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._hear: dict[int, Hear] = {}
+        self._on_output: dict[int, OnOutput] = {}
         self._last = 0
         self._error: BaseException | None = None
         self.is_closing = False
 
-    def open(self, hear: Hear) -> int:
-        """The number of a new request, whose news ``hear`` takes. Raises JobOver after ``close`` and ``fail``."""
+    def open(self, on_output: OnOutput) -> int:
+        """The number of a new request; ``on_output`` takes its output. Raises JobOver after ``close`` and ``fail``."""
         with self._lock:
             if self.is_closing:
                 raise JobOver("the engine is closed")
             if self._error is not None:
                 raise JobOver(f"the job has ended ({self._error})") from self._error
             self._last += 1
-            self._hear[self._last] = hear
+            self._on_output[self._last] = on_output
             return self._last
 
-    def tell(self, news: RequestOutput) -> None:
-        """Pass ``news`` on to whom it concerns."""
+    def deliver(self, output: RequestOutput) -> None:
+        """Pass ``output`` to the callback of its request."""
         with self._lock:
-            hear = self._hear.pop(news.number, None) if news.is_last else self._hear.get(news.number)
-        if hear is not None:
-            hear(news)
+            callbacks = self._on_output
+            on_output = callbacks.pop(output.number, None) if output.is_last else callbacks.get(output.number)
+        if on_output is not None:
+            on_output(output)
 
     def fail(self, error: BaseException, now: float) -> None:
         """The job has ended by ``error``: so do all its requests, and later ones are refused."""
         with self._lock:
             self._error = self._error or error
-            open_ones = list(self._hear)
+            open_ones = list(self._on_output)
         for number in open_ones:
-            self.tell(RequestOutput(now, reason="error", number=number, error=error))
+            self.deliver(RequestOutput(now, reason="error", number=number, error=error))
 
     def close(self) -> BaseException | None:
         """No more requests are taken; what has broken the job, if something has."""

@@ -47,7 +47,7 @@ def end_in_order() -> Callable[[], None]:
 
 
 def end_undisturbed() -> None:
-    """This process is about to end: it hears no further signal that asks it to."""
+    """Ignore further termination signals, because this process is about to end."""
     if threading.current_thread() is threading.main_thread():
         for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(signum, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Batch scripts for Slurm, as text: nothing here talks to Slurm or to MPI."""
+"""Batch scripts for Slurm, as text. This module uses neither Slurm nor MPI."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEMPLATE = Path(__file__).with_name("templates") / "job.sbatch"
 
 
 class Directive(NamedTuple):
-    """An option of sbatch that a script states: its long name, what a value looks like, as a pattern and in words, the
+    """An option of sbatch that a script states: its long name, what a value looks like, as a pattern and as text, the
     value if nobody gives one (None: the site's), and what it is."""
 
     name: str
@@ -25,7 +25,7 @@ class Directive(NamedTuple):
     what: str
 
 
-# No pattern admits blanks, quotes, `#` or backslashes, which sbatch would read in ways of its own.
+# No pattern matches blanks, quotes, `#` or backslashes, which sbatch would read in ways of its own.
 DIRECTIVES = (
     Directive("job-name", r"[\w.+-]+", "NAME", "pipeinfer", "the job's name, and of its output"),
     Directive("nodes", r"[1-9]\d*", "N", "4", "how many nodes"),
@@ -49,10 +49,10 @@ LAUNCHERS = {
         'mpirun --map-by slot:PE="$SLURM_CPUS_PER_TASK" --bind-to core',
     ),
 }
-"""What to say of each launcher, and its line without the program. srun is told the cores again because a step does not
+"""The comment on each launcher, and its line without the program. srun gets the cores again because a step does not
 inherit them from the batch script since Slurm 22.05. --wait is for lost ranks, which would otherwise hold the nodes:
---kill-on-bad-exit is quicker, but may kill the rank that is about to say why. With Slurm's own choice of a fence some
-ranks leave MPI_Init before others have left its first barrier, and Open MPI crashes (docs/sharp-bits.md)."""
+--kill-on-bad-exit is quicker, but may kill the rank that is about to report why. With Slurm's own choice of a fence
+some ranks leave MPI_Init before others have left its first barrier, and Open MPI crashes (docs/sharp-bits.md)."""
 
 
 class _Script(Template):
@@ -80,7 +80,7 @@ def batch_script(
             refuse(f"--{name} {value!r}", f"it should look like {form}")
         lines.append(f"#SBATCH --{name}={value}")
     (other,) = LAUNCHERS.keys() - {launcher}
-    words = {
+    values = {
         "login": " -l" if modules else "",  # a login shell's start-up files define `module`
         "directives": "\n".join(lines),
         "environment": _environment(modules, venv),
@@ -90,7 +90,7 @@ def batch_script(
         "other": f"Or instead: {LAUNCHERS[other][0]}",
         "other_line": LAUNCHERS[other][1].format(mpi=shlex.quote(mpi)),
     }
-    return _Script(TEMPLATE.read_text(encoding="utf-8")).substitute(words)
+    return _Script(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
 
 
 def _environment(modules: Sequence[str], venv: Path | None) -> str:

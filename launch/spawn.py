@@ -1,8 +1,8 @@
-"""A job on ranks that we start ourselves: mpiexec runs worker.py on this machine, and its ranks talk to us.
+"""A job on ranks that this process starts: mpiexec runs worker.py on this machine.
 
-Every rank connects to a socket of ours before it does anything that may take long, is told the job's Config, and says
-when MPI has joined it; until then we watch that it makes progress. Rank 0 then carries requests one way and news the
-other (see lines.py). Standard output stays free for whoever uses the engine; what ranks say on standard error passes
+Every rank connects to a socket of ours before it does anything that may take long, receives the job's Config, and sends
+when MPI has joined it; until then we watch that it makes progress. Then requests go to rank 0, and outputs come back
+(see wire_forms.py). Standard output stays free for the program that uses the engine; standard error of the ranks passes
 through.
 """
 
@@ -23,24 +23,25 @@ from typing import Any
 
 from launch import mpiexec
 from launch.json_channel import JsonChannel, is_ours, listen
-from launch.requests import Hear, RequestOutput, Requests
+from launch.requests import Cancel, Close, OnOutput, Requests, Submit
 from launch.watch import Watch, here, name_of, progress
+from launch.wire_forms import order_to_dict, output_from_dict
 from pipeinfer.core.config import Config
 from pipeinfer.core.errors import PipeinferError, StallError
-from pipeinfer.core.ports import Request, RequestStats
+from pipeinfer.core.ports import Request
 
 GRACE_S = 10.0
-"""Longest wait for ranks to leave once they were told to stop at once."""
+"""Longest wait for ranks to leave once they were signalled to stop at once."""
 LOOK_S = 0.2
 
 
 class RanksFailed(PipeinferError):
-    """The ranks ended on their own. ``words``: what one of them said of it, on standard error already."""
+    """The ranks ended on their own. ``reason``: what one of them gave for it, on standard error already."""
 
-    def __init__(self, code: int, words: str) -> None:
-        told = words or "they did not say why; out of memory, perhaps, or what the launcher said above"
-        super().__init__(f"the ranks ended with exit code {code}: {told}")
-        self.exit_code, self.is_told = code, bool(words)
+    def __init__(self, code: int, reason: str) -> None:
+        cause = reason or "they did not report why; out of memory, perhaps, or see the launcher's message above"
+        super().__init__(f"the ranks ended with exit code {code}: {cause}")
+        self.exit_code, self.is_told = code, bool(reason)
 
 
 class SpawnedJob:
@@ -55,7 +56,7 @@ class SpawnedJob:
         self._held = contextlib.ExitStack()  # sockets: let go together
         self._selector = self._held.enter_context(selectors.DefaultSelector())
         self._lines: dict[int, JsonChannel] = {}  # by rank
-        self._words = ""  # what a rank said that failed
+        self._failure = ""  # the reason that a failed rank gave
         self._config = config
         self._reader: threading.Thread | None = None
         self.ranks: list[dict[str, Any]] = []
@@ -82,43 +83,43 @@ class SpawnedJob:
         for rank in range(ranks):
             watch.expect(rank, name_of(rank, "", 0), time.monotonic())
         while not self.ranks:
-            for rank, words in self._heard(LOOK_S):
-                if words is None:
+            for rank, message in self._received(LOOK_S):
+                if message is None:
                     self._ended()
-                elif "pid" in words:
-                    pids[rank] = words["pid"]
-                    watch.expect(rank, name_of(rank, here()[0], words["pid"]), time.monotonic())
-                elif "joined" in words:  # from here on the ranks watch each other
+                elif "pid" in message:
+                    pids[rank] = message["pid"]
+                    watch.expect(rank, name_of(rank, here()[0], message["pid"]), time.monotonic())
+                elif "joined" in message:  # from here on the ranks watch each other
                     watch.done(rank)
-                self.ranks = (words or {}).get("ranks", self.ranks)
+                self.ranks = (message or {}).get("ranks", self.ranks)
             for rank, pid in pids.items():
                 watch.heard(rank, progress(pid), "starting", time.monotonic())
             watch.check(time.monotonic())
             if self._process.poll() is not None:
                 self._ended()
 
-    def _heard(self, most_s: float | None) -> Iterator[tuple[int, dict[str, Any] | None]]:
-        """What ranks say, each its number and words, or None where one has gone; waits for it ``most_s``."""
+    def _received(self, most_s: float | None) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """The messages of ranks, each with the rank's number, or None where a rank has gone. Waits up to ``most_s``."""
         for key, _ in self._selector.select(most_s):
             if key.data is None:
                 self._accept(key.fileobj)  # type: ignore[arg-type]
                 continue
             lines, rank = key.data
             while True:
-                words = lines.hear()
-                if words is None:
+                message = lines.receive()
+                if message is None:
                     self._selector.unregister(key.fileobj)
                     if rank is not None:
                         yield rank, None
                     break
-                if rank is None:  # its first words
-                    rank = words["rank"]
+                if rank is None:  # its first message
+                    rank = message["rank"]
                     self._lines[rank] = lines
                     self._selector.modify(key.fileobj, selectors.EVENT_READ, (lines, rank))
-                    lines.try_to_say({"config": asdict(self._config)})
-                self._words = self._words or words.get("failed", "")
-                yield rank, words
-                if not lines.is_spoken_to:
+                    lines.try_to_send({"config": asdict(self._config)})
+                self._failure = self._failure or message.get("failed", "")
+                yield rank, message
+                if not lines.is_readable:
                     break
 
     def _accept(self, listener: socket.socket) -> None:
@@ -130,59 +131,52 @@ class SpawnedJob:
             wire.close()
 
     def _ended(self) -> None:
-        """A rank has gone, so all will: hear what they still say, and raise RanksFailed."""
+        """A rank has gone, so all will: receive what they still send, and raise RanksFailed."""
         until = time.monotonic() + GRACE_S
         while self._process.poll() is None and time.monotonic() < until:
-            for _ in self._heard(LOOK_S):
+            for _ in self._received(LOOK_S):
                 pass
-        for _ in self._heard(0):
+        for _ in self._received(0):
             pass
         code = self._process.poll()
         self.kill()
-        raise RanksFailed(128 - code if code is not None and code < 0 else code or 1, self._words)
+        raise RanksFailed(128 - code if code is not None and code < 0 else code or 1, self._failure)
 
     def _read(self) -> None:
-        """In a thread: pass on what rank 0 tells, until it has gone."""
+        """In a thread: pass rank 0's output on, until it has gone."""
         try:
             while True:
-                for rank, words in self._heard(None):
-                    if words is None and rank in self._lines:
+                for rank, message in self._received(None):
+                    if message is None and rank in self._lines:
                         if self._requests.is_closing:
                             return
                         self._ended()
-                    if words is not None and "at_s" in words:
-                        self._requests.tell(_news(words))
+                    if message is not None and "output" in message:
+                        self._requests.deliver(output_from_dict(message["output"]))
         except BaseException as error:
             self._requests.fail(error, time.monotonic())
 
-    def submit(self, request: Request, hear: Hear) -> int:
+    def submit(self, request: Request, on_output: OnOutput) -> int:
         """See LocalJob."""
-        number = self._requests.open(hear)
-        asked = {
-            "number": number,
-            "prompt": request.prompt,
-            "max_new_tokens": request.max_new_tokens,
-            "stop_tokens": sorted(request.stop_tokens),
-            "sampling": asdict(request.sampling),
-        }
-        self._lines[0].try_to_say({"submit": asked})  # if rank 0 is gone, the reader says so
+        number = self._requests.open(on_output)
+        self._lines[0].try_to_send(order_to_dict(Submit(number, request)))  # the reading thread reports a lost rank 0
         return number
 
     def cancel(self, number: int) -> None:
         """See LocalJob."""
-        self._lines[0].try_to_say({"cancel": number})
+        self._lines[0].try_to_send(order_to_dict(Cancel(number)))
 
-    def wait(self, news: threading.Condition, ready: Callable[[], bool], timeout_s: float | None = None) -> bool:
+    def wait(self, changed: threading.Condition, ready: Callable[[], bool], timeout_s: float | None = None) -> bool:
         """See LocalJob."""
-        return news.wait_for(ready, timeout_s)
+        return changed.wait_for(ready, timeout_s)
 
     def close(self) -> None:
-        """Let the ranks go."""
+        """End the job."""
         failed = self._requests.close()
         if failed is not None:
             self.kill()
             raise failed
-        self._lines[0].try_to_say({"close": True})
+        self._lines[0].try_to_send(order_to_dict(Close()))
         timeout_s = self._config.timeout_s
         try:
             code = self._process.wait(timeout_s or None)
@@ -191,7 +185,7 @@ class SpawnedJob:
             raise StallError(f"the ranks have not ended within {timeout_s:g} s, and were stopped") from None
         self._release()
         if code:
-            raise RanksFailed(code, self._words)
+            raise RanksFailed(code, self._failure)
 
     def kill(self) -> None:
         """Stop the ranks, now."""
@@ -200,7 +194,7 @@ class SpawnedJob:
             with contextlib.suppress(OSError):
                 lines.wire.shutdown(socket.SHUT_RDWR)
         if self._process.poll() is None:
-            self._process.terminate()  # mpiexec takes its ranks along
+            self._process.terminate()  # mpiexec ends its ranks
             try:
                 self._process.wait(GRACE_S)
             except subprocess.TimeoutExpired:
@@ -221,10 +215,3 @@ def _standard_error() -> int:
     except OSError:
         return subprocess.DEVNULL
     return 2
-
-
-def _news(words: dict[str, Any]) -> RequestOutput:
-    """What ``worker.words_of`` made into JSON."""
-    stats = RequestStats(**words.pop("stats")) if words["stats"] else None
-    lists = {name: tuple(words.pop(name)) for name in ("tokens", "logps", "load")}
-    return RequestOutput(**{**words, "stats": stats, **lists})

@@ -1,5 +1,5 @@
-"""What ranks that we start need of the machine: an environment that speaks of no other job, a directory for files, and
-memory to share."""
+"""The needs of ranks that we start: an environment without an outer job's variables, a temporary directory, and shared
+memory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ OUTER_JOB = re.compile(
     r"(SLURMD?|PBS|LSB|FLUX|COBALT|OAR|JSM|PALS|ALPS|PMI2?|PMIX|HYDRA|HYDI|I_MPI_HYDRA|OMPI|PRTE)_"
     r"|MPI_LOCAL|PE_HOSTFILE$"
 )
-"""What batch systems and launchers say of their jobs and steps: other ranks and, mostly, other hosts than ours."""
+"""Variables in which batch systems and launchers describe their own jobs and steps."""
 ON_PURPOSE = re.compile(
     r"(OMPI|PRTE|PMIX)_(MCA_(?!PREFIXES$|cpu_type$|initial_wdir$|num_procs$|ess|orte_(ess|hnp|local|num|app)_)"
     r"|ALLOW_RUN_AS_ROOT|PREFIX$)"
 )
-"""What people say in the same prefixes to tune MPI; what is left out Open MPI tells its ranks."""
+"""Variables with these prefixes that tune MPI; the exceptions are set by Open MPI for its ranks."""
 LONGEST_NAME = 64
 """Launchers make directories in the temporary one, and sockets there, whose names end at 107 bytes."""
 PLACES = ("/tmp", "/var/tmp", "/dev/shm")
@@ -29,7 +29,7 @@ SHARED_MEMORY = "/dev/shm"
 
 
 def own_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """``environ`` without what an outer job, or an allocation of many hosts, said: our ranks are a job on this host."""
+    """``environ`` without what an outer job or a larger allocation has set: our ranks are a job on this host."""
     return {name: value for name, value in environ.items() if not OUTER_JOB.match(name) or ON_PURPOSE.match(name)}
 
 

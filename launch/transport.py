@@ -3,13 +3,13 @@
 It imports no MPI. Communicator, names (``mpi``: the module mpi4py.MPI, or a simulated one), doorbell and clock are
 injected, so that the same code runs over a library (launch/mpi.py) and under the invariants (tests/invariants).
 
-Theory of operation. The job's communicator is duplicated twice, so that nothing of ours can match anything of anybody
-else's.
+Theory of operation. The job's communicator is duplicated twice, so that its messages match no messages of other
+code.
 
     messages  a ring of pre-posted receives from any source. MPI matches them in posting order and keeps the order of
-              each sender, so taking them in ring order keeps it too. STREAM and CONTROL share it: one test says that
-              there is nothing new, and that is what is asked most often. A tensor that fits into the same buffer comes
-              behind its message.
+              each sender, so taking them in ring order keeps it too. Stream and control messages share the ring,
+              because one test then shows that nothing has arrived, the most frequent case. A tensor that fits into the
+              same buffer follows its message there.
     tensors   for larger ones. No receive is posted until a message announces one; then it is, from that sender. Both
               sides count alike, so the n-th tensor meets the n-th announcement.
 
@@ -18,8 +18,8 @@ CONTROL. Sends are kept, buffers and all, until MPI is done with them. Large ten
 rotation of buffers: as a run is one of at most ``window`` in flight, its buffer is free again before its turn comes
 round. Senders do not share a rotation, for a quick one would come round while a slow one's tensor is still in use.
 
-Nobody spins: who has nothing to do sleeps until a neighbour rings (see Doorbell) or between polls (see Backoff). So
-many ranks can share few cores, and a blocking MPI call that would burn one never appears.
+No rank spins: an idle rank sleeps until a doorbell rings (see Doorbell) or between polls (see Backoff). Many ranks can
+therefore share few cores. No blocking MPI call is made while a job serves.
 """
 
 from __future__ import annotations
@@ -36,15 +36,18 @@ import numpy.typing as npt
 from launch.backoff import Backoff, Clock
 from launch.doorbell import Bell, Doorbell
 from pipeinfer.core.errors import LocalProtocolError
+from pipeinfer.core.messages import Message
 from pipeinfer.core.ports import Payload, Received
-from pipeinfer.core.protocol import MAX_NBYTES, Message, decode, encode, wire_nbytes
+from pipeinfer.core.wire import MAX_NBYTES, decode, encode, wire_nbytes
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
 RING = 8
 MOST_PENDING_SENDS = 4096
+EAGER_NBYTES = 1 << 15
+"""A tensor that fits into so many bytes together with its message travels behind it."""
 IDLE_S = 4e-3
-"""So soon somebody who was rung for looks up again, then after four times as long, and so on."""
+"""First poll after a doorbell; each further interval is four times as long."""
 
 
 class Status(Protocol):
@@ -71,7 +74,7 @@ class Handle(Protocol):
         ...
 
     def Cancel(self) -> None:
-        """Take it back, unless it is matched."""
+        """Cancel the request, unless it is matched."""
         ...
 
 
@@ -111,7 +114,7 @@ class Communicator(Protocol):
         ...
 
     def allgather(self, sendobj: Any) -> list[Any]:
-        """What each rank says. Collective."""
+        """One object per rank. Collective."""
         ...
 
 
@@ -125,7 +128,7 @@ class Names(Protocol):
 
     @property
     def ANY_SOURCE(self) -> int:
-        """Whoever sent it."""
+        """Any sender."""
         ...
 
     @property
@@ -199,7 +202,7 @@ class _Ring:
 
 def _hang(bell: Bell, comm: Communicator, mpi: Names, clock: Clock) -> bool:
     """Make ``bell`` known to this host's ranks; whether all of ``comm`` can ring it. Containers may share a host and
-    not hear each other, so it is tried: everyone rings the next one. Collective."""
+    not reach each other, so it is tried: every rank rings the next one. Collective."""
     rank, size = comm.Get_rank(), comm.Get_size()
     bell.meet(dict(on_this_host(comm, mpi, (rank, bell.name))))
     bell.ring((rank + 1) % size)
@@ -224,7 +227,7 @@ class MpiTransport:
         clock: Clock = time,
     ) -> None:
         self._clock = clock
-        politely(comm.Ibarrier(), clock=clock)  # some are still loading; the calls that follow would spin so long
+        politely(comm.Ibarrier(), clock=clock)  # some ranks still load; the next calls would spin meanwhile
         self._messages, self._tensors = comm.Dup(), comm.Dup()
         self._pack, self._unpack = pack, unpack
         self._byte = mpi.BYTE
@@ -248,7 +251,7 @@ class MpiTransport:
         data = encode(message)
         self.messages += 1
         self.nbytes += len(data) + (0 if body is None else body.nbytes)
-        if body is not None and len(data) + body.nbytes <= MAX_NBYTES:
+        if body is not None and len(data) + body.nbytes <= EAGER_NBYTES:
             data, body = data + body.tobytes(), None
         self._sends.append((self._messages.Isend([data, self._byte], rank), data))
         if body is not None:
@@ -271,7 +274,7 @@ class MpiTransport:
             while queue and (queue[0].request is None or queue[0].request.Test()):
                 inbound = queue.popleft()
                 message = inbound.message
-                payload = None if inbound.buffer is None else self._unpack(inbound.buffer, len(message.rows))
+                payload = None if inbound.buffer is None else self._unpack(inbound.buffer, message.payload_rows)
                 arrived.append(Received(message, payload))
         while self._sends and self._sends[0][0].Test():
             self._sends.popleft()
@@ -319,16 +322,16 @@ class MpiTransport:
 
 
 def politely(request: Handle, meanwhile: Callable[[], object] = int, clock: Clock = time) -> None:
-    """Wait for ``request`` without burning a core; call ``meanwhile`` between looks."""
+    """Wait for ``request`` with sleeps between polls; call ``meanwhile`` after each poll."""
     backoff = Backoff(clock)
     while not request.Test():
         meanwhile()
         backoff.wait()
 
 
-def on_this_host(comm: Communicator, mpi: Names, word: T) -> list[T]:
-    """What each rank of this host says. Collective."""
+def on_this_host(comm: Communicator, mpi: Names, value: T) -> list[T]:
+    """The text of each rank of this host. Collective."""
     node = comm.Split_type(mpi.COMM_TYPE_SHARED)
-    words: list[T] = node.allgather(word)
+    values: list[T] = node.allgather(value)
     node.Free()
-    return words
+    return values

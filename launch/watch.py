@@ -1,7 +1,8 @@
-"""Who has made no progress for how long: pure bookkeeping, for whoever waits until several processes are ready.
+"""The time without progress of each rank, for a process that waits until several processes are ready.
 
-What counts is progress, not time: a rank that reads weights for an hour is well, one that neither reads nor computes
-for ``timeout_s`` is not. Whoever watches is told a number for each rank that changes while it works (see progress).
+Progress counts, not time: a rank that reads weights for an hour makes progress; a rank that neither reads nor computes
+for ``timeout_s`` does not.
+The watching process receives a number of each rank that changes while the rank works (see progress).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pipeinfer.core.errors import StallError
 class _Watched:
     name: str
     progress: int = -1
-    heard_at: float = 0.0  # when it was last heard of
+    heard_at: float = 0.0  # when its last report came
     moved_at: float = 0.0  # when its progress was last another one
     doing: str = "starting"
 
@@ -65,13 +66,13 @@ class Watch:
         late = [watched for watched in self._watched.values() if now - watched.moved_at > self.timeout_s]
         if not self.timeout_s or not late:
             return
-        said = "; ".join(
+        state = "; ".join(
             f"{watched.name}, {watched.doing}, "
             + ("has not been heard of" if now - watched.heard_at > self.timeout_s else "neither reads nor computes")
             for watched in late[:8]
         )
         more = f" and {len(late) - 8} more" if len(late) > 8 else ""
-        raise StallError(f"no progress for {self.timeout_s:g} s (--timeout allows more, 0 any time): {said}{more}")
+        raise StallError(f"no progress for {self.timeout_s:g} s (--timeout allows more, 0 any time): {state}{more}")
 
 
 def progress(pid: int | str = "self") -> int:
@@ -82,24 +83,24 @@ def progress(pid: int | str = "self") -> int:
     total = -1
     with contextlib.suppress(OSError, ValueError, IndexError):
         with open(f"{place}/stat", "rb") as file:
-            words = file.read().rpartition(b")")[2].split()
-        total = int(words[11]) + int(words[12])  # user and system time, in ticks
+            numbers = file.read().rpartition(b")")[2].split()
+        total = int(numbers[11]) + int(numbers[12])  # user and system time, in ticks
         with contextlib.suppress(OSError, ValueError), open(f"{place}/io", "rb") as file:
             total += int(file.readline().split()[1])
     return total
 
 
-class Pulse:
-    """Calls ``beat`` every ``period_s`` in a thread of its own while the main thread is busy inside the ``with``."""
+class ProgressThread:
+    """Calls ``report`` every ``period_s`` seconds in its own thread while the main thread is inside the ``with``."""
 
-    def __init__(self, beat: Callable[[], None], period_s: float) -> None:
-        self._beat, self._period_s = beat, period_s
+    def __init__(self, report: Callable[[], None], period_s: float) -> None:
+        self._report, self._period_s = report, period_s
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pipeinfer pulse", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="pipeinfer progress", daemon=True)
 
     def _run(self) -> None:
         while not self._stop.wait(self._period_s):
-            self._beat()
+            self._report()
 
     def __enter__(self) -> None:
         self._thread.start()

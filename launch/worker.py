@@ -1,5 +1,5 @@
-"""One rank of a job that spawn.py started. Every rank tells its parent how far it is; rank 0 also carries requests and
-news between the job and the parent."""
+"""One rank of a job that spawn.py started. Every rank reports its progress to its parent; rank 0 also passes requests
+and output between the job and the parent."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ import os
 import signal
 import sys
 import threading
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launch.environment import launched
-from launch.failure import in_a_line, say
+from launch.failure import in_a_line, report
 from launch.json_channel import JsonChannel, connect
+from launch.requests import Close, RequestOutput
 from launch.signals import end_in_order
+from launch.wire_forms import order_from_dict, output_to_dict
 from pipeinfer.core.config import Config
 from pipeinfer.core.errors import Terminated, exit_code, origin
-from pipeinfer.core.ports import Request, Sampling
 
 if TYPE_CHECKING:
     from launch.head import Head
     from launch.mpi import World
-    from launch.requests import RequestOutput
 
 
 class Parent:
@@ -29,23 +28,21 @@ class Parent:
 
     def __init__(self, name: str, rank: int) -> None:
         self.lines = JsonChannel(connect(name))
-        self.lines.say({"rank": rank, "pid": os.getpid()})
-        words = self.lines.hear()
-        if words is None:
+        self.lines.send({"rank": rank, "pid": os.getpid()})
+        first = self.lines.receive()
+        if first is None:
             raise SystemExit(1)
-        self.config = Config.of(words["config"])
+        self.config = Config.of(first["config"])
         self.is_gone = False
         self._head: Head | None = None
         self._heading = threading.Lock()
-        threading.Thread(target=self._hear, name="pipeinfer orders", daemon=True).start()
+        threading.Thread(target=self._receive_orders, name="pipeinfer orders", daemon=True).start()
 
-    def _hear(self) -> None:
+    def _receive_orders(self) -> None:
         """Pass orders on to the head until the parent is gone; then end."""
-        from launch.head import Close
-
-        while (words := self.lines.hear()) is not None:
-            assert self._head is not None, "the parent asks only once it was told that all are ready"
-            self._head.order(order_of(words))
+        while (order := self.lines.receive()) is not None:
+            assert self._head is not None, "the parent asks only once it has been sent that all are ready"
+            self._head.order(order_from_dict(order))
         with self._heading:
             self.is_gone = True
             if self._head is not None:
@@ -60,32 +57,9 @@ class Parent:
             if self.is_gone:
                 raise Terminated(signal.SIGTERM)
 
-    def tell(self, news: RequestOutput) -> None:
-        """Pass ``news`` on."""
-        self.lines.try_to_say(words_of(news))
-
-
-def words_of(news: RequestOutput) -> dict[str, Any]:
-    """``news`` as JSON has it; errors end the ranks and are not told so."""
-    found = {member.name: getattr(news, member.name) for member in fields(news) if member.name != "error"}
-    if news.stats is not None:
-        found["stats"] = {member.name: getattr(news.stats, member.name) for member in fields(news.stats)}
-    return found
-
-
-def order_of(words: dict[str, Any]) -> Any:
-    """What the parent orders in ``words``."""
-    from launch.head import Cancel, Close, Submit
-
-    if "close" in words:
-        return Close()
-    if "cancel" in words:
-        return Cancel(words["cancel"])
-    asked = words["submit"]
-    request = Request(
-        tuple(asked["prompt"]), asked["max_new_tokens"], frozenset(asked["stop_tokens"]), Sampling(**asked["sampling"])
-    )
-    return Submit(asked["number"], request)
+    def send_output(self, output: RequestOutput) -> None:
+        """Pass ``output`` on."""
+        self.lines.try_to_send({"output": output_to_dict(output)})
 
 
 def main(name: str) -> int:
@@ -102,12 +76,12 @@ def main(name: str) -> int:
         play(world, parent)
     except BaseException as raised:
         error = origin(raised)
-        if parent is None or parent.is_gone:  # nobody is there to be told, and mpiexec ends with its ranks
+        if parent is None or parent.is_gone:  # no parent is left to report to, and mpiexec ends with its ranks
             os._exit(exit_code(error) or 1)
-        parent.lines.try_to_say({"failed": in_a_line(error, rank)})
+        parent.lines.try_to_send({"failed": in_a_line(error, rank)})
         if world is not None:
             world.fail(error)
-        say(error, rank)
+        report(error, rank)
         return exit_code(error) or 1
     world.close()
     return 0
@@ -121,18 +95,18 @@ def play(world: World, parent: Parent) -> None:
     from launch.preflight import clear
 
     config = parent.config
-    muster = world.muster(config.timeout_s)
-    parent.lines.try_to_say({"joined": True})
-    with muster.busy("checking"):
+    rendezvous = world.rendezvous(config.timeout_s)
+    parent.lines.try_to_send({"joined": True})
+    with rendezvous.busy("checking"):
         cleared = clear(config, world.size)
-    job = load(config, cleared, world, muster)
+    job = load(config, cleared, world, rendezvous)
     with frozen():
         if not world.is_head:
             job.serve()
             return
-        head = Head(job, parent.tell)
+        head = Head(job, parent.send_output)
         parent.direct(head)
-        parent.lines.try_to_say({"ranks": job.ranks})
+        parent.lines.try_to_send({"ranks": job.ranks})
         head.lead()
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeinfer.core.addresses import FIRST_DRAFTER, ORCHESTRATOR
 from pipeinfer.core.ports import Event, Received, Request
-from pipeinfer.core.protocol import FIRST_DRAFTER, ORCHESTRATOR
 from pipeinfer.runtime.job_spec import JobSpec
 from pipeinfer.runtime.trace import Step, Trace
 from pipeinfer.sim.replay import Recorder
@@ -51,4 +51,4 @@ def role_of(step: Step) -> str:
 
 def kind_of(event: Event) -> str:
     """What was told."""
-    return event.message.kind.name if isinstance(event, Received) else type(event).__name__
+    return event.message.kind if isinstance(event, Received) else type(event).__name__

@@ -11,13 +11,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from benchmarks.profiling.costs import Cost, Stopwatch
 from pipeinfer.bench.passes import random_model
-from pipeinfer.core.ports import Batch
+from pipeinfer.core.slots import batch_in_order
 from stages.checkpoint.random_weights import RandomCheckpoint
 from stages.checkpoint.spec import ModelSpec
 from stages.models.llama import LlamaShard
@@ -58,8 +57,7 @@ def _pair_us(bare: Callable[[], object], whole: Callable[[], object]) -> tuple[f
 
 def _pass(shard: LlamaShard, spec: ModelSpec, rows: int, context: int) -> Callable[[], object]:
     """The shard's own pass of the last ``rows`` of ``context`` slots."""
-    positions = np.arange(context - rows, context)
-    batch = Batch(np.zeros(rows, np.int64), positions, positions, np.arange(context) <= positions[:, None])
+    batch = batch_in_order([0] * rows, context - rows)
     hidden = torch.randn(rows, spec.hidden_size)
     return lambda: [*shard.forward(batch, hidden)]
 
@@ -71,7 +69,7 @@ def _bare(spec: ModelSpec, rows: int, context: int) -> Callable[[], object]:
     shapes = *shapes, [2 * inner, spec.hidden_size], [spec.hidden_size, inner]
     weights = [[torch.randn(shape) / shape[1] ** 0.5 for shape in shapes] for _ in range(spec.layer_count)]
     keys, values = torch.randn(2, spec.layer_count, 1, kv_heads, context, size)
-    turns, norm = torch.randn(rows, 1, size // 2, dtype=torch.complex64), torch.ones(spec.hidden_size)
+    rotations, norm = torch.randn(rows, 1, size // 2, dtype=torch.complex64), torch.ones(spec.hidden_size)
     hidden = torch.randn(rows, spec.hidden_size)
 
     @torch.inference_mode()
@@ -79,7 +77,7 @@ def _bare(spec: ModelSpec, rows: int, context: int) -> Callable[[], object]:
         x = hidden
         for (qkv, output, gate_up, down), key, value in zip(weights, keys, values, strict=True):
             heads = F.linear(F.rms_norm(x, norm.shape, norm, spec.norm_eps), qkv).view(rows, -1, size)
-            heads[:, : queries + kv_heads].view(torch.complex64).mul_(turns)
+            heads[:, : queries + kv_heads].view(torch.complex64).mul_(rotations)
             query = heads[:, :queries].view(rows, kv_heads, -1, size).transpose(0, 1).reshape(1, kv_heads, -1, size)
             mixed = F.scaled_dot_product_attention(query, key, value)
             x = x + F.linear(mixed.view(kv_heads, rows, -1).transpose(0, 1).reshape(rows, -1), output)

@@ -41,9 +41,9 @@ def costs(name: str, job: Job) -> Iterator[Cost]:
             by_kind[role_of(step)][kind].append(min(taken))
     for role, kinds in sorted(by_kind.items(), reverse=True):
         for kind, us in sorted(kinds.items(), key=lambda item: -len(item[1])):
-            is_judged = role == "orchestrator" and kind == "all events"
+            has_budget = role == "orchestrator" and kind == "all events"
             if len(us) >= RARE:
-                yield Cost(f"{name}: {role}, {kind}", us, ORCHESTRATOR_BUDGET_US if is_judged else None)
+                yield Cost(f"{name}: {role}, {kind}", us, ORCHESTRATOR_BUDGET_US if has_budget else None)
 
 
 def _told(job: Job) -> list[float]:

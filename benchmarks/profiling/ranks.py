@@ -19,8 +19,9 @@ from launch.backoff import Backoff
 from launch.driver import Driver
 from launch.mpi import MpiTransport, World
 from pipeinfer.bench.passes import random_model
+from pipeinfer.core.addresses import stage_address
+from pipeinfer.core.messages import Run
 from pipeinfer.core.ports import Batch, Command, Computed, Event, Received
-from pipeinfer.core.protocol import Kind, stage_address
 from pipeinfer.runtime.executor import Executor
 from speculation.schedules.policy import CONTINUOUS
 from stages.checkpoint.random_weights import RandomCheckpoint
@@ -54,10 +55,10 @@ def lead(job: Job, transport: MpiTransport) -> None:
     for step in job.steps:
         if step.address != STAGE or not isinstance(step.event, Received):
             continue
-        message, rows = step.event.message, len(step.event.message.rows)
-        is_run = message.kind is Kind.RUN
+        message, rows = step.event.message, step.event.message.payload_rows
+        is_run = isinstance(message.body, Run)
         transport.send(1, message, torch.zeros(rows, MODEL.hidden_size) if is_run and rows else None)
-        while is_run and all(event.message.kind is not Kind.RUN for event in transport.poll()):
+        while is_run and all(not isinstance(event.message.body, Run) for event in transport.poll()):
             backoff.wait()
 
 
@@ -68,7 +69,7 @@ def serve(job: Job, transport: MpiTransport, layers: int) -> tuple[list[float], 
     runs, computed = [0.0], set[int]()
 
     def observe(address: int, event: Event, now: float, commands: list[Command]) -> None:
-        if isinstance(event, Received) and event.message.kind is Kind.RUN:
+        if isinstance(event, Received) and isinstance(event.message.body, Run):
             runs.append(0.0)
         elif isinstance(event, Computed):
             computed.add(len(runs) - 1)

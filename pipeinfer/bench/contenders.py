@@ -1,4 +1,4 @@
-"""Entrants: the policies of a suite as they start at a point; where the suite says so, rivals at their best sizes."""
+"""Contenders: the policies of a suite at a point; with ``tune``, rivals at their best sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stages.models.emulated import right_choices
 SHIPPED_HEAD_SHARE = 2 / 3
 """Layers of PipeInfer's first stage, in those of another, in its script for eight nodes."""
 SHIPPED = "-shipped"
-"""Ends the name of a rival that stays as its authors ship it where others are tuned."""
+"""Suffix of a rival that keeps its authors' settings where others are tuned."""
 IDEAL_ROWS = [1 << power for power in range(CONTINUOUS.max_rows.bit_length())]
 
 
@@ -32,19 +32,19 @@ class Contender:
     head_share: float = 1.0
 
     def settings(self) -> dict[str, Any]:
-        """What was changed for the point, by tuning or by its own words."""
+        """What was changed for the point, by tuning or by its own settings."""
         read = read_policy(self.source).settings()
         changed = {knob: value for knob, value in self.policy.settings().items() if value != read[knob]}
         return changed | ({"head_share": round(self.head_share, 3)} if self.head_share != 1.0 else {})
 
-    def words(self) -> dict[str, Any]:
-        """All of it, for other ranks."""
+    def fields(self) -> dict[str, Any]:
+        """Everything about it as a dictionary, for other ranks."""
         return asdict(self)
 
     @classmethod
-    def of(cls, words: dict[str, Any]) -> Contender:
-        """What ``words`` made, JSON in between."""
-        return cls(**words | {"policy": Policy(**words["policy"]), "changes": tuple(words["changes"])})
+    def of(cls, found: dict[str, Any]) -> Contender:
+        """The contender that ``fields`` turned into ``found``, JSON in between."""
+        return cls(**found | {"policy": Policy(**found["policy"]), "changes": tuple(found["changes"])})
 
 
 def contender(name: str, changes: Sequence[str] = ()) -> Contender:
@@ -62,7 +62,7 @@ def contender(name: str, changes: Sequence[str] = ()) -> Contender:
 
 
 def variants(untuned: Contender, scenario: Scenario) -> list[Contender]:
-    """The sizes among which the best one of a rival for ``scenario`` is; whoever tunes itself has one."""
+    """The sizes to try for a rival in ``scenario``; a policy that adapts itself has one."""
     policy = untuned.policy
     if untuned.name.endswith(SHIPPED):
         return [untuned]

@@ -10,10 +10,10 @@ from launch.head import LocalJob
 from launch.job import Job
 from pipeinfer.bench.contenders import Contender
 from pipeinfer.bench.sample import Sample, sample
-from pipeinfer.bench.scenario import Scenario, ranges
+from pipeinfer.bench.scenario import Scenario
 from pipeinfer.core.config import Config
 from pipeinfer.core.ports import RequestStats
-from pipeinfer.placement.roles import place
+from pipeinfer.placement.roles import place, split_layers
 from stages.models.emulated import EmulatedPair, plain_tokens
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ def emulate(world: World, scenario: Scenario, contender: Contender, seed: int) -
     pair = EmulatedPair(model, scenario.layer_s, scenario.draft_s)
     context = len(request.prompt) + request.max_new_tokens
     config = Config(policy=policy.settings())
-    plan = place(ranges(scenario.shares(policy, contender.head_share)), drafters=int(policy.speculate))
+    shares = split_layers(model.layers, scenario.shares(policy, contender.head_share))
+    plan = place(shares, drafters=int(policy.speculate))
     link = scenario.link if scenario.point.hardware else None  # between ranks of one host the real ones will do
     job = Job(config, plan, context, pair, world, link, "spread")  # paced stages sleep
     if not world.is_head:
@@ -36,8 +37,8 @@ def emulate(world: World, scenario: Scenario, contender: Contender, seed: int) -
         head = LocalJob(job, is_threaded=False)
         submitted, *told = head.decode(request)
         head.close()
-    tokens = [token for news in told for token in news.tokens]
-    emitted_at = [(news.at_s, len(news.tokens)) for news in told if news.tokens]
+    tokens = [token for output in told for token in output.tokens]
+    emitted_at = [(output.at_s, len(output.tokens)) for output in told if output.tokens]
     if tokens != plain_tokens(model, request.prompt, request.max_new_tokens, frozenset()):
         raise AssertionError(f"seed {seed}, {contender.name}: the tokens are not those of plain decoding")
     return sample(tokens, submitted.at_s, emitted_at, told[-1].stats or RequestStats(), job.traffic)

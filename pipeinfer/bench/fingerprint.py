@@ -21,7 +21,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def fingerprint(config: Mapping[str, Any], mpi: str) -> dict[str, Any]:
-    """The host's and the software's; ``config`` is told by its digest, ``mpi`` in its library's own words."""
+    """The host's and the software's; ``config`` is told by its digest, ``mpi`` as its library gives it."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {**_machine(), "mpi": mpi, "config": digest, "when": when}

@@ -1,9 +1,9 @@
-"""What ideal scheduling would give: a strong reference for continuous tree speculation, not a proven optimum.
+"""The speed of ideal scheduling: a strong reference for continuous tree speculation, not a proven optimum.
 
 Every stage takes one unit of time for a run of up to ``rows`` nodes; cancelling is free, and so are messages, unless
 ``depth`` is given what they take; the draft knows each child's probability. In every unit the most probable unsent
-nodes enter the pipeline, and what leaves it moves the root. Beside it the draft expands up to ``leaves`` of the most
-probable leaves per pass, until it has guesses for LEAD_RUNS further runs. Synchronous speculation has closed forms:
+nodes enter the pipeline, and what leaves it moves the root. Beside it the draft expands up to ``draft_batch`` of the
+most probable leaves per pass, until it has guesses for LEAD_RUNS further runs. Synchronous speculation is closed-form:
 rounds of a trip and the draft passes before it.
 """
 
@@ -17,19 +17,19 @@ from collections.abc import Callable, Sequence
 from speculation.trees.tree import Node, Tree
 
 VOID = -1
-"""What the target says where no choice of the draft is right."""
+"""The target's choice where no choice of the draft is right."""
 LIMIT = 1_000_000
 LEAD_RUNS = 6
 """For so many runs the draft finds guesses ahead."""
 
 
 def ideal(
-    depth: float, rows: int, ranks: Sequence[float], draft_time: float, text: Sequence[int], *, leaves: int = 8
+    depth: float, rows: int, ranks: Sequence[float], draft_time: float, text: Sequence[int], *, draft_batch: int = 8
 ) -> float:
     """Tokens per unit of time after the first, over ``depth`` stages. ``ranks[k]``: how often the draft's k-th choice
     is right; ``text``: which one is right at each position of this text, VOID for none."""
     tree = Tree(VOID, 0, LIMIT)
-    drafted = Drafting(tree, ranks, leaves, LEAD_RUNS * rows)
+    drafted = Drafting(tree, ranks, draft_batch, LEAD_RUNS * rows)
     flight: deque[tuple[float, list[Node]]] = deque()
     now = entry_free_at = first_at = 0.0
     draft_done_at = draft_time
@@ -57,8 +57,8 @@ def ideal(
 class Drafting:
     """The draft's passes over the leaves of ``tree``."""
 
-    def __init__(self, tree: Tree, ranks: Sequence[float], leaves: int, lead: int) -> None:
-        self._tree, self._leaves, self._lead = tree, leaves, lead
+    def __init__(self, tree: Tree, ranks: Sequence[float], draft_batch: int, max_ahead: int) -> None:
+        self._tree, self._draft_batch, self._max_ahead = tree, draft_batch, max_ahead
         self._logps = [math.log(max(share, 1e-12)) for share in ranks]
         self._expanded: set[Node] = {tree.root}
         self._pass = [tree.root]
@@ -75,7 +75,7 @@ class Drafting:
     def _choose(self) -> list[Node]:
         chosen, ahead, serial = list[Node](), 0, 0
         heap = [(-self._tree.root.logp, serial, self._tree.root)]
-        while heap and len(chosen) < self._leaves and ahead < self._lead:
+        while heap and len(chosen) < self._draft_batch and ahead < self._max_ahead:
             _, _, node = heapq.heappop(heap)
             ahead += node.pending
             if node not in self._expanded:

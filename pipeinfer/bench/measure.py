@@ -135,7 +135,7 @@ class Probe:
         self._left = NUMBERS
 
     def _share_s(self) -> float:
-        """How long the next number may take."""
+        """Time for the next number."""
         share_s = (self._end - self._clocks.wall()) / max(1, self._left)
         self._left -= 1
         return min(LONGEST_S, share_s)

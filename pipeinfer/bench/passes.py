@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import numpy as np
-
 from pipeinfer.core.errors import refuse
-from pipeinfer.core.ports import Batch, ShardModel
+from pipeinfer.core.ports import ShardModel
+from pipeinfer.core.slots import batch_in_order
 from stages.checkpoint.checkpoint import Weights
 from stages.checkpoint.random_weights import RandomCheckpoint
 from stages.checkpoint.spec import ModelSpec, RopeSpec
@@ -66,8 +65,7 @@ def whole_shard(
 
 def one_pass(shard: ShardModel, rows: int, context: int) -> Callable[[], object]:
     """A pass of ``rows`` rows, the last of ``context`` positions, each seeing all before it; then their choices."""
-    positions = np.arange(context - rows, context)
-    batch = Batch(np.zeros(rows, np.int64), positions, positions, np.arange(context) <= positions[:, None])
+    batch = batch_in_order([0] * rows, context - rows)
 
     def run() -> object:
         passing = shard.forward(batch, None)

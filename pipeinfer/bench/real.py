@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 WARM_TOKENS = 8
 """Of the first prompt, before anything is measured."""
-HEAVY = f"{BUILTIN}*"
+INFLATED = f"{BUILTIN}*"
 Opened = Callable[[Contender, dict[str, Any]], None]
 """Called with what is known of a contender before it decodes."""
 
@@ -81,15 +81,15 @@ def models_of(world: World, point: Point) -> Iterator[Point]:
     """``point`` with its models as directories that this rank can read; what is made for it is removed in the end."""
     target, draft = point.target or BUILTIN, point.draft
     with ExitStack() as held:
-        if target.startswith(HEAVY):
-            from pipeinfer.bench.heavy import heavy
+        if target.startswith(INFLATED):
+            from pipeinfer.bench.inflate import inflate
 
             def make() -> str:
-                place = held.enter_context(tempfile.TemporaryDirectory(prefix="pipeinfer-heavy-"))
-                heavy(target.removeprefix(HEAVY), Path(place) / "target")
+                place = held.enter_context(tempfile.TemporaryDirectory(prefix="pipeinfer-inflated-"))
+                inflate(target.removeprefix(INFLATED), Path(place) / "target")
                 return str(Path(place) / "target")
 
-            made = world.tell({"made": make() if world.is_head else ""})["made"]
+            made = world.broadcast({"made": make() if world.is_head else ""})["made"]
             target = made if Path(made).is_dir() else make()  # on a host of its own
             draft = draft or BUILTIN
         yield replace(point, target=target, draft=draft)

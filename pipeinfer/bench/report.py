@@ -1,4 +1,4 @@
-"""Reports: what a suite found, row by row, as a table or as JSON, and in a file that is whole at any time."""
+"""Reports: the rows of a suite as a table or as JSON, and in a file that is complete after every row."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Report:
         machine = fingerprint({}, "")
         self.say(f"{machine['cpu']}, {machine['cores']} cores; pipeinfer {machine['pipeinfer']} {machine['git']}")
 
-    def say(self, words: str) -> None:
+    def say(self, text: str) -> None:
         """A comment; nothing where JSON is wanted."""
         if not self._as_json:
-            print(f"# {words}", flush=True)
+            print(f"# {text}", flush=True)
 
     def announce(self, ceiling: float, ideal: float | None = None) -> None:
         """What is allowed at the next point, in tokens per second: ``ceiling`` by the machine or its description, to
@@ -55,11 +55,11 @@ class Report:
             print(heading(self._axes), flush=True)
             self._has_heading = True
         why = "its weights are read once a token" if self._is_real else "a token is a trip through the stages"
-        words = f"plain decoding: at most {ceiling:.4g} tokens/s, {why}"
-        words += f"; ideal speculation: {ideal:.4g}" if ideal else ""
-        if words != self._announced:
-            self._announced = words
-            self.say(words)
+        text = f"plain decoding: at most {ceiling:.4g} tokens/s, {why}"
+        text += f"; ideal speculation: {ideal:.4g}" if ideal else ""
+        if text != self._announced:
+            self._announced = text
+            self.say(text)
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """The rows of a further point."""

@@ -1,4 +1,4 @@
-"""Rows: what is reported of one policy at one point, as JSON and as a line of a table."""
+"""Rows: the results of one policy at one point, as JSON and as a line of a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running a suite: point by point, all policies in turn within each repeat, so that a disturbance meets all of them."""
+"""Running a suite: point by point, all policies in turn within each repeat, so that a disturbance affects all."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_simulated(suite: Suite, report: Report) -> None:
         for point in suite.points:
             here = scenario(point)
             ideals = _ideals(here, suite.repeats, pool)
-            contenders = _entrants(suite, point)
+            contenders = _contenders(suite, point)
             contenders = tuned(here, contenders, pool) if suite.tune else contenders
             report.announce(here.ceiling, percentile(ideals, 0.5))
             samples = simulate_all(here, contenders, suite.repeats, pool)
@@ -46,14 +46,14 @@ def run_emulated(suite: Suite, report: Report | None, world: World) -> None:
     with _pool() as pool:
         for point in suite.points:
             here = scenario(point)
-            contenders = _entrants(suite, point)
+            contenders = _contenders(suite, point)
             ideals: list[float] = []
             if report is not None:
                 contenders = tuned(here, contenders, pool) if suite.tune else contenders
                 ideals = _ideals(here, suite.repeats, pool)
                 report.announce(here.ceiling, percentile(ideals, 0.5))
-            told = world.tell({"contenders": [one.words() for one in contenders]})
-            contenders = [Contender.of(words) for words in told["contenders"]]
+            told = world.broadcast({"contenders": [one.fields() for one in contenders]})
+            contenders = [Contender.of(fields) for fields in told["contenders"]]
             found = _emulate(world, here, contenders, suite.repeats)
             if report is not None:
                 report.add(_emulated_rows(suite, here, found, ideals, world.library))
@@ -98,7 +98,7 @@ def _ideals(here: Scenario, repeats: int, pool: ProcessPoolExecutor) -> list[flo
     return [job.result() for job in [pool.submit(ideal_speed, here, seed) for seed in range(repeats)]]
 
 
-def _entrants(suite: Suite, point: Point) -> list[Contender]:
+def _contenders(suite: Suite, point: Point) -> list[Contender]:
     return [contender(name, point.set) for name in suite.policies]
 
 

@@ -1,4 +1,4 @@
-"""Samples: one request as it was measured, whichever way."""
+"""Samples: the measurement of one request."""
 
 from __future__ import annotations
 

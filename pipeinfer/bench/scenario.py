@@ -1,4 +1,5 @@
-"""Scenes: what a point means for emulated models. Layers, shares, paces and links, alike for simulation and emulation.
+"""Scenarios: what a point means for emulated models. Layers, shares, paces and links, alike for simulation and
+emulation.
 
 Comparisons are at equal ranks. A policy that drafts leaves rank 0 to the orchestrator and the drafter; plain decoding
 uses that rank as a further stage, of fewer layers each.
@@ -7,13 +8,13 @@ uses that rank as a further stage, of fewer layers each.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from pipeinfer.bench.suite import Point
 from pipeinfer.core.errors import refuse
 from pipeinfer.core.links import Link
 from pipeinfer.core.ports import Request
+from pipeinfer.placement.roles import split_layers
 from speculation.schedules.policy import CONTINUOUS, PLAIN, Policy
 from stages.models.emulated import EmulatedSpec, Pace, spread
 
@@ -21,14 +22,15 @@ if TYPE_CHECKING:
     from pipeinfer.costs.roofline import Costs
 
 LAYERS = 80
-"""Of a point without a hardware, about: news of death is heard between layers. Each stage has at least three."""
+"""Approximate number of layers of a point without a hardware. Cancels arrive between layers; each stage has three or
+more."""
 DRAFT_ROWS = 8
 """Leaves that a pass of the draft has, for closed forms."""
 PROMPT_TOKENS = 16
 """Where a point does not say."""
 LOCAL_LINK = Link(delay_s=6e-4, bandwidth=5e9)
 """Between ranks of one host, where a point has no hardware: what a stage adds to a token of plain decoding where 9 to
-33 ranks share two cores. Most of it is Python that the caches have forgotten."""
+33 ranks share two cores. Most of this time is Python with cold caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class Scenario:
 
     @property
     def context(self) -> int:
-        """Slots in view half way, which is where closed forms look."""
+        """KV slots that a row attends to half way through the answer, for closed forms."""
         return self.prompt_tokens + self.point.tokens // 2
 
     @property
@@ -82,9 +84,8 @@ class Scenario:
 
     def shares(self, policy: Policy, head_share: float = 1.0) -> tuple[int, ...]:
         """Layers of each stage, as even as can be; the first one has ``head_share`` of what another has."""
-        stages = self.stages(policy)
-        ends = [round(self.layers * (index + head_share) / (stages - 1 + head_share)) for index in range(stages)]
-        return tuple(end - start for start, end in pairwise([0, *ends]))
+        sizes = [head_share, *[1.0] * (self.stages(policy) - 1)]
+        return tuple(len(share) for share in split_layers(self.layers, sizes, round))
 
     def stage_s(self, policy: Policy, rows: int) -> float:
         """Seconds of a pass of the largest stage."""
@@ -136,11 +137,6 @@ class Scenario:
         """A prompt of its own for each seed."""
         prompt = tuple((7919 * (seed + 1) + 31 * index) % 5000 for index in range(self.prompt_tokens))
         return Request(prompt, self.point.tokens)
-
-
-def ranges(shares: tuple[int, ...]) -> list[range]:
-    """The layers of each stage."""
-    return [range(start, end) for start, end in pairwise(accumulate(shares, initial=0))]
 
 
 def scenario(point: Point) -> Scenario:

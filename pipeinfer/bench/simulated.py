@@ -12,7 +12,7 @@ from pipeinfer.sim.world import World, WorldSpec
 from stages.models.emulated import plain_tokens
 
 TUNING_SEED = 99
-"""Sizes are chosen on another text than they are measured on."""
+"""Sizes are tuned on another text than the measured one."""
 MOST_EVENTS = 100_000_000
 
 

@@ -26,7 +26,7 @@ class Point:
     EmulatedSpec). Passes cost what ``hardware`` makes of ``target`` and ``draft`` (model shapes), or, without a
     ``hardware``, ``stage_ms`` for any number of rows where a drafter has a rank, and ``draft_time`` times that for a
     pass of the draft. Real: ``target`` and ``draft`` are models, ``builtin*300M`` for one as costly as that (see
-    heavy); an acceptance is forced upon them, weights may be random. ``prompt_tokens``: 0 for prompts as they come.
+    inflate); an acceptance is forced upon them, weights may be random. ``prompt_tokens``: 0 for prompts as they come.
     ``set``: changes to every policy that drafts, as ``knob=value``."""
 
     ranks: int = 0
@@ -66,18 +66,18 @@ def read_suite(name: str) -> Suite:
     """The suite in the file ``name``, or of that name in benchmarks/suites. Raises UserError for what is no suite."""
     path = find("suites", name)
     try:
-        words = tomllib.loads(path.read_text(encoding="utf-8"))
-        return _suite(path.stem, words)
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return _suite(path.stem, content)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         refuse(f"{path} cannot be read ({error})", "mend it")
     except (TypeError, ValueError, KeyError) as error:
         refuse(f"{path} is no suite ({error})", "see docs/benchmarks.md, or take one of benchmarks/suites as a model")
 
 
-def _suite(name: str, words: dict[str, Any]) -> Suite:
-    points = [point for table in words.pop("points") for point in _points(table)]
-    _check_names(words, Suite)
-    suite = Suite(name, words.pop("title"), points=tuple(points), policies=tuple(words.pop("policies")), **words)
+def _suite(name: str, content: dict[str, Any]) -> Suite:
+    points = [point for table in content.pop("points") for point in _points(table)]
+    _check_names(content, Suite)
+    suite = Suite(name, content.pop("title"), points=tuple(points), policies=tuple(content.pop("policies")), **content)
     if suite.execution not in EXECUTIONS:
         raise ValueError(f"execution {suite.execution!r}, not one of {', '.join(EXECUTIONS)}")
     if suite.repeats < 1 or not suite.points or not suite.policies:
@@ -98,7 +98,7 @@ def _axis(key: str, value: Any) -> list[Any]:
     if key not in VECTORS:
         return value if isinstance(value, list) else [value]
     rows = value if value and isinstance(value[0], list) else [value]
-    return [tuple(float(cell) if isinstance(cell, int) else cell for cell in row) for row in rows]
+    return [tuple(float(value) if isinstance(value, int) else value for value in row) for row in rows]
 
 
 def _check_names(table: Mapping[str, Any], kind: type) -> None:

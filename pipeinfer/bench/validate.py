@@ -27,7 +27,7 @@ LARGE = {
 
 @dataclass(slots=True)
 class Comparison:
-    """A pass of ``rows`` rows that look at ``context`` slots, output head included; times in seconds."""
+    """A pass of ``rows`` rows that attend to ``context`` slots, output head included; times in seconds."""
 
     model: str
     dtype: str
@@ -43,7 +43,7 @@ class Comparison:
 
     @property
     def best_s(self) -> float:
-        """The time that no neighbour disturbed, or hardly."""
+        """A time with little disturbance by other processes."""
         return min(self.taken_s)
 
     def error(self, taken_s: float) -> float:
@@ -82,7 +82,7 @@ def compare(hardware: Hardware, target: Path, device: str = "cpu") -> list[Compa
             passes = [one_pass(shard, *point) for point in points]
             for _ in range(ROUNDS):
                 for comparison, run in zip(here, passes, strict=True):
-                    run()  # what came before has left other things in the cache
+                    run()  # earlier passes have left other data in the cache
                     began = now()
                     run()
                     comparison.taken_s.append(now() - began)

@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before a command is known to make sense."""
+"""The command line. A command's arguments are checked before torch or MPI is imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeinfer.core.errors import exit_code
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, from one rank."""
+    """Prints an error in one line, on one rank."""
 
     def error(self, message: str) -> NoReturn:
         """Leave with exit code 2."""
@@ -43,8 +43,8 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that ``argv`` says; returns the exit code. Without ``argv`` the process is ours: its arguments,
-    its standard streams and the signals that end it. Every way out leads through here."""
+    """Run the command in ``argv`` and return the exit code. Without ``argv`` this function also sets up the process:
+    its arguments, standard streams and signal handlers. Every exit passes through here."""
     try:
         if argv is None:
             put_in_place()
@@ -65,13 +65,13 @@ def _command(argv: list[str]) -> int:
 
 
 def _end(error: BaseException) -> int:
-    """Say what ``error`` has to say, and return the exit code."""
+    """Report ``error`` and return the exit code."""
     try:
         sys.stdout.flush()
     except OutputError as lost:
         drop_output()
         if isinstance(error, SystemExit) and exit_code(error) == 0:
-            error = lost  # a help text that nobody got
+            error = lost  # the help text was not written
     if isinstance(error, SystemExit):
         if isinstance(error.code, str):
             write(error.code)

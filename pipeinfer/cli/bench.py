@@ -1,4 +1,4 @@
-"""``pipeinfer bench``: measure a suite, in reality, emulated over MPI, or simulated."""
+"""``pipeinfer bench``: measure a suite with real weights, emulated over MPI, or simulated."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         help="measure a suite of policies and points",
-        description="Measure every policy of SUITE at each of its points, in turn, and check all tokens. Under mpirun "
-        "or srun the ranks are those of the job; otherwise as many as are needed start on this machine.",
+        description="Measure every policy of SUITE at each point of SUITE and check all tokens. Under mpirun or srun "
+        "the job's ranks are used; otherwise the command starts the necessary ranks on this machine.",
     )
     parser.set_defaults(command=bench)
     parser.add_argument("suite", metavar="SUITE", help="a TOML file, or the name of one in benchmarks/suites")
     how = parser.add_mutually_exclusive_group()
     for execution, meaning in (
-        ("real", "real weights and clocks"),
-        ("emulated", "real ranks and messages; models of hashes, stages and links paced"),
+        ("real", "real weights, wall-clock time"),
+        ("emulated", "real ranks and messages; hash chains as models; paced stages and links"),
         ("simulated", "virtual time, without MPI"),
     ):
         flag = {"real": "--real", "emulated": "--emulate", "simulated": "--simulate"}[execution]
         how.add_argument(flag, dest="execution", action="store_const", const=execution, help=meaning)
-    parser.add_argument("--policies", metavar="A,B,...", help="other policies than the suite's: names, files or peers")
-    parser.add_argument("--ranks", type=int, metavar="N", help="of every point, instead of the suite's")
+    parser.add_argument("--policies", metavar="A,B,...", help="policies instead of the suite's: names, files or peers")
+    parser.add_argument("--ranks", type=int, metavar="N", help="ranks of every point, instead of the suite's")
     parser.add_argument("--repeats", type=int, metavar="R", help="samples of each policy at each point")
     parser.add_argument("--tokens", type=int, metavar="K", help="new tokens of a request")
     parser.add_argument("--prompts", type=int, metavar="K", help="requests of a sample (real)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
-    parser.add_argument("--out", metavar="DIR", help="also leave the rows in DIR/SUITE.EXECUTION.jsonl")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per row instead of a table")
+    parser.add_argument("--out", metavar="DIR", help="also write the rows to DIR/SUITE.EXECUTION.jsonl")
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -82,7 +82,7 @@ def measure(suite: Suite, args: argparse.Namespace, world: Any) -> None:
 
 
 def wanted(args: argparse.Namespace) -> Suite:
-    """The suite, with what ``args`` change. Raises UserError for what is no suite or no policy."""
+    """The suite, changed by ``args``. Raises UserError for an unknown suite or policy."""
     from pipeinfer.bench.contenders import contender
     from pipeinfer.bench.peers import is_peer
     from pipeinfer.bench.suite import read_suite

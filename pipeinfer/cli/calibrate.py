@@ -1,4 +1,4 @@
-"""``pipeinfer calibrate``: learn what a pair's probabilities mean, and store it for jobs to start with."""
+"""``pipeinfer calibrate``: fit a pair's draft probabilities to observed acceptance, and store the fit."""
 
 from __future__ import annotations
 
@@ -20,25 +20,29 @@ def add_parser(commands: Any) -> None:
     """Add the command to the parser's ``commands``."""
     parser = commands.add_parser(
         "calibrate",
-        help="learn what a pair's probabilities mean",
-        description="Decode prompts, learn from every verified guess how much the sources' probabilities are worth, "
-        "and store it for `pipeinfer run --calibration`. Prints the expected calibration error of the probabilities as "
-        "they were claimed and as they were believed, each belief told before its outcome.",
+        help="fit a pair's draft probabilities to observed acceptance",
+        description="Decode prompts, fit the probabilities of each draft source to the verified outcomes, and store "
+        "the fit for `pipeinfer run --calibration`. Prints the expected calibration error of the claimed "
+        "probabilities and of the calibrated ones; each calibrated probability was computed before its outcome.",
     )
     parser.set_defaults(command=calibrate)
     add_models(parser.add_argument_group("models"))
-    what = parser.add_argument_group("what to learn from")
-    what.add_argument("--prompts", required=True, metavar="FILE", help='a prompt a line, bare or as {"prompt": "..."}')
-    what.add_argument("--max-new-tokens", type=int, default=128, metavar="K", help="of each prompt (default 128)")
+    what = parser.add_argument_group("data")
+    what.add_argument(
+        "--prompts", required=True, metavar="FILE", help='one prompt per line, bare or as {"prompt": "..."}'
+    )
+    what.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="K", help="new tokens per prompt (default 128)"
+    )
     add_sampling(parser.add_argument_group("sampling"))
     parser.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (1 needs no MPI)")
     parser.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="change a knob of continuous")
-    parser.add_argument("--calibration", metavar="FILE", help="go on from what FILE knows")
-    parser.add_argument("--out", required=True, metavar="FILE", help="where to store it (JSON)")
+    parser.add_argument("--calibration", metavar="FILE", help="start from the fit in FILE")
+    parser.add_argument("--out", required=True, metavar="FILE", help="write the fit to FILE (JSON)")
 
 
 def calibrate(args: argparse.Namespace) -> int:
-    """Learn as ``args`` say."""
+    """Calibrate as ``args`` say."""
     refuse_half_a_pair(args)
     read_sampling(args)
     prompts = read_prompts(args.prompts)
@@ -61,7 +65,7 @@ def calibrate(args: argparse.Namespace) -> int:
         write_calibrations(args.out, completion.calibrations, about)
         error = completion.metrics["calibration_error"]
         print(
-            f"{len(prompts)} prompts, {error['outcomes']} guesses judged; expected calibration error "
+            f"{len(prompts)} prompts, {error['outcomes']} guesses verified; expected calibration error "
             f"{error['claimed']:.4f} as claimed, {error['believed']:.4f} as believed; stored in {args.out}",
             file=sys.stderr,
         )

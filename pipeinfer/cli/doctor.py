@@ -1,4 +1,4 @@
-"""``pipeinfer doctor``: what is here, how fast it is, and how well the cost model knows it."""
+"""``pipeinfer doctor``: report software and hardware, measure them, and validate the cost model."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 SMALL_NBYTES, LARGE_NBYTES = 8, 1 << 22
 SMALL_TRIPS, LARGE_TRIPS, TRIALS = 1000, 50, 3
-"""Most round trips with each rank, and how many tell how many there is time for."""
+"""Most round trips with each rank, and trial trips that determine how many there is time for."""
 LINKS_S = 2.5
-"""For the round trips of one size, with all ranks together."""
+"""Seconds for the round trips of one size, with all ranks together."""
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser's ``commands``."""
     parser = commands.add_parser(
         "doctor",
-        help="say what is here, or measure it",
-        description="Say which software, ranks and cores there are; or measure them as a hardware description for "
+        help="report software and hardware, or measure them",
+        description="Report software, ranks and cores; or measure this machine and write a hardware description for "
         "`pipeinfer bench`; or compare the cost model with real passes.",
     )
     parser.set_defaults(command=doctor)
@@ -35,27 +35,27 @@ def add_parser(commands: Any) -> None:
         "--measure",
         action="store_true",
         help="measure memory, arithmetic and links and write a hardware description (less than a minute, also on a "
-        "slow machine, which then has fewer and smaller samples). Links are those "
-        "between rank 0 and the others: start it with mpirun or srun, one rank a node; otherwise two ranks start here",
+        "slow machine, which then has fewer and smaller samples). The measured links are those between rank 0 and the "
+        "other ranks: start the command with mpirun or srun, one rank per node; otherwise two ranks start here",
     )
     what.add_argument(
-        "--validate", metavar="HARDWARE", help="compare the costs that HARDWARE predicts with passes on this host"
+        "--validate", metavar="HARDWARE", help="compare the pass times that HARDWARE predicts with passes on this host"
     )
     parser.add_argument(
         "--device",
         default="cpu",
         metavar="NAME",
-        help="with --measure or --validate: what computes, as torch names it, for instance cuda (default: cpu)",
+        help="with --measure or --validate: torch's name of the device, for instance cuda (default: cpu)",
     )
     parser.add_argument(
         "--seconds",
         type=float,
         metavar="S",
-        help="with --measure: how long measuring may take, beside starting ranks and measuring links (default: 30)",
+        help="with --measure: time for measuring, without starting ranks and measuring links (default: 30)",
     )
-    parser.add_argument("--out", metavar="FILE", help="with --measure: where to write it (default: standard output)")
+    parser.add_argument("--out", metavar="FILE", help="with --measure: write to FILE (default: standard output)")
     parser.add_argument("--target", metavar="DIR", help="with --validate: the model (default: the built-in target)")
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -114,7 +114,7 @@ def measure(args: argparse.Namespace) -> int:
                 write_whole(args.out, described)
             else:
                 print(described, end="", flush=True)
-        here.agree(0)  # so long the other ranks sleep
+        here.agree(0)  # the other ranks sleep until now
     return 0
 
 

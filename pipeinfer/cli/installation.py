@@ -1,4 +1,4 @@
-"""What is here: software, launcher, ranks, and the machine under them."""
+"""The installation: software, launcher, ranks and machine."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def world() -> Iterator[World | str]:
-    """The job that this process is part of, if only its one rank, or why there is no MPI. Where anything is raised, all
-    ranks end. Raises UserError where a launcher's ranks know nothing of each other."""
+    """The job of this process, also a job of one rank, or the reason why there is no MPI. An exception ends all ranks.
+    Raises UserError if a launcher's ranks are separate MPI jobs."""
     launch = launched()
     try:
         from launch.mpi import World
@@ -39,7 +39,7 @@ def world() -> Iterator[World | str]:
 
 
 def facts(here: World | str) -> dict[str, Any]:
-    """What a report of a problem should say; collective, for the head to know."""
+    """The facts that a problem report needs. Collective; complete on the head."""
     launch = launched()
     if isinstance(here, str):
         mpi, ranks = here, [{"host": socket.gethostname(), "threads": len(os.sched_getaffinity(0))}]
@@ -60,7 +60,7 @@ def facts(here: World | str) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any]) -> Iterator[str]:
-    """``found``, a line each, as people read it."""
+    """``found`` as text, one line per fact."""
     shown = {
         **found,
         "threads": " or ".join(map(str, found["threads"])) + " a rank",

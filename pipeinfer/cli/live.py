@@ -1,9 +1,9 @@
-"""A line at the foot of the terminal while tokens come: how fast, how well guessed, how much is under way.
+"""A status line on the terminal's last line while decoding: speed, tokens per correction, runs in flight.
 
-The terminal's last line is taken out of what scrolls. So the text streams above it as it would without it, whether it
-goes to the same terminal or elsewhere, and none of it passes through here. The line changes at most every DRAW_S, and
-only with news of the job, for that rank 0 has better things to do: there is no thread, no timer and no look at a clock.
-Drawing takes a millisecond; what takes longer, the first time, comes before the request does.
+The terminal's last line is excluded from scrolling. The text streams above the line, on the same terminal or elsewhere,
+and does not pass through this module. The line is drawn at most every DRAW_S, and only when output of the job arrives,
+to save rank 0's time: there is no thread, no timer and no clock. Drawing takes a millisecond. The first drawing takes
+longer and comes before the request.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 DRAW_S = 0.5
 LEAST_LINES = 4
-"""A lower terminal is left alone."""
+"""A terminal with fewer lines gets no status line."""
 SAVE, RESTORE, UP, CLEAR, SCROLL_ALL = "\x1b7", "\x1b8", "\x1b[1A", "\x1b[2K", "\x1b[r"
 
 
 @contextlib.contextmanager
 def live(engine: Engine, most_tokens: int) -> Iterator[Callable[[RequestOutput], None] | None]:
-    """What wants to hear the news of an answer of up to ``most_tokens`` tokens; None where nobody would see it, or rich
-    is missing."""
+    """A callback for the output of a request of up to ``most_tokens`` tokens; None without a terminal or without
+    rich."""
     terminal = sys.stderr
     is_seen = terminal.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     if not is_seen or importlib.util.find_spec("rich") is None:
@@ -57,40 +57,40 @@ class Footline:
         self._size = os.terminal_size((0, 0))
         self._draw(RequestOutput(0.0))
 
-    def watch(self, news: RequestOutput) -> None:
-        """Take what the job tells."""
-        self._tokens += len(news.tokens)
-        if news.tokens and self._began is None:
-            self._began = news.at_s, len(news.tokens)
+    def watch(self, output: RequestOutput) -> None:
+        """Take output of the job."""
+        self._tokens += len(output.tokens)
+        if output.tokens and self._began is None:
+            self._began = output.at_s, len(output.tokens)
         if self._drawn_s is None:
-            self._drawn_s = news.at_s
-        elif news.stats is None and news.at_s - self._drawn_s >= DRAW_S:
-            self._drawn_s = news.at_s
-            self._draw(news)
+            self._drawn_s = output.at_s
+        elif output.stats is None and output.at_s - self._drawn_s >= DRAW_S:
+            self._drawn_s = output.at_s
+            self._draw(output)
 
-    def _words(self, news: RequestOutput) -> list[str]:
-        began_s, first = self._began or (news.at_s, 0)
-        elapsed_s = news.at_s - began_s
-        runs, corrections = news.load
+    def _parts(self, output: RequestOutput) -> list[str]:
+        began_s, first = self._began or (output.at_s, 0)
+        elapsed_s = output.at_s - began_s
+        runs, verifications = output.load
         return [
             f"{self._tokens}/{self._most_tokens} tokens",
             f"{(self._tokens - first) / elapsed_s:.1f} tokens/s" if elapsed_s else "",
-            f"accept length {self._tokens / corrections:.1f}" if corrections else "",
+            f"accept length {(self._tokens - 1) / verifications:.1f}" if verifications else "",
             f"{runs} run{'' if runs == 1 else 's'} in flight, {self._stages} stage{'' if self._stages == 1 else 's'}",
         ]
 
-    def _draw(self, news: RequestOutput) -> None:
+    def _draw(self, output: RequestOutput) -> None:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
         self._reserve()
         if not self._size.lines:
             return
-        words = self._words(news)
+        parts = self._parts(output)
         table = Table.grid(padding=(0, 3, 0, 0))
-        for _ in range(1 + len(words)):
+        for _ in range(1 + len(parts)):
             table.add_column(no_wrap=True)
-        table.add_row(ProgressBar(self._most_tokens, self._tokens, width=20), *words)
+        table.add_row(ProgressBar(self._most_tokens, self._tokens, width=20), *parts)
         self._console.width = self._size.columns
         with self._console.capture() as drawn:
             self._console.print(table, end="")
@@ -102,11 +102,11 @@ class Footline:
         size = os.get_terminal_size(self._terminal.fileno())
         if size != self._size and size.lines >= LEAST_LINES:
             self._size = size
-            # A new line first: what stands on the last one moves up. Setting the region moves the cursor.
+            # A new line first, which moves the last line up. Setting the region moves the cursor.
             self._say(f"\n{UP}{SAVE}\x1b[1;{size.lines - 1}r{RESTORE}")
 
     def close(self) -> None:
-        """Give the line back, empty."""
+        """Clear the line and end its exclusion from scrolling."""
         if self._size.lines:
             self._say(f"{SAVE}{SCROLL_ALL}\x1b[{self._size.lines};1H{CLEAR}{RESTORE}")
 

@@ -23,25 +23,25 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "plot",
         help="draw a trace or results",
-        description="Draw what a job did, from the traces of `pipeinfer run --trace FILE`: a lane for each role, its "
-        "passes coloured by what came of them, cancels as arrows. Or draw result files of `pipeinfer bench`. Pictures "
-        "need matplotlib; a .json for ui.perfetto.dev needs nothing.",
+        description="Draw the timeline of a job from the traces of `pipeinfer run --trace FILE`: a lane per role, "
+        "passes coloured by their outcome, cancels as arrows. Or draw result files of `pipeinfer bench`. Pictures "
+        "need matplotlib; a .json for ui.perfetto.dev does not.",
     )
     parser.set_defaults(command=plot)
     parser.add_argument(
         "what", nargs="+", metavar="WHAT", help="FILE for the traces FILE.rank0, FILE.rank1, ...; or result files"
     )
     parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="OUT", help="a .png, .svg or .pdf, or of a trace a .json"
+        "-o", "--output", required=True, type=Path, metavar="OUT", help="a .png, .svg or .pdf; for a trace also a .json"
     )
     parser.add_argument(
         "--kind",
         choices=KINDS,
         help="timeline (of traces); of results: speed (against acceptance), depth (speed against ranks), itl (gaps "
-        "between emissions), ablation (bars). Default: what the rows differ in",
+        "between emissions), ablation (bars). Default: by the axes in which the rows differ",
     )
-    parser.add_argument("--from", dest="start", type=float, metavar="MS", help="timeline: begin here")
-    parser.add_argument("--to", dest="end", type=float, metavar="MS", help="timeline: end here")
+    parser.add_argument("--from", dest="start", type=float, metavar="MS", help="timeline: start time")
+    parser.add_argument("--to", dest="end", type=float, metavar="MS", help="timeline: end time")
 
 
 def plot(args: argparse.Namespace) -> int:
@@ -78,7 +78,7 @@ def is_trace(name: str) -> bool:
 
 
 def timeline(names: list[str]) -> Timeline:
-    """What the traces of one job tell that ``names`` mean, as far as they can be read."""
+    """The timeline of one job from the traces ``names``, as far as they can be read."""
     from pipeinfer.cli.replay import find
     from pipeinfer.cli.streams import say
     from pipeinfer.runtime.timeline import read_timeline
@@ -126,6 +126,6 @@ def draw_traced(name: str, hosts: set[str]) -> str:
 
     try:
         write_perfetto(timeline([name]), path)
-    except UserError as error:  # the answer is out; that must not fail for a picture
+    except UserError as error:  # the answer is printed already; a failed picture is no error
         return str(error)
     return f"{path} shows the run at ui.perfetto.dev"

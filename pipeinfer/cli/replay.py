@@ -1,4 +1,4 @@
-"""``pipeinfer replay``: tell fresh machines what a trace says that others were told, and compare what they command."""
+"""``pipeinfer replay``: give the events of a trace to new machines, and compare their commands with the trace."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 from pipeinfer.core.errors import refuse
 
 if TYPE_CHECKING:
+    from pipeinfer.core.messages import Message
     from pipeinfer.core.ports import Command, Event
-    from pipeinfer.core.protocol import Message
     from pipeinfer.runtime.trace import Step, Trace
+
+
+ITEMS = {"rows": "row", "ops": "operation", "nodes": "node", "tokens": "token", "offsets": "offset", "top": "top token"}
+"""What the lists of a message hold."""
 
 
 def add_parser(commands: Any) -> None:
@@ -30,7 +34,7 @@ def add_parser(commands: Any) -> None:
         "--show",
         action="store_true",
         help="first print all events in the order of time (in ms), a line each: what a role was told => what it "
-        "commanded. CANCEL 7 8/30 means run 7 and of run 8 the row at slot 30; lines with *** are decisions",
+        "commanded. Cancel 7 8/30 means run 7 and of run 8 the row at slot 30; lines with *** are decisions",
     )
 
 
@@ -46,8 +50,7 @@ def replay(args: argparse.Namespace) -> int:
 
 
 def find(names: Sequence[str]) -> Iterator[Path]:
-    """The files that ``names`` mean. A job's ranks may have written on hosts of their own: what is not here is left
-    out."""
+    """The files that ``names`` mean. Files that other hosts hold are left out."""
     from pipeinfer.runtime.trace import Trace, rank_file
 
     for name in names:
@@ -60,9 +63,9 @@ def find(names: Sequence[str]) -> Iterator[Path]:
 
 
 def check(trace: Trace) -> int:
-    """Replay one trace and say in a line what came of it; 1 where anything differs."""
+    """Replay one trace and print the outcome in a line; 1 if anything differs."""
     from pipeinfer import __version__
-    from pipeinfer.core.protocol import address_name
+    from pipeinfer.core.addresses import address_name
     from pipeinfer.runtime.job_spec import JobSpec
     from pipeinfer.runtime.replay import retell
     from pipeinfer.runtime.trace import DAMAGE
@@ -89,7 +92,7 @@ def check(trace: Trace) -> int:
 
 
 def show(traces: Sequence[Trace]) -> Iterator[str]:
-    """Whose ``traces`` they are, then their events in the order of time; times in milliseconds since the first one."""
+    """The ranks of ``traces``, then their events in time order; times in milliseconds since the first event."""
     from pipeinfer.runtime.trace import in_order
 
     for trace in traces:
@@ -102,38 +105,38 @@ def show(traces: Sequence[Trace]) -> Iterator[str]:
 
 
 def role_names(trace: Trace) -> str:
-    """Who plays on the rank of ``trace``."""
-    from pipeinfer.core.protocol import address_name
+    """The roles on the rank of ``trace``."""
+    from pipeinfer.core.addresses import address_name
 
     return ", ".join(address_name(address) for address in trace.header.roles)
 
 
 def lines(step: Step, at_ms: float) -> Iterator[str]:
-    """One event as people read it: what came and what was commanded, then a line for each Note."""
+    """One event as text: the event and its commands, then a line for each Note."""
+    from pipeinfer.core.addresses import address_name
     from pipeinfer.core.ports import Note, Send
-    from pipeinfer.core.protocol import address_name
 
     start = f"{at_ms:12.3f}  {address_name(step.address):12}"
-    told: dict[str, list[str]] = {}  # what is said to whom
+    told: dict[str, list[str]] = {}  # message and receiver
     for command in step.commands:
         if isinstance(command, Send):
-            told.setdefault(message_words(command.message), []).append(address_name(command.message.dest))
+            told.setdefault(message_text(command.message), []).append(address_name(command.message.dest))
         elif not isinstance(command, Note):
-            told.setdefault(command_words(command, step.now), [])
+            told.setdefault(command_text(command, step.now), [])
     words = [f"{what} to {', '.join(dests)}" if dests else what for what, dests in told.items()]
-    yield f"{start}  {event_words(step.event)}{' => ' if words else ''}{'; '.join(words)}"
+    yield f"{start}  {event_text(step.event)}{' => ' if words else ''}{'; '.join(words)}"
     for command in step.commands:
         if isinstance(command, Note):
             yield f"{start}  *** {command.what}"
 
 
-def event_words(event: Event) -> str:
-    """What a role was told."""
+def event_text(event: Event) -> str:
+    """An event as text."""
+    from pipeinfer.core.addresses import address_name
     from pipeinfer.core.ports import Computed, Received, Submitted
-    from pipeinfer.core.protocol import address_name
 
     if isinstance(event, Received):
-        return f"{message_words(event.message)} from {address_name(event.message.source)}"
+        return f"{message_text(event.message)} from {address_name(event.message.source)}"
     if isinstance(event, Computed):
         if event.choices is not None:
             return f"computed {event.job}, {_many(len(event.choices), 'choice')}"
@@ -144,8 +147,8 @@ def event_words(event: Event) -> str:
     return type(event).__name__.lower()
 
 
-def command_words(command: Command, now: float) -> str:
-    """What a role commanded at ``now``, if it is neither Send nor Note."""
+def command_text(command: Command, now: float) -> str:
+    """A command at ``now`` as text, neither Send nor Note."""
     from pipeinfer.core.ports import Abandon, Compute, Emit, Finish, Wake
 
     if isinstance(command, Compute):
@@ -159,21 +162,25 @@ def command_words(command: Command, now: float) -> str:
     return f"finish: {command.reason}" if isinstance(command, Finish) else type(command).__name__.lower()
 
 
-def message_words(message: Message) -> str:
-    """A message without its ends: kind, run, flags, and how much it carries."""
-    from pipeinfer.core.protocol import NO_SLOT, Flag, Kind, Row
+def message_text(message: Message) -> str:
+    """A message without sender and receiver: kind, run, flags and sizes."""
+    from pipeinfer.core.messages import NO_SLOT, Cancel, Credit, Result, Run, Status, Wants
 
-    words = message.kind.name
-    if message.kind in (Kind.RUN, Kind.RESULT, Kind.CREDIT, Kind.STATUS):
-        words += f" {message.run}"
-    if message.kind is Kind.CANCEL:
-        rows = message.rows_as(Row)
-        words += " " + " ".join(f"{row.slot}" if row.parent == NO_SLOT else f"{row.slot}/{row.parent}" for row in rows)
-    words += "".join(f" {flag.name}" for flag in Flag if flag in message.flags)
-    carried = [_many(len(message.rows), "row")] if message.rows and message.kind is not Kind.CANCEL else []
-    carried += [_many(len(message.ops), "operation")] if message.ops else []
-    if message.kind is Kind.STATUS:
-        carried += [f"{message.epoch} waiting", f"{message.txn} taken"]
+    body, marks, carried = message.body, list[str](), list[str]()
+    if isinstance(body, Cancel):
+        marks += [f"{dead.run}" if dead.slot == NO_SLOT else f"{dead.run}/{dead.slot}" for dead in body.rows]
+    elif isinstance(body, Run | Result | Credit | Status):
+        marks.append(str(body.run))
+    for name, value in zip(body._fields, body, strict=True):
+        if value is True:
+            marks.append(name.removeprefix("is_"))
+        elif isinstance(value, tuple) and value and not isinstance(body, Cancel):
+            carried.append(_many(len(value), ITEMS[name]))
+    if isinstance(body, Run) and body.wants is not Wants.EVERY and body.rows:
+        marks.append(f"wants {body.wants.name.lower()}")
+    if isinstance(body, Status):
+        carried += [f"{body.waiting} waiting", f"{body.taken} taken"]
+    words = " ".join([message.kind, *marks])
     return f"{words} ({', '.join(carried)})" if carried else words
 
 

@@ -1,4 +1,4 @@
-"""``pipeinfer run``: decode one prompt and show what it took."""
+"""``pipeinfer run``: decode one prompt and show the metrics."""
 
 from __future__ import annotations
 
@@ -26,81 +26,90 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "run",
         help="decode one prompt",
-        description="Decode one prompt; the text goes to standard output, everything else to standard error. Under "
-        "mpirun or srun the ranks are those of the job; otherwise --ranks N starts them on this machine.",
+        description="Decode one prompt. Text goes to standard output, everything else to standard error. Under mpirun "
+        "or srun the job's ranks are used; otherwise --ranks N starts N ranks on this machine.",
     )
     parser.set_defaults(command=run)
     add_models(parser.add_argument_group("models"))
-    what = parser.add_argument_group("what to decode")
+    what = parser.add_argument_group("prompt and answer")
     prompt = what.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt (default: read standard input)")
     prompt.add_argument("--prompt-file", metavar="F", help="read the prompt from a file")
     prompt.add_argument("--prompt-tokens", type=token_list, metavar="N,N,...", help="the prompt as token ids")
-    what.add_argument("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
+    what.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template to the prompt")
     what.add_argument("--max-new-tokens", type=int, default=128, metavar="K", help="stop after K tokens (default 128)")
     what.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before the first TEXT (repeatable)"
+        "--stop", action="append", default=[], metavar="TEXT", help="end the text before the first TEXT (repeatable)"
     )
-    what.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
+    what.add_argument("--ignore-eos", action="store_true", help="continue after an end-of-text token")
     add_sampling(parser.add_argument_group("sampling"))
-    how = parser.add_argument_group("how")
+    how = parser.add_argument_group("execution")
     how.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (1 needs no MPI)")
     how.add_argument(
         "--policy",
         metavar="NAME|FILE",
-        help="plain (the default of one rank without a draft), continuous or a TOML file of a policy's knobs",
+        help="plain, continuous or a TOML file with a policy's knobs (default: continuous; plain on one rank without a "
+        "draft)",
     )
     how.add_argument(
         "--set", action="append", default=[], metavar="KNOB=VALUE", help="change one knob of the policy (repeatable)"
     )
-    how.add_argument("--calibration", metavar="FILE", help="what `pipeinfer calibrate` learnt of the pair")
+    how.add_argument("--calibration", metavar="FILE", help="start from a fit of `pipeinfer calibrate`")
     how.add_argument(
         "--forced-acceptance",
         type=probabilities,
         default=(),
         metavar="P[,P...]",
-        help="the models compute as always, but the draft's first choice is right with probability P, its second with "
-        "the next P, ...; the tokens mean nothing and are shown as numbers",
+        help="the models compute as usual, but the draft's first choice is right with probability P, its second with "
+        "the next P, ...; the tokens have no meaning and are shown as numbers",
     )
     how.add_argument(
         "--random-weights",
         action="store_true",
         help="with --forced-acceptance: the models' directories need only a config.json",
     )
-    how.add_argument("--verify", action="store_true", help="decode again plainly in one process and compare the tokens")
-    how.add_argument("--timeout", type=float, default=120.0, metavar="S", help="give up when nothing moves so long")
+    how.add_argument("--verify", action="store_true", help="also decode plainly in one process, and compare the tokens")
     how.add_argument(
-        "--trace", metavar="FILE", help="write what happens on each rank to FILE.rank0, ... (see `pipeinfer replay`)"
+        "--timeout", type=float, default=120.0, metavar="S", help="stop after S seconds without progress (0: never)"
+    )
+    how.add_argument(
+        "--trace", metavar="FILE", help="write each rank's events to FILE.rank0, ... (see `pipeinfer replay`)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text and table")
     parser.add_argument("--logprobs", action="store_true", help="with --json: add the tokens' log-probabilities")
 
 
 def add_models(group: Any) -> None:
-    """Add what says which models there are to the parser's ``group``."""
+    """Add the options that name the models to the parser's ``group``."""
     group.add_argument("--target", metavar="DIR", help="target in Hugging Face format (default: the built-in pair)")
     group.add_argument(
         "--draft",
         action="append",
         metavar="DIR",
-        help="draft model with the target's tokenizer (repeat it for drafters that differ), or none",
+        help="draft model with the target's tokenizer (repeat for further draft models), or none",
     )
-    group.add_argument("--drafters", type=int, metavar="N", help="draft ranks (default: one for each --draft)")
-    group.add_argument("--dtype", default="fp32", metavar="fp32|bf16", help="of weights and slots (default fp32)")
-    group.add_argument("--context", type=int, default=0, metavar="N", help="most tokens, prompt included")
+    group.add_argument("--drafters", type=int, metavar="N", help="number of drafters (default: one per --draft)")
+    group.add_argument(
+        "--dtype", default="fp32", metavar="fp32|bf16", help="type of weights and KV slots (default fp32)"
+    )
+    group.add_argument("--context", type=int, default=0, metavar="N", help="maximum number of tokens, prompt included")
 
 
 def add_sampling(group: Any) -> None:
-    """Add what says how a token is chosen to the parser's ``group``. What is not said is left to the model."""
-    group.description = "What is not given is taken from the model's generation_config.json; without one, greedy."
+    """Add the sampling options to the parser's ``group``. The model supplies options that are not given."""
+    group.description = "Options that are not given come from the model's generation_config.json; without one, greedy."
     group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (0: all)")
-    group.add_argument("--top-p", type=float, metavar="P", help="... that together have probability P")
-    group.add_argument("--min-p", type=float, metavar="P", help="... that have P times the likeliest's")
+    group.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable tokens (0: all)")
     group.add_argument(
-        "--repetition-penalty", type=float, metavar="R", help="make tokens that were there less likely (1: off)"
+        "--top-p", type=float, metavar="P", help="sample from the most probable tokens with total probability P"
     )
-    group.add_argument("--seed", type=int, metavar="N", help="another seed, other tokens (default 0)")
+    group.add_argument(
+        "--min-p", type=float, metavar="P", help="sample from tokens with at least P times the highest probability"
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="R", help="lower the probability of tokens seen before (1: off)"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="seed of the random numbers (default 0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -147,12 +156,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def probabilities(text: str) -> tuple[float, ...]:
-    """Probabilities with commas between them; argparse names this function where they are none."""
+    """Probabilities separated by commas; argparse's error message contains this function's name."""
     return tuple(map(float, text.split(",")))
 
 
 def token_list(text: str) -> list[int]:
-    """Token ids with commas between them; argparse names this function where they are none."""
+    """Token ids separated by commas; argparse's error message contains this function's name."""
     return [int(number) for number in text.split(",")]
 
 
@@ -160,8 +169,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "see
 
 
 def read_sampling(args: argparse.Namespace, default: Sampling | None = None) -> Sampling:
-    """How tokens are chosen, as ``args`` say, or else ``default``. Raises UserError for numbers that nobody can
-    mean."""
+    """The sampling options in ``args``, else in ``default``. Raises UserError for invalid numbers."""
     from pipeinfer.core.ports import GREEDY
     from pipeinfer.core.sampling import exact
 
@@ -170,7 +178,7 @@ def read_sampling(args: argparse.Namespace, default: Sampling | None = None) -> 
 
 
 def open_engine(args: argparse.Namespace, check: Callable[[Engine], object], **more: Any) -> Engine:
-    """The engine that ``args`` ask for, with what else is asked of it."""
+    """The engine that ``args`` describe."""
     from pipeinfer.core.config import BUILTIN
     from pipeinfer.engine.engine import Engine
 
@@ -189,7 +197,7 @@ def open_engine(args: argparse.Namespace, check: Callable[[Engine], object], **m
 
 
 def refuse_half_a_pair(args: argparse.Namespace) -> None:
-    """A draft of one's own needs a target of one's own."""
+    """Refuse --draft without --target."""
     if args.draft and args.draft != ["none"] and not args.target:
         refuse("--draft without --target", "name both models, or neither for the built-in pair")
 
@@ -218,7 +226,7 @@ def read_prompt(args: argparse.Namespace) -> Prompt:
 
 
 def show(engine: Engine, prompt: Prompt, args: argparse.Namespace, sampling: Sampling) -> Completion:
-    """Stream the answer, then the table; or print it as JSON, also where it ends early: what there is, and why."""
+    """Stream the answer, then the table; or print JSON. An answer that ends early is printed with the reason."""
     from pipeinfer.cli.live import live
     from pipeinfer.core.metrics import table
 
@@ -248,18 +256,18 @@ def show(engine: Engine, prompt: Prompt, args: argparse.Namespace, sampling: Sam
 
 
 def as_json(completion: Completion, with_logprobs: bool) -> str:
-    """``completion`` as programs read it; what was learnt is for `pipeinfer calibrate` to store."""
+    """``completion`` as JSON, without the calibration, which only `pipeinfer calibrate` stores."""
     left_out = {"calibrations", *(() if with_logprobs else ("logprobs",)), *(() if completion.error else ("error",))}
     return json.dumps({name: value for name, value in asdict(completion).items() if name not in left_out})
 
 
 def note(text: str) -> None:
-    """Tell the person, beside what was asked for."""
+    """Print a line on standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
 def describe(completion: Completion) -> str:
-    """Who computed it, in one line."""
+    """Policy, ranks and sizes, in one line."""
     config, ranks = completion.config, completion.ranks
     stages = sum(rank["layers"] is not None for rank in ranks)
     forced = ",".join(f"{share:g}" for share in config["forced_acceptance"])
@@ -273,7 +281,7 @@ def describe(completion: Completion) -> str:
 
 
 def _drawn(sampling: dict[str, Any]) -> str:
-    """How tokens were chosen, if not greedily."""
+    """The sampling options, if not greedy."""
     from pipeinfer.core.ports import GREEDY
 
     changed = [f"{name} {value:g}" for name, value in sampling.items() if value != getattr(GREEDY, name)]
@@ -292,7 +300,7 @@ def verify(engine: Engine, completion: Completion, args: argparse.Namespace, sam
 
 
 class Progress:
-    """One line on a terminal's standard error while something takes long; gone when it is over."""
+    """A line on a terminal's standard error during a long operation; removed at its end."""
 
     def __init__(self, what: str) -> None:
         self._what = what if sys.stderr.isatty() else ""

@@ -1,4 +1,4 @@
-"""``pipeinfer slurm-script``: write the batch script of a job, and find its mistakes before it queues."""
+"""``pipeinfer slurm-script``: write the batch script of a job, and check its arguments before it queues."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launch.slurm import DIRECTIVES, LAUNCHERS, batch_script
 from pipeinfer.core.errors import refuse
 
 JOBS = ("run", "bench", "calibrate", "doctor")
-"""The commands that have something to do on several ranks."""
+"""The commands that run on several ranks."""
 
 
 def add_parser(commands: Any) -> None:
@@ -21,18 +21,18 @@ def add_parser(commands: Any) -> None:
         "slurm-script",
         help="write a batch script for Slurm",
         usage="pipeinfer slurm-script COMMAND [option ...] -- ARGUMENT ...",
-        description="Write a batch script that runs `pipeinfer COMMAND ARGUMENT ...` with a rank in each task. The "
-        "arguments are checked here, so that a mistake in them need not wait in a queue.",
+        description="Write a batch script that runs `pipeinfer COMMAND ARGUMENT ...` with one rank per task. The "
+        "arguments are checked now, before the job queues.",
     )
     parser.set_defaults(command=slurm_script)
-    parser.add_argument("job", metavar="COMMAND", choices=JOBS, help=f"what the ranks do: {', '.join(JOBS)}")
-    # Not `*`, which would be content with the nothing before the options.
-    parser.add_argument("arguments", nargs="+", metavar="-- ARGUMENT", help="its arguments; --ranks is not one of them")
-    asked = parser.add_argument_group("what is asked of Slurm")
+    parser.add_argument("job", metavar="COMMAND", choices=JOBS, help=f"the command: {', '.join(JOBS)}")
+    # Not `*`, which would match the empty list before the options.
+    parser.add_argument("arguments", nargs="+", metavar="-- ARGUMENT", help="the command's arguments, without --ranks")
+    asked = parser.add_argument_group("options of sbatch")
     for name, _, form, default, what in DIRECTIVES:
         told = what if default is None else f"{what} (default {default})"
         asked.add_argument(f"--{name}", metavar=form, default=default, help=told.replace("%", "%%"))
-    where = parser.add_argument_group("where it runs")
+    where = parser.add_argument_group("environment")
     where.add_argument(
         "--module", action="append", default=[], metavar="NAME", help="an environment module to load (repeatable)"
     )
@@ -40,12 +40,12 @@ def add_parser(commands: Any) -> None:
         "--venv",
         metavar="DIR",
         default=sys.prefix if sys.prefix != sys.base_prefix else "none",
-        help="virtual environment to enter, or none (default: the one this command runs in)",
+        help="virtual environment to activate, or none (default: the environment of this command)",
     )
-    where.add_argument("--launcher", choices=sorted(LAUNCHERS), default="srun", help="what starts ranks (default srun)")
     where.add_argument(
-        "--mpi", default="pmix", metavar="NAME", help="of srun: how it meets the MPI library (default pmix)"
+        "--launcher", choices=sorted(LAUNCHERS), default="srun", help="the command that starts ranks (default srun)"
     )
+    where.add_argument("--mpi", default="pmix", metavar="NAME", help="PMI type for srun --mpi (default pmix)")
     parser.add_argument("--out", metavar="FILE", help="write the script to FILE instead of standard output")
 
 
@@ -70,14 +70,14 @@ def slurm_script(args: argparse.Namespace) -> int:
         write_whole(args.out, script)
         print(f"{args.out} is written; `sbatch {args.out}` submits it", file=sys.stderr)
     else:
-        sys.stdout.buffer.write(data)  # in UTF-8, whatever the terminal speaks
+        sys.stdout.buffer.write(data)  # in UTF-8 in every locale
     return 0
 
 
 def refuse_what_no_job_can_be(
     command: str, arguments: list[str], parse: Callable[[Sequence[str]], argparse.Namespace]
 ) -> None:
-    """Leave, or raise UserError, where ``pipeinfer COMMAND ARGUMENTS`` would be refused or cannot be a batch job."""
+    """Exit, or raise UserError, if ``pipeinfer COMMAND ARGUMENTS`` would be refused or cannot be a batch job."""
     job = vars(parse([command, *arguments]))
     if job.get("ranks") is not None:
         refuse("--ranks in a batch job, whose ranks are Slurm's tasks", "use --nodes and --ntasks-per-node, before --")
@@ -86,7 +86,7 @@ def refuse_what_no_job_can_be(
 
 
 def find_venv(name: str) -> Path | None:
-    """The virtual environment called ``name``, with its whole path. Raises UserError where it is none."""
+    """The virtual environment ``name`` with its full path. Raises UserError if there is none."""
     if name == "none":
         return None
     venv = Path(name).absolute()

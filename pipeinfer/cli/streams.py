@@ -1,5 +1,5 @@
-"""The standard streams as the command line needs them: all three open, in UTF-8 whatever the locale says, and with
-failures of standard output that have a name of their own."""
+"""The standard streams of the command line: all three are open, the encoding is UTF-8 in every locale, and failures of
+standard output raise OutputError."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STDIN, STDOUT, STDERR = 0, 1, 2
 
 
 class OutputError(PipeinferError):
-    """Standard output takes no more: a full disk, or a reader that has left, who need not be told."""
+    """Standard output cannot be written: a full disk, or a reader that has exited; the latter is not reported."""
 
     def __init__(self, cause: OSError) -> None:
         super().__init__(f"standard output cannot be written ({cause.strerror})")
@@ -29,7 +29,7 @@ class OutputError(PipeinferError):
 
 
 class _Patient(io.FileIO):
-    """A descriptor that somebody who shares it may have told not to wait: it is waited for here."""
+    """A descriptor that another process may have set to non-blocking; writes wait here."""
 
     def write(self, data: Any, /) -> int:
         while (written := super().write(data)) is None:
@@ -46,7 +46,7 @@ class _Output(_Patient):
 
 
 class _Errors(_Patient):
-    """What cannot be told is not told: nothing depends on it."""
+    """Messages that cannot be written are dropped."""
 
     def write(self, data: Any, /) -> int:
         with contextlib.suppress(OSError):
@@ -75,7 +75,7 @@ def _in_utf8(raw: io.FileIO, line_buffering: bool) -> io.TextIOWrapper:
 
 
 def drop_output() -> None:
-    """Let what standard output still holds go nowhere, so that Python has nothing to complain of at its end."""
+    """Discard the buffered standard output, so that Python reports no error at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, STDOUT)
     os.close(null)
@@ -93,7 +93,7 @@ def insist_on_utf8() -> None:
 
 
 def say(message: str) -> None:
-    """One line on standard error, from the rank that speaks for all."""
+    """One line on standard error, from the leading rank only."""
     launch = launched()
     if launch is None or launch.leads:
         write(f"pipeinfer: {message}")

@@ -1,4 +1,4 @@
-"""What a job was asked to be; every rank builds the same one from the same words."""
+"""The configuration of a job; every rank builds the same one from the same values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeinfer.core.errors import refuse
-from pipeinfer.core.protocol import VERSION
+from pipeinfer.core.wire import VERSION
 
 ModelName = str | os.PathLike[str]
 BUILTIN = "builtin"
@@ -24,11 +24,11 @@ class Config:
     """``target`` and ``drafts`` (one for each drafter) are directories in Hugging Face format, or ``builtin``.
     ``policy``: every knob of it, by name (see speculation.schedules.policy). ``context``: most tokens of a request,
     prompt included (0: what the target was made for, at most DEFAULT_CONTEXT). ``timeout_s``: how long nothing may
-    move before the job gives up and says who waits for whom (0: for ever). ``trace``: what each rank's trace begins its
-    name with (see pipeinfer.runtime.trace); None for no traces. ``calibrations``: what is known of each source's
+    move before the job gives up and reports who waits for whom (0: for ever). ``trace``: the prefix of each rank's
+    trace file (see pipeinfer.runtime.trace); None for no traces. ``calibrations``: what is known of each source's
     probabilities (see speculation.trees.calibration). ``forced_acceptance``: the probabilities with which a draft's
-    first choice, its second and so on are to be right, whatever the models say (stages.models.forced); nothing for the
-    models' own words.
+    first choice, its second and so on are to be right, whatever the models compute (stages.models.forced); nothing for
+    the models' own tokens.
     ``random_weights``: the directories' weights are not read but made up (see stages.checkpoint.random_weights)."""
 
     target: str = BUILTIN
@@ -43,9 +43,9 @@ class Config:
     random_weights: bool = False
 
     @classmethod
-    def of(cls, words: Mapping[str, Any]) -> Config:
+    def of(cls, values: Mapping[str, Any]) -> Config:
         """What ``dataclasses.asdict`` made of one, JSON in between or not."""
-        return cls(**{**words, **{name: tuple(words[name]) for name in ("drafts", "forced_acceptance")}})
+        return cls(**{**values, **{name: tuple(values[name]) for name in ("drafts", "forced_acceptance")}})
 
     def digest(self) -> int:
         """A number that ranks compare at HELLO: they must mean the same job and speak the same protocol. Where a rank
@@ -65,7 +65,7 @@ class Config:
 
 
 DEFAULT_CONTEXT = 4096
-"""Most tokens of a request unless ``context`` says more: slots for a whole long context are paid for even if unused."""
+"""Most tokens of a request unless ``context`` is larger: slots for a whole long context are paid for even if unused."""
 
 
 def model_name(name: object, part: str) -> str:

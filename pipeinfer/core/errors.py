@@ -8,7 +8,7 @@ class PipeinferError(Exception):
 
     exit_code = 1
     is_told = False
-    """Whether another process has told it on standard error already."""
+    """Whether another process has already printed it on standard error."""
 
 
 class UserError(PipeinferError):
@@ -30,17 +30,17 @@ class RemoteProtocolError(PipeinferError):
 
 
 class StallError(PipeinferError):
-    """Nothing moved for longer than the deadline allows; the message says who waits for whom."""
+    """Nothing moved for longer than the deadline allows; the message names who waits for whom."""
 
     exit_code = 3
 
 
 class NotFiniteError(PipeinferError):
-    """The model's numbers are not finite where an answer depends on them; the message says in which layer and rank."""
+    """The model's numbers are not finite where an answer depends on them; the message names layer and rank."""
 
 
 class RankFailed(PipeinferError):
-    """Another rank has failed, says why, and ends the job with exit code ``code``."""
+    """Another rank has failed, reports why, and ends the job with exit code ``code``."""
 
     is_told = True
 
@@ -67,7 +67,7 @@ def origin(error: BaseException) -> BaseException:
 
 
 def exit_code(error: BaseException) -> int:
-    """What a process that ``error`` ends says to whoever started it, 0 to 255."""
+    """The exit code of a process that ``error`` ends, 0 to 255."""
     if isinstance(error, PipeinferError):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
@@ -80,5 +80,5 @@ def exit_code(error: BaseException) -> int:
 
 
 def refuse(thing: str, fix: str) -> NoReturn:
-    """Raise a UserError in the house's form: what is wrong, then what to do about it."""
+    """Raise a UserError whose message has two parts: what is wrong, and what to do about it."""
     raise UserError(f"{thing}; {fix}")

@@ -32,7 +32,7 @@ def refuse_unwritable(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A name in the directory of ``path``; if writing there fails nothing stays, and a UserError says so."""
+    """A name in the directory of ``path``; if writing there fails nothing stays, and a UserError is raised."""
     beside = path.parent / f".{path.name}.{os.getpid()}"
     try:
         yield beside

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pipeinfer.core.messages import Message
 from pipeinfer.core.ports import Payload
-from pipeinfer.core.protocol import Message, wire_nbytes
+from pipeinfer.core.wire import wire_nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +23,11 @@ class Link:
 
     def nbytes(self, message: Message, payload: Payload | None) -> int:
         """How large ``message`` is on the wire, with its ``payload``."""
-        body = 0 if payload is None else self.row_nbytes * len(message.rows) or int(payload.nbytes)
-        return wire_nbytes(message) + body
+        return wire_nbytes(message) + self.payload_nbytes(message, payload)
+
+    def payload_nbytes(self, message: Message, payload: Payload | None) -> int:
+        """How large the ``payload`` of ``message`` is on the wire."""
+        return 0 if payload is None else self.row_nbytes * message.payload_rows or int(payload.nbytes)
 
 
 @dataclass(slots=True)

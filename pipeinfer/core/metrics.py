@@ -28,8 +28,8 @@ def measure(submitted_at: float, emitted_at: Sequence[tuple[float, int]], stats:
     mean acceptance length (tau): tokens after the first per verification pass that carried the root, which is 1 without
     speculation. tokens_per_correction: a correction is an emitted token that no row in flight held.
     waste: rows sent after prefill that no emitted token needed / rows sent after prefill. bubble: the share of the time
-    after the first token in which a stage did not work, the mean of all. cancel_latency_ms: from the word that a run is
-    dead to its return as a tombstone, on average. calibration_error: expected calibration error (Guo et al. 2017) of
+    after the first token in which a stage did not work, the mean of all. cancel_latency_ms: from the cancel of a run
+    to its return as a tombstone, on average. calibration_error: expected calibration error (Guo et al. 2017) of
     the guesses' probabilities as the drafts claimed them and as they were believed, over all requests.
     """
     tokens = sum(count for _, count in emitted_at)
@@ -54,7 +54,7 @@ def measure(submitted_at: float, emitted_at: Sequence[tuple[float, int]], stats:
         "calibration_error": {
             "claimed": stats.claimed_error,
             "believed": stats.believed_error,
-            "outcomes": stats.verified,
+            "outcomes": stats.verified_guesses,
         },
     }
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeinfer.core.protocol import Message, SettingRow
+from pipeinfer.core.messages import Message, Settings
 
 Payload = Any
 """Activations on their way between shards: [rows, hidden]. Machines pass them on and never look inside."""
@@ -19,14 +19,25 @@ Payload = Any
 class Batch:
     """The rows of one pass through a shard, ready for attention.
 
-    ``tokens``, ``positions``, ``slots``: int64 [rows]. ``visible``: bool [rows, span]; row r attends to slot c of its
-    own shard if ``visible[r, c]``, itself included. ``span`` is one past the highest slot that any row needs.
+    ``tokens``, ``positions``, ``slots``: int64 [rows]; row r writes slot ``slots[r]`` of its own shard.
+
+    What a row attends to is a list of slots in order of position. Row r attends to the first ``prefix[r]`` canonical
+    slots of its sequence, then to its own ancestors, of which it is the last itself:
+    ``ancestors[ancestor_ends[r - 1] : ancestor_ends[r]]``, from 0 on for the first row.
+
+    ``canonical``: for each sequence that has rows here int64 [ranges, 2], first slot and count of each range of its
+    canonical slots, in order of position. ``sequence``: int64 [rows], the index into ``canonical`` of each row's
+    sequence. ``prefix``: int64 [rows]. ``ancestors``: int64 [any]. ``ancestor_ends``: int64 [rows].
     """
 
     tokens: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
     slots: npt.NDArray[np.int64]
-    visible: npt.NDArray[np.bool_]
+    canonical: tuple[npt.NDArray[np.int64], ...]
+    sequence: npt.NDArray[np.int64]
+    prefix: npt.NDArray[np.int64]
+    ancestors: npt.NDArray[np.int64]
+    ancestor_ends: npt.NDArray[np.int64]
 
 
 SampledToken = tuple[int, float]
@@ -47,19 +58,16 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int = 0
 
-    def rows(self) -> tuple[SettingRow, ...]:
-        """As it travels in a REQUEST."""
-        reals = (self.temperature, self.top_p, self.min_p, self.repetition_penalty)
-        seed = SettingRow(len(reals), self.seed & 0xFFFFFFFF, self.seed >> 32, 0.0)
-        return (*(SettingRow(index, self.top_k, 0, value) for index, value in enumerate(reals)), seed)
+    def settings(self, sequence: int) -> Settings:
+        """As it travels, for the tokens of ``sequence``."""
+        return Settings(
+            sequence, self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed
+        )
 
     @classmethod
-    def of(cls, rows: Sequence[SettingRow]) -> Sampling:
-        """What ``rows`` made."""
-        temperature, top_p, min_p, penalty, seed = rows
-        return cls(
-            temperature.value, temperature.low, top_p.value, min_p.value, penalty.value, seed.low | seed.high << 32
-        )
+    def of(cls, settings: Settings) -> Sampling:
+        """The sampling of ``settings``."""
+        return cls(*settings[1:])
 
 
 GREEDY = Sampling()
@@ -108,7 +116,7 @@ class ShardModel(Protocol):
         ...
 
 
-# Events: what a machine is told.
+# Events: what a machine handles.
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +217,7 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Abandon:
-    """Stop this computation at the next layer boundary; a Computed without content will say when."""
+    """Stop this computation at the next layer boundary; a Computed without content follows."""
 
     job: int
 
@@ -277,9 +285,9 @@ class RequestStats:
     corrections: int = 0  # emitted tokens that no row in flight held
     verifications: int = 0  # runs after prefill that carried the root of their time, so that tokens were emitted
     prefill_runs: int = 0
-    cancel_s: float = 0.0  # seconds from the word that cancelled it to a tombstone's return, of all tombstones
+    cancel_s: float = 0.0  # seconds from a run's cancel to its tombstone's return, of all tombstones
     busy_s: float = 0.0  # seconds that a stage worked on runs after prefill, the mean of all stages
-    verified: int = 0  # guesses that the target judged, in all requests so far
+    verified_guesses: int = 0  # guesses that the target verified, in all requests so far
     claimed_error: float = 0.0  # their expected calibration error as the drafts claimed them
     believed_error: float = 0.0  # and as the tree believed them
     calibrations: dict[str, Any] = field(default_factory=dict)  # what was learnt of each source
@@ -291,7 +299,7 @@ class Machine(Protocol):
     address: int
 
     def handle(self, event: Event, now: float) -> list[Command]:
-        """Take one event at time ``now`` (seconds, monotonic) and say what to do."""
+        """Take one event at time ``now`` (seconds, monotonic) and return the commands that follow."""
         ...
 
 

@@ -1,12 +1,14 @@
-"""Hardware: what a stage computes with, and how stages are joined. The descriptions are in benchmarks/hardware.
+"""Hardware descriptions: the processor, memory and links of a stage. They are TOML files in benchmarks/hardware.
 
-Each number is a TOML table of its own, with its kind and its source: ``nominal`` is what a data sheet promises,
-``sustained`` what somebody measured, ``assumed`` neither. A description may start from another one (``base``) and say
-only what differs.
+Each number is a TOML table of its own, with its kind and its source. ``nominal`` numbers are from a data sheet,
+``sustained`` numbers were measured, ``assumed`` numbers are neither. A description may name another one as its ``base``
+and override numbers.
 
-A measured host has curves as well. A roofline promises that rows cost nothing until their arithmetic takes longer than
-reading the weights, and kernels break that promise: some take four times as long for two rows as for one. A curve says
-how many bytes a second a kernel really gets through with so many rows.
+    seconds(bytes, r) = bytes / bandwidth(r)
+
+A description of a measured host also has curves: bandwidth(r) is the measured rate in bytes/s at which a kernel reads
+weights (or keys and values) with r rows. A roofline assumes that rows are free until arithmetic takes longer than
+reading the weights. Kernels violate this assumption: some take four times as long for two rows as for one.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class Curve:
     bandwidth: tuple[float, ...]
 
     def seconds(self, nbytes: float, rows: int) -> float:
-        """What ``nbytes`` take: linear in time between measured numbers of rows, beyond them in proportion to rows."""
+        """Seconds for ``nbytes``: linear in time between measured numbers of rows, proportional to rows beyond the
+        last."""
         place = bisect_left(self.rows, rows)
         if place == len(self.rows):
             return nbytes / self.bandwidth[-1] * rows / self.rows[-1]
@@ -53,10 +56,10 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """Computing in one dtype. ``peak``: FLOP/s. ``overhead_s``: what a layer takes beside its arithmetic.
+    """Arithmetic in one dtype. ``peak``: FLOP/s. ``overhead_s``: seconds of a layer beside its arithmetic.
 
-    ``linear``: reading weights; ``attention``: reading keys and values, by rows times heads that share a key head. None
-    where nobody measured: then the roofline has to do."""
+    ``linear``: the curve of reading weights. ``attention``: the curve of reading keys and values, by rows times query
+    heads per KV head. None if not measured; the roofline then applies."""
 
     peak: float
     overhead_s: float
@@ -66,8 +69,8 @@ class Arithmetic:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What one stage runs on: ``cores`` that it computes with, memory of ``memory_nbytes`` read at ``bandwidth`` (bytes
-    per second), and a link to each other stage."""
+    """The hardware of one stage: ``cores``, ``memory_nbytes`` bytes of memory, its ``bandwidth`` in bytes/s, and a link
+    to each other stage."""
 
     name: str
     title: str
@@ -79,8 +82,8 @@ class Hardware:
 
 
 def read_hardware(name: str) -> Hardware:
-    """The description in the file ``name``, or of that name in benchmarks/hardware. Raises UserError for one that is
-    not there, lacks a number or a source, or says what nobody knows."""
+    """The description in the file ``name``, or of that name in benchmarks/hardware. Raises UserError for a description
+    that is missing, lacks a number or a source, or has an unknown key."""
     file = Table.read(find("hardware", name))
     figures = _figures(file)
     dtypes = [dtype for dtype in DTYPES if any(key.startswith(f"{dtype}.") for key in figures)] or list(DTYPES[:1])
@@ -103,7 +106,7 @@ def read_hardware(name: str) -> Hardware:
 
 
 def _figures(file: Table) -> dict[str, Table]:
-    """Every number of ``file`` and of what it is based on, by group and name."""
+    """All numbers of ``file`` and of its base, by group and name."""
     file.only(("title", "base", *GROUPS))
     found: dict[str, Table] = {}
     for group in file.words.keys() & GROUPS.keys():

@@ -1,4 +1,4 @@
-"""Where suites, hardware, model shapes and baselines lie: in benchmarks/, beside the packages."""
+"""The files of suites, hardware, model shapes and baselines: in benchmarks/, beside the packages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def find(kind: str, name: str) -> Path:
-    """The file ``name``, or ``name``.toml of benchmarks/``kind``. Raises UserError, which lists what there is."""
+    """The file ``name``, or ``name``.toml of benchmarks/``kind``. Raises UserError, which lists the known names."""
     path = Path(name)
     if path.suffix == ".toml" and path.is_file():
         return path

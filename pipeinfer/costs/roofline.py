@@ -1,10 +1,27 @@
-"""Costs: what a model takes on a hardware, in seconds and bytes.
+"""The cost model: seconds and bytes of a model on a hardware, by the roofline model (Williams et al. 2009).
 
-A layer's time is that of its matrices, then that of its attention, then an overhead. Each of the first two is the
-longer one of reading (weights; keys and values) and computing, as the roofline model has it (Williams et al. 2009);
-where the hardware's own curve is known, that takes the roofline's place. A model that fits a cache is faster than this
-says, and kernels are slower than a roofline: on the host of two-core-zen5 it promised a quarter to three quarters
-of the time that passes took, the curves between three quarters and 1.3 times (`pipeinfer doctor --validate`).
+    layer(r, c)      = linears(r) + attention(r, c) + overhead
+    linears(r)       = max(W / B, 2 N r / P)
+    attention(r, c)  = max(c V / B, 4 r c H D / P)
+    head(r)          = linears(r) of the output head + overhead
+    pass(r, c)       = layers * layer(r, c) + head(r)
+
+    r         rows of the pass
+    c         KV slots that each row attends to
+    N, W      weights of the layer (or of the output head), as a number and in bytes
+    V         bytes of one slot's keys and values in one layer
+    H, D      attention heads, and the size of a head
+    B         memory bandwidth, bytes/s
+    P         peak arithmetic, FLOP/s
+    overhead  seconds of a layer beside its arithmetic
+
+Where the hardware description has a measured curve (hardware.py), the curve takes the place of the maximum: W bytes
+read by r rows, or c V bytes read by r H / (KV heads) rows. The curve of linears applies only to weights that are stored
+in the dtype of the arithmetic.
+
+Accuracy (`pipeinfer doctor --validate`, the host of two-core-zen5): the roofline predicted a quarter to three quarters
+of the measured times, the curves 0.75 to 1.3 times the measured times. A model that fits into a cache is faster than
+predicted.
 """
 
 from __future__ import annotations
@@ -15,7 +32,7 @@ from pipeinfer.costs.shapes import Shape
 
 
 class ModelCosts:
-    """One model on ``hardware``. Raises UserError where the hardware says nothing of the model's dtype."""
+    """One model on ``hardware``. Raises UserError if the description lacks the model's dtype."""
 
     def __init__(self, hardware: Hardware, shape: Shape) -> None:
         known = hardware.arithmetic
@@ -30,16 +47,16 @@ class ModelCosts:
         self._linear = self._arithmetic.linear if shape.stored_as_computed else None
 
     def layer_s(self, rows: int, context: int) -> float:
-        """One layer for ``rows`` rows that look at ``context`` slots."""
+        """Seconds of one layer for ``rows`` rows that attend to ``context`` slots."""
         linears_s = self._linears_s(self.shape.layer_numel, rows)
         return linears_s + self._attention_s(rows, context) + self._arithmetic.overhead_s
 
     def head_s(self, rows: int) -> float:
-        """The output head for ``rows`` rows; its overhead is taken to be a layer's."""
+        """Seconds of the output head for ``rows`` rows, with a layer's overhead."""
         return self._linears_s(self.shape.head_numel, rows) + self._arithmetic.overhead_s
 
     def pass_s(self, rows: int, context: int) -> float:
-        """All layers and the output head."""
+        """Seconds of all layers and the output head."""
         return self.shape.layers * self.layer_s(rows, context) + self.head_s(rows)
 
     def _linears_s(self, numel: int, rows: int) -> float:
@@ -58,7 +75,7 @@ class ModelCosts:
 
 
 class Costs:
-    """A target and its draft, both on ``hardware``: what a pipeline of the target's layers takes."""
+    """A target and its draft, both on ``hardware``: seconds and bytes of a pipeline of the target's layers."""
 
     def __init__(self, hardware: Hardware, target: Shape, draft: Shape | None = None) -> None:
         self.hardware = hardware
@@ -66,7 +83,7 @@ class Costs:
         self.draft = None if draft is None else ModelCosts(hardware, draft)
 
     def layer_s(self, rows: int, context: int) -> float:
-        """Seconds of one target layer for ``rows`` rows that look at ``context`` slots."""
+        """Seconds of one target layer for ``rows`` rows that attend to ``context`` slots."""
         return self.target.layer_s(rows, context)
 
     def head_s(self, rows: int) -> float:
@@ -74,22 +91,22 @@ class Costs:
         return self.target.head_s(rows)
 
     def draft_s(self, rows: int, context: int) -> float:
-        """Seconds of a whole pass of the draft."""
+        """Seconds of a pass of the draft."""
         if self.draft is None:
             refuse("a draft pass without a draft", "name a draft model")
         return self.draft.pass_s(rows, context)
 
     def activation_nbytes(self, rows: int) -> int:
-        """Bytes that go from one stage to the next."""
+        """Bytes of the activations that a stage sends to the next."""
         return rows * self.target.shape.row_nbytes
 
     def slots_nbytes(self, layers: int, slots: int) -> int:
-        """Bytes of ``slots`` slots of ``layers`` layers: a rank's keys and values, or a run's partition of them."""
+        """Bytes of the keys and values of ``slots`` slots in ``layers`` layers."""
         return round(layers * slots * self.target.shape.slot_nbytes)
 
     def stage_nbytes(self, layers: int, slots: int, ends: int = 0) -> int:
-        """Bytes that a stage of ``layers`` layers and ``slots`` slots holds. ``ends``: how many matrices of the size of
-        the output head it has beside them: 1 for the first stage (its embedding) and for the last."""
+        """Bytes that a stage of ``layers`` layers and ``slots`` slots holds. ``ends``: further matrices of the size of
+        the output head: 1 for the first stage (embedding), 1 for the last stage (output head)."""
         shape = self.target.shape
         weights = layers * shape.layer_numel + ends * shape.head_numel
         return round(shape.nbytes(weights)) + self.slots_nbytes(layers, slots)

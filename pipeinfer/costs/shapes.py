@@ -1,7 +1,11 @@
-"""Shapes: what a model weighs and how much arithmetic it takes, without its weights. Those of the studies are in
-benchmarks/models; any directory of the Llama family in Hugging Face format will do as well.
+"""Shapes: the sizes of a model, from which its weights and its arithmetic follow.
 
-Norms and biases are left out: below a thousandth of a layer.
+    weights of a layer  = hidden * (2 D (heads + KV heads) + m * intermediate)       m = 3 with a gated MLP, else 2
+    weights of the head = vocabulary * hidden
+    bytes of a KV slot  = 2 * KV heads * D * slot_bits / 8                           per layer; D is the size of a head
+
+Norms and biases are left out; they are less than a thousandth of a layer. benchmarks/models has the shapes of the
+studies. Any directory of the Llama family in Hugging Face format is a shape too.
 """
 
 from __future__ import annotations
@@ -18,9 +22,9 @@ DTYPE_NBYTES = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A decoder's sizes. ``gated``: its MLP has three matrices, not two. ``tied``: the head is the embedding.
-    ``weight_bits``: of a weight as stored, on average. ``dtype``: of arithmetic and activations. ``slot_bits``: of a
-    number in a slot of keys and values."""
+    """A decoder's sizes. ``gated``: the MLP has three matrices, not two. ``tied``: the head is the embedding.
+    ``weight_bits``: average bits of a stored weight. ``dtype``: of arithmetic and activations. ``slot_bits``: bits of a
+    number in a KV slot."""
 
     name: str
     layers: int
@@ -38,23 +42,23 @@ class Shape:
 
     @property
     def layer_numel(self) -> int:
-        """Weights of one layer."""
+        """Number of weights of one layer."""
         attention = 2 * self.head_dim * (self.heads + self.kv_heads)
         return self.hidden * (attention + (3 if self.gated else 2) * self.intermediate)
 
     @property
     def head_numel(self) -> int:
-        """Weights of the output head; the embedding has as many."""
+        """Number of weights of the output head; the embedding has as many."""
         return self.vocab * self.hidden
 
     @property
     def numel(self) -> int:
-        """All weights."""
+        """Number of all weights."""
         return self.layers * self.layer_numel + (1 if self.tied else 2) * self.head_numel
 
     @property
     def head_in_layers(self) -> float:
-        """What the output head costs, in layers."""
+        """Weights of the output head / weights of a layer."""
         return self.head_numel / self.layer_numel
 
     @property
@@ -69,7 +73,7 @@ class Shape:
 
     @property
     def stored_as_computed(self) -> bool:
-        """Whether the weights are kept in the dtype of the arithmetic, not quantised."""
+        """Whether weights are stored in the dtype of the arithmetic, not quantised."""
         return self.weight_bits == 8 * DTYPE_NBYTES[self.dtype]
 
     def nbytes(self, numel: int) -> float:
@@ -84,8 +88,8 @@ class Shape:
 
 def read_shape(name: str) -> Shape:
     """The shape in the file ``name``, of that name in benchmarks/models, or of the model in the directory ``name``
-    (``builtin``: the built-in target), then in fp32. Raises UserError for one that is not there, lacks a number or a
-    source, or says what nobody knows."""
+    (``builtin``: the built-in target) in fp32. Raises UserError for a shape that is missing, lacks a number or a
+    source, or has an unknown key."""
     directory = model_directory(name, "target")
     if directory.is_dir():
         return of_spec(ModelSpec.read(directory), name)
@@ -115,7 +119,7 @@ def read_shape(name: str) -> Shape:
 
 
 def of_spec(spec: ModelSpec, name: str) -> Shape:
-    """The shape of a model that the Llama shard can run, in fp32."""
+    """The shape of a model of the Llama shard, in fp32."""
     return Shape(
         name=name,
         layers=spec.layer_count,

@@ -1,4 +1,4 @@
-"""Reading descriptions: TOML whose numbers have sources. Every complaint names the file and the key."""
+"""Reading descriptions: TOML files whose numbers have sources. Every error message names the file and the key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Table:
 
     @classmethod
     def read(cls, path: Path) -> Table:
-        """The file at ``path``. Raises UserError where it is no TOML."""
+        """The file at ``path``. Raises UserError if the file is not TOML."""
         try:
             return cls(path, tomllib.loads(path.read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -37,7 +37,7 @@ class Table:
             self.bad(odd[0], f"is unknown; there are {', '.join(known)}")
 
     def get(self, key: str) -> Any:
-        """What is at ``key``, which must be there."""
+        """The value at ``key``, which must exist."""
         if key not in self.words:
             self.bad(key, "is missing")
         return self.words[key]
@@ -50,7 +50,7 @@ class Table:
         return Table(self.path, words, f"{self._within}{key}.")
 
     def text(self, key: str, among: Collection[str] = ()) -> str:
-        """The words at ``key``; one of those ``among``, if any are named."""
+        """The text at ``key``; one of ``among``, if given."""
         words = self.get(key)
         if not isinstance(words, str) or not words.strip() or (among and words not in among):
             self.bad(key, f"must be {' or '.join(among) or 'a text'}, not {words!r}")

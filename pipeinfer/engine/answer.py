@@ -14,7 +14,7 @@ from pipeinfer.core.metrics import measure
 from pipeinfer.core.ports import Request, RequestStats
 
 if TYPE_CHECKING:
-    from launch.requests import Hear, RequestOutput
+    from launch.requests import OnOutput, RequestOutput
     from pipeinfer.text import Reader
 
 
@@ -50,7 +50,7 @@ class HeadJob(Protocol):
         """Messages and bytes between the ranks, once it is closed."""
         ...
 
-    def submit(self, request: Request, hear: Hear) -> int:
+    def submit(self, request: Request, on_output: OnOutput) -> int:
         """Serve ``request``; its number."""
         ...
 
@@ -58,8 +58,8 @@ class HeadJob(Protocol):
         """No more of it is wanted."""
         ...
 
-    def wait(self, news: threading.Condition, ready: Callable[[], bool], timeout_s: float | None = None) -> bool:
-        """Wait, holding ``news``, until ``ready()``; whether it is."""
+    def wait(self, changed: threading.Condition, ready: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Wait, holding ``changed``, until ``ready()``; whether it is."""
         ...
 
     def close(self) -> None:
@@ -90,54 +90,54 @@ class Handle:
         self._job = job
         self._reader = reader
         self._watch = watch
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._pieces: deque[tuple[str, RequestOutput]] = deque()
         self._listeners: list[Callable[[], object]] = []
         self._takers = 0  # threads that wait for the next piece
         self._submitted_at: float | None = None
         self._emitted_at: list[tuple[float, int]] = []
-        self._tally: RequestStats | None = None
+        self._stats: RequestStats | None = None
         self._error: BaseException | None = None
         self._is_over = False
-        self._number = job.submit(request, self._hear)
+        self._number = job.submit(request, self._received)
 
     # On the thread that drives the job.
 
-    def _hear(self, news: RequestOutput) -> None:
-        """Take the job's news; never waits."""
-        with self._news:
+    def _received(self, output: RequestOutput) -> None:
+        """Take an output of the job; never waits."""
+        with self._changed:
             if self._is_over:
                 return
             try:
-                piece = self._read(news)
+                piece = self._read(output)
             except Exception as error:  # this answer's affair: the job goes on
-                self._job.cancel(news.number)
+                self._job.cancel(output.number)
                 piece = self._end("error", error)
-            self._pieces.append((piece, news))
+            self._pieces.append((piece, output))
             if self._takers or self._is_over:  # who waits for the whole is not woken for each piece
-                self._news.notify_all()
+                self._changed.notify_all()
             listeners = list(self._listeners)
         for listener in listeners:
             listener()
 
-    def _read(self, news: RequestOutput) -> str:
+    def _read(self, output: RequestOutput) -> str:
         if self._submitted_at is None:
-            self._submitted_at = news.at_s
+            self._submitted_at = output.at_s
         piece, completion = "", self.completion
-        if news.tokens and not self._reader.is_stopped:
-            count, piece = self._reader.read(news.tokens)
-            completion.tokens += news.tokens[:count]
-            completion.logprobs += news.logps[:count]
-            self._emitted_at.append((news.at_s, count))
+        if output.tokens and not self._reader.is_stopped:
+            count, piece = self._reader.read(output.tokens)
+            completion.tokens += output.tokens[:count]
+            completion.logprobs += output.logps[:count]
+            self._emitted_at.append((output.at_s, count))
             if self._reader.is_stopped:
-                self._job.cancel(news.number)
-        self._tally = news.stats or self._tally
-        if news.error is not None:
-            piece += self._end("error", news.error)
-        elif news.fault is not None:
-            piece += self._end("error", self._not_finite(news.fault))
-        elif news.stats is not None:
-            piece += self._end({"aborted": "cancelled"}.get(news.reason, news.reason))
+                self._job.cancel(output.number)
+        self._stats = output.stats or self._stats
+        if output.error is not None:
+            piece += self._end("error", output.error)
+        elif output.fault is not None:
+            piece += self._end("error", self._not_finite(output.fault))
+        elif output.stats is not None:
+            piece += self._end({"aborted": "cancelled"}.get(output.reason, output.reason))
         return piece
 
     def _end(self, reason: str, error: BaseException | None = None) -> str:
@@ -147,10 +147,10 @@ class Handle:
         completion.text = self._reader.shown
         completion.finish_reason = "stop" if self._reader.is_stopped else reason
         completion.error = str(error) or type(error).__name__ if error is not None else ""
-        if self._tally is not None:
-            completion.calibrations = self._tally.calibrations
+        if self._stats is not None:
+            completion.calibrations = self._stats.calibrations
         if self._emitted_at:
-            completion.metrics = measure(self._submitted_at or 0.0, self._emitted_at, self._tally or RequestStats())
+            completion.metrics = measure(self._submitted_at or 0.0, self._emitted_at, self._stats or RequestStats())
         self._error, self._is_over = error, True
         return piece
 
@@ -168,7 +168,7 @@ class Handle:
 
     def interrupt(self, error: BaseException) -> None:
         """Whoever waits was interrupted by ``error``: the answer ends with what there is."""
-        with self._news:
+        with self._changed:
             if not self._is_over:
                 self._end("error", error)
 
@@ -178,8 +178,8 @@ class Handle:
 
     def result(self, timeout_s: float | None = None) -> Completion:
         """The whole answer, waited for. Raises TimeoutError where that takes longer than ``timeout_s``."""
-        with self._news:
-            if not self._job.wait(self._news, lambda: self._is_over, timeout_s):
+        with self._changed:
+            if not self._job.wait(self._changed, lambda: self._is_over, timeout_s):
                 raise TimeoutError(f"the answer is not whole after {timeout_s:g} s")
             if self._error is not None:
                 raise self._error
@@ -187,18 +187,18 @@ class Handle:
 
     def __iter__(self) -> Iterator[str]:
         while True:
-            with self._news:
+            with self._changed:
                 self._takers += 1
                 try:
-                    self._job.wait(self._news, self._has_changed)
+                    self._job.wait(self._changed, self._has_changed)
                 finally:
                     self._takers -= 1
                 taken = self._take()
             if taken is None:
                 return
-            piece, news = taken
+            piece, output = taken
             if self._watch is not None:
-                self._watch(news)
+                self._watch(output)
             if piece:
                 yield piece
 
@@ -221,11 +221,11 @@ class Handle:
         def listener() -> None:
             loop.call_soon_threadsafe(changed.set)
 
-        with self._news:
+        with self._changed:
             self._listeners.append(listener)
         try:
             while True:
-                with self._news:
+                with self._changed:
                     taken = self._take() if self._has_changed() else ()
                     changed.clear()
                 if taken is None:
@@ -235,7 +235,7 @@ class Handle:
                 elif taken[0]:
                     yield taken[0]
         finally:
-            with self._news:
+            with self._changed:
                 self._listeners.remove(listener)
 
     def __await__(self) -> Generator[Any, None, Completion]:

@@ -20,17 +20,15 @@ from dataclasses import asdict, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from launch.environment import launched, refuse_singletons
 from launch.preflight import Cleared, clear
 from launch.signals import end_in_order
 from pipeinfer.core.config import BUILTIN, Config, ModelName, draft_names, model_name
 from pipeinfer.core.errors import UserError, exit_code, refuse
-from pipeinfer.core.ports import Request, Sampling
-from pipeinfer.core.sampling import checked_stops, exact
+from pipeinfer.core.ports import Sampling
 from pipeinfer.engine.answer import Completion, Handle, HeadJob
-from pipeinfer.engine.generation import Generation, model_sampling
-from pipeinfer.engine.prompt import Prompt, token_ids
-from pipeinfer.text import Numbers, Text
+from pipeinfer.engine.opening import RefusedElsewhere, lead_job, load_job, open_world, spawn_job
+from pipeinfer.engine.prompt import Prompt
+from pipeinfer.engine.request_builder import RequestBuilder
 from speculation.schedules.policy import PLAIN, read_policy
 from speculation.trees.calibration_file import read_calibrations
 
@@ -39,15 +37,7 @@ if TYPE_CHECKING:
 
     from launch.job import Job
     from launch.mpi import World
-    from launch.muster import Muster
     from launch.requests import RequestOutput
-    from pipeinfer.text import Reader
-
-
-class RefusedElsewhere(UserError):
-    """The job was refused, and rank 0 says why."""
-
-    is_told = True
 
 
 class Engine:
@@ -87,9 +77,9 @@ class Engine:
     ) -> None:
         self._job: Job | None = None  # of a rank that serves
         self._head: HeadJob | None = None
-        self._text: Text | None = None
+        self._builder: RequestBuilder | None = None  # on the head
         self.traffic = (0, 0)  # messages and bytes between the ranks, once the engine is closed
-        self._world = _world(comm)
+        self._world = open_world(comm)
         size = self._world.size if self._world else 1 if ranks is None else ranks
 
         def configure() -> Config:
@@ -107,7 +97,9 @@ class Engine:
                 refuse(f"--ranks {ranks}, but the launcher started {size}", "leave out --ranks under mpirun or srun")
             self.config = configure()
             cleared = clear(self.config, size)
-            self._know(cleared)
+            self._builder = RequestBuilder(self.config, cleared)
+            self.context = self._builder.context
+            self.sampling, self.ignored = self._builder.sampling, self._builder.ignored
             if check is not None:
                 check(self)
             return cleared
@@ -116,7 +108,7 @@ class Engine:
             self._join(self._world, timeout_s, configure, prepare)
         else:
             cleared = prepare()
-            self._head = _spawn(self.config, size) if size > 1 else _lead(load_job(self.config, cleared))
+            self._head = spawn_job(self.config, size) if size > 1 else lead_job(load_job(self.config, cleared))
 
     def _join(
         self, world: World, timeout_s: float, configure: Callable[[], Config], prepare: Callable[[], Cleared]
@@ -127,38 +119,27 @@ class Engine:
         problem: UserError | None = None
         self._take_back = end_in_order()
         with world.guard():
-            muster = world.muster(timeout_s)
+            rendezvous = world.rendezvous(timeout_s)
             if world.is_head:
                 try:
-                    with muster.busy("checking"):
+                    with rendezvous.busy("checking"):
                         cleared = prepare()
                 except UserError as error:
                     problem = error
-            if world.agree(problem is not None, muster.poll):
+            if world.agree(problem is not None, rendezvous.poll):
                 problem = problem or RefusedElsewhere("rank 0 says why")
         if problem is not None:
             self._take_back()
             raise problem
         with world.guard():
             if not world.is_head:
-                with muster.busy("checking"):
+                with rendezvous.busy("checking"):
                     self.config = configure()
                     cleared = clear(self.config, world.size)
-            self._job = load_job(self.config, cleared, world, muster)
+            self._job = load_job(self.config, cleared, world, rendezvous)
         if world.is_head:
-            self._head = _lead(self._job, world)
+            self._head = lead_job(self._job, world)
             atexit.register(self._left_open)
-
-    def _know(self, cleared: Cleared) -> None:
-        """On the head: what requests are read and checked by."""
-        spec, _ = cleared.target
-        directory, forced = self.config.target_directory, bool(self.config.forced_acceptance)
-        self.context = cleared.context
-        self._vocab_size = spec.vocab_size
-        self._text = (Numbers if forced else Text)(directory)
-        self._stop_tokens = frozenset() if forced else self._text.eos_tokens | frozenset(spec.eos_tokens)
-        defaults = Generation() if forced else model_sampling(directory)
-        self.sampling, self.ignored = defaults.sampling, defaults.ignored
 
     @property
     def is_head(self) -> bool:
@@ -192,38 +173,12 @@ class Engine:
         completed it. ``watch``: called with all that the job tells, by whoever takes the pieces.
         Raises UserError for what cannot be served."""
         job = self._open()
-        request, stops = self._request(prompt, max_new_tokens, ignore_eos, chat, sampling, stop)
-        asked = {"max_new_tokens": max_new_tokens, "sampling": asdict(request.sampling), "stop": stops}
-        config, forced = asdict(self.config) | asked, bool(self.config.forced_acceptance)
-        tokens = list(request.prompt)
+        assert self._builder is not None
+        built = self._builder.build(prompt, max_new_tokens, ignore_eos, chat, sampling, stop)
+        config, forced = asdict(self.config) | built.settings(), bool(self.config.forced_acceptance)
+        tokens = list(built.request.prompt)
         answer = Completion(prompt_tokens=tokens, config=config, ranks=job.ranks, meaningless=forced)
-        return Handle(job, request, self._reader(request, stops), answer, watch)
-
-    def _request(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int,
-        ignore_eos: bool,
-        chat: bool,
-        sampling: Sampling | None,
-        stop: str | Sequence[str],
-    ) -> tuple[Request, list[str]]:
-        """What the job is asked, and the strings that end the answer."""
-        assert self._text is not None
-        tokens = self.tokenize(prompt, max_new_tokens, chat)
-        stop_tokens, stops = set() if ignore_eos else set(self._stop_tokens), list[str]()
-        for text in checked_stops(stop):
-            token = self._text.special_stop(text)
-            if token is None:
-                stops.append(text)
-            else:
-                stop_tokens.add(token)
-        drawn = exact(self.sampling if sampling is None else sampling)
-        return Request(tuple(tokens), max_new_tokens, frozenset(stop_tokens), drawn), stops
-
-    def _reader(self, request: Request, stops: Sequence[str]) -> Reader:
-        assert self._text is not None
-        return self._text.reader(request.stop_tokens, stops, request.prompt)
+        return Handle(job, built.request, self._builder.reader(built), answer, watch)
 
     def stream(
         self,
@@ -236,8 +191,7 @@ class Engine:
     ) -> Generator[str | Completion, None, None]:
         """Decode ``prompt``: yields pieces of text as they become certain, then the Completion; see submit. A stream
         that is closed early is cancelled."""
-        handle = self.submit(prompt, max_new_tokens, ignore_eos, chat, sampling, stop)
-        return _stream(handle)
+        return _stream(self.submit(prompt, max_new_tokens, ignore_eos, chat, sampling, stop))
 
     def generate(
         self,
@@ -263,32 +217,19 @@ class Engine:
         the reference."""
         from launch.head import LocalJob
 
-        request, stops = self._request(prompt, max_new_tokens, ignore_eos, False, sampling, stop)
+        assert self._builder is not None
+        built = self._builder.build(prompt, max_new_tokens, ignore_eos, False, sampling, stop)
         config = replace(self.config, policy=PLAIN.settings(), drafts=(), context=self.context, trace=None)
         job = LocalJob(load_job(config, clear(config, 1)), is_threaded=False)
         try:
-            return Handle(job, request, self._reader(request, stops), Completion()).result().tokens
+            return Handle(job, built.request, self._builder.reader(built), Completion()).result().tokens
         finally:
             job.close()
 
     def tokenize(self, prompt: Prompt, max_new_tokens: int, chat: bool = False) -> list[int]:
         """The prompt's tokens. Raises UserError for a prompt that cannot be served."""
-        assert self._text is not None
-        if isinstance(prompt, str):
-            prompt = self._text.encode_chat(prompt) if chat else self._text.encode(prompt)
-        elif chat:
-            refuse("a chat of token ids", "give text, or leave chat out")
-        tokens = token_ids(prompt, self._vocab_size)
-        if not tokens:
-            refuse("the prompt is empty", "give at least one token of text")
-        if max_new_tokens < 1:
-            refuse(f"{max_new_tokens} new tokens", "ask for at least one")
-        if len(tokens) + max_new_tokens > self.context:
-            refuse(
-                f"the prompt's {len(tokens)} tokens and {max_new_tokens} new ones exceed the context of {self.context}",
-                "shorten the prompt, ask for fewer tokens, or raise --context where the model allows it",
-            )
-        return tokens
+        assert self._builder is not None
+        return self._builder.tokenize(prompt, max_new_tokens, chat)
 
     def serve(self) -> None:
         """On the other ranks of an MPI job: work until the head closes; where that fails, all ranks end."""
@@ -352,44 +293,3 @@ def _name(given: ModelName) -> str:
         return os.fsdecode(given)
     except TypeError:
         refuse(f"{given!r} is no name of a file or directory", "give text or a path")
-
-
-def _world(comm: MPI.Intracomm | None) -> World | None:
-    """The MPI job that this process is part of, or None."""
-    launch = launched()
-    if comm is None and (launch is None or launch.size == 1):
-        return None
-    from launch.mpi import World
-
-    world = World(comm)
-    if comm is None:
-        _refuse_singletons(world)
-    return world
-
-
-def _refuse_singletons(world: World) -> None:
-    launch = launched()
-    try:
-        refuse_singletons(launch, world.size)
-    except UserError as error:
-        raise (error if launch is None or launch.leads else RefusedElsewhere(str(error))) from None
-
-
-def load_job(config: Config, cleared: Cleared, world: World | None = None, muster: Muster | None = None) -> Job:
-    """See launch.job.load, which brings torch."""
-    from launch.job import load
-
-    return load(config, cleared, world, muster)
-
-
-def _lead(job: Job, world: World | None = None) -> HeadJob:
-    """``job`` as its head leads it: on a thread of its own, unless MPI is there and allows none."""
-    from launch.head import LocalJob
-
-    return LocalJob(job, world is None or world.may_thread, None if world is None else world.fail)
-
-
-def _spawn(config: Config, ranks: int) -> HeadJob:
-    from launch.spawn import SpawnedJob
-
-    return SpawnedJob(config, ranks)

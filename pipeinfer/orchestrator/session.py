@@ -13,11 +13,11 @@ from speculation.trees.tree import Tree
 class Session:
     """How far a request is: ``prefilled`` tokens of its prompt are on their way, ``emitted`` tokens are out.
 
-    ``caller_number``: its id among requests; ``number``: its place in the order of serving, which messages carry."""
+    ``caller_number``: the caller's id of the request; ``sequence``: the id that messages carry."""
 
     request: Request
     caller_number: int
-    number: int
+    sequence: int
     tree: Tree
     stats: RequestStats = field(default_factory=RequestStats)
     prefilled: int = 0

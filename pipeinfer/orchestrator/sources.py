@@ -1,7 +1,7 @@
 """Where guesses come from: draft models on ranks of their own, and the text itself. All feed one tree.
 
-The orchestrator's side of drafting. Drafters stream nodes in and are told what was accepted; a lookup of the text's end
-in the text (lookup.py) costs nothing and needs nobody, so it also serves where the drafter is slow, wrong or silent.
+The orchestrator's side of drafting. Drafters stream nodes in and receive the accepted tokens; a lookup of the text's
+end in the text (lookup.py) needs no other rank, so it also serves where the drafter is slow, wrong or silent.
 Every outcome teaches what each source's probabilities mean (calibration.py); the tree is ordered by what was learnt.
 """
 
@@ -12,18 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeinfer.core.ports import Request, RequestStats, Send
-from pipeinfer.core.protocol import (
+from pipeinfer.core.addresses import address_name
+from pipeinfer.core.messages import (
     MAX_ROWS,
-    AnyRow,
-    DraftRow,
-    Flag,
-    Kind,
-    Message,
-    SettingRow,
+    Advance,
+    Body,
+    Close,
+    DraftOrder,
+    Nodes,
+    Prompt,
     accepted_name,
-    address_name,
 )
+from pipeinfer.core.ports import Request, RequestStats, Send
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import UNLIMITED, Order
 from speculation.trees.calibration import Calibration, Reliability
@@ -39,8 +39,8 @@ def source_name(source: int) -> str:
     return "lookup" if source == LOOKUP else address_name(source)
 
 
-Say = Callable[[Kind, int, Flag, int, tuple[AnyRow, ...]], Send]
-"""Sends a message of a kind to an address, with flags, ``run`` and rows."""
+SendTo = Callable[[int, Body], Send]
+"""The command that sends a message to an address."""
 
 
 @dataclass(slots=True)
@@ -48,7 +48,7 @@ class _Served:
     """What is known of the request being served."""
 
     request: Request
-    number: int
+    sequence: int
     tree: Tree
     last_position: int
     names: dict[int, dict[int, Node]]
@@ -57,87 +57,89 @@ class _Served:
 
 
 class Sources:
-    """The sources of ``policy``: ``drafters`` by address, and the lookup. ``say`` sends a message; ``calibrations``:
-    what is known of them already, by ``source_name``."""
+    """The sources of ``policy``: ``drafters`` by address, and the lookup. ``send_to`` makes a command;
+    ``calibrations``: what is known of them already, by ``source_name``."""
 
     def __init__(
         self,
         drafters: Sequence[int],
         policy: Policy,
         context: int,
-        say: Say,
+        send_to: SendTo,
         calibrations: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self._drafters = drafters
         self._policy = policy
-        self._say = say
+        self._send_to = send_to
         self._served: _Served | None = None
         self._lookup = Lookup(most_tokens=context) if policy.prompt_lookup else None
         self.calibrations = {
             source: Calibration.from_words(calibrations[name]) if name in calibrations else Calibration()
             for source, name in ((source, source_name(source)) for source in (LOOKUP, *drafters))
         }
-        self._told = dict.fromkeys(drafters, 0)  # the revision of its calibration that a drafter has
+        self._sent_revisions = dict.fromkeys(drafters, 0)  # the revision of its calibration that a drafter has
         self.claimed, self.believed = Reliability(), Reliability()
 
     def most_nodes(self) -> int:
         """A bound on the living nodes of the tree."""
         return 1 + max(1, len(self._drafters)) * self._policy.most_nodes() + 4 * self._policy.prompt_lookup
 
-    def open(self, request: Request, number: int, tree: Tree, last_position: int) -> list[Send]:
-        """A new request: its words for the drafters. No guess beyond ``last_position`` is of use."""
+    def open(self, request: Request, sequence: int, tree: Tree, last_position: int) -> list[Send]:
+        """A new request: the messages about it to the drafters. No guess beyond ``last_position`` is of use."""
         root = {accepted_name(tree.root.position): tree.root}
         names = {drafter: dict(root) for drafter in self._drafters}
-        self._served = _Served(request, number, tree, last_position, names)
+        self._served = _Served(request, sequence, tree, last_position, names)
         if self._lookup is not None:
             self._lookup.clear()
             self._lookup.extend(request.prompt)
-        told = [send for drafter in self._drafters for send in self._prompt(drafter, request, last_position)]
+        sends = [send for drafter in self._drafters for send in self._prompt(drafter, self._served)]
         self._look_up(self._served)
-        return told
+        return sends
 
     def _teach(self, drafter: int) -> list[Send]:
-        """What was learnt of ``drafter`` since it was last told."""
+        """The calibration of ``drafter``, if it has changed since it was last sent."""
         calibration = self.calibrations[drafter]
-        if calibration.revision <= self._told[drafter]:
+        if calibration.revision <= self._sent_revisions[drafter]:
             return []
-        self._told[drafter] = calibration.revision
-        return [self._say(Kind.CALIBRATE, drafter, Flag.NONE, 0, calibration.rows())]
+        self._sent_revisions[drafter] = calibration.revision
+        return [self._send_to(drafter, calibration.message())]
 
-    def _prompt(self, drafter: int, request: Request, last_position: int) -> list[Send]:
-        prompt = request.prompt
-        said = [self._say(Kind.REQUEST, drafter, Flag.NONE, 0, request.sampling.rows()), *self._teach(drafter)]
+    def _prompt(self, drafter: int, served: _Served) -> list[Send]:
+        prompt, sequence = served.request.prompt, served.sequence
+        sends = [self._send_to(drafter, served.request.sampling.settings(sequence)), *self._teach(drafter)]
         for start in range(0, len(prompt), MAX_ROWS):
-            rows = tuple(DraftRow(token, 0, 0, 0.0) for token in prompt[start : start + MAX_ROWS])
-            flags = Flag.LAST if start + MAX_ROWS >= len(prompt) else Flag.NONE
-            said.append(self._say(Kind.PROMPT, drafter, flags, last_position, rows))
-        return said
+            is_last = start + MAX_ROWS >= len(prompt)
+            part = Prompt(sequence, served.last_position, is_last, prompt[start : start + MAX_ROWS])
+            sends.append(self._send_to(drafter, part))
+        return sends
 
-    def close(self) -> list[Send]:
-        """The request is over."""
+    def close(self, sequence: int) -> list[Send]:
+        """The request of ``sequence`` is over."""
         self._served = None
-        return [self._say(Kind.CLOSE, drafter, Flag.NONE, 0, ()) for drafter in self._drafters]
+        return [self._send_to(drafter, Close(sequence)) for drafter in self._drafters]
 
     def order(self, order: Order) -> list[Send]:
         """Pass an order on to all drafters."""
-        if self._served is not None and order.passes not in (0, UNLIMITED):
-            self._served.awaited, self._served.found = set(self._drafters), []
-            self._look_up(self._served)  # what was thrown away for this order is guessed again
-        flags = Flag.RESTART if order.restart else Flag.NONE
-        rows = (SettingRow(0, order.passes, order.draft_batch, order.cutoff),)
-        return [self._say(Kind.ORDER, drafter, flags, 0, rows) for drafter in self._drafters]
+        served = self._served
+        if served is None:
+            return []
+        if order.passes not in (0, UNLIMITED):
+            served.awaited, served.found = set(self._drafters), []
+            self._look_up(served)  # what was thrown away for this order is guessed again
+        message = DraftOrder(served.sequence, order.restart, order.passes, order.draft_batch, order.cutoff)
+        return [self._send_to(drafter, message) for drafter in self._drafters]
 
-    def grow(self, message: Message) -> list[Node] | None:
-        """Take a drafter's nodes into the tree; what hangs on a dead branch is left out.
+    def grow(self, source: int, message: Nodes) -> list[Node] | None:
+        """Take the nodes of drafter ``source`` into the tree; what hangs on a dead branch is left out.
 
         Returns what an order has found once all drafters are done with it, else None."""
         served = self._served
-        if served is None or message.request != served.number:
+        if served is None or message.sequence != served.sequence:
             return None
-        source, tree = message.source, served.tree
+        tree = served.tree
         names, calibration, stop_tokens = served.names[source], self._calibration(source), served.request.stop_tokens
         last, parent, rank = None, None, 0
-        for token, name, parent_name, claim in message.rows_as(DraftRow):
+        for token, name, parent_name, claim in message.nodes:
             if parent_name == last:
                 rank += 1
             else:  # its children come together, best first
@@ -153,11 +155,11 @@ class Sources:
                 names[name] = node
                 if served.awaited:
                     served.found.append(node)
-        # The drafter names no node above its own root any more (``run`` is that root's position).
+        # The drafter names no node above its own root any more (at position ``root``).
         if len(names) > SLACK + 2 * tree.size:
-            keep = {name: node for name, node in names.items() if node.alive and node.position >= message.run}
+            keep = {name: node for name, node in names.items() if node.alive and node.position >= message.root}
             served.names[source] = keep
-        if source not in served.awaited or Flag.LAST not in message.flags:
+        if source not in served.awaited or not message.ends_order:
             return None
         served.awaited.discard(source)
         if served.awaited:
@@ -168,7 +170,7 @@ class Sources:
         return self.calibrations[source] if self._policy.calibrate else None
 
     def verified(self, node: Node) -> None:
-        """The target has judged ``node``, which is accepted: learn from what was guessed after it."""
+        """The target has verified ``node``, which is accepted: learn from the guesses after it."""
         by_source: dict[int, list[Node]] = {}
         for child in node.children.values():
             if child.source is not None:
@@ -183,21 +185,21 @@ class Sources:
                 self.calibrations[source].learn(outcomes)
 
     def advance(self, accepted: Sequence[Node], restart: bool) -> list[Send]:
-        """Tell everybody what was accepted; with ``restart`` guesses begin anew."""
+        """Pass the accepted tokens on to all sources; with ``restart`` guesses begin anew."""
         served = self._served
         if served is None:
             return []
-        rows = tuple(DraftRow(node.token, accepted_name(node.position), 0, 0.0) for node in accepted)
-        flags = Flag.RESTART if restart else Flag.NONE
-        said = []
+        tokens = tuple(node.token for node in accepted)
+        message = Advance(served.sequence, accepted[0].position, restart, tokens)
+        sends = []
         for drafter in self._drafters:
             served.names[drafter].update((accepted_name(node.position), node) for node in accepted)
-            said.append(self._say(Kind.ADVANCE, drafter, flags, 0, rows))
-            said += self._teach(drafter)
+            sends.append(self._send_to(drafter, message))
+            sends += self._teach(drafter)
         if self._lookup is not None:
             self._lookup.extend([node.token for node in accepted])
             self._look_up(served)
-        return said
+        return sends
 
     def _look_up(self, served: _Served) -> None:
         """Hang a chain of looked-up tokens below the root, along what others have guessed where that is the same."""
@@ -213,7 +215,7 @@ class Sources:
 
     def account(self, stats: RequestStats) -> None:
         """Write down how good the guesses' probabilities were, and what was learnt of them."""
-        stats.verified = sum(row.events for row in self.claimed.rows())
+        stats.verified_guesses = sum(row.events for row in self.claimed.rows())
         stats.claimed_error, stats.believed_error = self.claimed.error(), self.believed.error()
         stats.calibrations = {
             source_name(source): calibration.to_words()

@@ -1,13 +1,14 @@
-"""Which rank plays what: one pure function, the same on every rank."""
+"""Which layers each stage has, and which rank hosts which role: pure functions, the same on every rank."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from pipeinfer.core.addresses import ORCHESTRATOR, address_name, drafter_address, stage_address
 from pipeinfer.core.errors import refuse
-from pipeinfer.core.protocol import ORCHESTRATOR, address_name, drafter_address, stage_address
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +28,24 @@ Plan = tuple[tuple[Role, ...], ...]
 """The roles of each rank, by rank."""
 
 
-def split_layers(layers: int, stages: int, head_cost: float = 0.0) -> list[range]:
-    """Contiguous shares of ``layers`` layers, as even as can be; ``head_cost`` is what the last stage's output head
-    costs beside them, in layers."""
-    last = max(1, min(layers - stages + 1, round((layers + head_cost) / stages - head_cost)))
-    others = layers - last if stages > 1 else 0
-    cuts = [others * index // max(1, stages - 1) for index in range(stages)] + [layers]
+def split_layers(layers: int, sizes: Sequence[float], whole: Callable[[float], int] = math.floor) -> list[range]:
+    """Split layers 0 to ``layers`` - 1 into one contiguous share per stage, in order.
+
+    ``sizes``: the relative size of each stage, at least one, with a positive sum. ``whole`` turns the exact end of a
+    share into a whole layer: ``math.floor`` or ``round``. A share is empty where a size is too small for a layer."""
+    ends = [math.fsum(sizes[: index + 1]) for index in range(len(sizes))]  # exactly rounded, for ties
+    cuts = [0, *(whole(layers * end / ends[-1]) for end in ends)]
     return [range(start, end) for start, end in pairwise(cuts)]
+
+
+def stage_sizes(layers: int, stages: int, head_cost: float = 0.0) -> list[int]:
+    """The relative sizes of ``stages`` stages, for split_layers. Their shares are as even as possible.
+
+    ``head_cost``: the cost of the output head on the last stage, in layers. ``stages`` is from 1 to ``layers``."""
+    if stages == 1:
+        return [1]
+    last = max(1, min(layers - stages + 1, round((layers + head_cost) / stages - head_cost)))
+    return [layers - last] * (stages - 1) + [last * (stages - 1)]
 
 
 def assign(ranks: int, layers: int, drafters: int, head_cost: float = 0.0) -> Plan:
@@ -47,16 +59,20 @@ def assign(ranks: int, layers: int, drafters: int, head_cost: float = 0.0) -> Pl
             f"{ranks} ranks make {stages} stages, but the target has {layers} layers",
             f"use at most {layers + drafters} ranks",
         )
-    return place(split_layers(layers, stages, head_cost), drafters, is_alone=ranks == 1)
+    shares = split_layers(layers, stage_sizes(layers, stages, head_cost))
+    return place(shares, drafters, is_alone=ranks == 1)
 
 
-def place(shares: Sequence[range], drafters: int, is_alone: bool = False) -> Plan:
-    """The plan of stages with these ``shares`` of the layers and so many drafters; see assign."""
+def place(shares: Sequence[range], drafters: int, is_alone: bool = False, is_rank_0_shared: bool = True) -> Plan:
+    """The plan of stages with these ``shares`` of the layers and of ``drafters`` drafters; see assign.
+
+    ``is_alone``: one rank hosts every role. ``is_rank_0_shared``: rank 0 hosts a second role beside the orchestrator;
+    otherwise every role has a rank of its own."""
     stage_roles = [Role(stage_address(index), share) for index, share in enumerate(shares)]
     drafter_roles = [Role(drafter_address(index)) for index in range(drafters)]
     if is_alone:
         return ((Role(ORCHESTRATOR), *drafter_roles, *stage_roles),)
-    beside = drafter_roles[:1] or stage_roles[:1]
+    beside = (drafter_roles[:1] or stage_roles[:1]) if is_rank_0_shared else []
     others = [role for role in (*stage_roles, *drafter_roles) if role not in beside]
     return ((Role(ORCHESTRATOR), *beside), *((role,) for role in others))
 

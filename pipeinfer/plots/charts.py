@@ -20,7 +20,7 @@ KNOWN = {
     "sync-tree": GREEN,
     "pipeinfer": VERMILLION,
 }
-"""Policies that look the same in every picture; others take the remaining colours in turn."""
+"""Policies with fixed colours; other policies take the remaining colours in turn."""
 OTHERS = (PURPLE, SKY, INK, VERMILLION, GREEN, ORANGE)
 MARKERS = "osD^vPX*"
 PANEL_INCHES = (3.6, 2.9)

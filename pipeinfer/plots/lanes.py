@@ -1,4 +1,4 @@
-"""A job as a picture: a lane for each role, its passes coloured by what came of them, and the words between lanes."""
+"""The timeline of a job: a lane per role, passes coloured by their outcome, and messages between lanes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from pipeinfer.core.addresses import FIRST_DRAFTER, ORCHESTRATOR, address_name
 from pipeinfer.core.errors import refuse
-from pipeinfer.core.protocol import FIRST_DRAFTER, ORCHESTRATOR, Kind, address_name
+from pipeinfer.core.messages import Cancel, Result, Run
 from pipeinfer.plots.style import BLUE, GREY, INK, ORANGE, PALE, SKY, VERMILLION, new_figure, tidy
 from pipeinfer.runtime.timeline import Outcome, Span, Timeline, Word
 
@@ -28,11 +29,11 @@ FILLS = {
 }
 WIDTH_INCHES, LANE_INCHES = 12.0, 0.5
 HALF = 0.34
-"""Of a lane's height, on either side of its middle."""
+"""Half the height of a pass, as a share of the lane's height."""
 LEAST_LETTERED = 0.018
 """Share of the picture's width that a pass needs to hold its number."""
 MOST_WAYS = 500
-"""Messages between stages that are drawn; more would be a fog."""
+"""Maximum number of messages between stages that are drawn."""
 
 
 def draw_lanes(timeline: Timeline, from_ms: float | None, to_ms: float | None) -> Figure:
@@ -118,8 +119,8 @@ def _draw_words(axes: Axes, words: list[Word], lanes: dict[int, int]) -> None:
         ways = [_way(word, lanes) for word in chosen]
         axes.add_collection(LineCollection(ways, colors=color, linewidths=0.6, zorder=zorder))
 
-    cancels = [word for word in words if word.message.kind is Kind.CANCEL]
-    travels = [word for word in words if word.message.kind in (Kind.RUN, Kind.RESULT) and not word.is_tombstone]
+    cancels = [word for word in words if isinstance(word.message.body, Cancel)]
+    travels = [word for word in words if isinstance(word.message.body, Run | Result) and not word.is_tombstone]
     if len(travels) <= MOST_WAYS:
         draw(travels, GREY, 1)
     draw(cancels, VERMILLION, 5)
@@ -147,7 +148,7 @@ def _add_legend(figure: Figure, outcomes: set[Outcome], words: list[Word]) -> No
     ]
     line: Callable[..., Line2D] = lambda **look: Line2D([], [], **look)  # noqa: E731
     entries.append(line(color=INK, marker="|", ls="", ms=9, mew=1.4, label="tokens emitted"))
-    if any(word.message.kind is Kind.CANCEL for word in words):
+    if any(isinstance(word.message.body, Cancel) for word in words):
         entries.append(line(color=VERMILLION, marker="v", ms=4, lw=0.8, label="cancel, sent to heard"))
     if any(word.is_tombstone for word in words):
         entries.append(line(color=INK, marker="x", ls="", ms=4, label="skipped (tombstone)"))

@@ -1,4 +1,4 @@
-"""Result files as pictures need them: rows that were checked, and what tells them apart."""
+"""Result files for plots: checked rows, and the axes in which they differ."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Panel:
 
 
 def read_results(paths: Sequence[Path]) -> list[Row]:
-    """The rows of result files. Raises UserError for what is none."""
+    """The rows of result files. Raises UserError for other files."""
     rows: list[Row] = []
     for path in paths:
         try:

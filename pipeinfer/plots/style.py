@@ -1,4 +1,4 @@
-"""What all pictures have in common: colours, axes, a title that says what kind of numbers these are, and saving."""
+"""Common parts of all plots: colours, axes, a title with the kind of execution, and saving."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def new_figure(width: float, height: float, execution: str, about: list[str]) ->
 
 
 def tidy(axes: Axes) -> None:
-    """Nothing around the numbers that does not say anything."""
+    """Remove axes decoration without information."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.tick_params(labelsize=8, color=GREY)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipeinfer.core.addresses import FIRST_DRAFTER, ORCHESTRATOR, drafter_address, stage_address
 from pipeinfer.core.ports import Machine
-from pipeinfer.core.protocol import FIRST_DRAFTER, ORCHESTRATOR, drafter_address, stage_address
 from pipeinfer.orchestrator.machine import Orchestrator
 from speculation.drafter.machine import Drafter
 from speculation.schedules.policy import Policy
@@ -19,10 +19,11 @@ from stages.stage.machine import Stage
 class JobSpec:
     """Who plays: ``stages`` stages and ``drafters`` drafters, by ``policy``, for requests of up to ``context`` tokens.
 
-    ``digest``: what ranks compare at HELLO. ``guess_slots``: slots for guesses in flight, if fewer than the policy
+    ``digest``: what ranks compare in Hello. ``guess_slots``: slots for guesses in flight, if fewer than the policy
     wants. ``calibrations``: what is known of each source's probabilities.
     ``placement``: what processors the roles have. ``draft_contexts``: of each drafter the positions that its model was
-    made for, 0 for any number; empty if none has a limit."""
+    made for, 0 for any number; empty if none has a limit. ``overlap``: whether the next request is prefilled while the
+    last runs of the one before are in flight."""
 
     stages: int
     drafters: int
@@ -33,6 +34,7 @@ class JobSpec:
     calibrations: dict[str, dict[str, Any]] = field(default_factory=dict)
     placement: Placement = "spread"
     draft_contexts: tuple[int, ...] = ()
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
@@ -63,14 +65,15 @@ class JobSpec:
     def slots(self) -> tuple[int, int]:
         """Slots of every stage: for accepted tokens, and for guesses in flight."""
         guesses = self.policy.most_guesses(self.stages)
-        return self.context, guesses if self.guess_slots is None else min(guesses, self.guess_slots)
+        accepted = (1 + self.overlap) * self.context
+        return accepted, guesses if self.guess_slots is None else min(guesses, self.guess_slots)
 
     def machine(self, address: int) -> Machine:
         """The brain of the role at ``address``, as it is before anything has happened."""
         if address == ORCHESTRATOR:
             guesses = self.slots[1]
             numbers = (self.stages, self.drafters, self.policy, self.context, self.digest, guesses)
-            return Orchestrator(*numbers, self.calibrations, self.placement)
+            return Orchestrator(*numbers, self.calibrations, self.placement, self.overlap)
         if address >= FIRST_DRAFTER:
             index = address - FIRST_DRAFTER
             positions = self.draft_contexts[index] if index < len(self.draft_contexts) else 0

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeinfer.core.addresses import FIRST_DRAFTER, ORCHESTRATOR, address_name
 from pipeinfer.core.files import write_whole
-from pipeinfer.core.protocol import FIRST_DRAFTER, ORCHESTRATOR, address_name
 from pipeinfer.runtime.timeline import Outcome, Span, Timeline, Word
 
 TICKS = 8
@@ -71,7 +71,7 @@ def _what(word: Word) -> str:
     """A message as a slice is named: its kind and the runs that it is about."""
     runs = ", ".join(map(str, word.runs))
     dead = " (tombstone)" if word.is_tombstone else ""
-    return f"{word.message.kind.name} {runs}{dead}" if runs else word.message.kind.name
+    return f"{word.message.kind} {runs}{dead}" if runs else word.message.kind
 
 
 class _Events:
@@ -79,25 +79,27 @@ class _Events:
 
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline
-        self._turns: defaultdict[int, dict[int, list[str]]] = defaultdict(dict)  # by role and time: what it is called
+        self._instants: defaultdict[int, dict[int, list[str]]] = defaultdict(
+            dict
+        )  # by role and time: what it is called
         for word in timeline.words:
             if word.heard_s is not None:
-                self._turns[word.message.dest].setdefault(_ticks(word.heard_s), []).append(_what(word))
+                self._instants[word.message.dest].setdefault(_ticks(word.heard_s), []).append(_what(word))
         for word in timeline.words:
-            names = self._turns[word.message.source].setdefault(_ticks(word.sent_s), [])
+            names = self._instants[word.message.source].setdefault(_ticks(word.sent_s), [])
             if not names:  # it has heard nothing: it has computed, or was woken
                 names.append(f"sends {_what(word)}")
         self._cuts: dict[int, list[int]] = {}  # by role: when a turn begins or a pass ends
-        for address, turns in self._turns.items():
+        for address, instants in self._instants.items():
             ends = {_ticks(span.ended_s) for span in timeline.spans if span.address == address}
-            self._cuts[address] = sorted(ends | turns.keys())
+            self._cuts[address] = sorted(ends | instants.keys())
 
     def _place(self, address: int) -> Json:
         """Process and thread of a role. To viewers 0 is an idle processor, and a thread numbered like its process the
         main one."""
         return {"pid": 1 + self._timeline.ranks[address], "tid": 1000 + list(self._timeline.ranks).index(address)}
 
-    def _turn_end(self, address: int, began: int) -> int:
+    def _instant_end(self, address: int, began: int) -> int:
         """When the turn that a role begins at ``began`` is over, by convention."""
         cuts = self._cuts.get(address, [])
         after = bisect_right(cuts, began)
@@ -116,19 +118,19 @@ class _Events:
         """Passes, turns, and a mark where a stage skipped a run."""
         for span in self._timeline.spans:
             yield self._slice(span)
-        for address, turns in self._turns.items():
-            for began, names in turns.items():
+        for address, instants in self._instants.items():
+            for began, names in instants.items():
                 name = "; ".join(dict.fromkeys(names))
-                yield self._complete(address, name, "turn", began, self._turn_end(address, began))
+                yield self._complete(address, name, "turn", began, self._instant_end(address, began))
         for word in self._timeline.words:
             if word.is_tombstone:
-                about = {"ph": "i", "name": f"tombstone of run {word.message.run}", "cat": "tombstone", "s": "t"}
+                about = {"ph": "i", "name": f"tombstone of run {word.runs[0]}", "cat": "tombstone", "s": "t"}
                 yield {**about, **self._place(word.message.source), "ts": _us(word.sent_s)}
 
     def _slice(self, span: Span) -> Json:
         began, ended = _ticks(span.began_s), _ticks(span.ended_s)
-        if began in self._turns[span.address]:
-            began = min(self._turn_end(span.address, began), ended)
+        if began in self._instants[span.address]:
+            began = min(self._instant_end(span.address, began), ended)
         what = "pass" if span.address >= FIRST_DRAFTER else "run"
         name = span.outcome if span.outcome is Outcome.DRAFT else f"{span.outcome}: {what}"
         args: Json = {what: span.number, "rows": span.rows}
@@ -147,7 +149,7 @@ class _Events:
             if word.heard_s is None:
                 continue
             message = word.message
-            about = {"name": _what(word), "cat": message.kind.name.lower(), "id": number}
+            about = {"name": _what(word), "cat": message.kind.lower(), "id": number}
             yield {"ph": "s", **about, **self._place(message.source), "ts": _us(word.sent_s)}
             yield {"ph": "f", "bp": "e", **about, **self._place(message.dest), "ts": _us(word.heard_s)}
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeinfer.core.addresses import address_name
+from pipeinfer.core.messages import Message
 from pipeinfer.core.ports import Halt, Machine
-from pipeinfer.core.protocol import Message, address_name
 from pipeinfer.runtime.trace import Step, raised
 
 MOST_SHOWN = 160
@@ -60,7 +61,7 @@ def difference(old: Any, new: Any, path: str = "commands") -> str:
         return f"{path} was {_short(old)}, is {_short(new)}"
     if isinstance(old, np.ndarray):
         return _array_difference(old, new, path)
-    if isinstance(old, Message) and old == new:
+    if isinstance(old, Message) and old == new and type(old.body) is type(new.body):
         return ""  # the common case, quickly
     if is_dataclass(old):
         parts = [(member.name, getattr(old, member.name), getattr(new, member.name)) for member in fields(old)]

@@ -12,9 +12,10 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pipeinfer.core.addresses import FIRST_DRAFTER, ORCHESTRATOR
 from pipeinfer.core.errors import refuse
+from pipeinfer.core.messages import Cancel, Credit, Message, Result, Row, Run, SlotOpKind
 from pipeinfer.core.ports import Compute, Computed, Emit, Event, Halt, Idle, Received, Request, Send, Submitted
-from pipeinfer.core.protocol import FIRST_DRAFTER, ORCHESTRATOR, Flag, Kind, Message, Row, SlotOpKind
 from pipeinfer.runtime.trace import Header, Trace, in_order
 
 
@@ -56,14 +57,15 @@ class Word:
     @property
     def is_tombstone(self) -> bool:
         """Whether its run has been skipped."""
-        return bool(self.message.flags & Flag.TOMBSTONE)
+        return isinstance(self.message.body, Run | Result) and self.message.body.is_tombstone
 
     @property
     def runs(self) -> tuple[int, ...]:
         """The runs that it is about."""
-        if self.message.kind is Kind.CANCEL:
-            return tuple(dict.fromkeys(row.slot for row in self.message.rows_as(Row)))
-        return (self.message.run,) if self.message.kind in (Kind.RUN, Kind.RESULT, Kind.CREDIT) else ()
+        body = self.message.body
+        if isinstance(body, Cancel):
+            return tuple(dict.fromkeys(dead.run for dead in body.rows))
+        return (body.run,) if isinstance(body, Run | Result | Credit) else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,7 @@ class _Reader:
         if isinstance(event, Received):
             message = event.message
             self._heard[_identity(message)].append((message, at_s))
-            if message.kind is Kind.RESULT:
+            if isinstance(message.body, Result):
                 self._count(-1, at_s)
         elif isinstance(event, Computed):
             self._close(address, at_s, event.hidden is not None or event.choices is not None)
@@ -187,8 +189,8 @@ class _Reader:
         if isinstance(command, Send):
             message = command.message
             self._sent.append((message, at_s))
-            if message.kind is Kind.RUN and address == ORCHESTRATOR:
-                self._worth.launch(message)
+            if isinstance(message.body, Run) and address == ORCHESTRATOR:
+                self._worth.launch(message.body)
                 self._count(1, at_s)
         elif isinstance(command, Compute):
             self._open[address] = _Pass(address, command, at_s)
@@ -250,7 +252,7 @@ def _identity(message: Message) -> tuple[object, ...]:
     """What the two ends of a message's way have in common, and no other message. Advice is not numbered; of equal ones
     the first that was sent is the first that was heard."""
     if message.is_control:
-        return message.source, message.dest, message.kind, message.request, message.epoch, message.rows
+        return message.source, message.dest, message.kind, message.body
     return message.source, message.dest, message.txn
 
 
@@ -269,17 +271,19 @@ class _Worth:
         self.settle()
         self._text = list(request.prompt)
 
-    def launch(self, message: Message) -> None:
+    def launch(self, run: Run) -> None:
         """A run leaves: operations on slots first, then its rows."""
-        for op in message.ops:
+        for op in run.ops:
+            if op.kind not in (SlotOpKind.COMMIT, SlotOpKind.RELEASE):
+                continue
             for slot in range(op.slot, op.slot + op.length):
                 launched = self._undecided.pop(slot, None)
                 if launched and op.kind is SlotOpKind.COMMIT:
                     self._accept(*launched)
-        if message.flags & Flag.CANONICAL:
-            self.prefills.add(message.run)
+        if run.is_canonical:
+            self.prefills.add(run.run)
             return
-        self._undecided.update((row.slot, (message.run, row)) for row in message.rows_as(Row))
+        self._undecided.update((row.slot, (run.run, row)) for row in run.rows)
 
     def emit(self, tokens: tuple[int, ...]) -> None:
         """The next tokens of the answer."""

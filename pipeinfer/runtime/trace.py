@@ -4,7 +4,7 @@ A rank of a job with ``trace = "FILE"`` writes ``FILE.rankN``, lines of JSON. Th
 the same machines again (Header), every other one is an event (Step): time, role, event, commands. Nothing that a
 machine can see is rounded: floats are written so that they read as the same 64 bits, and messages field by field,
 because roles on one rank hand each other more than the wire's 32 bits. Activations are left out; machines never look at
-them, and TENSOR stands where there were some. Masks are compressed bits.
+them, and TENSOR stands where there were some. Ranges of canonical slots are compressed.
 
 Each line is handed to the operating system when its event has been answered, before the commands are carried out.
 Nothing is buffered here, so nothing has to be flushed, and of a rank that hangs or is killed nothing is lost; at most
@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeinfer.core.errors import refuse
+from pipeinfer.core.messages import Message
 from pipeinfer.core.ports import (
     Batch,
     Command,
@@ -49,9 +50,9 @@ from pipeinfer.core.ports import (
     Send,
     Submitted,
 )
-from pipeinfer.core.protocol import VERSION, Flag, Kind, Message, SlotOp, SlotOpKind, row_type
+from pipeinfer.core.wire import LAYOUTS, VERSION
 
-FORMAT = 4
+FORMAT = 5
 MARK = "pipeinfer_trace"
 TENSOR = "a tensor"
 """Stands for activations, which are not stored."""
@@ -114,16 +115,20 @@ def _all_fields(kind: type) -> Callable[[Any], tuple[Any, ...]]:
 
 
 def _named(kind: type) -> Callable[[Any], tuple[Any, ...]]:
-    """The form of an event or command: its name, then its fields; of activations, whether there are any."""
+    """The form of an event or command: its name, then its fields; of activations, whether there are any; of a message,
+    the name of its kind, too."""
     names = [member.name for member in fields(kind)]
 
     def form(value: Any) -> tuple[Any, ...]:
         values = [getattr(value, name) for name in names]
         for place in places:
             values[place] = values[place] is not None
+        if message is not None:
+            values[message] = values[message].kind, *values[message]
         return kind.__name__, *values
 
     places = [place for place, name in enumerate(names) if name in PAYLOADS]
+    message = names.index("message") if "message" in names else None
     return form
 
 
@@ -132,8 +137,10 @@ def _packed(data: bytes) -> str:
 
 
 def _batch_form(batch: Batch) -> tuple[Any, ...]:
-    bits = _packed(np.packbits(batch.visible).tobytes())
-    return batch.tokens.tolist(), batch.positions.tolist(), batch.slots.tolist(), (*batch.visible.shape, bits)
+    rows = (batch.tokens, batch.positions, batch.slots)
+    canonical = [_packed(ranges.tobytes()) for ranges in batch.canonical]
+    attended = (batch.sequence, batch.prefix, batch.ancestors, batch.ancestor_ends)
+    return *(array.tolist() for array in rows), canonical, *(array.tolist() for array in attended)
 
 
 def _draw_form(draw: SamplingInputs) -> tuple[Any, ...]:
@@ -226,9 +233,10 @@ def _maker(kind: type, /, **readers: Callable[[Any], Any]) -> Callable[[list[Any
 
 
 def _message(stored: list[Any]) -> Message:
-    rows = tuple(row_type(Kind(stored[0]))(*row) for row in stored[9])
-    message: Message = _MESSAGE([*stored[:9], rows, *stored[10:]])
-    return message
+    kind, source, dest, body, *rest = stored
+    layout = _KINDS[kind]
+    lists = [items.restore(found) for items, found in zip(layout.lists, body[layout.numbers :], strict=True)]
+    return Message(source, dest, layout.make(body[: layout.numbers], lists), *rest)
 
 
 def _unpacked(text: str) -> bytes:
@@ -239,22 +247,15 @@ def _integers(stored: list[int]) -> npt.NDArray[np.int64]:
     return np.array(stored, np.int64)
 
 
-def _mask(stored: list[Any]) -> npt.NDArray[np.bool_]:
-    rows, span, packed = stored
-    bits = np.unpackbits(np.frombuffer(_unpacked(packed), np.uint8), count=rows * span)
-    return bits.reshape(rows, span).astype(np.bool_)
+def _ranges(stored: list[str]) -> tuple[npt.NDArray[np.int64], ...]:
+    return tuple(np.frombuffer(_unpacked(packed), np.int64).reshape(-1, 2) for packed in stored)
 
 
 def _payload(is_there: bool) -> str | None:
     return TENSOR if is_there else None
 
 
-_MESSAGE = _maker(
-    Message,
-    kind=Kind,
-    flags=Flag,
-    ops=lambda stored: tuple(SlotOp(SlotOpKind(kind), *rest) for kind, *rest in stored),
-)
+_KINDS = {layout.kind.__name__: layout for layout in LAYOUTS.values()}
 _SAMPLING = _maker(Sampling)
 _READERS: dict[type, dict[str, Callable[[Any], Any]]] = {
     Received: {"message": _message, "payload": _payload},
@@ -266,7 +267,17 @@ _READERS: dict[type, dict[str, Callable[[Any], Any]]] = {
     Submitted: {"request": _maker(Request, prompt=tuple, stop_tokens=frozenset, sampling=_SAMPLING)},
     Send: {"message": _message, "payload": _payload},
     Compute: {
-        "batch": _maker(Batch, tokens=_integers, positions=_integers, slots=_integers, visible=_mask),
+        "batch": _maker(
+            Batch,
+            tokens=_integers,
+            positions=_integers,
+            slots=_integers,
+            canonical=_ranges,
+            sequence=_integers,
+            prefix=_integers,
+            ancestors=_integers,
+            ancestor_ends=_integers,
+        ),
         "hidden": _payload,
         "keep": tuple,
         "rows": tuple,

@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvbuffers.slot_allocator import SlotAllocator
+from pipeinfer.core.addresses import FIRST_DRAFTER, address_name
+from pipeinfer.core.messages import MAX_OPS, Run
 from pipeinfer.core.ports import Command, Compute, Event, Machine, Send
-from pipeinfer.core.protocol import (
-    FIRST_DRAFTER,
-    MAX_OPS,
-    Kind,
-    Row,
-    address_name,
-)
 from pipeinfer.orchestrator.machine import RUNS_AHEAD, Orchestrator
 from pipeinfer.sim.history import InvariantBroken
 from pipeinfer.sim.world import Checker, World, WorldSpec
@@ -46,23 +41,25 @@ class Bounds(Checker):
     def _count_nodes(self, machine: Machine) -> None:
         """A bound on a size is worth what the size is worth."""
         session = machine._session if isinstance(machine, Orchestrator) else None
-        tree = session.tree if session else machine._tree if isinstance(machine, Drafter) else None
-        if tree is not None and tree.size != 1 + len(descendants(tree.root)):
-            raise InvariantBroken(f"L8: the tree of {address_name(machine.address)} is not of the size {tree.size}")
+        trees = [session.tree] if session else []
+        if isinstance(machine, Drafter):
+            trees = [sequence.tree for sequence in machine._sequences.values() if sequence.tree is not None]
+        for tree in trees:
+            if tree.size != 1 + len(descendants(tree.root)):
+                raise InvariantBroken(f"L8: the tree of {address_name(machine.address)} is not of the size {tree.size}")
 
     def _check_rows(self, machine: Orchestrator, commands: list[Command]) -> None:
         """A row is of use up to the last position whose choice may be emitted."""
-        if machine._session is None:
+        session = machine._session
+        if session is None:
             return
-        request = machine._session.request
-        last = len(request.prompt) + request.max_new_tokens - 2
+        last = session.last_position
         for command in commands:
-            if isinstance(command, Send) and command.message.kind is Kind.RUN:
-                position = max((row.position for row in command.message.rows_as(Row)), default=0)
+            if isinstance(command, Send) and isinstance(command.message.body, Run):
+                run = command.message.body
+                position = max((row.position for row in run.rows if row.sequence == session.sequence), default=0)
                 if position > last:
-                    raise InvariantBroken(
-                        f"L8: run {command.message.run} has a row at {position}, the last of use is {last}"
-                    )
+                    raise InvariantBroken(f"L8: run {run.run} has a row at {position}, the last of use is {last}")
 
     def _check_positions(self, address: int, commands: list[Command]) -> None:
         """A draft evaluates nothing beyond the positions that it was made for."""
@@ -74,11 +71,11 @@ class Bounds(Checker):
                 )
 
     def _check_host(self, world: World, address: int) -> None:
-        """What waits on a rank: a few local words, and messages that came during a layer. A stage has at most a window
+        """What waits on a rank: a few local messages, and those that came during a layer. A stage has at most a window
         of runs there; what a drafter's host collects in one layer is bounded by what requests may accept at all."""
         host = world.hosts[world.home[address]]
         waiting, most = len(host.executor._local), 4
-        if self.spec.placement == "alone":  # what one event says to all, and the runs that it lets go
+        if self.spec.placement == "alone":  # the messages of one event to all roles, and the runs that it launches
             most += self.spec.stages + 3 * self.spec.drafters + self.spec.policy.most_runs(self.spec.stages)
         if waiting > most:
             raise InvariantBroken(
@@ -86,7 +83,7 @@ class Bounds(Checker):
             )
         if not host.inbox:
             return
-        runs = sum(event.message.kind is Kind.RUN for event in host.inbox)
+        runs = sum(isinstance(event.message.body, Run) for event in host.inbox)
         others = sum(not event.message.is_control for event in host.inbox) - runs
         window = self.spec.policy.most_runs(self.spec.stages)
         most = 2 * window + self.spec.stages + len(self.spec.requests) * (self.spec.context + 2)
@@ -108,12 +105,12 @@ def _bounds(machine: Machine, spec: WorldSpec) -> Iterator[Limit]:
 def _tree_bounds(tree: Tree) -> Iterator[Limit]:
     yield "tree", tree.size, tree.max_nodes
     # A living node is pushed once; entries of the dead are swept when an advance finds too many.
-    yield "pipeinfer", len(tree._frontier), SLACK + 2 * tree.max_nodes + 1
+    yield "unsent nodes", len(tree._unsent), SLACK + 2 * tree.max_nodes + 1
 
 
-def _ledger_bounds(allocator: SlotAllocator) -> Iterator[Limit]:
+def _allocator_bounds(allocator: SlotAllocator) -> Iterator[Limit]:
     yield "leased slots", len(allocator._leased), allocator.speculative
-    yield "slot operations", len(allocator._ops) + len(allocator._released), min(MAX_OPS, allocator.capacity + 1)
+    yield "slot operations", len(allocator._ops) + len(allocator._released), min(MAX_OPS, allocator.capacity + 2)
 
 
 def _orchestrator_bounds(machine: Orchestrator, spec: WorldSpec) -> Iterator[Limit]:
@@ -121,7 +118,7 @@ def _orchestrator_bounds(machine: Orchestrator, spec: WorldSpec) -> Iterator[Lim
     # A new root goes without a credit, so some may be owed: at most one for each run that may be out.
     yield "credits owed", RUNS_AHEAD - machine._credits, RUNS_AHEAD + spec.policy.most_runs(spec.stages)
     yield "waiting requests", len(machine._waiting), len(spec.requests)
-    yield from _ledger_bounds(machine._allocator)
+    yield from _allocator_bounds(machine._allocator)
     session = machine._session
     if session is None:
         return
@@ -140,14 +137,17 @@ def _stage_bounds(stage: Stage) -> Iterator[Limit]:
     # At the first one RUNS_AHEAD wait for a credit, and behind them the new roots that came since.
     yield "queue", len(stage._queue), min(RUNS_AHEAD + 2, stage._window) if stage._is_first else stage._window
     yield "cancelled runs", len(stage._cancelled), stage._window
+    yield "sequences", len(stage._sampling), 3  # one ends, one is served, and the settings of the next may be here
 
 
 def _drafter_bounds(drafter: Machine, spec: WorldSpec) -> Iterator[Limit]:
     assert isinstance(drafter, Drafter)
-    yield "nodes ahead", len(drafter._ahead), spec.policy.max_ahead
-    yield "batch", len(drafter._batch), spec.policy.draft_batch
-    yield "withheld", len(drafter._withheld), spec.policy.most_nodes()
-    yield "prompt", len(drafter._prompt), spec.context
-    yield from _ledger_bounds(drafter._allocator)
-    if drafter._tree is not None:
-        yield from _tree_bounds(drafter._tree)
+    yield from _allocator_bounds(drafter._allocator)
+    yield "sequences", len(drafter._sequences), 1
+    yield "batch", len(drafter._pass.nodes) if drafter._pass else 0, spec.policy.draft_batch
+    for sequence in drafter._sequences.values():
+        yield "nodes ahead", len(sequence.ahead), spec.policy.max_ahead
+        yield "withheld", len(sequence.withheld), spec.policy.most_nodes()
+        yield "prompt", len(sequence.prompt), spec.context
+        if sequence.tree is not None:
+            yield from _tree_bounds(sequence.tree)

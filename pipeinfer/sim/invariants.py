@@ -1,8 +1,8 @@
-"""The invariants: checkers that watch a simulated world and say which one broke, where, and in which run.
+"""The invariants: checkers that watch a simulated world and name the broken one, with place and run.
 
     L1  exact: the emitted tokens are those of plain decoding, stop tokens included
     L2  every run ends once, by the time its request is idle; no node is verified twice (but by rivals)
-    L3  slots: free + leased + canonical = all; no slot in two live partitions; canonical slots hold accepted tokens:
+    L3  slots: free + leased + canonical = all; no slot leased twice; canonical slots hold accepted tokens:
         slot_invariants.py
     L4  per edge the transaction number grows by one; results return in launch order
     L5  live: the next token comes within a bounded time (World.run itself sees an agenda that runs dry)
@@ -24,17 +24,9 @@ from collections import deque
 from collections.abc import Collection
 from itertools import zip_longest
 
+from pipeinfer.core.addresses import ORCHESTRATOR, address_name
+from pipeinfer.core.messages import NO_SLOT, Cancel, Message, Result, Run, Wants
 from pipeinfer.core.ports import Command, Emit, Event, Finish, Idle, Received, Request, Send, Submitted
-from pipeinfer.core.protocol import (
-    NO_SLOT,
-    ORCHESTRATOR,
-    Flag,
-    Kind,
-    Message,
-    ResultRow,
-    Row,
-    address_name,
-)
 from pipeinfer.orchestrator.machine import RUNS_AHEAD
 from pipeinfer.sim.history import History, InvariantBroken, Launched, Reader, ending, oracle
 from pipeinfer.sim.world import Answer, World, WorldSpec
@@ -45,43 +37,44 @@ class Exact(Reader):
 
     def __init__(self, history: History) -> None:
         super().__init__(history)
-        self._told: dict[int, list[int]] = {}  # by request
+        self._emitted: dict[int, list[int]] = {}  # by request
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
-        """See Checker: no emission may stray from the truth, so the first wrong token is caught at once; nor may what
-        the target says after accepted tokens, even if nobody listens."""
-        if address == ORCHESTRATOR and isinstance(event, Received) and event.message.kind is Kind.RESULT:
-            self._listen(event.message)
+        """See Checker: every emitted token must equal plain decoding's, so the first wrong one is reported; so must the
+        target's token after every accepted token, even if the orchestrator ignores it."""
+        if address == ORCHESTRATOR and isinstance(event, Received) and isinstance(event.message.body, Result):
+            self._listen(event.message.body)
         for command in commands:
             if isinstance(command, Emit):
                 self._compare(command, world.spec)
 
     def _compare(self, emit: Emit, spec: WorldSpec) -> None:
-        told, truth = self._told.setdefault(emit.number, []), oracle(spec.model, spec.requests[emit.number])
-        told += emit.tokens
-        if tuple(told) != truth[: len(told)]:
-            pairs = enumerate(zip_longest(told, truth))
+        emitted, truth = self._emitted.setdefault(emit.number, []), oracle(spec.model, spec.requests[emit.number])
+        emitted += emit.tokens
+        if tuple(emitted) != truth[: len(emitted)]:
+            pairs = enumerate(zip_longest(emitted, truth))
             at, token, wanted = next((at, token, wanted) for at, (token, wanted) in pairs if token != wanted)
             where = f"request {emit.number}, new token {at}"
-            raise InvariantBroken(f"L1: {where}: the token is {token}, plain decoding says {wanted}")
+            raise InvariantBroken(f"L1: {where}: the token is {token}, plain decoding gives {wanted}")
 
-    def _listen(self, message: Message) -> None:
-        history = self.history
-        if message.request != history.requests:
+    def _listen(self, result: Result) -> None:
+        launched = self.history.runs.get(result.run)
+        if launched is None:
             return  # it ended its request, and the next one has begun in the same step
-        run = history.runs.get(message.run)
-        for row in message.rows_as(ResultRow):
-            written, after = run.written[row.slot] if run else None, row.position + 1
-            is_accepted = row.position < len(history.text) and not history.is_dead(written)
+        record = launched.record
+        for row in result.rows:
+            if row.sequence != record.sequence:
+                raise InvariantBroken(f"L1: run {result.run} of sequence {record.sequence} finds {row}")
+            written, after = launched.written[row.slot], row.position + 1
+            is_accepted = row.position < len(record.text) and not record.is_dead(written)
+            where = f"request {record.number}: run {result.run}"
             if row.token < 0:
-                if is_accepted and history.fault is None:
-                    raise InvariantBroken(
-                        f"L1: request {history.requests}: run {message.run} finds {row}, which is accepted"
-                    )
+                if is_accepted and record.fault is None:
+                    raise InvariantBroken(f"L1: {where} finds {row}, which is accepted")
                 continue
-            if is_accepted and after < len(history.truth) and row.token != history.truth[after]:
-                what = f"{row.token} after position {row.position}, plain decoding says {history.truth[after]}"
-                raise InvariantBroken(f"L1: request {history.requests}: run {message.run} found {what}")
+            if is_accepted and after < len(record.truth) and row.token != record.truth[after]:
+                what = f"{row.token} after position {row.position}, plain decoding gives {record.truth[after]}"
+                raise InvariantBroken(f"L1: {where} found {what}")
 
     def on_idle(self, world: World, answer: Answer, request: Request) -> None:
         """See Checker."""
@@ -110,7 +103,8 @@ class EndsOnce(Reader):
 
     def __init__(self, history: History) -> None:
         super().__init__(history)
-        self._open: set[int] = set()
+        self._open: dict[int, int] = {}  # runs in flight, and the sequence of each
+        self._numbers: dict[int, int] = {}  # of the request of each sequence
         self._ended: dict[int, bool] = {}  # by request that is not idle, in order: whether it has finished
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
@@ -119,29 +113,32 @@ class EndsOnce(Reader):
             return
         if isinstance(event, Submitted):
             self._ended[event.number] = False
-        if isinstance(event, Received) and event.message.kind is Kind.RESULT:
-            if event.message.run not in self._open:
-                raise InvariantBroken(f"L2: a result of run {event.message.run}, which is not in flight")
-            self._open.remove(event.message.run)
+        for begun, _ in self.history.parts:
+            if begun is not None:
+                self._numbers[begun.sequence] = begun.number
+        if isinstance(event, Received) and isinstance(event.message.body, Result):
+            run = event.message.body.run
+            if run not in self._open:
+                raise InvariantBroken(f"L2: a result of run {run}, which is not in flight")
+            del self._open[run]
         for command in commands:
-            if isinstance(command, Send) and command.message.kind is Kind.RUN:
-                self._open.add(command.message.run)
+            if isinstance(command, Send) and isinstance(command.message.body, Run):
+                self._open[command.message.body.run] = command.message.body.rows[0].sequence
             elif isinstance(command, Emit | Finish | Idle):
-                self._hear(command)
+                self._received(command)
 
-    def _hear(self, command: Emit | Finish | Idle) -> None:
-        number, served = command.number, next(iter(self._ended), None)
+    def _received(self, command: Emit | Finish | Idle) -> None:
+        number = command.number
         if number not in self._ended or self._ended[number] != isinstance(command, Idle):
             raise InvariantBroken(f"L2: {command} of a request that has ended already, or not yet: {self._ended}")
-        if isinstance(command, Emit) and number != served:
-            raise InvariantBroken(
-                f"L2: request {number} emits {command.tokens} out of turn, request {served} is served"
-            )
+        if isinstance(command, Emit) and number != next(iter(self._ended)):
+            raise InvariantBroken(f"L2: request {number} emits {command.tokens} out of turn: {self._ended}")
         if isinstance(command, Finish):
             self._ended[number] = True
         elif isinstance(command, Idle):
-            if self._open and number == served:
-                raise InvariantBroken(f"L2: request {number} is idle, with runs {sorted(self._open)} still out")
+            out = [run for run, sequence in self._open.items() if self._numbers.get(sequence) == number]
+            if out:
+                raise InvariantBroken(f"L2: request {number} is idle, with runs {out} still out")
             del self._ended[number]
 
 
@@ -158,13 +155,14 @@ class InOrder(Reader):
         """See Checker."""
         if isinstance(event, Received):
             self._grow(self._taken, "took", event.message)
-            if event.message.kind is Kind.RESULT and (not self._flight or self._flight.popleft() != event.message.run):
-                raise InvariantBroken(f"L4: the result of run {event.message.run} is out of order")
+            body = event.message.body
+            if isinstance(body, Result) and (not self._flight or self._flight.popleft() != body.run):
+                raise InvariantBroken(f"L4: the result of run {body.run} is out of order")
         for command in commands:
             if isinstance(command, Send):
                 self._grow(self._sent, "sent", command.message)
-                if address == ORCHESTRATOR and command.message.kind is Kind.RUN:
-                    self._flight.append(command.message.run)
+                if address == ORCHESTRATOR and isinstance(command.message.body, Run):
+                    self._flight.append(command.message.body.run)
 
     @staticmethod
     def _grow(seen: dict[tuple[int, int], int], verb: str, message: Message) -> None:
@@ -174,9 +172,7 @@ class InOrder(Reader):
         expected = seen.get(edge, 0) + 1
         if message.txn != expected:
             who = address_name(message.source if verb == "sent" else message.dest)
-            raise InvariantBroken(
-                f"L4: {who} {verb} {message.kind.name} as transaction {message.txn}, expected {expected}"
-            )
+            raise InvariantBroken(f"L4: {who} {verb} {message.kind} as transaction {message.txn}, expected {expected}")
         seen[edge] = expected
 
 
@@ -187,18 +183,19 @@ class Lively(Reader):
         super().__init__(history)
         self.patience = patience(history.spec)
         self._since = 0.0
+        self._number = 0  # of the request that began last
         self._chunks = 0
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         """See Checker."""
         if address != ORCHESTRATOR:
             return
-        for begun, told in self.history.parts:
+        for begun, part in self.history.parts:
             if begun is not None:
-                self._since = now
-                self._chunks = -(-len(begun.prompt) // world.spec.policy.prefill_chunk)
-            for command in told:
-                if isinstance(command, Emit | Idle):
+                self._since, self._number = now, begun.number
+                self._chunks = -(-len(begun.request.prompt) // world.spec.policy.prefill_chunk)
+            for command in part:
+                if isinstance(command, Emit | Idle) and command.number == self._number:
                     self._progress(world.spec, now)
 
     def _progress(self, spec: WorldSpec, now: float) -> None:
@@ -237,41 +234,45 @@ class Advice(Reader):
         for command in commands:
             if not isinstance(command, Send):
                 continue
-            message = command.message
-            if message.kind is Kind.CANCEL:
-                for row in message.rows_as(Row):
-                    run = self.history.runs.get(row.slot)
-                    kept = set() if run is None or row.parent == NO_SLOT else run.written.keys() - {row.parent}
-                    self._must_be_dead(run, kept, f"{address_name(address)} cancels")
-            elif message.kind in (Kind.RUN, Kind.RESULT) and address != ORCHESTRATOR:
-                self._compare(message, self.history.runs.get(message.run))
+            body = command.message.body
+            if isinstance(body, Cancel):
+                self._cancelled(body, address)
+            elif isinstance(body, Run | Result) and address != ORCHESTRATOR:
+                self._compare(body, self.history.runs.get(body.run), address_name(address))
 
-    def _compare(self, message: Message, run: Launched | None) -> None:
-        if run is None:
-            raise InvariantBroken(
-                f"L6: {address_name(message.source)} passes on run {message.run}, which was never launched"
-            )
-        who = address_name(message.source)
-        told = message.rows_as(Row)
-        if message.kind is Kind.RUN:
-            if message.ops != run.message.ops:
-                raise InvariantBroken(f"L6: {who} changes the operations of run {message.run}")
-            tokens = {row.slot: row.token for row in run.message.rows_as(Row)}
+    def _cancelled(self, cancel: Cancel, address: int) -> None:
+        for dead in cancel.rows:
+            launched = self.history.runs.get(dead.run)
+            if launched is None:
+                continue  # its request is idle
+            if dead.sequence != launched.record.sequence:
+                raise InvariantBroken(f"L6: {dead} is of another sequence than {launched.record.sequence}")
+            kept = set() if dead.slot == NO_SLOT else launched.written.keys() - {dead.slot}
+            self._must_be_dead(launched, kept, f"{address_name(address)} cancels")
+
+    def _compare(self, body: Run | Result, launched: Launched | None, who: str) -> None:
+        if launched is None:
+            raise InvariantBroken(f"L6: {who} passes on run {body.run}, which was never launched")
+        run = launched.run
+        if isinstance(body, Run):
+            if body.ops != run.ops:
+                raise InvariantBroken(f"L6: {who} changes the operations of run {body.run}")
+            tokens = {row.slot: row.token for row in run.rows}
             # A row whose numbers were not finite travels on without its token.
-            rows = {row._replace(token=tokens.get(row.slot, 0) if row.token < 0 else row.token) for row in told}
-            if not rows <= set(run.message.rows):
-                raise InvariantBroken(f"L6: {who} changes the rows of run {message.run}")
-            self._must_be_dead(run, {row.slot for row in told}, f"{who} skips")
-        elif not run.message.flags & Flag.SILENT:
-            kept = {row.slot for row in message.rows_as(ResultRow)}
-            if run.message.flags & Flag.LAST:
-                kept |= {row.slot for row in run.message.rows_as(Row)[:-1]}  # no choice is wanted after those
-            self._must_be_dead(run, kept, f"{who} skips")
+            rows = {row._replace(token=tokens.get(row.slot, 0) if row.token < 0 else row.token) for row in body.rows}
+            if not rows <= set(run.rows):
+                raise InvariantBroken(f"L6: {who} changes the rows of run {body.run}")
+            self._must_be_dead(launched, {row.slot for row in body.rows}, f"{who} skips")
+        elif run.wants is not Wants.NOTHING:
+            kept = {row.slot for row in body.rows}
+            if run.wants is Wants.LAST:
+                kept |= {row.slot for row in run.rows[:-1]}  # no choice is wanted after those
+            self._must_be_dead(launched, kept, f"{who} skips")
 
-    def _must_be_dead(self, run: Launched | None, kept: Collection[int], deed: str) -> None:
-        for slot, written in run.written.items() if run else ():
-            if slot not in kept and not self.history.is_useless(written):
-                what = f"token {written.token} at position {written.position} of run {run.message.run if run else 0}"
+    def _must_be_dead(self, launched: Launched, kept: Collection[int], deed: str) -> None:
+        for slot, written in launched.written.items():
+            if slot not in kept and not self.history.is_useless(launched.record, written):
+                what = f"token {written.token} at position {written.position} of run {launched.run.run}"
                 raise InvariantBroken(f"L6: {deed} {what}, which is alive")
 
 
@@ -279,21 +280,25 @@ class Forced(Reader):
     """L10, and the statistics' own arithmetic."""
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
-        """See Checker: a draft of width 1 that is always right never sends a row in vain."""
+        """See Checker: a draft with ``topk`` 1 that is always right never sends a row in vain."""
         spec, history = world.spec, self.history
         if address != ORCHESTRATOR or spec.model.ranks[0] < 1.0 or spec.policy.topk > 1 or spec.policy.prompt_lookup:
             return
         for command in commands:
-            if isinstance(command, Send) and command.message.kind is Kind.RUN:
-                for row in command.message.rows_as(Row):
-                    if row.position < len(history.truth) and row.token != history.truth[row.position]:
+            if isinstance(command, Send) and isinstance(command.message.body, Run):
+                launched = history.runs.get(command.message.body.run)
+                for row in command.message.body.rows if launched else ():
+                    truth = launched.record.truth if launched else []
+                    if row.position < len(truth) and row.token != truth[row.position]:
                         raise InvariantBroken(
                             f"L10: a draft that is always right guessed {row.token} at {row.position}"
                         )
 
     def on_idle(self, world: World, answer: Answer, request: Request) -> None:
-        """See Checker: a draft that is never right is never accepted."""
+        """See Checker: a draft that is never right is never accepted, and plain decoding has an accept_length of 1."""
         spec, stats = world.spec, answer.stats
+        if stats and not spec.policy.speculate and stats.verifications != max(0, len(answer.tokens) - 1):
+            raise InvariantBroken(f"L10: plain decoding took {stats} for {len(answer.tokens)} tokens")
         if stats is None or stats.accepted + stats.corrections != len(answer.tokens):
             raise InvariantBroken(f"L10: {len(answer.tokens)} tokens, counted as {stats}")
         never = sum(spec.model.ranks) == 0.0 and spec.policy.topk < spec.model.vocab and not spec.policy.prompt_lookup

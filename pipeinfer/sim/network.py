@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 from pipeinfer.core.links import Link, Wires
+from pipeinfer.core.messages import Message
 from pipeinfer.core.ports import Payload
-from pipeinfer.core.protocol import Message
 
 
 class Network:
-    """Says when a message arrives: once, several times, or never."""
+    """Computes when a message arrives: once, several times, or never."""
 
     def __init__(self, link: Link, rng: random.Random) -> None:
         self._link = link
@@ -23,7 +23,7 @@ class Network:
     def arrivals(self, source: int, dest: int, message: Message, payload: Payload | None, now: float) -> list[float]:
         """The times at which hosts ``source`` sent ``message`` now and ``dest`` will have it."""
         link, rng = self._link, self._rng
-        nbytes = link.nbytes(message, payload)
+        nbytes = self.size(message, payload)
         self.nbytes += nbytes
         self.messages += 1
         if message.is_control:
@@ -35,3 +35,7 @@ class Network:
         arrival = self._wires.arrival(source, dest, nbytes, now) + rng.random() * link.jitter_s
         arrival = self._last_arrival[pair] = max(arrival, self._last_arrival.get(pair, 0.0))
         return [arrival]
+
+    def size(self, message: Message, payload: Payload | None) -> int:
+        """The bytes that ``message`` and its ``payload`` take on the wire."""
+        return self._link.nbytes(message, payload)

@@ -3,8 +3,8 @@
     python -m pipeinfer.sim.random_worlds --worlds 5000 --schedule all --processes 2
 
 A world that fails is reproduced by its seed (and its schedule, where one was named): ``--worlds 1 --seed <seed>
---schedule <schedule>``. What is drawn leans towards the edges (no lead, no slots, all advice lost, a draft that is
-always or never right), because that is where faults hide.
+--schedule <schedule>``. What is drawn leans towards the edges (``max_ahead`` 0, no slots, all advice lost, a draft that
+is always or never right), because that is where faults hide.
 """
 
 from __future__ import annotations
@@ -52,15 +52,18 @@ class Report:
 
 
 def random_world(seed: int, schedule: str = "") -> WorldSpec:
-    """The world that ``seed`` stands for, or the one of ``schedule`` that it stands for."""
-    return draw_world(random.Random(seed), seed, schedule)
+    """The world that ``seed`` stands for, or the one of ``schedule`` that it stands for; in a third of them requests
+    overlap: the next one is prefilled while the runs of the one before return."""
+    world = draw_world(random.Random(seed), seed, schedule)
+    overlaps = random.Random(f"overlap {seed}").random() < 1 / 3
+    return replace(world, overlap=True, at_once=True) if overlaps else world
 
 
 def draw_world(rng: random.Random, seed: int, schedule: str = "") -> WorldSpec:
     """A world drawn with ``rng``; ``seed`` goes on to its network and its model. See draw_policy for ``schedule``.
 
     Every edge is drawn now and then; a fifth of the worlds are busy pipelines without one, because the finer faults
-    show only where trees are wide, runs many, and news of death faster than the runs."""
+    show only where trees are wide, runs many, and cancels faster than the runs."""
     if rng.random() < 0.2 and schedule in ("", "continuous"):
         return _busy_world(rng, seed)
     stages = 12 if rng.random() < 0.02 else rng.choice((1, 2, 2, 3, 3, 4, 4, 5, 6))
@@ -69,7 +72,7 @@ def draw_world(rng: random.Random, seed: int, schedule: str = "") -> WorldSpec:
     need = max(len(request.prompt) + request.max_new_tokens for request in requests)
     policy = draw_policy(rng, schedule)
     if model.ranks[0] == 1.0 and rng.random() < 0.6:
-        policy = replace(policy, topk=1)  # a draft that never guesses wrong: the law about it can say most there
+        policy = replace(policy, topk=1)  # a draft that never guesses wrong: the invariant about it is sharpest there
     equal = rng.random() < 0.5
     few_slots = rng.choice((0, 1, 2, rng.randint(3, 12), rng.randint(3, 12)))
     return WorldSpec(
@@ -95,10 +98,15 @@ def draw_world(rng: random.Random, seed: int, schedule: str = "") -> WorldSpec:
 
 def _busy_world(rng: random.Random, seed: int) -> WorldSpec:
     stages = rng.randint(3, 6)
-    leaves = rng.randint(2, 4)
-    width, reuse = rng.randint(2, 4), rng.random() < 0.8
+    draft_batch = rng.randint(2, 4)
+    topk, reuse = rng.randint(2, 4), rng.random() < 0.8
     policy = Policy(
-        "busy", max_rows=rng.randint(4, 8), topk=width, draft_batch=leaves, max_ahead=rng.randint(12, 24), reuse=reuse
+        "busy",
+        max_rows=rng.randint(4, 8),
+        topk=topk,
+        draft_batch=draft_batch,
+        max_ahead=rng.randint(12, 24),
+        reuse=reuse,
     )
     ranks = rng.choice((spread(0.3, choices=4), spread(0.5, choices=3)))
     return WorldSpec(
@@ -163,13 +171,13 @@ def draw_policy(rng: random.Random, schedule: str = "") -> Policy:
     if schedule == "plain":
         return Policy("plain", speculate=False, window=rng.choice((0, 1, 3)), prefill_chunk=chunk)
     deep = rng.randint(3, 24)
-    lookup = rng.choice((0, 0, 0, 1, 5, 20))
+    prompt_lookup = rng.choice((0, 0, 0, 1, 5, 20))
     if schedule == "rounds":
-        levels, width, leaves = rng.randint(1, 6), rng.randint(1, 4), rng.randint(1, 6)
+        num_steps, topk, draft_batch = rng.randint(1, 6), rng.randint(1, 4), rng.randint(1, 6)
         return Policy(
-            "rounds", schedule="rounds", num_steps=levels, max_rows=rng.randint(1, 10), topk=width, draft_batch=leaves,
-            max_ahead=rng.choice((0, 2, levels * leaves)), prefill_chunk=chunk, prompt_lookup=lookup,
-            calibrate=rng.random() < 0.3,
+            "rounds", schedule="rounds", num_steps=num_steps, max_rows=rng.randint(1, 10), topk=topk,
+            draft_batch=draft_batch, max_ahead=rng.choice((0, 2, num_steps * draft_batch)),
+            prefill_chunk=chunk, prompt_lookup=prompt_lookup, calibrate=rng.random() < 0.3,
         )  # fmt: skip
     if schedule == "pipeinfer":
         return Policy(
@@ -192,7 +200,7 @@ def draw_policy(rng: random.Random, schedule: str = "") -> Policy:
         calibrate=rng.random() < 0.5,
         govern=rng.random() < 0.4,
         launch_delay=rng.random() < 0.7,
-        prompt_lookup=lookup,
+        prompt_lookup=prompt_lookup,
         prefill_chunk=chunk,
     )
 
@@ -208,9 +216,9 @@ def _draw_link(rng: random.Random) -> Link:
 
 
 def every_invariant(spec: WorldSpec) -> tuple[Checker, ...]:
-    """A fresh checker for each law that one world can show; the history, which the others read, comes first."""
+    """A fresh checker for each invariant that one world can test; the history, which the others read, comes first."""
     history = History(spec)
-    readers = [law(history) for law in (Exact, EndsOnce, Slots, Replicas, InOrder, Advice, Forced, Guessed, Lively)]
+    readers = [make(history) for make in (Exact, EndsOnce, Slots, Replicas, InOrder, Advice, Forced, Guessed, Lively)]
     return history, *readers, *schedule_invariants(history), Bounds(spec), Wire()
 
 
@@ -225,10 +233,10 @@ def check_world(spec: WorldSpec, twin: bool = True) -> Report:
     replay(spec, recorder.trace)
     is_timeless = not spec.aborts and spec.closes_s is None
     if twin and is_timeless and any(answer.stats and answer.stats.tombstones for answer in answers):
-        mute = replace(spec, policy=replace(spec.policy, cancel="off"))
-        told, untold = ([answer.tokens for answer in told] for told in (answers, World(mute).run(MOST_EVENTS)))
-        if told != untold:
-            raise InvariantBroken(f"L6: with cancels the tokens are {told}, without {untold}")
+        off = replace(spec, policy=replace(spec.policy, cancel="off"))
+        with_cancels, without = ([one.tokens for one in found] for found in (answers, World(off).run(MOST_EVENTS)))
+        if with_cancels != without:
+            raise InvariantBroken(f"L6: with cancels the tokens are {with_cancels}, without {without}")
     return Report(world.events, world.network.messages, sum(len(answer.tokens) for answer in answers))
 
 

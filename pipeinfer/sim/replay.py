@@ -5,8 +5,10 @@ from __future__ import annotations
 import struct
 from collections import deque
 
+from pipeinfer.core.addresses import ORCHESTRATOR
+from pipeinfer.core.messages import Body, Calibrate, DraftOrder, Message, Nodes, Result, Run
 from pipeinfer.core.ports import Command, Event, Received, Send
-from pipeinfer.core.protocol import ORCHESTRATOR, AnyRow, Kind, Message, Row, SettingRow, decode, encode
+from pipeinfer.core.wire import decode, encode
 from pipeinfer.runtime.replay import retell
 from pipeinfer.runtime.trace import Step
 from pipeinfer.sim.history import InvariantBroken
@@ -25,7 +27,7 @@ class Recorder(Checker):
 
 
 def replay(spec: WorldSpec, trace: list[Step]) -> None:
-    """Tell fresh machines of ``spec`` all that ``trace`` told the old ones; InvariantBroken at the first difference."""
+    """Give the events of ``trace`` to fresh machines of ``spec``; InvariantBroken at the first difference."""
     retold = retell({machine.address: machine for machine in make_machines(spec)}, trace)
     if retold.difference:
         raise InvariantBroken(f"L9: {retold.difference}")
@@ -49,16 +51,16 @@ class Wire(Checker):
             else:
                 self._sent.append(message)
             if command.payload is not None:
-                self._payloads[address, message.dest, message.txn] = (len(message.rows), command.payload.tobytes())
-        if isinstance(event, Received) and event.message.kind is Kind.RUN and event.message.source != ORCHESTRATOR:
+                self._payloads[address, message.dest, message.txn] = (message.payload_rows, command.payload.tobytes())
+        if isinstance(event, Received) and isinstance(event.message.body, Run) and event.message.source != ORCHESTRATOR:
             self._arrive(event)
 
     def _arrive(self, event: Received) -> None:
         message = event.message
         rows, left = self._payloads.pop((message.source, message.dest, message.txn), (0, b""))
         arrived = b"" if event.payload is None else event.payload.tobytes()
-        if arrived != left or rows != len(message.rows) or bool(arrived) != bool(rows):
-            raise InvariantBroken(f"L7: the activations of run {message.run} did not arrive as they left")
+        if arrived != left or rows != message.payload_rows or bool(arrived) != bool(rows):
+            raise InvariantBroken(f"L7: the activations of {message.kind} {message.txn} did not arrive as they left")
 
     def on_message(self, world: World, message: Message, now: float) -> None:
         """See Checker."""
@@ -66,16 +68,23 @@ class Wire(Checker):
 
 
 def _same(sent: Message, arrived: Message) -> None:
-    if sent != arrived and sent._replace(rows=tuple(_in_32_bits(row) for row in sent.rows)) != arrived:
+    is_same = type(sent.body) is type(arrived.body) and sent._replace(body=_in_32_bits(sent.body)) == arrived
+    if not is_same:
         raise InvariantBroken(f"L7: sent {sent}, arrived {arrived}")
 
 
-def _in_32_bits(row: AnyRow) -> AnyRow:
-    if isinstance(row, Row):
-        return row
-    if isinstance(row, SettingRow):
-        return row._replace(value=_real_32(row.value))
-    return row._replace(logp=_real_32(row.logp))
+def _in_32_bits(body: Body) -> Body:
+    """``body`` with its probabilities in 32 bits; settings travel in 64."""
+    match body:
+        case Result(rows=rows):
+            return body._replace(rows=tuple(row._replace(logp=_real_32(row.logp)) for row in rows))
+        case Nodes(nodes=nodes):
+            return body._replace(nodes=tuple(node._replace(logp=_real_32(node.logp)) for node in nodes))
+        case DraftOrder(cutoff=cutoff):
+            return body._replace(cutoff=_real_32(cutoff))
+        case Calibrate(slope=slope, offsets=offsets):
+            return body._replace(slope=_real_32(slope), offsets=tuple(map(_real_32, offsets)))
+    return body
 
 
 def _real_32(value: float) -> float:

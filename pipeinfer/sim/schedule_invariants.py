@@ -1,26 +1,27 @@
 """L11: a schedule does what it is named for, as far as messages and commands show it.
 
-Tokens cannot depend on a schedule, so no other law notices one that cheats: a rival that is spared the work it was
-published with would be compared unfairly. What is demanded of each is in its module; see pipeinfer.py and rounds.py.
+Tokens cannot depend on a schedule, so no other invariant notices one that cheats: a rival that is spared the work it
+was published with would be compared unfairly. What is demanded of each is in its module; see pipeinfer.py and
+rounds.py.
 """
 
 from __future__ import annotations
 
 import math
 
-from pipeinfer.core.ports import Command, Compute, Computed, Emit, Event, Finish, Received, Request, Send
-from pipeinfer.core.protocol import (
-    FIRST_STAGE,
+from pipeinfer.core.addresses import FIRST_STAGE, ORCHESTRATOR, address_name
+from pipeinfer.core.messages import (
     NO_SLOT,
-    ORCHESTRATOR,
-    DraftRow,
-    Flag,
-    Kind,
+    Cancel,
+    Close,
+    DraftOrder,
     Message,
-    Row,
-    SettingRow,
-    address_name,
+    Nodes,
+    Prompt,
+    Result,
+    Run,
 )
+from pipeinfer.core.ports import Command, Compute, Computed, Emit, Event, Finish, Received, Request, Send
 from pipeinfer.sim.history import History, InvariantBroken, Reader
 from pipeinfer.sim.world import World, WorldSpec
 from speculation.schedules.schedule import UNLIMITED
@@ -32,7 +33,7 @@ class Orders(Reader):
 
     def __init__(self, history: History) -> None:
         super().__init__(history)
-        self._open: dict[int, Message] = {}  # by drafter
+        self._open: set[int] = set()  # drafters at work
         self._cutoffs: dict[int, float] = {}
         self._prompts: dict[int, tuple[int, int]] = {}  # the request, and how much of its prompt has arrived
 
@@ -41,10 +42,10 @@ class Orders(Reader):
         if address <= world.spec.stages:
             return
         if isinstance(event, Received):
-            self._hear(address, event.message)
+            self._received(address, event.message)
         for command in commands:
-            if isinstance(command, Send) and command.message.kind is Kind.NODES:
-                self._answer(address, command.message)
+            if isinstance(command, Send) and isinstance(command.message.body, Nodes):
+                self._answer(address, command.message.body)
             elif isinstance(command, Compute) and world.spec.policy.schedule != "continuous":
                 is_prefill = command.batch.positions[-1] < self._prompts[address][1]
                 if not is_prefill and address not in self._open:
@@ -52,28 +53,31 @@ class Orders(Reader):
                         f"L11: {address_name(address)} drafts {command.batch.tokens} without an order"
                     )
 
-    def _hear(self, address: int, message: Message) -> None:
-        if message.kind is Kind.PROMPT:
-            request, length = self._prompts.get(address, (0, 0))
-            self._prompts[address] = (message.request, len(message.rows) + length * (request == message.request))
-        elif message.kind is Kind.CLOSE:
-            self._open.pop(address, None)
-            self._cutoffs.pop(address, None)
-        elif message.kind is Kind.ORDER:
-            (order,) = message.rows_as(SettingRow)
-            self._cutoffs[address] = order.value
-            if address in self._open:
-                raise InvariantBroken(f"L11: {address_name(address)} got an order before it had answered the last one")
-            if order.low not in (0, UNLIMITED):
-                self._open[address] = message
+    def _received(self, address: int, message: Message) -> None:
+        match message.body:
+            case Prompt(sequence=sequence, tokens=tokens):
+                known, length = self._prompts.get(address, (0, 0))
+                self._prompts[address] = (sequence, len(tokens) + length * (known == sequence))
+            case Close():
+                self._open.discard(address)
+                self._cutoffs.pop(address, None)
+            case DraftOrder() as order:
+                self._cutoffs[address] = order.cutoff
+                if address in self._open:
+                    who = address_name(address)
+                    raise InvariantBroken(f"L11: {who} got an order before it had answered the last one")
+                if order.passes not in (0, UNLIMITED):
+                    self._open.add(address)
 
-    def _answer(self, address: int, message: Message) -> None:
-        if message.flags & Flag.LAST and self._open.pop(address, None) is None:
-            raise InvariantBroken(f"L11: {address_name(address)} answers an order that nobody gave")
+    def _answer(self, address: int, nodes: Nodes) -> None:
+        if nodes.ends_order:
+            if address not in self._open:
+                raise InvariantBroken(f"L11: {address_name(address)} answers an order that nobody gave")
+            self._open.discard(address)
         cutoff = self._cutoffs.get(address, 0.0)
-        for row in message.rows_as(DraftRow):
-            if cutoff > 0 and row.logp < math.log(cutoff):
-                what = f"token {row.token} of probability {math.exp(row.logp):.3g}"
+        for node in nodes.nodes:
+            if cutoff > 0 and node.logp < math.log(cutoff):
+                what = f"token {node.token} of probability {math.exp(node.logp):.3g}"
                 raise InvariantBroken(f"L11: {address_name(address)} found {what}, the cutoff is {cutoff:.3g}")
 
 
@@ -92,14 +96,14 @@ class OneRoundAtATime(Reader):
         if address != ORCHESTRATOR:
             return
         if isinstance(event, Received):
-            message = event.message
-            self._in_flight -= message.kind is Kind.RESULT
-            if message.kind is Kind.NODES and message.flags & Flag.LAST and message.request == self.history.served:
+            body = event.message.body
+            self._in_flight -= isinstance(body, Result)
+            if isinstance(body, Nodes) and body.ends_order and body.sequence == self.history.served:
                 self._awaited -= 1
-        for begun, told in self.history.parts:
+        for begun, part in self.history.parts:
             if begun is not None:
-                self._length, self._awaited = len(begun.prompt), 0
-            self._read(told, world.spec)
+                self._length, self._awaited = len(begun.request.prompt), 0
+            self._read(part, world.spec)
 
     def _read(self, commands: list[Command], spec: WorldSpec) -> None:
         for command in commands:
@@ -112,30 +116,31 @@ class OneRoundAtATime(Reader):
                 self._sent(command.message, spec)
 
     def _sent(self, message: Message, spec: WorldSpec) -> None:
-        if message.kind is Kind.CANCEL:
+        body = message.body
+        if isinstance(body, Cancel):
             raise InvariantBroken(f"L11: rounds have nothing to cancel, but {message} was sent")
-        if message.kind is Kind.ORDER:
-            if self._in_flight or not message.flags & Flag.RESTART:
+        if isinstance(body, DraftOrder):
+            if self._in_flight or not body.restart:
                 raise InvariantBroken(f"L11: an order of a round, {message}, with {self._in_flight} runs in flight")
             self._awaited, self._has_drafted = self._awaited + 1, True
-        elif message.kind is Kind.RUN:
-            if not message.flags & Flag.CANONICAL:
-                self._check(message, spec)
+        elif isinstance(body, Run):
+            if not body.is_canonical:
+                self._check(body, spec)
             self._in_flight += 1
 
-    def _check(self, message: Message, spec: WorldSpec) -> None:
-        rows = message.rows_as(Row)
+    def _check(self, run: Run, spec: WorldSpec) -> None:
+        rows = run.rows
         has_drafters = spec.policy.speculate and spec.drafters > 0
         if self._in_flight or self._awaited or (has_drafters and not self._has_drafted):
             why = f"{self._in_flight} runs in flight, {self._awaited} drafters at work"
-            raise InvariantBroken(f"L11: run {message.run} is launched with {why}")
+            raise InvariantBroken(f"L11: run {run.run} is launched with {why}")
         deepest = self._length - 1 + max(spec.policy.num_steps, spec.policy.prompt_lookup)
         if not rows or rows[0].position != self._length - 1 or rows[-1].position > deepest:
-            raise InvariantBroken(f"L11: run {message.run} of {len(rows)} rows is no round after {self._length} tokens")
+            raise InvariantBroken(f"L11: run {run.run} of {len(rows)} rows is no round after {self._length} tokens")
 
 
 class PipeInfer(Reader):
-    """PipeInfer's: what its docstring says of runs, restarts, cancels and of what has to wait."""
+    """PipeInfer's: the rules of its docstring for runs, restarts, cancels and results that are deferred."""
 
     def __init__(self, history: History) -> None:
         super().__init__(history)
@@ -160,10 +165,10 @@ class PipeInfer(Reader):
             return
         if isinstance(event, Received):
             self._found(event.message)
-        for begun, told in self.history.parts:
+        for begun, part in self.history.parts:
             if begun is not None:
-                self._begin(begun)
-            self._read(told, world.spec)
+                self._begin(begun.request)
+            self._read(part, world.spec)
 
     def _begin(self, request: Request) -> None:
         self._text, self._stops = list(request.prompt), request.stop_tokens
@@ -180,18 +185,19 @@ class PipeInfer(Reader):
                 self._sent(command.message, spec)
 
     def _found(self, message: Message) -> None:
-        if message.kind is not Kind.NODES or message.request != self.history.served:
+        nodes = message.body
+        if not isinstance(nodes, Nodes) or nodes.sequence != self.history.served:
             return
-        for row in message.rows_as(DraftRow) if message.source in self._awaited else ():
-            self._has_stopped |= row.token in self._stops
+        for node in nodes.nodes if message.source in self._awaited else ():
+            self._has_stopped |= node.token in self._stops
             self._owes_drafted |= not self._has_stopped and self._front <= self._last_position
-        if message.flags & Flag.LAST:
+        if nodes.ends_order:
             self._awaited.discard(message.source)
 
     def _verified(self, emit: Emit, spec: WorldSpec) -> None:
         if self._awaited or self._stage_works:
             what = "the first stage works" if self._stage_works else "tokens are drafted"
-            raise InvariantBroken(f"L11: a result is heard while {what}")
+            raise InvariantBroken(f"L11: a result is handled while {what}")
         if self._owes_canonical:
             raise InvariantBroken("L11: two verifications, and no canonical run between them")
         if self._owes_drafted and spec.guess_slots is None and spec.drafters == 1:
@@ -202,8 +208,9 @@ class PipeInfer(Reader):
         self._has_stopped = self._owes_drafted = False
 
     def _sent(self, message: Message, spec: WorldSpec) -> None:
-        if message.kind is Kind.ORDER:
-            if bool(message.flags & Flag.RESTART) != self._owes_restart and not self._awaited:
+        body = message.body
+        if isinstance(body, DraftOrder):
+            if body.restart != self._owes_restart and not self._awaited:
                 raise InvariantBroken(
                     f"L11: drafting goes on after {len(self._text)} tokens without a new start, or has two"
                 )
@@ -211,32 +218,29 @@ class PipeInfer(Reader):
                 raise InvariantBroken("L11: tokens are drafted while the first stage works")
             self._awaited.add(message.dest)
             self._owes_restart = False
-        elif message.kind is Kind.CANCEL:
-            self._cancelled(message, spec)
-        elif message.kind is Kind.RUN and not message.flags & Flag.CANONICAL:
-            self._launched(message, spec)
+        elif isinstance(body, Cancel):
+            self._cancelled(body, message.dest, spec)
+        elif isinstance(body, Run) and not body.is_canonical:
+            self._launched(body, spec)
 
-    def _cancelled(self, message: Message, spec: WorldSpec) -> None:
-        rows = message.rows_as(Row)
-        if dead := self._canonical & {row.slot for row in rows if row.parent == NO_SLOT}:
+    def _cancelled(self, cancel: Cancel, dest: int, spec: WorldSpec) -> None:
+        if dead := self._canonical & {row.run for row in cancel.rows if row.slot == NO_SLOT}:
             raise InvariantBroken(f"L11: the canonical runs {sorted(dead)} are cancelled")
-        if spec.policy.cancel == "relay" and message.dest != spec.stages:
-            raise InvariantBroken(f"L11: {address_name(message.dest)} is told first what to cancel")
+        if spec.policy.cancel == "relay" and dest != spec.stages:
+            raise InvariantBroken(f"L11: {address_name(dest)} is sent the first cancel")
 
-    def _launched(self, message: Message, spec: WorldSpec) -> None:
-        rows = message.rows_as(Row)
+    def _launched(self, run: Run, spec: WorldSpec) -> None:
+        rows = run.rows
         newest = len(self._text) - 1
         if self._owes_canonical:
             self._owes_canonical = False
             if len(rows) == 1 and (rows[0].position, rows[0].token) == (newest, self._text[-1]):
-                self._canonical.add(message.run)
+                self._canonical.add(run.run)
                 return
             if spec.guess_slots is None:
-                raise InvariantBroken(
-                    f"L11: after {newest + 1} tokens run {message.run} is no canonical one, but {rows}"
-                )
+                raise InvariantBroken(f"L11: after {newest + 1} tokens run {run.run} is no canonical one, but {rows}")
         if spec.drafters == 1 and [row.position for row in rows] != list(range(self._front, self._front + len(rows))):
-            raise InvariantBroken(f"L11: run {message.run} does not go on at position {self._front}: {rows}")
+            raise InvariantBroken(f"L11: run {run.run} does not go on at position {self._front}: {rows}")
         self._front += len(rows)
         self._owes_drafted = False
 
@@ -244,4 +248,4 @@ class PipeInfer(Reader):
 def schedule_invariants(history: History) -> tuple[Reader, ...]:
     """L11 for the schedule of the history's world."""
     own = {"rounds": (OneRoundAtATime,), "pipeinfer": (PipeInfer,)}.get(history.spec.policy.schedule, ())
-    return Orders(history), *(law(history) for law in own)
+    return Orders(history), *(invariant(history) for invariant in own)

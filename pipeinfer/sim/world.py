@@ -10,12 +10,13 @@ import heapq
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, pairwise
 
+from pipeinfer.core.addresses import FIRST_DRAFTER, ORCHESTRATOR
 from pipeinfer.core.errors import StallError
 from pipeinfer.core.links import Link
+from pipeinfer.core.messages import Message
 from pipeinfer.core.ports import (
     Aborted,
     Closed,
@@ -25,6 +26,7 @@ from pipeinfer.core.ports import (
     Finish,
     Idle,
     Machine,
+    Pair,
     Received,
     Request,
     RequestStats,
@@ -33,15 +35,16 @@ from pipeinfer.core.ports import (
     Started,
     Submitted,
 )
-from pipeinfer.core.protocol import FIRST_DRAFTER, ORCHESTRATOR, Message, decode, drafter_address, encode, stage_address
+from pipeinfer.core.wire import decode, encode
 from pipeinfer.orchestrator.machine import Orchestrator
+from pipeinfer.placement.roles import Plan, place, rank_of_role, split_layers
 from pipeinfer.runtime.executor import Executor
 from pipeinfer.runtime.job_spec import JobSpec
+from pipeinfer.runtime.shards import load_shards
 from pipeinfer.sim.network import Network
-from speculation.drafter.machine import draft_slots
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import Placement
-from stages.models.emulated import EmulatedShard, EmulatedSpec, Pace, per_layer
+from stages.models.emulated import EmulatedPair, EmulatedShard, EmulatedSpec, Pace, per_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +74,13 @@ class WorldSpec:
     at_once: bool = False  # all requests are submitted at the beginning, not each when the one before is idle
     aborts: tuple[tuple[float, int], ...] = ()  # when the user aborts which request, counted from 0
     closes_s: float | None = None  # when the user closes, whatever waits or is being served
-    silent_s: float | None = None  # from when on drafters that have a host of their own are not heard any more
+    overlap: bool = False  # see JobSpec
+    silent_s: float | None = None  # from when on drafters that have a host of their own send no more messages
 
 
 @dataclass(slots=True)
 class Answer:
-    """What the world's user saw of request ``number``, counted from 0; times in virtual seconds."""
+    """What the user received of request ``number``, counted from 0; times in virtual seconds."""
 
     number: int = 0
     tokens: list[int] = field(default_factory=list)
@@ -88,7 +92,7 @@ class Answer:
 
 
 class Checker:
-    """Sees everything that happens in a world; the laws' checkers derive from it."""
+    """Sees everything that happens in a world; the checkers of invariants derive from it."""
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         """A role has handled an event."""
@@ -129,8 +133,8 @@ class Host:
             world.at(arrival, lambda when: dest.arrive(Received(message, command.payload), when))
 
     def tell(self, command: Emit | Finish | Idle, now: float) -> None:
-        """Outlet: the user's side."""
-        self._world.hear(command, now)
+        """Outlet: report to the user."""
+        self._world.receive(command, now)
 
     def arrive(self, event: Received, now: float) -> None:
         """A message is here; it is handled now, or at the end of the layer that is being computed."""
@@ -164,39 +168,33 @@ class Host:
 
 
 class World:
-    """Runs the requests of ``spec``; ``checkers`` watch."""
+    """Runs the requests of ``spec``; ``checkers`` watch. ``pair``: the models, by default emulated ones. ``network``:
+    makes the network of a link and a random generator."""
 
-    def __init__(self, spec: WorldSpec, checkers: tuple[Checker, ...] = ()) -> None:
+    def __init__(
+        self,
+        spec: WorldSpec,
+        checkers: tuple[Checker, ...] = (),
+        pair: Pair | None = None,
+        network: Callable[[Link, random.Random], Network] = Network,
+    ) -> None:
         self.spec = spec
         self.checkers = checkers
         self.now = 0.0
         self.events = 0
         self.answers: list[Answer] = []
-        self.network = Network(spec.link, random.Random(spec.seed))
+        self.network = network(spec.link, random.Random(spec.seed))
         self._agenda: list[tuple[float, int, Callable[[float], None]]] = []
         self._serial = 0
         self._todo = deque(spec.requests)
         self.machines = make_machines(spec)
+        self.plan = make_plan(spec, pair.layers if pair is not None else spec.model.layers)
+        self.home = rank_of_role(self.plan)
         self.hosts: list[Host] = []
-        self.home: dict[int, int] = {}
-        self._settle_hosts()
-
-    def _settle_hosts(self) -> None:
-        spec = self.spec
-        groups: list[list[Machine]] = []
-        drafts = any(machine.address >= FIRST_DRAFTER for machine in self.machines)
-        beside = drafter_address(0) if drafts else stage_address(0)
-        for machine in self.machines:
-            is_guest = machine.address == beside and spec.drafter_beside_orchestrator
-            if groups and (is_guest or spec.placement == "alone"):
-                groups[0].append(machine)
-            else:
-                groups.append([machine])
-        shards = make_shards(spec)
-        for index, group in enumerate(groups):
-            mine = {machine.address: shards[machine.address] for machine in group if machine.address in shards}
-            self.hosts.append(Host(self, index, group, mine))
-            self.home.update((machine.address, index) for machine in group)
+        pair = pair if pair is not None else WorldPair(spec)
+        for index, roles in enumerate(self.plan):
+            machines = [machine for machine in self.machines if self.home[machine.address] == index]
+            self.hosts.append(Host(self, index, machines, load_shards(make_job_spec(spec), roles, pair)))
 
     @property
     def orchestrator(self) -> Orchestrator:
@@ -219,7 +217,7 @@ class World:
         while self.spec.at_once and self._todo:
             self._submit(0.0)
         for when, number in self.spec.aborts:
-            self.at(when, partial(self._say, Aborted(number)))
+            self.at(when, partial(self._to_orchestrator, Aborted(number)))
         if self.spec.closes_s is not None:
             self.at(self.spec.closes_s, self._close)
         while self._agenda:
@@ -235,16 +233,16 @@ class World:
         if self._todo:
             number = len(self.answers)
             self.answers.append(Answer(number, submitted_at=now))
-            self._say(Submitted(self._todo.popleft(), number), now)
+            self._to_orchestrator(Submitted(self._todo.popleft(), number), now)
         elif all(answer.stats is not None for answer in self.answers):
-            self._say(Closed(), now)
+            self._to_orchestrator(Closed(), now)
 
     def _close(self, now: float) -> None:
         self._todo.clear()
-        self._say(Closed(), now)
+        self._to_orchestrator(Closed(), now)
 
-    def _say(self, event: Event, now: float) -> None:
-        """What the user says, if anybody still hears it; a layer that is being computed there goes on."""
+    def _to_orchestrator(self, event: Event, now: float) -> None:
+        """Give the orchestrator an event of the user unless it has halted."""
         head = self.hosts[0]
         if head.executor.is_halted:
             return
@@ -256,8 +254,8 @@ class World:
         """The role at ``address``."""
         return next(machine for machine in self.machines if machine.address == address)
 
-    def hear(self, command: Emit | Finish | Idle, now: float) -> None:
-        """What the user hears from the orchestrator."""
+    def receive(self, command: Emit | Finish | Idle, now: float) -> None:
+        """Take what the orchestrator reports to the user."""
         answer = self.answers[command.number]
         if isinstance(command, Emit):
             answer.tokens += command.tokens
@@ -273,11 +271,17 @@ class World:
 
 
 def make_job_spec(spec: WorldSpec) -> JobSpec:
-    """Who plays in the world of ``spec``; drafters only if the policy wants any."""
+    """The JobSpec of the world of ``spec``; drafters only if the policy speculates."""
     drafters = spec.drafters if spec.policy.speculate else 0
     numbers = (spec.stages, drafters, spec.policy, spec.context)
     limits = spec.draft_contexts
-    return JobSpec(*numbers, guess_slots=spec.guess_slots, placement=spec.placement, draft_contexts=limits)
+    return JobSpec(
+        *numbers,
+        guess_slots=spec.guess_slots,
+        placement=spec.placement,
+        draft_contexts=limits,
+        overlap=spec.overlap,
+    )
 
 
 def make_machines(spec: WorldSpec) -> list[Machine]:
@@ -286,26 +290,27 @@ def make_machines(spec: WorldSpec) -> list[Machine]:
     return [job_spec.machine(address) for address in job_spec.addresses]
 
 
-def make_shards(spec: WorldSpec) -> dict[int, ShardModel]:
-    """Emulated shards for all stages and drafters."""
-    slots = spec.context + spec.policy.most_guesses(spec.stages)
-    shards: dict[int, ShardModel] = {}
-    layers = spec.model.layers
-    cuts = [layers * index // spec.stages for index in range(spec.stages + 1)]
-    if spec.shares:
-        cuts = [0, *accumulate(spec.shares)]
-    for index, mine in enumerate(range(start, end) for start, end in pairwise(cuts)):
-        stage_s = spec.stage_s[index % len(spec.stage_s)]
-        pace = spec.paces[0] if spec.paces else per_layer(_pace(stage_s, spec.row_cost), len(mine))
-        shards[stage_address(index)] = EmulatedShard(spec.model, mine, slots, pace)
-    capacity = draft_slots(spec.policy, spec.context)
-    pace = per_layer(spec.paces[1] if spec.paces else _pace(spec.draft_s, spec.row_cost), layers)
-    for index in range(spec.drafters):
-        ranks = spec.model.ranks
-        turn = index % len(ranks)  # every drafter has its own idea of what is likely
-        model = replace(spec.model, ranks=ranks[turn:] + ranks[:turn])
-        shards[drafter_address(index)] = EmulatedShard(model, range(layers), capacity, pace, is_draft=True)
-    return shards
+def make_plan(spec: WorldSpec, layers: int) -> Plan:
+    """The hosts of the world of ``spec`` and their roles, where the target has ``layers`` layers."""
+    shares = split_layers(layers, spec.shares or [1] * spec.stages)
+    drafters = make_job_spec(spec).drafters
+    return place(shares, drafters, spec.placement == "alone", spec.drafter_beside_orchestrator)
+
+
+class WorldPair(EmulatedPair):
+    """The emulated models of ``spec``. Every stage has its own pace."""
+
+    def __init__(self, spec: WorldSpec) -> None:
+        passes = spec.paces or (_pace(0.0, spec.row_cost), _pace(spec.draft_s, spec.row_cost))
+        super().__init__(spec.model, *passes)
+        self._paces: dict[range, Pace] = {}  # of one layer, by the layers of a stage
+        for index, layers in enumerate(split_layers(spec.model.layers, spec.shares or [1] * spec.stages)):
+            stage_s = spec.stage_s[index % len(spec.stage_s)]
+            self._paces[layers] = spec.paces[0] if spec.paces else per_layer(_pace(stage_s, spec.row_cost), len(layers))
+
+    def stage(self, layers: range, capacity: int) -> EmulatedShard:
+        """See Pair."""
+        return EmulatedShard(self._spec, layers, capacity, self._paces[layers])
 
 
 def _pace(pass_s: float, row_cost: float) -> Pace:

@@ -1,4 +1,4 @@
-"""Text to tokens and back, with the model's own tokenizer. Loads no model."""
+"""Text to tokens and back, with the model's tokenizer. Loads no model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Text:
 
     @cached_property
     def _full(self) -> Any:
-        """AutoTokenizer, which alone knows of chats."""
+        """AutoTokenizer, which alone applies chat templates."""
         mine = self._tokenizer
         return mine.tokenizer if isinstance(mine, Full) else open_full(self._directory)
 
@@ -98,7 +98,7 @@ def _refuse_no_unicode(text: str) -> None:
 
 
 class Numbers(Text):
-    """For answers that mean nothing, which are shown as their tokens' numbers. A prompt is read by the tokenizer in
+    """For answers without meaning, which are shown as token ids. A prompt is read by the tokenizer in
     ``directory``; where there is none, its tokens are its bytes."""
 
     def __init__(self, directory: Path) -> None:
@@ -118,7 +118,7 @@ class Numbers(Text):
         return super().encode_chat(text)
 
     def decode(self, tokens: list[int]) -> str:
-        """The numbers, with blanks between them."""
+        """The token ids, separated by blanks."""
         return " ".join(map(str, tokens))
 
     @property

@@ -1,4 +1,4 @@
-"""Decoding token by token: what a tokenizer's decoder says, shown as soon as no later token can change it.
+"""Incremental decoding: the text of a tokenizer's decoder, emitted as soon as no later token can change it.
 
 A decoder of the ``tokenizers`` library is a chain of small ones, each from a list of strings to a list of strings. Here
 each is a stage that takes its input a few strings at a time and passes on what is final, so that a token costs the same
@@ -24,11 +24,11 @@ class Stage(Protocol):
     """A decoder that takes its input a few strings at a time."""
 
     def push(self, strings: list[str]) -> list[str]:
-        """What is final of the output now that ``strings`` have come."""
+        """The output that becomes final with ``strings``."""
         ...
 
     def close(self) -> list[str]:
-        """The rest, when no more will come."""
+        """The rest, after the last string."""
         ...
 
 
@@ -213,13 +213,13 @@ class Chain:
         self._stages = stages
 
     def push(self, tokens: list[str]) -> str:
-        """The text that is final now that ``tokens`` have come, and was not before."""
+        """The text that becomes final with ``tokens``."""
         for stage in self._stages:
             tokens = stage.push(tokens)
         return "".join(tokens)
 
     def close(self) -> str:
-        """The rest, when no more tokens will come."""
+        """The rest, after the last token."""
         rest: list[str] = []
         for stage in self._stages:
             rest = stage.push(rest) + stage.close()

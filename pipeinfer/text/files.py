@@ -52,7 +52,7 @@ def blaming(thing: str, fix: str) -> Iterator[None]:
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether a library failed, rather than somebody asking this process to end. Where the tokenizers library panics,
+    """Whether a library failed; otherwise this process was asked to end. If the tokenizers library panics,
     it raises what is not an Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 

@@ -1,4 +1,4 @@
-"""Reading one answer as its tokens come: the text that is certain, up to the first stop string."""
+"""Incremental text of one answer: the final text, up to the first stop string."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class StopStrings:
         return shown
 
     def close(self) -> str:
-        """What was held back for nothing."""
+        """The text that was held back, after the last token."""
         return "" if self.is_reached else self._let_go(len(self._held))
 
 

@@ -83,7 +83,7 @@ class Full(Plain):
 
         self.tokenizer = tokenizer
         kind, base = type(tokenizer), TokenizersBackend
-        # A class with a decoding of its own, or without the library, can only be asked for whole texts.
+        # A tokenizer class with its own decoding, or without the library, decodes whole texts only.
         self.is_opaque = not isinstance(tokenizer, base) or (
             kind._decode is not base._decode
             or kind.decode is not PreTrainedTokenizerBase.decode

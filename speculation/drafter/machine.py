@@ -1,24 +1,45 @@
-"""The drafter: keeps guessing, never waits for the target.
+"""The drafter: a draft model that keeps guessing and never waits for the target.
 
-It follows one request at a time. The prompt comes in chunks and is prefilled; from then on every pass of the draft
-model evaluates the most probable leaves of its tree, and the children it finds are sent to the orchestrator at once.
-Words from the orchestrator only re-root the tree: what survives a correction is kept, and what the drafter computed
-below its own second choices is ready when one of them turns out right. It pauses only when it is ``lead`` nodes ahead.
+A sequence begins with its sampling settings; its prompt comes in parts and is prefilled. From then on every pass of the
+draft model evaluates the most probable leaves of the sequence's tree, and the children that it finds are sent to the
+orchestrator at once. Messages from the orchestrator only move the root: what survives a correction is kept, and what
+the drafter computed below its own second choices is ready when one of them turns out right. A drafter pauses when it is
+``max_ahead`` nodes ahead.
 
-Under schedules that are not continuous it works to ORDER: so many passes, then a NODES message that says LAST.
+Under schedules that are not continuous a drafter works to orders: so many passes, then a Nodes message that ends the
+order. Sequences are served in the order in which they began.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from kvbuffers.slot_allocator import SlotAllocator
 from kvbuffers.slot_table import SlotTable
+from pipeinfer.core.addresses import ORCHESTRATOR, address_name
+from pipeinfer.core.edges import Edges
 from pipeinfer.core.errors import RemoteProtocolError
+from pipeinfer.core.messages import (
+    Advance,
+    Body,
+    Calibrate,
+    Close,
+    DraftNode,
+    DraftOrder,
+    Hello,
+    Message,
+    Nodes,
+    Probe,
+    Prompt,
+    Row,
+    Settings,
+    Shutdown,
+    Status,
+)
 from pipeinfer.core.ports import (
     GREEDY,
     Abandon,
-    Batch,
     Command,
     Compute,
     Computed,
@@ -27,22 +48,10 @@ from pipeinfer.core.ports import (
     Received,
     SampledToken,
     Sampling,
-    SamplingInputs,
     Send,
     Started,
 )
-from pipeinfer.core.protocol import (
-    ORCHESTRATOR,
-    DraftRow,
-    Edges,
-    Flag,
-    Kind,
-    Message,
-    Row,
-    SettingRow,
-    accepted_name,
-    address_name,
-)
+from speculation.drafter.sequence import DraftSequence
 from speculation.schedules.cost_curve import LEAF_WORTH, CostCurve
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import UNLIMITED
@@ -55,7 +64,17 @@ Found by trying, see docs/log.md."""
 
 
 MOST_FAULTY = 8
-"""Passes in a row whose numbers are not finite, after which the draft says nothing more in this request."""
+"""Passes in a row whose numbers are not finite, after which the drafter sends nothing more in this request."""
+
+
+@dataclass(slots=True)
+class _Pass:
+    """The pass under way: of which sequence, its rows, the rows whose choices are wanted, and their nodes."""
+
+    sequence: int
+    rows: int
+    wanted: tuple[int, ...]
+    nodes: list[Node]
 
 
 class Drafter:
@@ -72,31 +91,11 @@ class Drafter:
         self._edges = Edges(address)
         self._allocator = SlotAllocator(context, policy.max_ahead + policy.draft_batch)
         self._table = SlotTable(self._allocator.capacity)
-        self._request = 0
-        self._prompt: list[int] = []
-        self._prefilled = 0
-        self._tree: Tree | None = None  # made when the prompt is complete
-        self._origin: Node | None = None  # its first root, the prompt's last token
-        self._last_position = 0  # from it on nodes are of no use to the request, or beyond the model
-        self._names = 0
-        self._ahead: set[Node] = set()  # evaluated guesses below the root
-        self._batch: list[Node] = []  # nodes under evaluation whose children are wanted
+        self._sequences: dict[int, DraftSequence] = {}  # in the order in which they began
+        self._pass: _Pass | None = None
         self._job = 0
-        self._busy = False
-        self._sampling = GREEDY
         self._calibration = Calibration()
-        self._passes = 0  # that it may still do
-        self._is_ordered = False
-        self._cutoff = 0.0
-        self._most_leaves = policy.draft_batch
         self._curve = CostCurve() if policy.govern else None
-        self._rows = 0
-        self._wanted: tuple[int, ...] = ()  # rows of the pass under way whose choices are wanted
-        self._faulty_passes = 0  # in a row
-        self._is_mute = False  # says nothing more in this request
-        self._withheld: list[
-            tuple[Node, list[SampledToken]]
-        ] = []  # choices below the cutoff: a later order may want them
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event; see Machine."""
@@ -105,158 +104,132 @@ class Drafter:
         if isinstance(event, Computed):
             return self._computed(event)
         if isinstance(event, Started):
-            return [self._send(Kind.HELLO, run=self._digest)]
+            return [self._send(Hello(self._digest))]
         raise RemoteProtocolError(f"{address_name(self.address)} cannot handle {type(event).__name__}")
 
-    def _send(self, kind: Kind, run: int = 0, rows: tuple[DraftRow, ...] = (), flags: Flag = Flag.NONE) -> Send:
-        txn = self._edges.stamp(ORCHESTRATOR)
-        return Send(Message(kind, self.address, ORCHESTRATOR, flags, self._request, txn=txn, run=run, rows=rows))
+    def _send(self, body: Body) -> Send:
+        return Send(self._edges.message(ORCHESTRATOR, body))
 
-    def _report(self, rows: list[DraftRow], ends_order: bool) -> list[Command]:
+    def _report(self, sequence: DraftSequence, nodes: list[DraftNode], ends_order: bool) -> list[Command]:
         """What has been found, if it is anything or ends an order."""
-        ends = self._is_ordered and ends_order
-        if self._tree is None or not (rows or ends):
+        ends = sequence.is_ordered and ends_order
+        if sequence.tree is None or not (nodes or ends):
             return []
         if ends:
-            self._is_ordered, self._passes = False, 0  # passes that were not needed are not kept for later
-        flags = Flag.LAST if ends else Flag.NONE
-        return [self._send(Kind.NODES, self._tree.root.position, tuple(rows), flags)]
+            sequence.is_ordered, sequence.passes = False, 0  # passes that were not needed are not kept for later
+        return [self._send(Nodes(sequence.id, sequence.tree.root.position, ends, tuple(nodes)))]
 
     def _receive(self, message: Message) -> list[Command]:
         self._edges.check(message)
-        rows = message.rows_as(DraftRow)
-        if message.kind is Kind.PROMPT:
-            self._open(message, rows)
-        elif message.kind is Kind.ADVANCE:
-            self._advance(rows)
-            if Flag.RESTART in message.flags:
-                self._restart()
-        elif message.kind is Kind.ORDER:
-            return self._order(message) + self._next()
-        elif message.kind is Kind.REQUEST:
-            self._sampling = Sampling.of(message.rows_as(SettingRow))
-        elif message.kind is Kind.CALIBRATE:
-            self._calibration = Calibration.of(message.rows_as(SettingRow))
-        elif message.kind is Kind.CLOSE:
-            self._close()
-        elif message.kind is Kind.SHUTDOWN:
-            return [Halt()]
-        elif message.kind is Kind.PROBE:
-            flags = Flag.BUSY if self._busy else Flag.NONE
-            return [Send(Message(Kind.STATUS, self.address, ORCHESTRATOR, flags, txn=self._edges.taken, run=self._job))]
-        else:
-            raise RemoteProtocolError(f"{address_name(self.address)} got {message.kind.name}")
+        match message.body:
+            case Settings() as settings:
+                self._begin(settings.sequence, Sampling.of(settings))
+            case Prompt() as prompt:
+                sequence = self._sequences.get(prompt.sequence) or self._begin(prompt.sequence, GREEDY)
+                sequence.take_prompt(prompt, self._policy, self._positions)
+            case Advance() as advance:
+                self._advance(advance)
+            case DraftOrder() as order:
+                return self._order(order) + self._next()
+            case Calibrate() as calibrate:
+                self._calibration = Calibration.of(calibrate)
+            case Close(sequence_id):
+                if self._sequences.pop(sequence_id, None):
+                    self._allocator.free(sequence_id)
+            case Shutdown():
+                return [Halt()]
+            case Probe():
+                status = Status(self._pass is not None, self._job, 0, self._edges.taken)
+                return [Send(Message(self.address, ORCHESTRATOR, status))]
+            case _:
+                raise RemoteProtocolError(f"{address_name(self.address)} got {message.kind}")
         return self._next()
 
-    def _open(self, message: Message, rows: tuple[DraftRow, ...]) -> None:
-        if message.request != self._request:
-            self._close()
-            self._request = message.request
-            self._allocator.clear()
-            self._prefilled = self._names = 0
-        self._prompt += [row.token for row in rows]
-        if Flag.LAST in message.flags:
-            position = len(self._prompt) - 1
-            self._tree = Tree(self._prompt[-1], position, self._policy.most_nodes())
-            self._tree.take(self._tree.root)
-            self._tree.root.name = accepted_name(position)
-            self._origin = self._tree.root
-            self._last_position = min(message.run, self._positions)
-            self._passes = UNLIMITED if self._policy.schedule == "continuous" else 0
-            self._most_leaves = self._policy.draft_batch
-            self._faulty_passes, self._is_mute = 0, len(self._prompt) > self._positions
+    def _begin(self, sequence_id: int, sampling: Sampling) -> DraftSequence:
+        sequence = self._sequences[sequence_id] = DraftSequence(sequence_id, sampling, self._policy.draft_batch)
+        return sequence
 
-    def _close(self) -> None:
-        self._tree = None
-        self._prompt = []
-        self._batch = []
-        self._ahead.clear()
-        self._withheld = []
-        self._is_ordered = False
-        self._cutoff = 0.0
+    def _evaluated(self, sequence: DraftSequence) -> list[Node]:
+        """The nodes of ``sequence`` whose choices the pass under way is to find."""
+        return self._pass.nodes if self._pass and self._pass.sequence == sequence.id else []
 
-    def _order(self, message: Message) -> list[Command]:
+    def _order(self, order: DraftOrder) -> list[Command]:
         """So many passes and no more; children that an earlier order held back may now be welcome."""
-        (order,) = message.rows_as(SettingRow)
-        self._passes, self._cutoff = order.low, order.value
-        self._most_leaves = min(order.high or self._policy.draft_batch, self._policy.draft_batch)
-        self._is_ordered = 0 < order.low < UNLIMITED
-        if Flag.RESTART in message.flags:
-            self._restart()
-        withheld, self._withheld = self._withheld, []
-        found = [row for node, choices in withheld for row in self._children(node, choices)]
-        self._passes -= bool(found) and self._passes not in (0, UNLIMITED)  # what is there need not be computed
-        return self._report(found, ends_order=False)
+        sequence = self._sequences.get(order.sequence)
+        if sequence is None:
+            raise RemoteProtocolError(f"{address_name(self.address)} got an order before the sequence began")
+        sequence.passes, sequence.cutoff = order.passes, order.cutoff
+        sequence.draft_batch = min(order.draft_batch or self._policy.draft_batch, self._policy.draft_batch)
+        sequence.is_ordered = 0 < order.passes < UNLIMITED
+        if order.restart:
+            self._restart(sequence)
+        withheld, sequence.withheld = sequence.withheld, []
+        found = [child for node, choices in withheld for child in self._children(sequence, node, choices)]
+        sequence.passes -= bool(found) and sequence.passes not in (0, UNLIMITED)  # what is there is not computed again
+        return self._report(sequence, found, ends_order=False)
 
-    def _restart(self) -> None:
-        """Forget every guess; the root is evaluated again if it has been."""
-        tree = self._tree
-        if tree is None:
-            return
-        self._allocator.release(*[node.slot for node in tree.prune() if node.slot is not None])
-        self._ahead.clear()
-        self._withheld = []
-        if tree.root not in self._batch:
-            tree.renew()
+    def _restart(self, sequence: DraftSequence) -> None:
+        tree = sequence.tree
+        sequence.restart(self._allocator, tree is not None and tree.root in self._evaluated(sequence))
 
-    def _advance(self, rows: tuple[DraftRow, ...]) -> None:
-        tree = self._tree
-        if tree is None:
-            raise RemoteProtocolError(f"{address_name(self.address)} got ADVANCE before the prompt ended")
-        for row in rows:
-            heir, died = tree.advance(row.token)
-            if heir.name is None:
-                heir.name = row.node
-            self._ahead.discard(heir)
-            self._ahead.difference_update(died)
-            self._allocator.release(*[node.slot for node in died if node.slot is not None])
-            if heir.slot is not None:
-                self._allocator.commit(heir.slot)
+    def _advance(self, message: Advance) -> None:
+        sequence = self._sequences.get(message.sequence)
+        if sequence is None or sequence.tree is None:
+            raise RemoteProtocolError(f"{address_name(self.address)} got Advance before the prompt ended")
+        sequence.advance(sequence.tree, message, self._allocator)
+        if message.restart:
+            self._restart(sequence)
 
     def _next(self) -> list[Command]:
         """Start the next pass, or give up one that nobody needs any more."""
-        if self._busy:
-            wanted = self._tree is not None and (not self._batch or any(node.alive for node in self._batch))
+        if self._pass is not None:
+            nodes = self._pass.nodes
+            wanted = self._pass.sequence in self._sequences and (not nodes or any(node.alive for node in nodes))
             return [] if wanted else [Abandon(self._job)]
-        if self._prefilled < len(self._prompt) and self._tree is not None and not self._is_mute:
-            return [self._prefill(self._tree)]
-        nodes = self._leaves() if self._passes and not self._is_mute else []
-        if not nodes:
-            return self._report([], ends_order=True)
-        if self._passes != UNLIMITED:
-            self._passes -= 1
-        return [self._evaluate(nodes)]
+        commands: list[Command] = []
+        for sequence in self._sequences.values():
+            if sequence.prefilled < len(sequence.prompt) and sequence.tree is not None and not sequence.is_mute:
+                return [*commands, self._prefill(sequence, sequence.tree)]
+            nodes = self._leaves(sequence) if sequence.passes and not sequence.is_mute else []
+            if nodes and sequence.tree is not None:
+                sequence.passes -= sequence.passes != UNLIMITED
+                return [*commands, self._evaluate(sequence, nodes, sequence.tree.root.position)]
+            commands += self._report(sequence, [], ends_order=True)
+        return commands
 
-    def _prefill(self, tree: Tree) -> Compute:
-        ops, rows = self._allocator.prompt_rows(self._prompt[self._prefilled :][: self._policy.prefill_chunk])
-        self._prefilled += len(rows)
-        ends = self._prefilled == len(self._prompt)
+    def _prefill(self, sequence: DraftSequence, tree: Tree) -> Compute:
+        chunk = sequence.prompt[sequence.prefilled :][: self._policy.prefill_chunk]
+        ops, rows = self._allocator.prompt_rows(sequence.id, chunk)
+        sequence.prefilled += len(rows)
+        ends = sequence.prefilled == len(sequence.prompt)
         self._table.apply(ops)
-        if ends and self._origin is not None:
-            self._origin.slot = rows[-1].slot
+        if ends and sequence.origin is not None:
+            sequence.origin.slot = rows[-1].slot
         # The prompt's last token is the tree's first root, unless the target has already passed it.
-        self._batch = [tree.root] if ends and tree.root.position == len(self._prompt) - 1 else []
-        return self._compute(rows, canonical=True, wanted=(len(rows) - 1,) if ends else ())
+        nodes = [tree.root] if ends and tree.root.position == len(sequence.prompt) - 1 else []
+        return self._compute(sequence, rows, nodes, (len(rows) - 1,) if ends else (), canonical=True)
 
-    def _floor(self) -> float:
+    def _least_path_prob(self, sequence: DraftSequence) -> float:
         """The least path probability that is worth evaluating: none is too small where leaves cost nothing."""
-        floor = self._policy.min_path_prob
-        return self._curve.least_probability(self._most_leaves, floor, LEAF_WORTH) if self._curve else floor
+        least_prob = self._policy.min_path_prob
+        return (
+            self._curve.least_probability(sequence.draft_batch, least_prob, LEAF_WORTH) if self._curve else least_prob
+        )
 
-    def _leaves(self) -> list[Node]:
-        """Take the nodes of the next pass: every accepted one that it has not seen, and of the best ``leaves`` guesses
-        as many as give the most useful ones per second."""
-        tree, nodes, useful = self._tree, list[Node](), list[float]()
+    def _leaves(self, sequence: DraftSequence) -> list[Node]:
+        """Take the nodes of the next pass: every accepted one that it has not seen, and of the best guesses, at most
+        ``draft_batch``, as many as give the most useful ones per second."""
+        tree, nodes, useful = sequence.tree, list[Node](), list[float]()
         if tree is None:
             return nodes
-        floor, guesses, ahead = self._floor(), 0, len(self._ahead)
+        least_prob, guesses, ahead = self._least_path_prob(sequence), 0, len(sequence.ahead)
         while len(nodes) < self._policy.prefill_chunk and (node := tree.best()) is not None:
-            if node.position >= self._last_position:
+            if node.position >= sequence.last_position:
                 break
             probability = 1.0
             if node.position > tree.root.position:
                 probability = tree.probability(node)
-                if guesses >= self._most_leaves or ahead >= self._policy.max_ahead or probability < floor:
+                if guesses >= sequence.draft_batch or ahead >= self._policy.max_ahead or probability < least_prob:
                     break
                 ahead += 1
             guesses += node.position >= tree.root.position
@@ -267,75 +240,72 @@ class Drafter:
             count = self._curve.best_count(useful)
             tree.give_back(nodes[count:])
             del nodes[count:]
-        self._ahead.update(node for node in nodes if node.position > tree.root.position)
+        sequence.ahead.update(node for node in nodes if node.position > tree.root.position)
         return nodes
 
-    def _evaluate(self, nodes: list[Node]) -> Compute:
-        assert self._tree is not None
-        root = self._tree.root.position
-        self._batch = [node for node in nodes if node.position >= root]
+    def _evaluate(self, sequence: DraftSequence, nodes: list[Node], root: int) -> Compute:
         ops = self._allocator.operations()
         self._table.apply(ops)
         rows = []
-        for node, slot in zip(nodes, self._allocator.lease(len(nodes)), strict=True):
+        for node, slot in zip(nodes, self._allocator.lease(sequence.id, len(nodes)), strict=True):
+            rows.append(node.row(slot, sequence.id))
             if node.slot is not None:
-                rows.append(node.row(slot))
-                self._allocator.release(slot)  # a second look: its first slot is the one that counts
+                self._allocator.release(sequence.id, slot)  # a second look: its first slot is the one that counts
                 continue
             node.slot = slot
-            rows.append(node.row(slot))
             if node.position <= root:
-                self._allocator.commit(slot)  # it is accepted already
+                self._allocator.commit(sequence.id, slot)  # it is accepted already
         wanted = tuple(index for index, node in enumerate(nodes) if node.position >= root)
-        return self._compute(rows, canonical=False, wanted=wanted)
+        return self._compute(sequence, rows, [nodes[index] for index in wanted], wanted, canonical=False)
 
-    def _compute(self, rows: list[Row], canonical: bool, wanted: tuple[int, ...]) -> Compute:
+    def _compute(
+        self, sequence: DraftSequence, rows: list[Row], nodes: list[Node], wanted: tuple[int, ...], canonical: bool
+    ) -> Compute:
         self._job += 1
-        self._busy = True
-        self._rows, self._wanted = len(rows), wanted
+        self._pass = _Pass(sequence.id, len(rows), wanted, nodes)
         batch = self._table.allocate(rows, canonical)
         if not wanted:
             return Compute(self._job, batch)
-        return Compute(self._job, batch, rows=wanted, choices=self._policy.topk, draw=self._draw(batch, wanted))
-
-    def _draw(self, batch: Batch, wanted: tuple[int, ...]) -> SamplingInputs:
-        return self._table.draw(self._sampling, batch, wanted, is_guess=True)
+        draw = self._table.draw(sequence.sampling, batch, wanted, is_guess=True)
+        return Compute(self._job, batch, rows=wanted, choices=self._policy.topk, draw=draw)
 
     def _computed(self, event: Computed) -> list[Command]:
-        self._busy = False
-        nodes, self._batch = self._batch, []
-        if self._curve and nodes and event.choices:
-            self._curve.observe(self._rows, event.seconds)
-        found: list[DraftRow] = []
-        faulty = [index in event.faults for index in self._wanted]
-        for node, choices, is_faulty in zip(nodes, event.choices or (), faulty, strict=False):
+        done, self._pass = self._pass, None
+        sequence = self._sequences.get(done.sequence) if done else None
+        if done is None or sequence is None:
+            return self._next()
+        if self._curve and done.nodes and event.choices:
+            self._curve.observe(done.rows, event.seconds)
+        found: list[DraftNode] = []
+        faulty = [index in event.faults for index in done.wanted]
+        for node, choices, is_faulty in zip(done.nodes, event.choices or (), faulty, strict=False):
             if not is_faulty:  # else nothing is known of what follows it
-                found += self._children(node, choices)
+                found += self._children(sequence, node, choices)
         if faulty and event.choices:
-            self._faulty_passes = self._faulty_passes + 1 if all(faulty) else 0
-            self._is_mute |= self._faulty_passes >= MOST_FAULTY
-        return self._report(found, ends_order=self._passes == 0) + self._next()
+            sequence.faulty_passes = sequence.faulty_passes + 1 if all(faulty) else 0
+            sequence.is_mute |= sequence.faulty_passes >= MOST_FAULTY
+        return self._report(sequence, found, ends_order=sequence.passes == 0) + self._next()
 
-    def _children(self, node: Node, choices: list[SampledToken]) -> list[DraftRow]:
-        tree = self._tree
+    def _children(self, sequence: DraftSequence, node: Node, choices: list[SampledToken]) -> list[DraftNode]:
+        tree = sequence.tree
         if tree is None or not node.alive or node.position < tree.root.position:
             return []
-        found, least = [], math.log(self._cutoff) if self._cutoff > 0 else -math.inf
+        found, least = [], math.log(sequence.cutoff) if sequence.cutoff > 0 else -math.inf
         worth = LEAST_PATH - (node.logp - tree.root.logp)
-        if floor := self._floor():
-            worth = max(worth, math.log(floor / 4))  # less would hardly ever be sent, even after the root
+        if least_prob := self._least_path_prob(sequence):
+            worth = max(worth, math.log(least_prob / 4))  # less would hardly ever be sent, even after the root
         for rank, (token, claim) in enumerate(choices):
             if claim < least:
-                self._withheld.append((node, choices))
+                sequence.withheld.append((node, choices))
                 break
             logp = self._calibration.logp(rank, claim) if self._policy.calibrate else claim
             if logp < worth and rank:
                 break
             child = tree.add(node, token, logp)
             if child is not None and child.name is None:
-                self._names += 1
-                child.name = self._names
-                found.append(DraftRow(token, child.name, node.name or 0, claim))
+                sequence.names += 1
+                child.name = sequence.names
+                found.append(DraftNode(token, child.name, node.name or 0, claim))
         return found
 
 

@@ -1,1 +1,1 @@
-"""Policies, schedules, and what they measure."""
+"""Policies, schedules, and the estimators that schedules use."""

@@ -1,9 +1,21 @@
-"""Whose turn it is, where one rank is everything: the draft's, for one more pass, or the target's, with what is known.
+"""Alternation on one rank: whether the draft makes a further pass before the target's next run.
 
-Draft and target never work at the same time there, so a run pays for the passes before it. The draft goes first as long
-as the run then gives more useful rows per second, all time since the last run counted. That is tree speculation with
-the depth that suits what is known at each moment. The draft works to orders of one pass, so that what it evaluates is
-chosen when it is its turn; between orders it rests.
+The draft makes a pass if, for some number of passes j = 1 ... FAR,
+
+    U_j / (S + j d + T(r_j))  >  U_0 / (S + T(k))
+
+    S     time since the current root was accepted, in seconds: the target has been idle since then
+    d     time of a draft pass, in seconds
+    T(r)  time of a target pass of r rows, in seconds (cost_curve.py)
+    U_0   useful rows expected of the run at hand, which has k rows
+    U_j   useful rows expected of the best run after j further passes, which has r_j rows
+    g     probability that a token was drafted, measured
+
+Draft and target never compute at the same time on one rank, so a run pays for the draft passes before it. Both sides of
+the inequality are useful rows per second. The first pass is expected to add g times the probability of each undrafted
+node of the run; each further pass adds g times the pass before it. The result is tree speculation with adaptive depth.
+The draft works on orders of one pass and rests between orders, so each pass evaluates the leaves that are best at its
+start.
 """
 
 from __future__ import annotations
@@ -13,24 +25,24 @@ from speculation.schedules.schedule import Order
 from speculation.trees.tree import Node, Tree
 
 WEIGHT = 0.25
-"""How much one measurement counts against those before it."""
+"""Weight of a new measurement in the exponentially weighted mean of ``d``."""
 MOST_LATE = 1.25
-"""How many times its usual time a pass may count as."""
+"""A measured pass counts as at most this multiple of ``d``."""
 FORGET = 0.98
-"""What is left of a token's weight with every further one that tells how often the draft is right."""
+"""Decay per token of the counts that give ``g``."""
 FAR = 8
-"""Passes that are looked ahead: one may add too little where few rows cost nearly as much as many."""
+"""Look-ahead in passes: one pass may add too little where few rows cost nearly as much as many."""
 PATIENCE = 50
-"""So often may nobody have guessed anything, the draft being too slow, until it is measured again."""
+"""After so many roots without a draft pass, ``d`` is measured again."""
 
 
 class Alternation:
-    """Says whether the draft is next: a launch delay for one rank (see launch_delay.py)."""
+    """Decides whether a draft pass comes before the next run; it takes the place of LaunchDelay on one rank."""
 
     drafts_unasked = False
 
     def __init__(self) -> None:
-        self._asked, self._guessed = 2.0, 1.0  # tokens after guesses, of late, and those among them; at first supposed
+        self._asked, self._guessed = 2.0, 1.0  # decayed counts; initially a prior
         self._pass_s: float | None = None
         self._refused = 0
         self.opened()
@@ -41,20 +53,20 @@ class Alternation:
         self._is_answered = False
         self._reads_prompt = True
         self._root: Node | None = None
-        self._began = 0.0  # when it was accepted: the target is idle since
+        self._began = 0.0  # when the root was accepted
         self._grown = 0
-        self._seen = (0, 0)  # how many tokens there were after guesses, and among them
-        self._is_dry = False  # the draft had nothing to say to the root
+        self._seen = (0, 0)  # the tree's counts at the last root
+        self._is_dry = False  # the draft proposed nothing
 
     def drafted(self) -> None:
-        """The draft's turn is over."""
+        """The ordered pass is done."""
         self._is_answered = True
 
     def accepted(self, tokens: int) -> None:
-        """So many tokens were committed; the tree tells more of them."""
+        """Nothing: ``look`` reads the counts from the tree."""
 
     def look(self, tree: Tree, now: float) -> None:
-        """See what ``tree`` has become."""
+        """Update the estimates from ``tree``."""
         if tree.root is not self._root:
             self._root, self._is_dry, self._began = tree.root, False, now
             (asked, guessed), self._seen = self._seen, (tree.asked, tree.guessed)
@@ -68,7 +80,7 @@ class Alternation:
             self._ordered_at, self._reads_prompt = None, False
 
     def is_on(self, now: float) -> bool:
-        """Whether it is the draft's turn."""
+        """Whether an ordered draft pass is under way."""
         return self._ordered_at is not None
 
     def _learn(self, pass_s: float) -> None:
@@ -76,7 +88,7 @@ class Alternation:
         self._pass_s = pass_s if known is None else known + WEIGHT * (min(pass_s, MOST_LATE * known) - known)
 
     def instead(self, offer: Offer) -> Order | None:
-        """A pass, if the draft is to make one before the run."""
+        """An Order of one pass, if the draft is to make one before the run; None to launch."""
         if self._is_dry or not offer.curve.seconds(1):
             return None
         if self._pass_s is not None and not self._pays(self._pass_s, offer):
@@ -86,12 +98,11 @@ class Alternation:
                     self._pass_s = None
             return None
         self._ordered_at, self._is_answered, self._grown = offer.now, False, offer.tree.grown
-        return Order(1, draft_batch=offer.leaves)
+        return Order(1, draft_batch=offer.draft_batch)
 
     def _pays(self, pass_s: float, offer: Offer) -> bool:
-        """Whether a run gives more useful rows per second, since the target was last at work, after some more passes.
-        Of each of them as much is expected as of the one before, in so far as the draft is right."""
-        tree, nodes, curve, most_rows, leaves, now = offer
+        """The inequality of this module, with ``pass_s`` for d."""
+        tree, nodes, curve, most_rows, draft_batch, now = offer
         spent_s = now - self._began
         useful = tree.probabilities(nodes)
         right = self._guessed / self._asked
@@ -99,7 +110,7 @@ class Alternation:
             share * max(0.0, right - sum(tree.probabilities(node.children.values())) / share)
             for share, node in zip(useful, nodes, strict=True)
             if not node.is_drafted
-        ][:leaves]
+        ][:draft_batch]
         least = sum(useful) / (spent_s + curve.seconds(len(nodes)))
         for _ in range(FAR):
             spent_s += pass_s

@@ -1,11 +1,16 @@
-"""Continuous speculation: the target gets as much as its first stage takes, at any time, best first.
+"""Continuous speculation: a run of the best unsent nodes is launched as soon as the first stage gives a credit.
 
-Plain decoding is the case without guesses. Runs leave just in time (stages/stage/pacer.py), so each is chosen from all
-that is known by then, and what is in flight is never sent again. With ``govern`` a governor says how many rows a run
-may have and how much drafters do, and within that as many go as give the most useful rows per second.
+    rows of a run = the k most probable unsent nodes, with k = argmax (u_1 + ... + u_k) / T(k) up to the gear's rows
+
+u_i is the probability that row i is useful and T(k) the time of a pass of k rows (cost_curve.py). Without ``govern`` k
+is the policy's ``max_rows``. A node in flight is never sent again. Credits arrive just in time (stages/stage/pacer.py),
+so each run is chosen with the latest knowledge. The governor picks the gear: how many rows a run may have, and how many
+leaves a draft pass evaluates. Plain decoding is the same schedule without drafts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from speculation.schedules.alternation import Alternation
 from speculation.schedules.cost_curve import CostCurve
@@ -23,16 +28,16 @@ class Continuous:
         self._policy = policy
         is_governed = policy.govern and policy.speculate
         self._governor = Governor(policy.max_rows, placement == "oversubscribed") if is_governed else None
-        self._hold: LaunchDelay | Alternation | None = None
+        self._delay: LaunchDelay | Alternation | None = None
         if policy.launch_delay and is_governed:
-            self._hold = Alternation() if placement == "alone" else LaunchDelay()
-        self._ordered: int | None = None  # how many leaves at a time drafters were last told to take unasked
+            self._delay = Alternation() if placement == "alone" else LaunchDelay()
+        self._ordered: int | None = None  # leaves per draft pass in the last standing order
 
     def opened(self) -> None:
         """See Schedule."""
         self._ordered = None
-        if self._hold:
-            self._hold.opened()
+        if self._delay:
+            self._delay.opened()
         if self._governor:
             self._governor.opened()
 
@@ -40,16 +45,16 @@ class Continuous:
         """See Schedule."""
         governor = self._governor
         gear = governor.gear if governor else Gear(self._policy.max_rows)
-        # A chain wants one leaf at a time, a wide tree as many as the policy allows.
-        leaves = min(self._policy.draft_batch, gear.rows) if governor else self._policy.draft_batch
-        hold = self._hold
-        unasked = 0 if hold and not hold.drafts_unasked else leaves
+        # A chain needs one leaf per draft pass, a wide tree as many as the policy allows.
+        draft_batch = min(self._policy.draft_batch, gear.rows) if governor else self._policy.draft_batch
+        delay = self._delay
+        unasked = 0 if delay and not delay.drafts_unasked else draft_batch
         if governor and unasked != self._ordered:
             self._ordered = unasked
             return Order(UNLIMITED, draft_batch=unasked) if unasked else Order(0)
-        if hold:
-            hold.look(now.tree, now.now)
-        # A new root is certain and needs no credit: what dead work still holds does not concern it.
+        if delay:
+            delay.look(now.tree, now.now)
+        # A new root is certain and needs no credit: the rejected work before it is already cancelled.
         if now.slots <= 0 or (now.credits <= 0 and not now.tree.root.pending):
             return None
         if 0 < gear.runs <= now.in_flight:
@@ -57,12 +62,12 @@ class Continuous:
         if governor is None:
             nodes = choose_rows(now.tree, self._policy, now.room)
             return Launch(nodes) if nodes else None
-        if hold and hold.is_on(now.now):
+        if delay and delay.is_on(now.now):
             return None
         rows = max(1, gear.rows)
         nodes = choose_rows(now.tree, self._policy, now.room if gear.rows else 0, rows, governor.curve)
-        if nodes and rows > 1 and hold:
-            step = hold.instead(Offer(now.tree, nodes, governor.curve, rows, leaves, now.now))
+        if nodes and rows > 1 and delay:
+            step = delay.instead(Offer(now.tree, nodes, governor.curve, rows, draft_batch, now.now))
             if step:
                 now.tree.give_back(nodes)
                 return step
@@ -70,13 +75,13 @@ class Continuous:
 
     def drafted(self, nodes: list[Node]) -> None:
         """See Schedule."""
-        if self._hold:
-            self._hold.drafted()
+        if self._delay:
+            self._delay.drafted()
 
     def accepted(self, tokens: int, now: float) -> str:
         """See Schedule."""
-        if self._hold:
-            self._hold.accepted(tokens)
+        if self._delay:
+            self._delay.accepted(tokens)
         return self._governor.accepted(tokens, now) if self._governor else ""
 
     def computed(self, rows: int, seconds: float) -> None:
@@ -89,6 +94,10 @@ class Continuous:
         if self._governor:
             self._governor.returned(rows, slowest_s, trip_s, carries_root)
 
+    def restarts(self, accepted: Sequence[Node]) -> bool:
+        """See Schedule: without ``reuse``, whenever the draft's first choice was wrong."""
+        return not self._policy.reuse and any(node.source is None or node.rank for node in accepted)
+
     def defers_results(self, now: Situation) -> bool:
         """See Schedule."""
         return False
@@ -97,16 +106,16 @@ class Continuous:
 def choose_rows(
     tree: Tree, policy: Policy, room: int, most: int | None = None, curve: CostCurve | None = None
 ) -> list[Node]:
-    """Take the nodes of the next run, best first, parents before children: at most ``most`` (the policy's ``rows``),
-    and no more guesses than there are slots (``room``).
+    """Take the nodes of the next run from ``tree``, best first, parents before children: at most ``most`` (default:
+    ``policy.max_rows``), and no more drafted nodes than there are KV slots (``room``).
 
-    The root is no guess and always goes. A guess goes if its path is probable enough for what a row costs by the
-    ``curve`` (without one: ``policy.floor``), and as many go as give the most useful rows per second."""
-    most, floor = policy.max_rows if most is None else most, policy.min_path_prob
+    An unsent root is always taken. A drafted node is taken if its path probability is worth a row by ``curve`` (without
+    a curve: at least ``policy.min_path_prob``). With a curve, the number of rows maximises useful rows per second."""
+    most, min_path_prob = policy.max_rows if most is None else most, policy.min_path_prob
     if curve:
         most = min(most, curve.reach)
-        floor = curve.least_probability(most, floor)
-    chosen = tree.take_best(most, room if policy.speculate else 0, floor)
+        min_path_prob = curve.least_probability(most, min_path_prob)
+    chosen = tree.take_best(most, room if policy.speculate else 0, min_path_prob)
     if curve:
         count = curve.best_count(tree.probabilities(chosen))
         tree.give_back(chosen[count:])

@@ -1,11 +1,21 @@
-"""What a pass of so many rows takes, as measured, and how many rows are therefore worth sending.
+"""The online latency model of a pass: T(r), the seconds that the slowest stage takes for r rows.
 
-Kernels are no straight lines: where two or three rows take nearly twice as long as one, eight may take hardly longer.
-So every number of rows is remembered for itself. Where rows begin to cost there is a bend, and a straight line between
-what is known would hide it: there the curve runs half-way to where the slopes on both sides meet, so that a promising
-number of rows is tried, and then known. Beyond what is known it goes on as over the last doubling, and twice as many
-rows may be tried as are known: runs grow from few, and where rows are dear nobody learns it from a run of many. Of
-what fewer rows take half is taken to be fixed. What was not seen for long is forgotten.
+    estimate of T(r)         <- (1 - WEIGHT) T(r) + WEIGHT x        for a measured pass of r rows and x seconds
+    rows of a run            argmax over k of (u_1 + ... + u_k) / T(k), the useful rows per second
+    least path probability   ROW_WORTH (T(r) / T(1) - 1) / (r - 1), at most the policy's ``min_path_prob``
+
+u_i is the probability that row i is useful; rows are sorted by it. Every number of rows has its own estimate, because
+kernels are not linear: two or three rows may take twice as long as one, and eight hardly longer than three. Other
+numbers of rows are interpolated from the measured ones:
+
+- Between two measured numbers T is the straight line, lowered by BEND times its distance from the higher one of the two
+  neighbouring segments' extensions. The curve may bend there, and the lower estimate makes the scheduler try such a
+  number.
+- Above the largest measured number m, T continues with the slope between m / 2 and m.
+- Below the smallest measured number m, T(r) = T(m) (FIXED + (1 - FIXED) r / m).
+
+Runs may have at most twice the largest measured number of rows, so runs start small and double. Measurements that were
+not repeated are forgotten.
 """
 
 from __future__ import annotations
@@ -14,37 +24,38 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 WEIGHT = 0.25
-"""How much one pass counts against those before it."""
+"""Weight of a new measurement in the exponentially weighted mean."""
 MOST_LATE = 1.25
-"""How many times what is known of a number of rows one pass of it may count as."""
+"""A measurement counts as at most this multiple of the estimate."""
 FORGET = 0.99
+"""Decay per pass of the weights of all other measurements."""
 LEAST_S = 1e-6
-"""What a pass takes at least: runs say what they cost in microseconds."""
+"""Least time of a pass: run headers carry microseconds."""
 LEAST_WEIGHT = 0.1
-"""What is left of a measurement that is forgotten."""
+"""A measurement with a lower weight is forgotten."""
 BLIND = 4
-"""How many rows may be tried while none are known."""
+"""Most rows of a run while nothing is measured."""
 FIXED = 0.5
-"""The share of a pass that fewer rows than any that was seen would not save."""
+"""Share of the smallest measured pass that is independent of the number of rows."""
 BEND = 0.5
-"""How far between known numbers of rows the curve is from the straight line to where the slopes beside it meet."""
+"""Position between the straight line (0) and the neighbouring segments' extensions (1)."""
 ROW_WORTH, LEAF_WORTH = 0.12, 0.5
-"""How probable a guess must be, in what it costs to verify it (0.012 for a row that lengthens a pass by a tenth) and to
-evaluate it in the draft. Found by trying, see docs/log.md."""
+"""Least path probability per relative cost of a row in the target (0.012 for a row that lengthens a pass by a tenth)
+and of a leaf in the draft. Tuned by experiment, see docs/log.md."""
 
 
 class CostCurve:
-    """Seconds by rows."""
+    """T(r): seconds of a pass by its rows."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
         self._weights: dict[int, float] = {}
-        self._known: list[int] = []  # numbers of rows, ascending
-        self._by_rows: list[float] = []  # see _table; empty where that has to be made anew
+        self._known: list[int] = []  # measured numbers of rows, ascending
+        self._by_rows: list[float] = []  # see _table; empty if out of date
 
     def observe(self, rows: int, seconds: float) -> None:
-        """A pass of ``rows`` took ``seconds``. It may be late for many reasons and is never early: what is far above
-        what is known counts as MOST_LATE times that; where this is the first of so many, as four times the curve."""
+        """A pass of ``rows`` took ``seconds``. A pass may be late for many reasons and is never early, so a long time
+        is clipped to MOST_LATE times the estimate, or to four times the curve if this number of rows is new."""
         seconds = max(seconds, LEAST_S)
         before = self._seconds.get(rows) if rows in self._weights else None
         if expected := self.seconds(rows):
@@ -56,8 +67,8 @@ class CostCurve:
         self._known, self._by_rows = sorted(self._seconds), []
 
     def expect(self, rows: int, seconds: float) -> None:
-        """One stage took ``seconds`` for ``rows``: believed until a run of as many is back. Where rows are dear it is
-        known after one pass, not after a trip during which every run is too large."""
+        """One stage took ``seconds`` for ``rows``. This value is used until a run of as many rows returns, so that
+        expensive rows are known after one pass and not only after a pipeline trip."""
         seconds = max(seconds, LEAST_S)
         if rows not in self._weights and self._seconds.get(rows) != seconds:
             self._seconds[rows] = seconds
@@ -65,15 +76,15 @@ class CostCurve:
 
     @property
     def reach(self) -> int:
-        """How many rows may be tried."""
+        """The most rows that a run may have."""
         return max(BLIND, 2 * self._known[-1]) if self._known else BLIND
 
     def seconds(self, rows: int) -> float:
-        """What a pass of ``rows`` takes; 0 while nothing is known."""
+        """T(rows); 0 while nothing is measured."""
         return self._table(rows)[rows - 1] if self._known else 0.0
 
     def _table(self, rows: int) -> list[float]:
-        """What passes of 1, 2 and so on take, to ``rows`` at least; something must be known."""
+        """T(1), T(2), ..., at least up to ``rows``; something must be measured."""
         known, seconds = self._known, self._seconds
         if len(self._by_rows) < rows:
             first, last = known[0], known[-1]
@@ -94,25 +105,24 @@ class CostCurve:
         return self._by_rows
 
     def knows(self, rows: int) -> bool:
-        """Whether what a pass of ``rows`` takes is more than hope."""
+        """Whether T(rows) is measured or interpolated, not extrapolated."""
         return bool(self._known) and self._known[0] <= rows <= self._known[-1]
 
     def growth(self, rows: int, base: int) -> float:
-        """How many times longer a pass of ``rows`` takes than one of ``base``."""
+        """T(rows) / T(base)."""
         base_s = self.seconds(base)
         return self.seconds(rows) / base_s if base_s > 0 else 1.0
 
     def least_probability(self, rows: int, most: float, worth: float = ROW_WORTH) -> float:
-        """How probable a guess must be to be worth a row of up to ``rows``, never more than ``most``. Rows that cost
-        nothing are worth sending however improbable; where nobody knows what they cost it is ``most``. ``worth``: see
-        ROW_WORTH."""
+        """The least path probability that is worth a row of a run of up to ``rows`` rows, at most ``most``: 0 for rows
+        that cost nothing, ``most`` while fewer than two numbers of rows are measured. ``worth``: see ROW_WORTH."""
         if len(self._known) < 2:
             return most
         return min(most, worth * max(0.0, self.growth(rows, 1) - 1.0) / max(1, rows - 1))
 
     def best_count(self, useful: Sequence[float]) -> int:
-        """How many rows give the most useful ones per second; ``useful``: how much each is expected to count, in the
-        order in which they go. The most of them, where several are equally good."""
+        """The number of rows that maximises useful rows per second. ``useful``: the rows' probabilities, in launch
+        order. Of several equally good numbers the largest."""
         if not self._known or not useful:
             return len(useful)
         rates = [total / seconds for total, seconds in zip(accumulate(useful), self._table(len(useful)), strict=False)]

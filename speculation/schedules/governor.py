@@ -1,17 +1,22 @@
-"""Never slower: how much to speculate, decided by what a token was measured to cost.
+"""The governor: picks the gear with the least measured time per committed token.
 
-Theory of operation. Gears are ways to work, from plain decoding (gear 0) over chains of single rows to the widest
-runs that the policy allows. Where ranks share cores, and runs in flight take each other's time, all of them are one run
-at a time, and many runs in flight a gear of their own, the last, in which it does not begin. What counts is the
-measured time per committed token; acceptance alone misleads, for rows may be free on one machine and dear on another. A
-*spell* is some dozens of tokens in one gear. Now and then the governor probes a neighbour for one spell and stays there
-if a token was cheaper by more than the noise (hysteresis); it gives up as soon as the probe has lost some tokens' time,
-and probes a neighbour that disappointed half as often, up to a limit, because texts change.
+    keep a probed gear if    t_probe < (1 - HYSTERESIS) t_home
+    t                        seconds per committed token over a spell of at least SPELL_TOKENS tokens
 
-Some things are known without probing. Where further rows cost little by the cost curve, a narrower gear has nothing to
-offer: runs may have fewer rows in any gear, and have as many as are worth their time. Nor has one whose pass of r rows
-takes longer than r tokens do at home. And plain decoding costs a trip through the pipeline for each token: while a
-token takes clearly less than the quickest trip that was seen, plain decoding cannot be better.
+Gears. Gear 0 is plain decoding. Further gears allow 1, 2, 4, ... rows per run, up to the policy's ``max_rows``. The
+governor starts in the gear with ``max_rows`` (*home*). If ranks share cores, concurrent runs slow each other down;
+these gears then have one run in flight, and one further gear has many. The time per token decides because acceptance
+alone misleads: rows may be free on one machine and expensive on another.
+
+Probing. From time to time the governor probes a neighbour of home for one spell. The neighbour becomes home if the
+inequality holds. A probe ends early if it has lost the time of STAKE tokens. A neighbour that was not better is probed
+half as often each time, with a limit, because texts change.
+
+Gears that are not probed:
+- A narrower gear of r rows, unless T(rows of home) > SHORTER T(r), and T(r) is at most the time of r tokens at home (T:
+  see cost_curve.py).
+- Plain decoding, unless t_home > (1 - HYSTERESIS) times the quickest trip through the pipeline, because plain decoding
+  needs one trip per token.
 """
 
 from __future__ import annotations
@@ -23,21 +28,23 @@ from typing import NamedTuple
 from speculation.schedules.cost_curve import CostCurve
 
 SPELL_TOKENS = 32
+"""Tokens of a spell."""
 HYSTERESIS = 0.04
-"""What a probed gear must be better by."""
+"""A probed gear must take this part less time per token."""
 DOUBT = 0.25
-"""The same of many runs in flight against one, twice, where ranks share cores: it is seldom so."""
+"""The same for many runs in flight against one where ranks share cores; two probes in a row must show it."""
 STAKE = 6
-"""How many tokens' time a probe may lose before it is given up."""
+"""A probe ends early if it has lost the time of so many tokens."""
 SHORTER = 1.1
-"""How many times longer a pass must take than that of a narrower gear, for that gear to be probed."""
+"""A pass at home must take this multiple of a narrower gear's pass for that gear to be probed."""
 MOST_SPELLS = 64
-"""The longest wait for a second look at a gear that disappointed."""
+"""The most spells between two probes of a gear."""
 TRIPS = 32
+"""Pipeline trips that are remembered."""
 
 
 class Gear(NamedTuple):
-    """``rows`` that a run may carry, 0 in plain decoding, and how many ``runs`` may be in flight, 0 for any number."""
+    """``rows`` that a run may have (0: plain decoding), and ``runs`` that may be in flight (0: any number)."""
 
     rows: int
     runs: int = 0
@@ -52,7 +59,7 @@ class _Patience:
 
     spells: int = 2
     left: int = 2
-    was_better: bool = False  # at the last look, which was not believed yet
+    was_better: bool = False  # in the last probe; one more must confirm it
 
 
 class Governor:
@@ -65,12 +72,12 @@ class Governor:
         if is_oversubscribed:
             self.gears.append(Gear(most_rows))
         self.curve = CostCurve()
-        self._home = self._widest  # within it the cost curve says how many rows go
+        self._home = self._widest  # within a gear the cost curve picks the number of rows
         self._probe: int | None = None
         self._home_s = 0.0  # seconds per token at home
         self._patience = [_Patience() for _ in self.gears]
         self._trips: deque[float] = deque(maxlen=TRIPS)
-        self._since: float | None = None  # when the spell began; None while what older gears sent is on its way
+        self._since: float | None = None  # when the spell began; None while runs of older gears are in flight
         self._settled_at: float | None = None
         self._tokens = 0
 
@@ -80,20 +87,20 @@ class Governor:
         return self.gears[self._home if self._probe is None else self._probe]
 
     def opened(self) -> None:
-        """A new request: the time before its first token belongs to nobody."""
+        """A new request begins; the time before its first token counts for no gear."""
         self._since = self._settled_at = None
 
     def returned(self, rows: int, slowest_s: float | None, trip_s: float, carries_root: bool) -> None:
-        """A run came back ``trip_s`` after it left; the slowest stage had worked on all of it for ``slowest_s``."""
+        """A run returned ``trip_s`` after its launch; the slowest stage computed all of its rows in ``slowest_s``."""
         if slowest_s is not None:
             self.curve.observe(rows, slowest_s)
         if carries_root:
             self._trips.append(trip_s / max(1.0, self.curve.growth(rows, 1)))
 
     def accepted(self, tokens: int, now: float) -> str:
-        """So many tokens were committed at ``now``. Returns what was decided, in words, if anything was."""
+        """``tokens`` tokens were committed at ``now``. Returns the decision as text; "" for none."""
         if self._since is None:
-            # A spell begins when what the last gear sent is back: one trip later.
+            # A spell begins when the runs of the last gear have returned: one trip later.
             if self._settled_at is None:
                 self._settled_at = now + (min(self._trips) if self._trips else 0.0)
             if now >= self._settled_at:
@@ -106,7 +113,7 @@ class Governor:
         return self._judge(spent_s / self._tokens, now)
 
     def _judge(self, token_s: float, now: float) -> str:
-        """A spell is over, in which a token took ``token_s``."""
+        """End a spell in which a token took ``token_s``."""
         if self._probe is None:
             self._home_s = token_s if not self._home_s else self._home_s + 0.5 * (token_s - self._home_s)
             for patience in self._patience:
@@ -134,7 +141,7 @@ class Governor:
         return self._shift_home(probe, now, f"{found} instead of {known}")
 
     def _worth_probing(self) -> list[int]:
-        """The neighbours of home that might be better, plain decoding last."""
+        """The neighbours of home that may be better, plain decoding last."""
         here, found = self._home, list[int]()
         if not 0 < here <= self._widest:  # plain decoding, or many runs where ranks share cores
             found.append(self._widest)
@@ -147,7 +154,7 @@ class Governor:
         return found
 
     def _saves(self, gear: int) -> bool:
-        """Whether a pass in the narrower ``gear`` is clearly shorter, and commits enough if all its rows are right."""
+        """Whether a pass in the narrower ``gear`` is clearly shorter, and fast enough if all its rows are accepted."""
         rows = self.gears[gear].rows
         if not self.curve.knows(rows) or self.curve.seconds(rows) > rows * self._home_s:
             return False

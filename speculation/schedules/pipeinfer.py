@@ -1,22 +1,29 @@
-"""PipeInfer's schedule as its published code has it (SC'24, arXiv 2407.11798; v1.1.1), on our engine.
+"""PipeInfer's schedule as in its published code (SC'24, arXiv 2407.11798; v1.1.1), on our engine.
 
-What the code decides, and so do we:
+    cutoff = p_accept + launched * p_recovery - refused * p_decay
 
-- After every verification the newest token goes out as a run of its own (*canonical*), even if it is in flight already.
-- Speculation then starts again at that token; what is drafted anew goes out anew, in flight or not.
-- Micro-batches of up to ``rows`` tokens follow, each continuing the one before, while nothing comes back; a token less
-  probable than ``p_accept + launched * p_recovery - refused * p_decay`` ends one. ``launched`` starts at 0 on every
-  entry into that loop, ``refused`` with every verification.
-- Drafting and the first stage's layers never overlap, and a result that arrives during either waits for their end.
-- Canonical runs are never cancelled; speculative ones are, as a whole, backwards from stage to stage.
+    launched   runs launched without a result since the last entry into the drafting loop
+    refused    micro-batches without a token above the cutoff since the last verification
 
-What we leave out, all of it in its favour: metadata messages, logits and full-size tensors of cancelled runs on the
-wire, and the draft model's pass over the last token of each micro-batch before it is sent. Trees: the published
-settings of ``p_split`` (0.8 and 0.9) only ever give chains, as no second choice is that probable; we have chains only.
-Where a superfluous run still has descendants in flight it is our slots that keep them right, not a recomputation.
+Decisions that this schedule shares with the published code:
+
+- After every verification the newest token goes out as a run of its own (*canonical*), even if a run in flight holds
+  this token.
+- Speculation then restarts at that token. Tokens that are drafted again are sent again, in flight or not.
+- Micro-batches of up to ``max_rows`` tokens follow, each continuing the one before, while no result arrives. A token
+  with a probability below the cutoff ends a micro-batch.
+- Drafting and the first stage's layers never overlap. A result that arrives during either waits for its end.
+- Canonical runs are never cancelled. Speculative runs are cancelled whole, backwards from stage to stage.
+
+Omitted, in the schedule's favour: metadata messages, logits and full-size tensors of cancelled runs, and a draft pass
+over the last token of each micro-batch before it is sent. Trees are omitted too: the published settings of ``p_split``
+(0.8 and 0.9) only give chains, because no second choice is that probable. If a superfluous run still has descendants in
+flight, our KV slots keep the descendants correct without recomputation.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import Launch, Order, Situation, Step
@@ -24,7 +31,7 @@ from speculation.trees.tree import Node
 
 
 class PipeInfer:
-    """See Schedule; the roots' lock-step is in ``defers_results``."""
+    """See Schedule; ``defers_results`` makes results wait for drafting and for the first stage."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -32,7 +39,7 @@ class PipeInfer:
 
     def opened(self) -> None:
         """See Schedule."""
-        self._has_begun = False  # nothing is drafted before the first token is there
+        self._has_begun = False  # nothing is drafted before the first token is accepted
         self._owes_canonical = self._owes_restart = False
         self._is_drafting = self._is_refused = False
         self._launched = self._refused = 0
@@ -44,7 +51,7 @@ class PipeInfer:
         if not self._has_begun or self._is_drafting or now.credits <= 0 or now.slots <= 0:
             return None
         if now.in_flight < self._in_flight:
-            self._launched = 0  # whatever came back, the loop was left for it
+            self._launched = 0  # any result leaves the drafting loop
         self._in_flight = now.in_flight
         if self._owes_canonical:
             self._owes_canonical = False
@@ -64,7 +71,7 @@ class PipeInfer:
 
     def _speculative(self, now: Situation) -> Launch | None:
         if now.room < len(self._batch):
-            return None  # slots come back with the next result
+            return None  # the next result frees slots
         batch, self._batch = self._batch, []
         nodes = [node for node in batch if node.pending]
         for node in nodes:
@@ -76,7 +83,7 @@ class PipeInfer:
     def _order(self) -> Order | None:
         policy = self._policy
         if self._is_refused:
-            # The loop is left and entered again, so that what recovery added is gone.
+            # The loop is left and entered again, which resets ``launched``.
             if (self._launched == 0 and policy.p_decay == 0) or self._cutoff() <= 0:
                 return None
             self._launched = 0
@@ -99,7 +106,7 @@ class PipeInfer:
         self._is_drafting = False
         self._batch = []
         for node in sorted(dict.fromkeys(nodes), key=lambda node: node.position):
-            parent = node.parent  # several drafters may have found the same chain, or ends of others
+            parent = node.parent  # several drafters may find the same chain, or parts of it
             is_rooted = parent is not None and (not parent.pending or parent in self._batch)
             if node.alive and is_rooted and len(self._batch) < self._policy.max_rows:
                 self._batch.append(node)
@@ -119,10 +126,14 @@ class PipeInfer:
         self._batch = []
         return ""
 
+    def restarts(self, accepted: Sequence[Node]) -> bool:
+        """See Schedule: its orders say so."""
+        return False
+
     def defers_results(self, now: Situation) -> bool:
         """See Schedule."""
         if self._is_drafting or now.credits <= 0:
             return True
-        # What has been verified and drafted is launched first, if it can be.
+        # A canonical run or a micro-batch that can be launched comes first.
         owes = self._owes_canonical and (now.tree.root.pending or now.room > 0)
         return now.slots > 0 and (owes or 0 < len(self._batch) <= now.room)

@@ -1,6 +1,6 @@
-"""Policies: what to send to the target next, as numbers. Every rival and every ablation is one of these, on one engine.
+"""Policies: a schedule and its numbers. Every rival and every ablation is a policy of the one engine.
 
-A policy names a *schedule* and turns its knobs. ``plain`` and ``continuous`` are built in; all others are TOML files
+A policy names a *schedule* and sets its knobs. ``plain`` and ``continuous`` are built in; all others are TOML files
 with one knob a line (benchmarks/baselines has the rivals), and ``--set knob=value`` changes a single one.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeinfer.core.errors import refuse
-from pipeinfer.core.protocol import MAX_ROWS
+from pipeinfer.core.messages import MAX_ROWS
 
 SCHEDULES = ("continuous", "rounds", "pipeinfer")
 CANCELS = ("direct", "relay", "off")
@@ -21,9 +21,9 @@ CANCELS = ("direct", "relay", "off")
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Every decision a user may turn; names are the field's.
+    """The knobs, by the names that papers and engines use.
 
-    A run carries at most ``max_rows`` tree nodes. The drafter evaluates up to ``draft_batch`` nodes per pass, proposes
+    A run has at most ``max_rows`` tree nodes. The drafter evaluates up to ``draft_batch`` nodes per pass, proposes
     ``topk`` children for each, and stays at most ``max_ahead`` evaluated nodes ahead of the accepted text.
     """
 
@@ -34,20 +34,20 @@ class Policy:
     topk: int = 1
     draft_batch: int = 1
     max_ahead: int = 0
-    window: int = 0  # most runs in flight; 0 means two per stage and two more
+    window: int = 0  # maximum number of runs in flight; 0 means 2 * stages + 2
     min_path_prob: float = 0.0  # least path probability that is worth a row
-    cancel: str = "direct"  # "direct": to every stage at once; "relay": backwards, stage to stage; "off"
-    cancel_rows: bool = True  # dead rows of living runs are cancelled too
-    reuse: bool = True  # False: whenever the draft's first choice was wrong, all that was guessed is thrown away
-    govern: bool = False  # turn rows and drafting up and down by what a token was measured to cost
-    launch_delay: bool = False  # with govern: a run waits for drafts that are about to come, where that is worth it
-    calibrate: bool = False  # learn from outcomes what the draft's probabilities mean
-    prompt_lookup: int = 0  # tokens guessed by looking the text's end up in the text; 0: none
+    cancel: str = "direct"  # "direct": to every stage at once; "relay": backwards from stage to stage; "off"
+    cancel_rows: bool = True  # also cancel single rejected rows of runs that have other rows
+    reuse: bool = True  # False: discard the whole tree whenever the draft's first choice was wrong
+    govern: bool = False  # adapt rows and drafting to the measured time per committed token
+    launch_delay: bool = False  # with govern: a run may wait for the draft pass under way
+    calibrate: bool = False  # fit the drafts' probabilities to observed acceptance
+    prompt_lookup: int = 0  # maximum number of tokens drafted by prompt lookup; 0: off
     prefill_chunk: int = 128  # prompt tokens per run
     num_steps: int = 1  # rounds: draft passes per round
     p_accept: float = 0.0  # pipeinfer: least probability of a drafted token
-    p_recovery: float = 0.0  # pipeinfer: what p_accept gains with every run launched while nothing comes back
-    p_decay: float = 0.0  # pipeinfer: what it loses with every refusal
+    p_recovery: float = 0.0  # pipeinfer: added to p_accept per run launched without a result
+    p_decay: float = 0.0  # pipeinfer: subtracted from p_accept per refused micro-batch
 
     def __post_init__(self) -> None:
         for what in ("max_rows", "topk", "draft_batch", "prefill_chunk", "num_steps"):
@@ -69,7 +69,7 @@ class Policy:
                 )
 
     def most_nodes(self) -> int:
-        """A bound on the living nodes of one drafter's tree."""
+        """A bound on the nodes of one drafter's tree."""
         return (self.max_ahead + self.draft_batch + 1) * (self.topk + 1) + 1
 
     def most_runs(self, stages: int) -> int:
@@ -77,11 +77,11 @@ class Policy:
         return self.window or 2 * stages + 2
 
     def most_guesses(self, stages: int) -> int:
-        """Slots for guesses in flight that every target shard has beside those for accepted tokens."""
+        """KV slots of a target shard for drafted tokens in flight, beside those for accepted tokens."""
         return self.max_rows * self.most_runs(stages) if self.speculate else 0
 
     def settings(self) -> dict[str, Any]:
-        """All knobs by name, as they travel in a Config."""
+        """All knobs by name, as in a Config."""
         return asdict(self)
 
 
@@ -127,14 +127,14 @@ def _read_file(name: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         refuse(f"{path} is no TOML file ({error})", "correct it")
     base = settings.pop("base", None)
-    if base is not None and base not in list(POLICIES):  # a list: TOML may say what has no hash
+    if base is not None and base not in list(POLICIES):  # a list, because a TOML value may be unhashable
         refuse(f"{path}: base {base!r} is no built-in policy", f"use {', '.join(POLICIES)}")
     known = POLICIES[base].settings() if base else {}
     return {**known, "name": path.stem, **_typed(str(path), settings)}
 
 
 def _typed(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """``settings``, every one of them a knob and of that knob's type."""
+    """``settings``, checked: every key is a knob, every value has the knob's type."""
     kinds = {field.name: type(getattr(PLAIN, field.name)) for field in fields(Policy)}
     found = {}
     for knob, value in settings.items():
@@ -150,7 +150,7 @@ def _typed(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _literal(text: str) -> Any:
-    """A value as TOML would read it; a bare word is a string."""
+    """``text`` as a TOML value; a bare word is a string."""
     try:
         found = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:

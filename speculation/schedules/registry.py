@@ -1,4 +1,4 @@
-"""Every schedule by its name."""
+"""Schedules by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from speculation.schedules.schedule import Placement, Schedule
 
 
 def make_schedule(policy: Policy, placement: Placement = "spread") -> Schedule:
-    """The schedule that ``policy`` names, for roles that are placed so."""
+    """The schedule that ``policy`` names, for roles with this ``placement``."""
     if policy.schedule == "rounds":
         return Rounds(policy)
     if policy.schedule == "pipeinfer":

@@ -1,14 +1,17 @@
-"""Synchronous speculation: draft, verify, wait, again. One run per trip through the pipeline.
+"""Synchronous speculation: draft, verify, wait for the result, repeat. One run per pipeline trip.
 
-The drafter works ``levels`` passes on a fresh tree below the last accepted token, evaluating all leaves of a level at
-once; the best ``rows`` nodes, the root among them, are verified in one run; while they are, the drafter has nothing to
-do. With ``width`` 1 that is chain speculation as every engine has it (Leviathan et al. 2023), else a tree of the best
-nodes (SpecInfer, Miao et al. 2024, with the dynamic tree of later work).
+    time of a round = num_steps * (time of a draft pass) + (time of a pipeline trip)
+
+The drafter makes ``num_steps`` passes on a new tree below the last accepted token, and evaluates up to ``draft_batch``
+leaves per pass. The best ``max_rows`` nodes, the root among them, are verified in one run. The drafter idles meanwhile.
+With ``topk`` = 1 the schedule is chain speculation (Leviathan et al. 2023), otherwise speculation with a dynamic tree
+of the most probable nodes (SpecInfer, Miao et al. 2024; EAGLE-2, Li et al. 2024).
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 from speculation.schedules.continuous import choose_rows
 from speculation.schedules.policy import Policy
@@ -38,7 +41,7 @@ class Rounds:
         """See Schedule."""
         if self._phase is _Phase.TURNING:
             self._phase = _Phase.DRAFTING
-            now.tree.prune()  # nothing of it is in flight
+            now.tree.prune()  # none of its nodes is in flight
             return Order(self._policy.num_steps, restart=True)
         if self._phase is _Phase.READY and now.slots > 0:
             self._phase = _Phase.VERIFYING
@@ -60,6 +63,10 @@ class Rounds:
         """See Schedule."""
         self._phase = _Phase.TURNING
         return ""
+
+    def restarts(self, accepted: Sequence[Node]) -> bool:
+        """See Schedule: its orders say so."""
+        return False
 
     def defers_results(self, now: Situation) -> bool:
         """See Schedule."""

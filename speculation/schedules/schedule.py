@@ -1,26 +1,27 @@
 """Schedules: when the target gets which nodes of the tree, and when drafters are asked for more.
 
-The orchestrator has the means (credits, slots, messages); a schedule has the say. Whenever something has changed the
-orchestrator asks ``next`` until there is nothing more to do.
+The orchestrator owns credits, slots and messages; a schedule decides. After every change the orchestrator calls
+``next`` until ``next`` returns None or a Wait.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
 from speculation.trees.tree import Node, Tree
 
 Placement = Literal["spread", "oversubscribed", "alone"]
-"""What processors a job's roles have. "spread": every rank its own. "oversubscribed": ranks are more than cores, and
-take each other's time. "alone": one rank is everything; draft and target take turns, the target first."""
+"""The processors of a job's roles. "spread": every rank has its own. "oversubscribed": ranks are more than cores and
+slow each other down. "alone": one rank has all roles; draft and target alternate, the target first."""
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
 
 @dataclass(slots=True)
 class Situation:
-    """What a schedule decides upon: the tree, how many ``credits`` the first stage has given, how many runs are
-    ``in_flight`` and how many more may be (``slots``), for how many guesses there are slots (``room``)."""
+    """The input of a decision: the tree, unused ``credits`` of the first stage, runs ``in_flight``, further runs that
+    may be in flight (``slots``), free KV slots for drafted nodes (``room``)."""
 
     tree: Tree
     credits: int
@@ -32,8 +33,9 @@ class Situation:
 
 @dataclass(slots=True)
 class Launch:
-    """Send these nodes as one run, parents first. ``nodes`` have been taken from the tree. ``copies`` are in flight
-    already and go once more, in vain: rivals do that, and pay for it. ``is_canonical``: never cancelled."""
+    """Send ``nodes`` as one run, parents first; they have been taken from the tree. ``copies`` are nodes that are
+    already in flight and are sent again without effect, as PipeInfer's schedule does. ``is_canonical``: never
+    cancelled."""
 
     nodes: list[Node]
     copies: list[Node] = field(default_factory=list)
@@ -42,9 +44,9 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Have drafters do ``passes`` more passes, or UNLIMITED, taking no token less probable than ``cutoff`` and no more
-    than ``draft_batch`` at a time (0: as the policy says); ``restart``: from the last accepted token, with all guesses
-    forgotten. A counted number of passes is answered when they are done."""
+    """Order drafters to make ``passes`` more passes, or UNLIMITED. Drafters take no token with a probability below
+    ``cutoff`` and evaluate at most ``draft_batch`` leaves per pass (0: the policy's number). ``restart``: drafters
+    discard their trees and start at the last accepted token. Drafters answer when a finite number of passes is done."""
 
     passes: int
     cutoff: float = 0.0
@@ -54,7 +56,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Ask again at time ``until``, even if nothing has changed by then. Not said again before something has."""
+    """Call ``next`` again at time ``until``, even without a change. ``next`` returns no second Wait before a change."""
 
     until: float
 
@@ -65,33 +67,39 @@ Step = Launch | Order | Wait
 
 
 class Schedule(Protocol):
-    """Says what is to be done next."""
+    """Decides the next step."""
 
     def opened(self) -> None:
-        """A new request begins; its prompt is on its way."""
+        """A new request begins; its prompt is in flight."""
         ...
 
     def next(self, now: Situation) -> Step | None:
-        """What to do in this situation, or None for nothing until something changes."""
+        """The next step in this situation; None for no step until the next change."""
         ...
 
     def drafted(self, nodes: list[Node]) -> None:
-        """An order is done; ``nodes`` are what it found, parents first, whether or not they were new."""
+        """An order is done; ``nodes`` are its nodes, parents first, new or not."""
         ...
 
     def accepted(self, tokens: int, now: float) -> str:
-        """The tree has a new root, so many ``tokens`` below the old one. Returns what that decided, in words."""
+        """The tree has a new root, ``tokens`` levels below the old one. Returns the schedule's decision as text; "" for
+        none."""
+        ...
+
+    def restarts(self, accepted: Sequence[Node]) -> bool:
+        """Whether drafting begins again at the last of the ``accepted`` nodes, with all guesses forgotten."""
         ...
 
     def computed(self, rows: int, seconds: float) -> None:
-        """The first stage spent ``seconds`` on ``rows`` rows: an early word of what a run costs, often told again."""
+        """The first stage computed ``rows`` rows in ``seconds``: an early measurement of a run, which may be
+        repeated."""
         ...
 
     def returned(self, rows: int, slowest_s: float | None, trip_s: float, carries_root: bool) -> None:
-        """A run of ``rows`` rows was computed: seconds of the slowest stage, None if that did not have all of them, and
-        from its launch to its result."""
+        """A run of ``rows`` rows returned. ``slowest_s``: seconds of the slowest stage, None if that stage did not
+        compute all rows. ``trip_s``: seconds from launch to result. ``carries_root``: whether the run held the root."""
         ...
 
     def defers_results(self, now: Situation) -> bool:
-        """Whether results have to wait."""
+        """Whether a result that arrives now has to wait."""
         ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeinfer.core.protocol import fault_layer
+from pipeinfer.core.messages import fault_layer
 from speculation.trees.tree import Node, Tree
 
 
@@ -27,18 +27,18 @@ class Acceptance:
 
 
 def accept(
-    tree: Tree, most: int, stop_tokens: frozenset[int], judge: Callable[[Node], None] = lambda node: None
+    tree: Tree, most: int, stop_tokens: frozenset[int], on_verified: Callable[[Node], None] = lambda node: None
 ) -> Acceptance:
-    """Advance ``tree`` while its root has been judged, by ``most`` tokens at most, up to and including a stop token or
+    """Advance ``tree`` while its root is verified, by at most ``most`` tokens, up to and including a stop token or
     a root after which there is no choice, because its numbers are not finite.
 
-    ``judge`` sees each root once its choice is known, with the guesses below it still there."""
+    ``on_verified`` sees each root once its choice is known, with the guesses below it still there."""
     outcome = Acceptance()
     while tree.root.choice is not None and len(outcome.accepted) < most and not outcome.stopped:
         outcome.fault = fault_layer(tree.root.choice)
         if outcome.fault is not None:
             break
-        judge(tree.root)
+        on_verified(tree.root)
         outcome.logps.append(tree.root.choice_logp)
         heir, died = tree.advance(tree.root.choice)
         outcome.accepted.append(heir)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeinfer.core.errors import RemoteProtocolError
-from pipeinfer.core.protocol import SettingRow
+from pipeinfer.core.messages import Calibrate
 
 RANKS = 8
 """Ranks that are told apart, unless said otherwise."""
@@ -142,19 +142,17 @@ class Calibration:
             "outcomes": self.outcomes,
         }
 
-    def rows(self) -> tuple[SettingRow, ...]:
-        """As it travels in a CALIBRATE: the slope and the counts, then the offsets."""
-        head = SettingRow(0, self.revision & 0xFFFFFFFF, self.outcomes & 0xFFFFFFFF, self.slope)
-        return head, *(SettingRow(1 + rank, 0, 0, offset) for rank, offset in enumerate(self.offsets))
+    def message(self) -> Calibrate:
+        """As it travels to a drafter."""
+        return Calibrate(self.revision & 0xFFFFFFFF, self.outcomes & 0xFFFFFFFF, self.slope, tuple(self.offsets))
 
     @classmethod
-    def of(cls, rows: Sequence[SettingRow]) -> Calibration:
-        """What ``rows`` made. RemoteProtocolError if nothing sound did."""
-        if [row.setting for row in rows] != list(range(len(rows))) or len(rows) < 2:
-            raise RemoteProtocolError(f"these rows describe no calibration: {rows}")
-        words = {"slope": rows[0].value, "revision": rows[0].low, "outcomes": rows[0].high}
+    def of(cls, message: Calibrate) -> Calibration:
+        """What ``message`` says. RemoteProtocolError if it is nothing sound."""
+        if not message.offsets:
+            raise RemoteProtocolError(f"a calibration without ranks: {message}")
         try:
-            return cls.from_words(words | {"offsets": [row.value for row in rows[1:]]})
+            return cls.from_words(message._asdict())
         except ValueError as error:
             raise RemoteProtocolError(str(error)) from error
 

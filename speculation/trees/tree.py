@@ -2,7 +2,7 @@
 
 The root is the last accepted token. A node is *pending* until somebody takes it (the orchestrator sends it to the
 target, a drafter evaluates it); nodes are taken best first by path probability, parents before children. When the
-target has judged the root, the tree advances: the child that holds the target's token becomes the root, with all that
+target has verified the root, the tree advances: the child that holds the target's token becomes the root, with all that
 was guessed below it, and every other branch dies.
 
 Probabilities are kept as sums of logarithms from the first root on, never rescaled: advancing shifts all living nodes
@@ -15,7 +15,7 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 
-from pipeinfer.core.protocol import NO_SLOT, Row
+from pipeinfer.core.messages import NO_SLOT, Row
 
 LEAST_LOGP = -100.0
 """What counts as impossible; also what a number that is none counts as."""
@@ -49,8 +49,8 @@ class Node:
         self.position = position
         self.children: dict[int, Node] = {}
         self.pending = True
-        self.is_open = False  # whether its children are in the frontier
-        self.is_drafted = False  # whether a draft model has said what may follow
+        self.is_open = False  # whether its children are among the unsent nodes
+        self.is_drafted = False  # whether a draft model has evaluated it
         self.alive = True
         self.slot: int | None = None
         self.run: int | None = None
@@ -61,11 +61,12 @@ class Node:
         self.rank = rank
         self.claim = claim
 
-    def row(self, slot: int) -> Row:
-        """The row of a run that carries this node in slot ``slot``; its parent has a slot by then, or is the prompt's
-        end."""
+    def row(self, slot: int, sequence: int) -> Row:
+        """The row of a run that carries this node of ``sequence`` in slot ``slot``. Its parent has a slot by then, or
+        is the prompt's end."""
         parent = self.parent
-        return Row(self.token, slot, NO_SLOT if parent is None or parent.slot is None else parent.slot, self.position)
+        above = NO_SLOT if parent is None or parent.slot is None else parent.slot
+        return Row(self.token, slot, above, self.position, sequence)
 
 
 class Tree:
@@ -78,12 +79,12 @@ class Tree:
         self.size = 1
         self.grown = self.asked = self.guessed = 0
         self._serial = 0
-        self._frontier: list[tuple[float, int, Node]] = []
+        self._unsent: list[tuple[float, int, Node]] = []
         self._push(self.root)
 
     def _push(self, node: Node) -> None:
         self._serial += 1
-        heapq.heappush(self._frontier, (-node.logp, self._serial, node))
+        heapq.heappush(self._unsent, (-node.logp, self._serial, node))
 
     def add(
         self, parent: Node, token: int, logp: float, source: int | None = None, rank: int = 0, claim: float = 0.0
@@ -106,39 +107,39 @@ class Tree:
             self.grown += 1
             if parent.is_open:  # as _push does, without a call: a dozen nodes an event come by here
                 self._serial += 1
-                heapq.heappush(self._frontier, (-node.logp, self._serial, node))
+                heapq.heappush(self._unsent, (-node.logp, self._serial, node))
         elif node.source is None:
             node.source, node.rank, node.claim = source, rank, claim
         return node
 
     def best(self) -> Node | None:
         """The pending node of the highest path probability whose parent has been taken; it stays pending."""
-        frontier = self._frontier
-        while frontier:
-            node = frontier[0][2]
+        unsent = self._unsent
+        while unsent:
+            node = unsent[0][2]
             if node.alive and node.pending:
                 return node
-            heapq.heappop(frontier)
+            heapq.heappop(unsent)
         return None
 
     def take(self, node: Node) -> None:
         """Mark ``node``, as a rule the one that ``best`` gave, as taken: its children may follow."""
         node.pending = False
-        if self._frontier and self._frontier[0][2] is node:
-            heapq.heappop(self._frontier)
+        if self._unsent and self._unsent[0][2] is node:
+            heapq.heappop(self._unsent)
         if not node.is_open:
             node.is_open = True
             for child in node.children.values():
                 self._push(child)
 
-    def take_best(self, most: int, guesses: int, floor: float) -> list[Node]:
+    def take_best(self, most: int, guesses: int, min_path_prob: float) -> list[Node]:
         """Take the ``most`` probable pending nodes, parents first, of which no more than ``guesses`` are guesses, and
-        none on a path less probable than ``floor``. The root is none and certain."""
+        none on a path less probable than ``min_path_prob``. The root is none and certain."""
         taken: list[Node] = []
-        frontier, root = self._frontier, self.root
-        least = root.logp + (math.log(floor) if floor > 0 else -math.inf)
-        while frontier and len(taken) < most:
-            node = frontier[0][2]
+        unsent, root = self._unsent, self.root
+        least = root.logp + (math.log(min_path_prob) if min_path_prob > 0 else -math.inf)
+        while unsent and len(taken) < most:
+            node = unsent[0][2]
             if node.alive and node.pending:
                 if node is not root:
                     if guesses <= 0 or node.logp < least:
@@ -146,7 +147,7 @@ class Tree:
                     guesses -= 1
                 taken.append(node)
                 node.pending = False
-            heapq.heappop(frontier)
+            heapq.heappop(unsent)
             if not (node.pending or node.is_open):
                 node.is_open = True
                 for child in node.children.values():
@@ -159,7 +160,7 @@ class Tree:
         for node in reversed(nodes):
             node.pending = True
             self._serial += 1
-            heapq.heappush(self._frontier, (-node.logp, -self._serial, node))  # before its equals
+            heapq.heappush(self._unsent, (-node.logp, -self._serial, node))  # before its equals
 
     def probability(self, node: Node) -> float:
         """The path probability of ``node``: that the target will accept every token from the root down to it."""
@@ -188,13 +189,13 @@ class Tree:
             old.parent = None  # nobody asks any more; a passed node still to be evaluated needs its parent's slot
         self.size -= 1 + len(dead)
         self.root = heir
-        if len(self._frontier) > SLACK + self.size:
+        if len(self._unsent) > SLACK + self.size:
             self._sweep()  # else whoever asks next would wade through the dead, which were the most probable
         return heir, dead
 
     def _sweep(self) -> None:
-        self._frontier = [entry for entry in self._frontier if entry[2].alive and entry[2].pending]
-        heapq.heapify(self._frontier)
+        self._unsent = [entry for entry in self._unsent if entry[2].alive and entry[2].pending]
+        heapq.heapify(self._unsent)
 
     def prune(self) -> list[Node]:
         """Forget every guess below the root; returns the nodes that died."""

@@ -1,1 +1,1 @@
-"""Model folders: what they say and which tensors they hold."""
+"""Model folders: configuration and tensors."""

@@ -76,7 +76,7 @@ def expected(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """What ``expected`` yields, at once."""
+    """All that ``expected`` yields, as a dict."""
     return dict(expected(spec))
 
 
@@ -206,7 +206,7 @@ def opened(path: Path, names: Iterable[str]) -> Iterator[Iterator[tuple[str, Any
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while weights are read from ``path`` into a CheckpointError that says why."""
+    """Turn errors of reading weights from ``path`` into a CheckpointError with the reason."""
     from safetensors import SafetensorError
 
     try:
@@ -216,6 +216,6 @@ def reading(path: Path) -> Iterator[None]:
     except (SafetensorError, KeyError, ValueError) as error:  # the file was another one when its header was read
         refuse(f"{path} cannot be read ({said(error)})", AGAIN)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "alloc" in str(error):  # torch has no name of its own for it
+        if isinstance(error, MemoryError) or "alloc" in str(error):  # torch has no class of its own for it
             refuse(f"{path} does not fit into memory ({said(error)})", "use more ranks, bf16 or a smaller model")
         refuse(f"{path} cannot be loaded ({said(error)})", AGAIN)

@@ -1,6 +1,6 @@
-"""A model's folder as people give it: what lies there, and, where no model does, the true reason and the way out.
+"""A model's folder: its files, and, if it holds no model, the reason and the remedy.
 
-Every message is one line: what a name, a file or the system says is made printable and cut before it is quoted.
+Every message is one line. Names, file contents and system messages are made printable and cut before they are quoted.
 Nothing here imports more than the standard library.
 """
 
@@ -20,7 +20,7 @@ AGAIN = "download or export the model again"
 MAX_JSON_NBYTES = 64 << 20
 MAX_QUOTE, MAX_MESSAGE = 100, 400  # characters: of a value or a reason, and of all that comes before the fix
 
-# What the system says, as a reason and a fix; only for damage does another download help.
+# Error numbers of the system as a reason and a fix; only damage is fixed by another download.
 _SYSTEM = {
     errno.EACCES: ("may not be read by this user", "change its permissions, or run as a user who may read it"),
     errno.EPERM: ("may not be read by this user", "change its permissions, or run as a user who may read it"),
@@ -53,7 +53,7 @@ _INCOMPLETE = (
 
 
 def refuse(thing: str, fix: str) -> NoReturn:
-    """Raise a CheckpointError in the house's form: what is wrong, then what to do about it."""
+    """Raise a CheckpointError: the problem, then the fix."""
     raise CheckpointError(f"{printable(thing, MAX_MESSAGE)}; {printable(fix, MAX_MESSAGE)}")
 
 
@@ -85,7 +85,7 @@ def said(error: BaseException) -> str:
 
 
 def refuse_system(path: Path, error: OSError) -> NoReturn:
-    """Say why the system did not give ``path``."""
+    """Raise CheckpointError with the system's reason for not reading ``path``."""
     known = _SYSTEM.get(error.errno or 0)
     if known is not None:
         refuse(f"{path} {known[0]}", known[1])
@@ -93,7 +93,7 @@ def refuse_system(path: Path, error: OSError) -> NoReturn:
 
 
 def status(path: Path) -> os.stat_result | None:
-    """What lies at ``path``, links followed; None for nothing. Raises CheckpointError where nobody can tell."""
+    """The status of ``path``, links followed; None if there is no file. Raises CheckpointError if unknown."""
     try:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -108,13 +108,13 @@ def status(path: Path) -> os.stat_result | None:
 
 
 def has_file(path: Path) -> bool:
-    """Whether a file lies at ``path``. Raises CheckpointError where nobody can tell."""
+    """Whether ``path`` is a file. Raises CheckpointError if unknown."""
     found = status(path)
     return found is not None and stat.S_ISREG(found.st_mode)
 
 
 def model_folder(directory: str | Path) -> Path:
-    """``directory``, if it is one. Raises CheckpointError, which says what it is instead."""
+    """``directory`` as a Path. Raises CheckpointError if it is no directory."""
     folder = Path(directory)
     if not str(directory):
         refuse("the name of a model's directory is empty", "give a local directory in Hugging Face layout")
@@ -160,7 +160,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def refuse_pointer(path: Path, start: bytes) -> None:
-    """Refuse what stands for a file without being it. ``start``: how it begins."""
+    """Refuse an empty file and a Git LFS pointer. ``start``: the file's first bytes."""
     if not start.strip(b"\0 \t\r\n"):
         refuse(f"{path} is empty" if not start else f"{path} begins with nothing but blanks", AGAIN)
     if start.startswith(b"version https://git-lfs"):
@@ -168,7 +168,7 @@ def refuse_pointer(path: Path, start: bytes) -> None:
 
 
 def refuse_without_weights(folder: Path) -> NoReturn:
-    """Say what ``folder`` holds instead of weights that can be read."""
+    """Raise CheckpointError with the other contents of a ``folder`` without readable weights."""
     _explain(folder, _FOREIGN + _INCOMPLETE)
     path = folder / "model.safetensors"
     refuse(f"{path} is missing", "give a directory that holds model.safetensors or its index and shards")
@@ -200,7 +200,7 @@ def _snapshot(folder: Path, snapshots: list[Path]) -> Path:
         if main in snapshots:
             return main
     except (OSError, ValueError):
-        pass  # a cache without refs: any snapshot is as good
+        pass  # a cache without refs: take the newest snapshot
     return max(snapshots, key=lambda snapshot: snapshot.stat().st_mtime)
 
 

@@ -1,4 +1,4 @@
-"""What a model directory says about its model, read with the standard library alone.
+"""The model's configuration, read from its directory with the standard library alone.
 
 A bad directory must be refused before torch is loaded, so nothing here imports it. Where ``config.json`` leaves a key
 out, the default is the one transformers 5 takes for that family: the tokens have to be the same tokens.
@@ -14,13 +14,14 @@ from pipeinfer.core.errors import CheckpointError
 from stages.checkpoint.folder import has_file, plain, printable, read_config, read_object, refuse, shown
 
 CORRECT = "correct it or export the model again"
-LEAST, MOST = 1e-18, 2**31 - 1  # of any number that a config may hold; what is beyond is damage
+LEAST, MOST = 1e-18, 2**31 - 1  # bounds of any number in a config; numbers beyond are damage
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """What the architecture's name decides, and transformers' defaults for absent keys (None: as many as heads)."""
+    """Properties that follow from the architecture's name, and transformers' defaults for absent keys (None: as many as
+    heads)."""
 
     model_type: str
     kv_head_count: int | None = None
@@ -86,7 +87,7 @@ class ModelSpec:
 
     @property
     def head_in_layers(self) -> float:
-        """What the output head costs, in layers."""
+        """Weights of the output head / weights of a layer."""
         layer_size = 2 * self.head_dim * (self.head_count + self.kv_head_count) + 3 * self.intermediate_size
         return self.vocab_size / layer_size
 
@@ -141,7 +142,7 @@ def is_llama_family(directory: str | Path) -> bool:
 
 
 class _Fields:
-    """A JSON object with typed access; every complaint names the file and the key."""
+    """A JSON object with typed access; every error message names the file and the key."""
 
     def __init__(self, path: Path, content: Any, within: str = "") -> None:
         self.path, self.within = path, within
@@ -201,7 +202,7 @@ def _family(fields: _Fields) -> tuple[str, _Family]:
 
 
 def _refuse_foreign(fields: _Fields, layer_count: int) -> None:
-    """Refuse what changes the arithmetic in ways the shard does not do."""
+    """Refuse keys that change the arithmetic in ways that the shard does not implement."""
     for key in ("text_config", "vision_config", "audio_config"):
         if fields.get(key) is not None:
             refuse(f"{fields.path} is of a multimodal model ({key})", "use a release of its language model alone")

@@ -1,7 +1,7 @@
-"""Which keys and values may stand in a slot: those whose products stay finite, whatever reads them.
+"""The keys and values that a KV slot may hold: those whose products stay finite.
 
-A hidden slot is multiplied by 0 and its score by nothing, so NaN and infinity would reach rows that must not see them;
-and so would a key so large that its score overflows. No model that works has numbers near MOST.
+A hidden slot's value is multiplied by 0, and 0 times NaN is NaN, so NaN and infinity would reach rows that must not
+attend to the slot. A key whose score overflows would do so too. Models in use have no numbers near MOST.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ MOST = 1e18
 
 
 def may_stand(states: Tensor) -> Tensor:
-    """Where keys or values may stand in a slot: bool, of the shape of ``states``."""
+    """Whether a slot may hold each of the keys or values ``states``: bool, of the shape of ``states``."""
     return states.abs() < MOST
 
 
 def all_may_stand(states: Tensor) -> bool:
-    """Whether all of them may; NaN may not."""
+    """Whether a slot may hold all of ``states``; NaN is never allowed."""
     return states.numel() == 0 or bool(states.abs().amax() < MOST)
 
 
 def tamed(states: Tensor) -> Tensor:
-    """``states`` with 0 for what may not stand there; the others keep their bits."""
+    """``states`` with 0 for numbers that a slot may not hold; the others keep their bits."""
     return torch.where(may_stand(states), states, 0.0)

@@ -1,9 +1,10 @@
 """From logits to the scores by which a token is drawn: transformers' processors, then noise.
 
-A token is drawn by Gumbel's rule: the highest of scores that each have noise -log(-log(u)) added, u uniform in (0, 1),
-is a sample of their softmax. Here u depends on the seed, the position and the token alone: it is the token's word of a
-counter-based generator. So whoever draws at a position draws the same token, in whatever run and beside whatever rows,
-and a draft model that is given the same noise mostly draws what the target will.
+    token = argmax over v of (z_v + g_v),   g_v = -log(-log(u_v)),   u_v = Philox(seed, position, v) in (0, 1)
+
+z_v is the processed logit of token v. By the Gumbel-max trick the token is a sample of softmax(z). u_v depends on the
+seed, the position and the token alone: it is the token's number of a counter-based generator. Every run and every batch
+therefore samples the same token at a position. A draft model with the same noise mostly samples the target's token.
 
 The processors are those of transformers in its order, bit for bit; only which of equal tokens top_p keeps is left to
 the processor's sorting there, and is the lowest ones here. They treat every row by itself, so that a row's token cannot

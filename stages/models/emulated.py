@@ -1,15 +1,16 @@
 """The emulated model: a chain of hashes kept in the slots, instead of a neural network.
 
-Each layer writes a hash of its input and position into the row's slot and adds up the hashes of all visible slots. So
-one wrong commit, release, parent or mask anywhere changes the tokens, and plain decoding is the oracle for every
-protocol bug, without weights. A layer may also be given a pace, so that schedules can be measured on machines that lack
-the hardware; whoever reports such a time must say so.
+Each layer writes a hash of its input and position into the row's slot and adds up the hashes of all visible slots. One
+wrong commit, release, parent or mask therefore changes the tokens, and plain decoding is the oracle for protocol bugs,
+without weights. A layer may also have a pace, so that schedules can be measured on machines without the hardware.
+Reports must label such times as emulated.
 
 The draft of an emulated pair knows the target's next token and hides it at a rank drawn from a given distribution: its
 k-th choice is right with probability ``ranks[k]``, decided by the context alone.
 
 What is sampled depends on every number that a real draw may depend on, and on nothing else: the sampling, the position
-of the drawn token and, under a repetition penalty, the tokens seen. Who loses or mistakes one of them says other words.
+of the drawn token and, under a repetition penalty, the tokens seen. An error in one of these numbers changes the
+tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import math
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, repeat
 
 import numpy as np
@@ -26,13 +27,14 @@ import numpy.typing as npt
 
 from pipeinfer.core.errors import LocalProtocolError
 from pipeinfer.core.ports import GREEDY, Batch, SampledToken, Sampling, SamplingInputs
+from pipeinfer.core.slots import batch_in_order, visible_slots
 
 Words = npt.NDArray[np.uint64]
 DRAFT_RESTS = 16
-"""In so many parts, or a few more, a pass of a draft goes; what a draft's layers are."""
+"""A draft pass is computed in about so many parts, the draft's layers."""
 
 NEVER = 1e-9
-"""How probable a draft calls what it has no claim for."""
+"""The claimed probability of a choice without an entry in ``claims``."""
 
 Pace = Callable[[int, int], float]
 """Seconds for so many rows, with so many slots in view."""
@@ -115,7 +117,8 @@ class EmulatedShard:
         pace = self._layer_s(len(batch.tokens), int(batch.positions[-1]) + 1)
         words = mix(batch.tokens.astype(np.uint64) + np.uint64(self._spec.seed)) if hidden is None else hidden
         places = mix(batch.positions.astype(np.uint64) + np.uint64(0x9E3779B9))
-        sees, span = batch.visible.astype(np.uint64), batch.visible.shape[1]
+        visible = visible_slots(batch)
+        sees, span = visible.astype(np.uint64), visible.shape[1]
         at_once = max(1, len(self._layers) // DRAFT_RESTS) if self._is_draft else 1
         for first in range(0, len(self._layers), at_once):
             layers = range(first, min(first + at_once, len(self._layers)))
@@ -193,7 +196,8 @@ def per_layer(pass_s: Pace, layers: int) -> Pace:
 
 
 class EmulatedPair:
-    """An emulated target and its draft, paced: seconds of one layer of the target and of one pass of the draft."""
+    """An emulated target and its drafts, paced: seconds of one layer of the target and of one pass of a draft. The
+    drafts differ in which tokens they hold likely: each has the ranks of the first, rotated by its index."""
 
     def __init__(self, spec: EmulatedSpec, layer_s: Pace, draft_s: Pace) -> None:
         self._spec = spec
@@ -208,8 +212,10 @@ class EmulatedPair:
 
     def draft(self, index: int, capacity: int) -> EmulatedShard:
         """See Pair."""
-        layers = self._spec.layers
-        return EmulatedShard(self._spec, range(layers), capacity, per_layer(self._draft_s, layers), is_draft=True)
+        layers, ranks = self._spec.layers, self._spec.ranks
+        shift = index % len(ranks)
+        spec = replace(self._spec, ranks=ranks[shift:] + ranks[:shift])
+        return EmulatedShard(spec, range(layers), capacity, per_layer(self._draft_s, layers), is_draft=True)
 
     def pack(self, hidden: Words) -> npt.NDArray[np.uint8]:
         """See Pair."""
@@ -227,7 +233,7 @@ def plain_tokens(
     stop_tokens: frozenset[int],
     sampling: Sampling = GREEDY,
 ) -> list[int]:
-    """What the emulated target says after ``prompt``, computed token by token with no tree, table or message."""
+    """The emulated target's tokens after ``prompt``, computed one by one without tree, slot table or messages."""
     return plain_answer(spec, prompt, count, stop_tokens, sampling)[0]
 
 
@@ -238,7 +244,7 @@ def plain_answer(
     stop_tokens: frozenset[int],
     sampling: Sampling = GREEDY,
 ) -> tuple[list[int], int | None]:
-    """The same, and the layer whose numbers are not finite where the text ends by that."""
+    """The same tokens, and the layer whose numbers are not finite if this ends the text."""
     emitted = list[int]()
     for token, _, fault in _plain(spec, prompt, count, sampling):
         if fault is not None:
@@ -269,13 +275,12 @@ def _plain(
     shard = EmulatedShard(spec, range(spec.layers), len(prompt) + count)
     tokens = list(prompt)
     for position in range(len(prompt) + count - 1):
-        here = np.array([position])
-        hidden = finish(
-            shard.forward(Batch(np.array([tokens[position]]), here, here, np.ones((1, position + 1), bool)), None)
-        )
+        hidden = finish(shard.forward(batch_in_order(tokens[position : position + 1], position), None))
         choices = list[list[SampledToken]]()
         if position >= len(prompt) - 1:
-            draw = None if sampling == GREEDY else SamplingInputs(sampling, here + 1, (np.unique(tokens),))
+            draw = (
+                None if sampling == GREEDY else SamplingInputs(sampling, np.array([position + 1]), (np.unique(tokens),))
+            )
             choices = shard.sample(hidden, (0,), 1, draw)
         if shard.faults:
             yield -1, hidden, shard.faults[0]

@@ -1,9 +1,9 @@
-"""Forced acceptance for real models: they compute as always, and an emulated model says the words.
+"""Forced acceptance for real models: the real shards compute as usual, and an emulated model supplies the tokens.
 
-So a pair's speed can be measured at any acceptance, on any machine, even with weights that mean nothing. The emulated
-model (emulated.py) has one layer and is given the shard's own rows and slots: its words depend on all that a row
-sees, and plain decoding under the same forcing remains the oracle. The real shard's head and choice are computed and
-ignored, for their time; the hashes beside them take some microseconds a row.
+A pair's speed can therefore be measured at any acceptance, on any machine, also with random weights. The emulated model
+(emulated.py) has one layer and uses the shard's own rows and slots. Its tokens depend on everything that a row attends
+to, so plain decoding under the same forcing remains the oracle. The real shard's head and choice are computed for their
+time and ignored. The hashes take some microseconds per row.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pipeinfer.core.ports import Batch, Payload, SampledToken, SamplingInputs, S
 from stages.models.emulated import EmulatedShard, EmulatedSpec, Words, finish
 
 FORCED_TOKENS = 512
-"""Tokens that a forced text is made of: 0 up to, not including, this one. Fewer than any model knows whose speed
-matters, so that a target and a draft need not know the same ones."""
+"""A forced text has tokens below this number. Models whose speed matters have larger vocabularies, so target and draft
+may have different vocabularies."""
 
 
 class ForcedShard:
-    """``shard`` with ``capacity`` slots, which chooses tokens, but others than its own.
+    """``shard`` with ``capacity`` slots, whose chosen tokens are replaced by forced ones.
 
     A draft's k-th choice is the target's with probability ``ranks[k]``, and it claims as much."""
 

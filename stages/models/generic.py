@@ -1,8 +1,8 @@
 """Some consecutive layers of any decoder that transformers knows and that can be cut by its layers.
 
-Slower than LlamaShard, whose layers are fused, but no architecture is written down: layers, rotary embeddings, norms
-and heads are transformers' own code (generic_skeleton.py), on our slots (generic_slots.py). What may be
-served is decided in generic_spec.py. The rule about finite numbers in slots is LlamaShard's.
+This shard is slower than LlamaShard, whose layers are fused, but depends on no architecture: layers, rotary embeddings,
+norms and heads are transformers' own code (generic_skeleton.py) on our slots (generic_slots.py). generic_spec.py
+decides which models are served. The rule about finite numbers in slots is LlamaShard's.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from pipeinfer.core.errors import LocalProtocolError
 from pipeinfer.core.ports import Batch, Payload, SampledToken, SamplingInputs
-from stages.kernels.choices import best_choices
+from pipeinfer.core.slots import visible_slots
 from stages.kernels.finite import all_may_stand, tamed
+from stages.kernels.top_tokens import top_tokens
 from stages.models.generic_skeleton import Skeleton
 from stages.models.generic_slots import LayerSlots, SlotCache, UnsupportedError, View, looking
 from stages.models.generic_spec import GenericSpec
@@ -86,7 +87,7 @@ class GenericShard:
             for after in self._layers(batch, hidden, view):
                 x = after
                 yield 0.0
-        except GeneratorExit:  # the pass is given up
+        except GeneratorExit:  # the pass is aborted
             for states in self._states():
                 states.index_copy_(2, view.slots, tamed(states.index_select(2, view.slots)))
             raise
@@ -109,7 +110,7 @@ class GenericShard:
         for index in self._range:
             with looking(view):
                 x = calls[index].run(self._skeleton.layers[index], x)
-            # A layer that keeps more than its own keys and values, or none, would decode something else.
+            # A layer that keeps other state than its own keys and values, or none, would change the tokens.
             if cache.written != [index]:
                 raise UnsupportedError(f"layer {index}, which writes the slots of layers {cache.written}")
             cache.written.clear()
@@ -136,9 +137,8 @@ class GenericShard:
                 yield from (kv.keys, kv.values)
 
     def _view(self, batch: Batch) -> View:
-        slots, positions, visible = (
-            torch.from_numpy(array).to(self._device) for array in (batch.slots, batch.positions, batch.visible)
-        )
+        arrays = (batch.slots, batch.positions, visible_slots(batch))
+        slots, positions, visible = (torch.from_numpy(array).to(self._device) for array in arrays)
         self._positions[slots] = positions
         return View(slots, positions, self._positions[: visible.shape[1]], visible)
 
@@ -152,7 +152,7 @@ class GenericShard:
         if not rows:
             return []  # some models cannot be run without a row
         wanted = torch.as_tensor(hidden, dtype=self._dtype, device=self._device)[list(rows)]
-        choices = best_choices(self._skeleton.leave(wanted).float()[:, : self._vocabulary], count, draw)
+        choices = top_tokens(self._skeleton.leave(wanted).float()[:, : self._vocabulary], count, draw)
         for row in [row for row, found in zip(rows, choices, strict=True) if not found]:
             self.faults.setdefault(row, self._spec.layer_count)
         return choices

@@ -1,4 +1,4 @@
-"""Looking at a model without its weights: what its layers keep, and what else decides about a row."""
+"""Probing a model without weights: the state that its layers keep, and the inputs that a row depends on."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Findings:
 
 @torch.inference_mode()
 def probe(path: Path, config: PreTrainedConfig, whole: PreTrainedModel) -> Findings:
-    """Build, run and judge the model that ``config``, read from ``path``, describes. ``whole``: all of it, without
+    """Build, run and check the model that ``config``, read from ``path``, describes. ``whole``: all of it, without
     memory. Raises CheckpointError."""
     model_class = type(whole)
     about = f"{path}: {model_class.__name__}"

@@ -1,4 +1,4 @@
-"""A transformers model without its layers, which still prepares what its layers are given and judges what they return.
+"""A transformers model without its layers: it prepares the inputs of the layers and turns their output into logits.
 
 No architecture is known here. The model's own ``forward`` is run with a stub in the place of each layer. A stub notes
 what it is called with (masks, rotary embeddings, positions) and returns its input as it came, so one run of the empty
@@ -59,7 +59,7 @@ class Notes:
 
 
 class LayerStub(nn.Module):
-    """Stands where a layer was. The layer itself stays at hand, out of torch's view."""
+    """Takes the place of a layer. The layer is kept outside torch's module tree."""
 
     def __init__(self, layer: nn.Module, last: bool, notes: Notes) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class LayerStub(nn.Module):
         self.last, self.notes = last, notes
 
     def __getattr__(self, name: str) -> Any:
-        """Some models ask their layers for their kind."""
+        """Some models read the type of their layers."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -96,7 +96,7 @@ class StandIn(nn.Module):
         self.name, self.dtype, self.notes = name, dtype, notes
         self.looks_up = isinstance(module, nn.Embedding)
         self.width: int | None = getattr(module, "embedding_dim" if self.looks_up else "out_features", None)
-        # Some models ask where and in what type their embedding is.
+        # Some models read the device and the type of their embedding.
         self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -211,7 +211,7 @@ def build(
         tied: dict[str, str] = model.all_tied_weights_keys
         model.all_tied_weights_keys = {key: source for key, source in tied.items() if {key, source} <= there}
 
-    # The name stays: transformers finds its conversions by it. Tensors of other shards are no news worth a warning.
+    # The name stays: transformers finds its conversions by it. Tensors of other shards need no warning.
     cut = type(
         model_class.__name__,
         (model_class,),

@@ -1,9 +1,9 @@
 """Our key/value slots behind transformers' own interfaces: a Cache, a mask function and two attention functions.
 
-A model built by transformers asks three things of the world, and each is answered here. Its base model asks a *mask
+A model built by transformers calls three interfaces, and this module implements each. Its base model calls a *mask
 function* for the mask: transformers hands over a predicate on the places of query and key in plain text (causal, within
 a sliding window, within the same chunk), which is evaluated on the rows' and the slots' positions and joined with
-``Batch.visible``; a window is thus exact in a tree. Its layers ask a *Cache* to keep keys and values, and get back all
+``visible_slots``; a window is thus exact in a tree. Its layers ask a *Cache* to keep keys and values, and get back all
 slots up to the span. And they ask an *attention function* for the mixture, which knows no mask but the one given.
 
 Nothing here is per model. ``IMPLEMENTATIONS`` names what is registered, once, when this module is imported.

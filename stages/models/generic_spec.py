@@ -1,6 +1,6 @@
 """Whether a model directory holds a decoder that can be cut by its layers, whatever its architecture, and how.
 
-``config.json`` alone settles part of it, and is read with the standard library. The rest is found out by looking: the
+``config.json`` alone settles part of it, and is read with the standard library. The rest is found by probing: the
 model is built without weights and run without layers (see generic_probe.py), and each layer is stopped where its
 attention begins. What a layer is given must follow from tokens, positions, masks and slots alone: that is tested by
 shuffling the rows. Whatever does not fit is refused by name.
@@ -52,7 +52,7 @@ class GenericSpec:
 
     @classmethod
     def read(cls, directory: str | Path) -> GenericSpec:
-        """Look at the model in ``directory``; its weights are not read. Raises CheckpointError for a directory that is
+        """Probe the model in ``directory``; its weights are not read. Raises CheckpointError for a directory that is
         missing, damaged, or of a model that cannot be cut or would not be decoded exactly."""
         path, fields = read_config(directory)
         _refuse_by_config(path, fields)
@@ -123,7 +123,7 @@ class GenericSpec:
 
 
 def _refuse_by_config(path: Path, fields: dict[str, Any]) -> None:
-    """What needs no look at the model."""
+    """The checks that need no probe of the model."""
     names = fields.get("architectures")
     if not isinstance(names, list) or not names:
         refuse(f"{path}: architectures is missing", "add it or export the model again")

@@ -64,7 +64,7 @@ def _renamed(checkpoint: Checkpoint, model: PreTrainedModel, state: dict[str, An
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     for name in checkpoint.tensors:
         meant, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if meant not in state and name in state:  # as transformers: a rule that was not meant for it
+        if meant not in state and name in state:  # as in transformers: the rule does not apply
             meant, pattern = name, None
         yield name, meant, pattern is not None
 

@@ -1,15 +1,16 @@
 """Some consecutive layers of a Llama-family decoder in plain torch, with the key/value slots of those layers.
 
-Three liberties are taken with the checkpoint; none changes the tokens. Linears that read the same input are one matrix
-(q, k and v; gate and up). The rows of q and k are reordered within each head so that the two numbers which rotary
-embedding turns together lie side by side: the rotation is then one complex product in place, and scores do not change
-because q and k are reordered alike. And keys and values of a layer share one tensor, so that one call writes both.
+The weights are stored in another layout than in the checkpoint, without a change of the tokens. Linears that read the
+same input are one matrix (q, k and v; gate and up). The rows of q and k are reordered within each head so that the two
+numbers which rotary embedding rotates together lie side by side: the rotation is then one complex product in place, and
+scores do not change because q and k are reordered alike. And keys and values of a layer share one tensor, so that one
+call writes both.
 
-A row never reads a slot that ``Batch.visible`` hides: its weight in the softmax is exactly 0. But 0 times NaN is NaN,
+A row never reads a slot that ``visible_slots`` hides: its weight in the softmax is exactly 0. But 0 times NaN is NaN,
 so no slot may hold anything but finite numbers (see finite.py) when it is read: slots start at zero, and even a row
 that sees nothing at all leaves a finite mean behind, because hidden scores are the lowest finite number and not minus
 infinity. A pass is checked once, at its end. Where something is not finite the pass is computed again, with zeros in
-its place, before anybody else reads a slot, and the rows are named (``faults``); a pass that is given up is cleared of
+its place, before another pass reads a slot, and the rows are named (``faults``); an aborted pass is cleared of
 such numbers.
 """
 
@@ -24,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeinfer.core.ports import Batch, Payload, SampledToken, SamplingInputs
+from pipeinfer.core.slots import visible_slots
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, NORM, Weights, layer_tensors
 from stages.checkpoint.spec import ModelSpec
-from stages.kernels.choices import best_choices
 from stages.kernels.finite import all_may_stand, may_stand, tamed
+from stages.kernels.top_tokens import top_tokens
 from stages.models.rope import cosines_sines, inverse_frequencies
 
 
@@ -55,7 +57,7 @@ class _Layer:
 class _Pass(NamedTuple):
     """What all layers of one forward share."""
 
-    turns: Tensor  # complex64 [rows, 1, head_dim / 2]: multiplying rotates to the row's position
+    rotations: Tensor  # complex64 [rows, 1, head_dim / 2]: multiplying rotates to the row's position
     slots: Tensor  # int64 [rows]
     mask: Tensor  # [1, 1, rows x heads per key head, span]: 0 where visible, else the lowest finite number
     bad: Tensor | None = None  # bool [rows]: where it is given, rows that are not finite are noted, and zeros written
@@ -85,8 +87,8 @@ class LlamaShard:
         self._keys, self._values = kv[:, None, : spec.kv_head_count], kv[:, None, spec.kv_head_count :]
         self._dtype, self._device = kv.dtype, kv.device
         frequencies, factor = inverse_frequencies(spec.rope, spec.head_dim, spec.context)
-        turns = torch.complex(*cosines_sines(torch.arange(kv.shape[2]), frequencies, factor))
-        self._turns = turns[:, None].to(kv.device)  # complex64 [capacity, 1, head_dim / 2]: by position
+        rotations = torch.complex(*cosines_sines(torch.arange(kv.shape[2]), frequencies, factor))
+        self._rotations = rotations[:, None].to(kv.device)  # complex64 [capacity, 1, head_dim / 2]: by position
         self._hidden_shape, self._head_shape = (spec.hidden_size,), (spec.head_dim,)
         self._eps = spec.norm_eps
         self._rotated = spec.head_count + spec.kv_head_count  # heads that carry a position: q's, then k's
@@ -129,7 +131,8 @@ class LlamaShard:
         """Run the layers on ``batch``; ``hidden`` [rows, hidden_size] is None for the shard that embeds and is left as
         it is. Yields 0.0 in the middle and at the end of each layer; returns [rows, hidden_size]."""
         self.faults = {}
-        step, span = self._prepare(batch), batch.visible.shape[1]
+        step = self._prepare(batch)
+        span = step.mask.shape[-1]
         entered = x = self._enter(batch, hidden)
         try:
             for layer, kv in zip(self._layers, self._views(span), strict=True):
@@ -137,10 +140,10 @@ class LlamaShard:
                 yield 0.0
                 x = x + self._feed(layer, x)
                 yield 0.0
-        except GeneratorExit:  # the pass is given up
+        except GeneratorExit:  # the pass is aborted
             self._all_kv.index_copy_(2, step.slots, tamed(self._written(step.slots)))
             raise
-        # One sum tells of all activations: finite ones may add up to infinity, but then the second look finds nothing.
+        # One sum checks all activations. Finite ones may overflow in the sum; the second pass then finds no fault.
         if not (all_may_stand(self._written(step.slots)) and x.sum().isfinite()):
             x = self._mend(entered, step, span)
         return x
@@ -179,14 +182,14 @@ class LlamaShard:
         return zip(self._kv, keys, values, strict=True)
 
     def _prepare(self, batch: Batch) -> _Pass:
-        hidden_slots = torch.from_numpy(~batch.visible).to(self._device)
+        hidden_slots = torch.from_numpy(~visible_slots(batch)).to(self._device)
         mask = torch.zeros(hidden_slots.shape, dtype=self._dtype, device=self._device)
         mask.masked_fill_(hidden_slots, torch.finfo(self._dtype).min)
         mask = mask.repeat_interleave(self._copies, 0)
         if mask.shape[0] == 1 and self._dtype is torch.bfloat16:
             mask = mask.expand(2, -1)  # a single row of bf16 queries takes four times as long as two
-        turns = self._turns[torch.from_numpy(batch.positions).to(self._device)]
-        return _Pass(turns, torch.from_numpy(batch.slots).to(self._device), mask[None, None])
+        rotations = self._rotations[torch.from_numpy(batch.positions).to(self._device)]
+        return _Pass(rotations, torch.from_numpy(batch.slots).to(self._device), mask[None, None])
 
     def _attend(self, layer: _Layer, kv: tuple[Tensor, Tensor, Tensor], x: Tensor, step: _Pass) -> Tensor:
         """The attention block's addition to ``x`` [rows, hidden_size]; writes the rows' keys and values. ``slots``: see
@@ -199,7 +202,7 @@ class LlamaShard:
         rotated = heads[:, : self._rotated]
         if layer.head_norm is not None:
             torch.mul(F.rms_norm(rotated, self._head_shape, None, self._eps), layer.head_norm, out=rotated)
-        _rotate(rotated, step.turns)
+        _rotate(rotated, step.rotations)
         written = heads[:, queries:]
         if step.bad is not None:
             step.bad.logical_or_(~may_stand(written).all(-1).all(-1))
@@ -233,22 +236,22 @@ class LlamaShard:
         assert self._norm is not None and self._head is not None, "only the last shard can choose"
         wanted = torch.as_tensor(hidden, dtype=self._dtype, device=self._device)[list(rows)]
         logits = F.linear(F.rms_norm(wanted, self._hidden_shape, self._norm, self._eps), self._head).float()
-        choices = best_choices(logits[:, : self._vocabulary], count, draw)
+        choices = top_tokens(logits[:, : self._vocabulary], count, draw)
         for row in [row for row, found in zip(rows, choices, strict=True) if not found]:
             self.faults.setdefault(row, self._spec.layer_count)
         return choices
 
 
-def _rotate(heads: Tensor, turns: Tensor) -> None:
+def _rotate(heads: Tensor, rotations: Tensor) -> None:
     """Rotate ``heads`` [rows, n, head_dim] in place, each pair of neighbours being one complex number."""
     if heads.dtype == torch.float32:
-        heads.view(torch.complex64).mul_(turns)
+        heads.view(torch.complex64).mul_(rotations)
     else:  # there is no complex bfloat16
-        heads.copy_((heads.float().view(torch.complex64) * turns).view(torch.float32))
+        heads.copy_((heads.float().view(torch.complex64) * rotations).view(torch.float32))
 
 
 def _pair(tensor: Tensor, head_dim: int) -> Tensor:
-    """Reorder the rows within each head: i and i + head_dim / 2, which turn together, become neighbours."""
+    """Reorder the rows within each head: i and i + head_dim / 2, which rotate together, become neighbours."""
     halves = tensor.view(-1, 2, head_dim // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)
 

@@ -46,7 +46,7 @@ class CheckpointPair:
     def draft(self, index: int, capacity: int) -> ShardModel:
         """See Pair."""
         spec, checkpoint = self._drafts[index]
-        # One tokenizer, but embeddings may differ in height.
+        # The tokenizer is the same, but embeddings may have different numbers of rows.
         vocabulary = self._target[0].vocab_size
         shard = self._load(spec, checkpoint, range(spec.layer_count), capacity, vocabulary)
         return ForcedShard(shard, self._forced, capacity, is_draft=True) if self._forced else shard

@@ -18,8 +18,8 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int, context: int) -> tuple[Te
     """Radians per position, float32 [head_dim / 2], and the factor on cosine and sine.
 
     ``context`` is the model's max_position_embeddings."""
-    # "dynamic" stretches only beyond the context (transformers 5 looks at max_position_embeddings and at nothing else),
-    # where the engine never goes: up to there it is "default".
+    # "dynamic" scales only beyond the context (transformers 5 reads only max_position_embeddings),
+    # which the engine never exceeds: up to the context it equals "default".
     periods = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     frequencies = 1.0 / periods
     if rope.kind == "linear":
@@ -43,11 +43,11 @@ def _llama3(rope: RopeSpec, frequencies: Tensor) -> Tensor:
 
 
 def _yarn(rope: RopeSpec, periods: Tensor, head_dim: int) -> Tensor:
-    """Dimensions that turn often within the original context are kept, those that turn rarely stretched, between them
-    a ramp over the dimensions."""
+    """Keep dimensions that rotate often within the original context and stretch those that rotate rarely, with a ramp
+    between them over the dimensions."""
 
-    def dimension(turns: float) -> float:
-        return head_dim * math.log(rope.original_context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+    def dimension(rotations: float) -> float:
+        return head_dim * math.log(rope.original_context / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     first, last = dimension(rope.beta_fast), dimension(rope.beta_slow)
     if rope.truncate:

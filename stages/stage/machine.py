@@ -5,7 +5,9 @@ is not computed: it goes on as a tombstone, a header with its operations. A CANC
 waits, between two of its layers, or never. It may name single rows; they leave their run at the next stage that takes
 it up. A row whose parent was skipped is dead too; a run that loses all its rows becomes a tombstone.
 
-A row whose numbers are not finite stays in its run, so that whoever launched it hears of it. It travels without its
+Slots and sampling settings are kept per sequence; they go with the operation that frees the sequence.
+
+A row whose numbers are not finite stays in its run, so that whoever launched it learns of it. It travels without its
 token, which only the first stage needs.
 
 The first stage also paces the orchestrator. Its credit for one more run leaves just in time: as long before the end of
@@ -17,7 +19,29 @@ from __future__ import annotations
 from collections import deque
 
 from kvbuffers.slot_table import SlotTable
+from pipeinfer.core.addresses import FIRST_STAGE, ORCHESTRATOR, address_name
+from pipeinfer.core.edges import Edges
 from pipeinfer.core.errors import RemoteProtocolError
+from pipeinfer.core.messages import (
+    NO_SLOT,
+    Body,
+    Cancel,
+    Credit,
+    Hello,
+    Message,
+    Probe,
+    Result,
+    ResultRow,
+    Row,
+    Run,
+    Settings,
+    Shutdown,
+    SlotOp,
+    SlotOpKind,
+    Status,
+    Wants,
+    fault_token,
+)
 from pipeinfer.core.ports import (
     GREEDY,
     Abandon,
@@ -33,21 +57,6 @@ from pipeinfer.core.ports import (
     Started,
     Wake,
     Woke,
-)
-from pipeinfer.core.protocol import (
-    FIRST_STAGE,
-    NO_SLOT,
-    ORCHESTRATOR,
-    AnyRow,
-    Edges,
-    Flag,
-    Kind,
-    Message,
-    ResultRow,
-    Row,
-    SettingRow,
-    address_name,
-    fault_token,
 )
 from stages.stage.pacer import Pacer
 
@@ -77,18 +86,18 @@ class Stage:
         self._digest = digest
         self._edges = Edges(address)
         self._table = SlotTable(capacity)
-        self._queue: deque[Received] = deque()
+        self._queue: deque[tuple[Run, Payload | None]] = deque()
         self._credits_early = credits_early
         self._result_first = result_first
         self._cancelled: dict[int, set[int] | None] = {}  # the dead slots of a run; None: all of them
-        self._sampling = GREEDY
-        self._current: Message | None = None
+        self._sampling: dict[int, Sampling] = {}  # by sequence
+        self._current: Run | None = None
         self._abandoned = False
         self._now = 0.0
         self._newest_done = 0  # runs are numbered in stream order
         self._pacer = Pacer()
-        self._owes_credit: Message | None = None
-        self._measured: tuple[SettingRow, ...] = ()  # what the last run took, the prompt aside
+        self._owes_credit: int | None = None  # the run
+        self._measured = (0, 0)  # rows of the last run, prompts aside, and the microseconds that it took
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event; see Machine."""
@@ -101,41 +110,40 @@ class Stage:
             self._pacer.woke(now)
             return self._credit()
         if isinstance(event, Started):
-            return [self._send(Kind.HELLO, run=self._digest)]
+            return [self._send(ORCHESTRATOR, Hello(self._digest))]
         raise RemoteProtocolError(f"{address_name(self.address)} cannot handle {type(event).__name__}")
 
     def _receive(self, event: Received) -> list[Command]:
-        message = event.message
-        self._edges.check(message)
-        if message.kind is Kind.RUN:
-            self._queue.append(event)
-            if self._is_first:
-                self._pacer.arrived(self._now)
-            if len(self._queue) > self._window:
-                raise RemoteProtocolError(f"{len(self._queue)} runs queue at {address_name(self.address)}")
-            return self._next()
-        if message.kind is Kind.CANCEL:
-            return self._cancel(message)
-        if message.kind is Kind.REQUEST:
-            self._sampling = Sampling.of(message.rows_as(SettingRow))
-            return [] if self._is_last else [self._send(Kind.REQUEST, message, rows=message.rows)]
-        if message.kind is Kind.SHUTDOWN:
-            return [Halt()]
-        if message.kind is Kind.PROBE:
-            run, flags = (self._current.run, Flag.BUSY) if self._current else (self._newest_done, Flag.NONE)
-            taken, waiting = self._edges.taken, len(self._queue)
-            status = Message(Kind.STATUS, self.address, ORCHESTRATOR, flags, txn=taken, run=run, epoch=waiting)
-            return [Send(status)]
-        raise RemoteProtocolError(f"{address_name(self.address)} got {message.kind.name}")
+        self._edges.check(event.message)
+        match event.message.body:
+            case Run() as run:
+                self._queue.append((run, event.payload))
+                if self._is_first:
+                    self._pacer.arrived(self._now)
+                if len(self._queue) > self._window:
+                    raise RemoteProtocolError(f"{len(self._queue)} runs queue at {address_name(self.address)}")
+                return self._next()
+            case Cancel() as cancel:
+                return self._cancel(cancel)
+            case Settings() as settings:
+                self._sampling[settings.sequence] = Sampling.of(settings)
+                return [] if self._is_last else [self._send(self.address + 1, settings)]
+            case Shutdown():
+                return [Halt()]
+            case Probe():
+                run_number = self._current.run if self._current else self._newest_done
+                status = Status(self._current is not None, run_number, len(self._queue), self._edges.taken)
+                return [Send(Message(self.address, ORCHESTRATOR, status))]
+        raise RemoteProtocolError(f"{address_name(self.address)} got {event.message.kind}")
 
-    def _cancel(self, message: Message) -> list[Command]:
-        is_news = False
-        for row in message.rows_as(Row):
-            if row.slot > self._newest_done:
-                is_news |= self._mark(row.slot, row.parent)
+    def _cancel(self, cancel: Cancel) -> list[Command]:
+        is_new = False
+        for dead in cancel.rows:
+            if dead.run > self._newest_done:
+                is_new |= self._mark(dead.run, dead.slot)
         commands: list[Command] = []
-        if is_news and Flag.RELAY in message.flags and not self._is_first:  # a word that repeats must not multiply
-            commands.append(Send(message._replace(source=self.address, dest=self.address - 1)))
+        if is_new and cancel.relay and not self._is_first:  # advice that repeats must not multiply
+            commands.append(Send(Message(self.address, self.address - 1, cancel)))
         current = self._current
         if current and self._cancelled.get(current.run, ()) is None and not self._abandoned:
             self._abandoned = True
@@ -143,7 +151,7 @@ class Stage:
         return commands
 
     def _mark(self, run: int, slot: int) -> bool:
-        """Note that ``slot`` of ``run`` is dead, or all of it; whether that is news."""
+        """Note that ``slot`` of ``run`` is dead, or all of it; whether that was unknown."""
         slots = self._cancelled.setdefault(run, set())
         if slots is None or slot in slots:
             return False
@@ -157,135 +165,118 @@ class Stage:
         """Take runs from the queue up to and including the first that must be computed."""
         commands: list[Command] = []
         while self._queue and self._current is None:
-            event = self._queue.popleft()
-            message = event.message
-            self._table.apply(message.ops)
+            run, payload = self._queue.popleft()
+            self._apply(run.ops)
             if self._is_first:
-                self._owes_credit = message
-            cancelled = self._cancelled.get(message.run, set())
-            dead = Flag.TOMBSTONE in message.flags or cancelled is None
-            alive = () if dead else self._table.living(message.rows_as(Row), cancelled or ())
+                self._owes_credit = run.run
+            cancelled = self._cancelled.get(run.run, set())
+            dead = run.is_tombstone or cancelled is None
+            alive = () if dead else self._table.living(run.rows, cancelled or ())
             if alive:
-                commands.append(self._compute(message, alive, event.payload))
+                commands.append(self._compute(run, alive, payload))
                 due = self._pacer.begin(self._now, len(alive))
                 if self._is_first and self._credits_early:
                     commands += self._credit() if due is None else [Wake(due)]
             else:
-                commands += [*self._credit(), self._entomb(message)]
+                commands += [*self._credit(), self._entomb(run)]
         return commands
+
+    def _apply(self, ops: tuple[SlotOp, ...]) -> None:
+        self._table.apply(ops)
+        for op in ops:
+            if op.kind is SlotOpKind.FREE:
+                self._sampling.pop(op.sequence, None)
 
     def _credit(self) -> list[Command]:
         """The credit for the run being computed, if it has not been given."""
-        message, self._owes_credit = self._owes_credit, None
-        if message is None:
+        run, self._owes_credit = self._owes_credit, None
+        if run is None:
             return []
         self._pacer.credited(self._now)
-        return [self._send(Kind.CREDIT, message, rows=self._measured)]
+        return [self._send(ORCHESTRATOR, Credit(run, *self._measured))]
 
-    def _compute(self, message: Message, alive: tuple[int, ...], payload: Payload | None) -> Compute:
+    def _compute(self, run: Run, alive: tuple[int, ...], payload: Payload | None) -> Compute:
         keep = None
-        if len(alive) < len(message.rows):
-            message, keep = message._replace(rows=tuple(message.rows[index] for index in alive)), alive
-        self._current = message
-        batch = self._table.allocate(message.rows_as(Row), canonical=Flag.CANONICAL in message.flags)
-        wanted = _wanted(message) if self._is_last else ()
+        if len(alive) < len(run.rows):
+            run, keep = run._replace(rows=tuple(run.rows[index] for index in alive)), alive
+        self._current = run
+        batch = self._table.allocate(run.rows, canonical=run.is_canonical)
+        wanted = _wanted(run) if self._is_last else ()
         if not wanted:
-            return Compute(message.run, batch, payload, keep, choices=int(self._is_last))
-        draw = self._table.draw(self._sampling, batch, wanted)
-        return Compute(message.run, batch, payload, keep, wanted, choices=1, draw=draw)
+            return Compute(run.run, batch, payload, keep, choices=int(self._is_last))
+        sampling = self._sampling.get(run.rows[0].sequence, GREEDY)
+        return Compute(run.run, batch, payload, keep, wanted, choices=1, draw=self._table.draw(sampling, batch, wanted))
 
     def _computed(self, event: Computed) -> list[Command]:
-        message, self._current, self._abandoned = self._current, None, False
-        if message is None or event.job != message.run:
+        run, self._current, self._abandoned = self._current, None, False
+        if run is None or event.job != run.run:
             raise RemoteProtocolError(f"{address_name(self.address)} computed {event.job} unasked")
         commands = [] if self._result_first else self._credit()
         is_abandoned = event.hidden is None and event.choices is None
         self._pacer.end(event.seconds, is_abandoned)
         spent_us = min(MOST_US, max(0, round(1e6 * event.seconds)))
-        if self._is_first and not is_abandoned and Flag.CANONICAL not in message.flags:
-            self._measured = (SettingRow(0, len(message.rows), spent_us, 0.0),)
-        message = message._replace(
-            rows=_marked(message, event),
-            work_us=min(MOST_US, message.work_us + spent_us),
-            slowest_us=max(message.slowest_us, spent_us),
+        if self._is_first and not is_abandoned and not run.is_canonical:
+            self._measured = (len(run.rows), spent_us)
+        run = run._replace(
+            rows=_marked(run, event),
+            work_us=min(MOST_US, run.work_us + spent_us),
+            slowest_us=max(run.slowest_us, spent_us),
         )
         if is_abandoned:
-            commands.append(self._entomb(message))
+            commands.append(self._entomb(run))
         elif self._is_last:
-            self._done(message)
-            commands.append(self._send(Kind.RESULT, message, rows=_result_rows(message, event)))
+            self._done(run)
+            result = Result(run.run, False, run.work_us, run.slowest_us, _result_rows(run, event))
+            commands.append(self._send(ORCHESTRATOR, result))
         else:
-            self._done(message)
-            commands.append(self._pass_on(message, event.hidden))
+            self._done(run)
+            commands.append(self._send(self.address + 1, run, event.hidden))
         return [*commands, *self._credit(), *self._next()]
 
-    def _pass_on(self, message: Message, hidden: Payload) -> Send:
-        return self._send(Kind.RUN, message, flags=message.flags, ops=True, rows=message.rows, payload=hidden)
-
-    def _entomb(self, message: Message) -> Send:
-        self._done(message)
+    def _entomb(self, run: Run) -> Send:
+        """Pass on a dead run: its operations alone."""
+        self._done(run)
         if self._is_last:
-            return self._send(Kind.RESULT, message, flags=Flag.TOMBSTONE)
-        return self._send(Kind.RUN, message, flags=Flag.TOMBSTONE, ops=True)
-
-    def _done(self, message: Message) -> None:
-        self._newest_done = message.run
-        if self._cancelled:
-            self._cancelled = {run: slots for run, slots in self._cancelled.items() if run > message.run}
-
-    def _send(
-        self,
-        kind: Kind,
-        about: Message | None = None,
-        flags: Flag = Flag.NONE,
-        ops: bool = False,
-        rows: tuple[AnyRow, ...] = (),
-        payload: Payload | None = None,
-        run: int = 0,
-    ) -> Send:
-        dest = self.address + 1 if kind in (Kind.RUN, Kind.REQUEST) else ORCHESTRATOR
-        message = Message(
-            kind,
-            self.address,
-            dest,
-            flags,
-            request=about.request if about else 0,
-            epoch=about.epoch if about else 0,
-            txn=self._edges.stamp(dest),
-            run=about.run if about else run,
-            ops=about.ops if about and ops else (),
-            rows=rows,
-            work_us=about.work_us if about else 0,
-            slowest_us=about.slowest_us if about else 0,
+            return self._send(ORCHESTRATOR, Result(run.run, True, run.work_us, run.slowest_us))
+        return self._send(
+            self.address + 1, Run(run.run, False, True, Wants.NOTHING, run.work_us, run.slowest_us, run.ops)
         )
-        return Send(message, payload)
+
+    def _done(self, run: Run) -> None:
+        self._newest_done = run.run
+        if self._cancelled:
+            self._cancelled = {number: slots for number, slots in self._cancelled.items() if number > run.run}
+
+    def _send(self, dest: int, body: Body, payload: Payload | None = None) -> Send:
+        return Send(self._edges.message(dest, body), payload)
 
 
-def _wanted(message: Message) -> tuple[int, ...]:
-    if Flag.SILENT in message.flags:
+def _wanted(run: Run) -> tuple[int, ...]:
+    if run.wants is Wants.NOTHING:
         return ()
-    if Flag.LAST in message.flags:
-        return (len(message.rows) - 1,)
-    return tuple(range(len(message.rows)))
+    if run.wants is Wants.LAST:
+        return (len(run.rows) - 1,)
+    return tuple(range(len(run.rows)))
 
 
-def _result_rows(message: Message, event: Computed) -> tuple[ResultRow, ...]:
-    """The choices that are wanted, and every row whose numbers were not finite."""
-    chosen = dict(zip(_wanted(message), event.choices or (), strict=True))
+def _result_rows(run: Run, event: Computed) -> tuple[ResultRow, ...]:
+    """The tokens that are wanted, and every row whose numbers were not finite."""
+    chosen = dict(zip(_wanted(run), event.choices or (), strict=True))
     found = []
-    for index, row in enumerate(message.rows_as(Row)):
+    for index, row in enumerate(run.rows):
         if row.token < 0:
-            found.append(ResultRow(row.token, row.slot, row.position, 0.0))
+            found.append(ResultRow(row.token, row.slot, row.position, 0.0, row.sequence))
         elif index in chosen:
             token, logp = chosen[index][0]
-            found.append(ResultRow(token, row.slot, row.position, logp))
+            found.append(ResultRow(token, row.slot, row.position, logp, row.sequence))
     return tuple(found)
 
 
-def _marked(message: Message, event: Computed) -> tuple[AnyRow, ...]:
+def _marked(run: Run, event: Computed) -> tuple[Row, ...]:
     """The rows, those that the pass found faulty without their tokens; what an earlier stage found stays."""
     if not event.faults:
-        return message.rows
-    rows = enumerate(message.rows_as(Row))
+        return run.rows
     faults = {index: fault_token(layer) for index, layer in event.faults.items()}
-    return tuple(row if row.token < 0 else row._replace(token=faults.get(index, row.token)) for index, row in rows)
+    return tuple(
+        row if row.token < 0 else row._replace(token=faults.get(index, row.token)) for index, row in enumerate(run.rows)
+    )

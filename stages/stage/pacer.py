@@ -13,7 +13,7 @@ SAFETY = 1.25
 
 
 class Pacer:
-    """Says when, during a pass, the credit for the next run is due."""
+    """Computes when, during a pass, the credit for the next run is due."""
 
     def __init__(self) -> None:
         self._pass_s: dict[int, float] = {}  # by rows
@@ -46,7 +46,7 @@ class Pacer:
         self._credited_at = now
 
     def arrived(self, now: float) -> None:
-        """A run is here. The quickest answers tell the way; slow ones waited for something to say."""
+        """A run is here. The quickest answers measure the round trip; slow ones include waiting for rows to send."""
         if self._credited_at is not None:
             answer_s, self._credited_at = now - self._credited_at, None
             if self._answer_s is None or answer_s < self._answer_s:

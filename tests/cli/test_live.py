@@ -79,7 +79,7 @@ def test_what_it_says_and_how_often() -> None:
     told = footlines(said)
     assert len(told) == 1 + int(2.1 / DRAW_S)
     assert re.search(r"0/200 tokens +0 runs in flight, 3 stages", told[0]), told[0]
-    last = r"80/200 tokens +40\.0 tokens/s +accept length 8\.9 +1 run in flight, 3 stages"
+    last = r"80/200 tokens +40\.0 tokens/s +accept length 8\.8 +1 run in flight, 3 stages"
     assert re.search(last, told[-1]), told[-1]
     assert without_footlines(said) == ""
 

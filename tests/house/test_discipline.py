@@ -19,7 +19,7 @@ KNOWS_RANK_ZERO = {
     "launch/mpi.py",
     "launch/environment.py",
 }
-HAS_A_COMMUNICATOR = {"launch/muster.py", "launch/mpi.py", "launch/transport.py"}
+HAS_A_COMMUNICATOR = {"launch/rendezvous.py", "launch/mpi.py", "launch/transport.py"}
 
 
 def functions(name: str) -> Iterator[tuple[str, int]]:
@@ -42,7 +42,7 @@ def test_names_say_something() -> None:
     assert not [name for name, part in names if BAD_NAMES & set(part.lower().split("_"))]
 
 
-def test_only_the_cast_knows_rank_zero() -> None:
+def test_only_placement_knows_rank_zero() -> None:
     for name in set(python_files(*PACKAGES)) - KNOWS_RANK_ZERO:
         for node in ast.walk(tree(name)):
             if isinstance(node, ast.Compare):

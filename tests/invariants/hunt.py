@@ -1,4 +1,5 @@
-"""Planted faults and the hunt for them: in how many random worlds is a change of the code noticed, and by which law?
+"""Planted faults and the hunt for them: in how many random worlds is a change of the code detected, and by which
+invariant?
 
 ``python -m tests.invariants.hunt`` prints it for every fault.
 """
@@ -18,13 +19,13 @@ from pipeinfer.sim.random_worlds import check_world, random_world
 
 WORLDS = range(300)  # the rarest fault shows in one of a hundred and fifty
 CATCHES = (InvariantBroken, LocalProtocolError, RemoteProtocolError, StallError)
-"""What says that a fault was noticed: a law, or the machines' own checks."""
+"""What says that a fault was noticed: an invariant, or the machines' own checks."""
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A fault, and the law (or the error of the machines' own checks) that must be among those who catch it.
+    """A fault, and the invariant (or the error of the machines' own checks) that must be among those who catch it.
 
     ``schedule``: of the worlds in which it is looked for; mixed ones if empty."""
 
@@ -63,8 +64,8 @@ def hunt(
             try:
                 check_world(random_world(seed, planted.schedule))
             except CATCHES as error:  # whatever else is raised is the fault's own: what it patches has changed
-                law = str(error).partition(":")[0]
-                catches[law if law[:1] == "L" and law[1:].isdigit() else type(error).__name__] += 1
+                invariant = str(error).partition(":")[0]
+                catches[invariant if invariant[:1] == "L" and invariant[1:].isdigit() else type(error).__name__] += 1
             if catches[until] or catches.total() == most:
                 break
     return catches, tried
@@ -81,7 +82,7 @@ def main() -> None:
 
     for planted in MUTANTS:
         catches, tried = hunt(planted)
-        by = ", ".join(f"{law} {count}" for law, count in catches.most_common())
+        by = ", ".join(f"{invariant} {count}" for invariant, count in catches.most_common())
         worlds = f"{tried} {planted.schedule or 'mixed'}"
         print(f"{planted.name:51} {catches.total():4} of {worlds:14}  ({planted.caught_by} wanted)  {by}", flush=True)
 

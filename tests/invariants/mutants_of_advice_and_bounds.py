@@ -1,4 +1,4 @@
-"""Faults of advice, wire, bounds, determinism and acceptance: laws L6 to L10."""
+"""Faults of advice, wire, bounds, determinism and acceptance: invariants L6 to L10."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import pipeinfer.runtime.executor
 import pipeinfer.sim.world
 import stages.stage.machine
 from kvbuffers.slot_table import SlotTable
-from pipeinfer.core import protocol
-from pipeinfer.core.protocol import Flag, Kind, ResultRow, Row
+from pipeinfer.core.messages import NO_SLOT, Cancelled, Credit, Message, ResultRow, Run
+from pipeinfer.core.ports import Idle
+from pipeinfer.core.wire import decode
 from pipeinfer.orchestrator.flight import Flight
 from pipeinfer.orchestrator.machine import Orchestrator
 from pipeinfer.orchestrator.sources import Sources
@@ -47,7 +48,7 @@ def a_living_run_is_cancelled(patch: pytest.MonkeyPatch) -> None:
 @mutant("L6")
 def a_cancel_kills_what_came_before(patch: pytest.MonkeyPatch) -> None:
     def cancel(original: Any, stage: Stage, message: Any) -> Any:
-        before = tuple(Row(0, row.slot - 1, protocol.NO_SLOT, 0) for row in message.rows_as(Row))
+        before = tuple(dead._replace(run=dead.run - 1, slot=NO_SLOT) for dead in message.rows)
         return original(stage, message._replace(rows=message.rows + before))
 
     wrap(patch, Stage, "_cancel", cancel)
@@ -65,7 +66,7 @@ def a_stage_entombs_a_living_run(patch: pytest.MonkeyPatch) -> None:
 def a_stage_drops_a_living_row(patch: pytest.MonkeyPatch) -> None:
     def living(original: Any, table: SlotTable, rows: Any, dead: Any) -> Any:
         alive = original(table, rows, dead)
-        return alive[:-1] if len(alive) > 2 and rows[0].parent != protocol.NO_SLOT else alive
+        return alive[:-1] if len(alive) > 2 and rows[0].parent != NO_SLOT else alive
 
     wrap(patch, SlotTable, "living", living)
 
@@ -76,7 +77,7 @@ def the_cancel_of_a_row_names_a_living_one(patch: pytest.MonkeyPatch) -> None:
         runs, rows = original(flight, root, died)
         if rows:
             living = [node for run in flight for node in run.nodes if node.alive and node is not root]
-            rows += [Row(0, node.run or 0, node.slot or 0, 0) for node in living[-1:]]
+            rows += [Cancelled(node.run or 0, node.slot or 0, rows[0].sequence) for node in living[-1:]]
         return runs, rows
 
     wrap(patch, Flight, "losses", losses)
@@ -84,7 +85,7 @@ def the_cancel_of_a_row_names_a_living_one(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L6")
 def the_cancel_of_a_row_kills_its_run(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, Stage, "_mark", lambda original, stage, run, slot: original(stage, run, protocol.NO_SLOT))
+    wrap(patch, Stage, "_mark", lambda original, stage, run, slot: original(stage, run, NO_SLOT))
 
 
 @mutant("L6")
@@ -117,20 +118,24 @@ def the_end_cancels_the_roots_own_run(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L7")
 def the_decoder_drops_a_flag(patch: pytest.MonkeyPatch) -> None:
-    decode = protocol.decode
+    def wrong(data: bytes) -> Message:
+        message = decode(data)
+        body = message.body
+        return message._replace(body=body._replace(is_tombstone=False)) if isinstance(body, Run) else message
+
     for module in (pipeinfer.sim.world, pipeinfer.sim.replay):
-        patch.setattr(module, "decode", lambda data: (m := decode(data))._replace(flags=m.flags & ~Flag.TOMBSTONE))
+        patch.setattr(module, "decode", wrong)
 
 
 @mutant("L7")
 def the_wire_names_a_wrong_parent(patch: pytest.MonkeyPatch) -> None:
-    decode = protocol.decode
-
-    def wrong(data: bytes) -> protocol.Message:
+    def wrong(data: bytes) -> Message:
         message = decode(data)
-        if message.kind is Kind.RUN and len(message.rows) > 1 and not message.flags:
-            first, *others = message.rows_as(Row)
-            return message._replace(rows=(first, *(row._replace(parent=first.parent) for row in others)))
+        body = message.body
+        if isinstance(body, Run) and len(body.rows) > 1 and not body.is_canonical:
+            first, *others = body.rows
+            rows = (first, *(row._replace(parent=first.parent) for row in others))
+            return message._replace(body=body._replace(rows=rows))
         return message
 
     patch.setattr(pipeinfer.sim.world, "decode", wrong)
@@ -139,7 +144,7 @@ def the_wire_names_a_wrong_parent(patch: pytest.MonkeyPatch) -> None:
 @mutant("L7")
 def activations_are_overwritten_on_their_way(patch: pytest.MonkeyPatch) -> None:
     def arrivals(original: Any, net: Network, source: int, dest: int, message: Any, payload: Any, now: float) -> Any:
-        if payload is not None and message.run % 3 == 2:
+        if payload is not None and message.body.run % 3 == 2:
             payload += np.uint64(1)
         return original(net, source, dest, message, payload, now)
 
@@ -183,7 +188,7 @@ def the_result_names_a_wrong_row(patch: pytest.MonkeyPatch) -> None:
 @mutant("L8")
 def credits_are_invented(patch: pytest.MonkeyPatch) -> None:
     def receive(original: Any, machine: Orchestrator, message: Any) -> Any:
-        machine._credits += message.kind is Kind.CREDIT and message.run % 4 == 3
+        machine._credits += isinstance(message.body, Credit) and message.body.run % 4 == 3
         return original(machine, message)
 
     wrap(patch, Orchestrator, "_receive", receive)
@@ -191,9 +196,9 @@ def credits_are_invented(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L8")
 def the_drafter_ignores_its_lead(patch: pytest.MonkeyPatch) -> None:
-    def leaves(original: Any, drafter: Drafter) -> Any:
+    def leaves(original: Any, drafter: Drafter, sequence: Any) -> Any:
         policy, drafter._policy = drafter._policy, replace(drafter._policy, max_ahead=drafter._policy.max_ahead + 2)
-        nodes = original(drafter)
+        nodes = original(drafter, sequence)
         drafter._policy = policy
         return nodes
 
@@ -272,8 +277,8 @@ def machines_share_a_counter(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L10", "pipeinfer")
 def the_draft_is_led_astray(patch: pytest.MonkeyPatch) -> None:
-    def evaluate(original: Any, drafter: Drafter, nodes: Any) -> Any:
-        command = original(drafter, nodes)
+    def evaluate(original: Any, drafter: Drafter, *rest: Any) -> Any:
+        command = original(drafter, *rest)
         return replace(command, batch=replace(command.batch, positions=command.batch.positions + 1))
 
     wrap(patch, Drafter, "_evaluate", evaluate)
@@ -281,9 +286,11 @@ def the_draft_is_led_astray(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L10", "plain")
 def luck_is_counted_as_acceptance(patch: pytest.MonkeyPatch) -> None:
-    def settle(original: Any, machine: Orchestrator) -> Any:
-        commands = original(machine)
+    def settle(original: Any, machine: Orchestrator, session: Any) -> Any:
+        commands = original(machine, session)
         for command in commands:
+            if not isinstance(command, Idle):
+                continue
             command.stats.accepted, command.stats.corrections = command.stats.corrections, command.stats.accepted
         return commands
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from pipeinfer.core.messages import Nodes, Result
 from pipeinfer.core.ports import Send
-from pipeinfer.core.protocol import Flag, Kind
+from pipeinfer.orchestrator.advice import Advice
 from pipeinfer.orchestrator.machine import Orchestrator
 from pipeinfer.orchestrator.sources import Sources
 from speculation.drafter.machine import Drafter
+from speculation.drafter.sequence import DraftSequence
 from speculation.schedules.pipeinfer import PipeInfer
 from speculation.schedules.rounds import Rounds, _Phase
 from tests.invariants.hunt import Mutant, roll, wrap
@@ -25,11 +27,11 @@ mutant = roll(DRAFTING)
 
 @mutant("L10", "continuous")
 def one_drafters_nodes_hang_under_anothers_names(patch: pytest.MonkeyPatch) -> None:
-    def grow(original: Any, sources: Sources, message: Any) -> Any:
+    def grow(original: Any, sources: Sources, source: int, message: Any) -> Any:
         served = sources._served
         if served is not None:
-            served.names[message.source] = served.names[sources._drafters[0]]
-        return original(sources, message)
+            served.names[source] = served.names[sources._drafters[0]]
+        return original(sources, source, message)
 
     wrap(patch, Sources, "grow", grow)
 
@@ -46,17 +48,17 @@ def lookup_goes_on_beyond_the_end(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L8")
 def a_drafters_nodes_go_on_beyond_the_end(patch: pytest.MonkeyPatch) -> None:
-    def grow(original: Any, sources: Sources, message: Any) -> Any:
+    def grow(original: Any, sources: Sources, source: int, message: Any) -> Any:
         if sources._served is not None:
             sources._served.last_position += 1
-        found = original(sources, message)
+        found = original(sources, source, message)
         if sources._served is not None:
             sources._served.last_position -= 1
         return found
 
     wrap(patch, Sources, "grow", grow)
-    wrap(patch, Drafter, "_open", lambda original, drafter, message, rows: original(
-        drafter, message._replace(run=message.run + 1), rows))  # fmt: skip
+    wrap(patch, DraftSequence, "take_prompt", lambda original, sequence, message, *rest: original(
+        sequence, message._replace(last_position=message.last_position + 1), *rest))  # fmt: skip
 
 
 # Orders.
@@ -64,10 +66,10 @@ def a_drafters_nodes_go_on_beyond_the_end(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L11", "rounds")
 def an_order_is_answered_twice(patch: pytest.MonkeyPatch) -> None:
-    def report(original: Any, drafter: Drafter, rows: Any, ends_order: bool) -> Any:
-        commands = original(drafter, rows, ends_order)
-        if commands and commands[-1].message.flags & Flag.LAST:
-            commands.append(drafter._send(Kind.NODES, drafter._tree.root.position, (), Flag.LAST))  # type: ignore[union-attr]
+    def report(original: Any, drafter: Drafter, sequence: Any, nodes: Any, ends_order: bool) -> Any:
+        commands = original(drafter, sequence, nodes, ends_order)
+        if commands and commands[-1].message.body.ends_order:
+            commands.append(drafter._send(Nodes(sequence.id, sequence.tree.root.position, True)))
         return commands
 
     wrap(patch, Drafter, "_report", report)
@@ -75,9 +77,9 @@ def an_order_is_answered_twice(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("StallError", "rounds")
 def an_order_is_never_answered(patch: pytest.MonkeyPatch) -> None:
-    def report(original: Any, drafter: Drafter, rows: Any, ends_order: bool) -> Any:
-        is_late = drafter._tree is not None and drafter._tree.root.position > 9
-        return original(drafter, rows, ends_order and not is_late)
+    def report(original: Any, drafter: Drafter, sequence: Any, nodes: Any, ends_order: bool) -> Any:
+        is_late = sequence.tree is not None and sequence.tree.root.position > 9
+        return original(drafter, sequence, nodes, ends_order and not is_late)
 
     wrap(patch, Drafter, "_report", report)
 
@@ -91,10 +93,10 @@ def the_second_drafter_gets_no_order(patch: pytest.MonkeyPatch) -> None:
 def the_drafter_works_on_after_its_order(patch: pytest.MonkeyPatch) -> None:
     """Passes that an order did not need are done later, whatever happens then."""
 
-    def report(original: Any, drafter: Drafter, rows: Any, ends_order: bool) -> Any:
-        passes = drafter._passes
-        commands = original(drafter, rows, ends_order)
-        drafter._passes = passes
+    def report(original: Any, drafter: Drafter, sequence: Any, nodes: Any, ends_order: bool) -> Any:
+        passes = sequence.passes
+        commands = original(drafter, sequence, nodes, ends_order)
+        sequence.passes = passes
         return commands
 
     wrap(patch, Drafter, "_report", report)
@@ -102,15 +104,15 @@ def the_drafter_works_on_after_its_order(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L11", "pipeinfer")
 def the_drafter_does_not_forget(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Drafter, "_restart", lambda drafter: None)
+    patch.setattr(Drafter, "_restart", lambda drafter, sequence: None)
 
 
 @mutant("L8", "pipeinfer")
 def the_drafter_forgets_its_guesses_and_not_their_slots(patch: pytest.MonkeyPatch) -> None:
-    def restart(original: Any, drafter: Drafter) -> None:
+    def restart(original: Any, drafter: Drafter, sequence: Any) -> None:
         release = drafter._allocator.release
-        drafter._allocator.release = lambda *slots: None  # type: ignore[method-assign]
-        original(drafter)
+        drafter._allocator.release = lambda sequence, *slots: None  # type: ignore[method-assign]
+        original(drafter, sequence)
         drafter._allocator.release = release  # type: ignore[method-assign]
 
     wrap(patch, Drafter, "_restart", restart)
@@ -118,10 +120,10 @@ def the_drafter_forgets_its_guesses_and_not_their_slots(patch: pytest.MonkeyPatc
 
 @mutant("L11", "pipeinfer")
 def a_token_below_the_cutoff_is_sent(patch: pytest.MonkeyPatch) -> None:
-    def children(original: Any, drafter: Drafter, node: Any, choices: Any) -> Any:
-        cutoff, drafter._cutoff = drafter._cutoff, drafter._cutoff / 2
-        found = original(drafter, node, choices)
-        drafter._cutoff = cutoff
+    def children(original: Any, drafter: Drafter, sequence: Any, node: Any, choices: Any) -> Any:
+        cutoff, sequence.cutoff = sequence.cutoff, sequence.cutoff / 2
+        found = original(drafter, sequence, node, choices)
+        sequence.cutoff = cutoff
         return found
 
     wrap(patch, Drafter, "_children", children)
@@ -167,8 +169,9 @@ def results_are_heard_before_what_was_drafted_is_sent(patch: pytest.MonkeyPatch)
 def a_result_that_has_to_wait_is_dropped(patch: pytest.MonkeyPatch) -> None:
     def receive(original: Any, machine: Orchestrator, message: Any) -> Any:
         commands = original(machine, message)
-        if message.kind is Kind.RESULT and message in machine._deferred and message.run % 3 == 2:
-            machine._deferred.remove(message)
+        body = message.body
+        if isinstance(body, Result) and body in machine._deferred and body.run % 3 == 2:
+            machine._deferred.remove(body)
         return commands
 
     wrap(patch, Orchestrator, "_receive", receive)
@@ -201,20 +204,20 @@ def drafting_goes_on_where_it_was(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L11", "pipeinfer")
 def everybody_is_told_at_once_what_to_cancel(patch: pytest.MonkeyPatch) -> None:
-    def cancel(original: Any, machine: Orchestrator, *rest: Any) -> Any:
-        commands = original(machine, *rest)
-        if machine._policy.cancel != "relay" or not commands:
-            return commands
-        advice = commands[0].message
-        return [Send(advice._replace(dest=stage, flags=Flag.NONE)) for stage in machine._stages]
+    def cancel(original: Any, advice: Advice, *rest: Any) -> Any:
+        sends = original(advice, *rest)
+        if advice._policy.cancel != "relay" or not sends:
+            return sends
+        message = sends[0].message
+        body = message.body._replace(relay=False)
+        return [Send(message._replace(dest=stage, body=body)) for stage in advice._stages]
 
-    wrap(patch, Orchestrator, "_cancel", cancel)
+    wrap(patch, Advice, "cancel", cancel)
 
 
 @mutant("L8")
 def a_draft_goes_on_beyond_its_positions(patch: pytest.MonkeyPatch) -> None:
-    def open_(original: Any, drafter: Drafter, message: Any, rows: Any) -> Any:
-        drafter._positions = 1 << 30
-        return original(drafter, message, rows)
+    def take(original: Any, sequence: DraftSequence, message: Any, policy: Any, positions: int) -> Any:
+        return original(sequence, message, policy, 1 << 30)
 
-    wrap(patch, Drafter, "_open", open_)
+    wrap(patch, DraftSequence, "take_prompt", take)

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from kvbuffers.slot_table import SlotTable
+from pipeinfer.core.messages import Settings
 from pipeinfer.core.ports import GREEDY, Sampling
-from pipeinfer.core.protocol import Kind
-from pipeinfer.orchestrator.machine import Orchestrator
 from speculation.drafter.machine import Drafter
 from stages.stage.machine import Stage
 from tests.invariants.hunt import Mutant, roll, wrap
@@ -21,42 +20,40 @@ mutant = roll(DRAWING)
 
 
 @mutant("L1")
-def a_stage_forgets_a_new_request(patch: pytest.MonkeyPatch) -> None:
+def a_stage_draws_as_for_the_sequence_before(patch: pytest.MonkeyPatch) -> None:
     def receive(original: Any, stage: Stage, event: Any) -> Any:
-        before = stage._sampling
+        before = list(stage._sampling.values())[-1:]
         commands = original(stage, event)
-        if event.message.kind is Kind.REQUEST and before != GREEDY:
-            stage._sampling = before
+        if isinstance(event.message.body, Settings) and before:
+            stage._sampling[event.message.body.sequence] = before[0]
         return commands
 
     wrap(patch, Stage, "_receive", receive)
 
 
 @mutant("L1")
-def a_stage_passes_on_how_it_was_done_before(patch: pytest.MonkeyPatch) -> None:
-    def send(original: Any, stage: Stage, kind: Kind, *rest: Any, **options: Any) -> Any:
-        if kind is Kind.REQUEST:
-            options["rows"] = GREEDY.rows()
-        return original(stage, kind, *rest, **options)
+def a_stage_passes_on_other_settings(patch: pytest.MonkeyPatch) -> None:
+    def send(original: Any, stage: Stage, dest: int, body: Any, *rest: Any) -> Any:
+        return original(stage, dest, GREEDY.settings(body.sequence) if isinstance(body, Settings) else body, *rest)
 
     wrap(patch, Stage, "_send", send)
 
 
 @mutant("L1")
-def nobody_says_that_a_request_is_greedy(patch: pytest.MonkeyPatch) -> None:
-    def begin(original: Any, machine: Orchestrator) -> Any:
-        session = machine._session
-        if session is not None and session.request.sampling == GREEDY:
-            machine._sampling = GREEDY
-        return original(machine)
+def settings_are_those_of_the_sequence_before(patch: pytest.MonkeyPatch) -> None:
+    told = [GREEDY]
 
-    wrap(patch, Orchestrator, "_begin", begin)
+    def settings(original: Any, sampling: Sampling, sequence: int) -> Any:
+        told.append(sampling)
+        return original(told[-2], sequence)
+
+    wrap(patch, Sampling, "settings", settings)
 
 
 @mutant("L1")
 def half_of_the_seed_is_lost(patch: pytest.MonkeyPatch) -> None:
     of = Sampling.of
-    patch.setattr(Sampling, "of", lambda rows: replace(found := of(rows), seed=found.seed & 0xFFFFFFFF))
+    patch.setattr(Sampling, "of", lambda settings: replace(found := of(settings), seed=found.seed & 0xFFFFFFFF))
 
 
 @mutant("L1")
@@ -71,9 +68,9 @@ def the_target_draws_at_the_rows_own_position(patch: pytest.MonkeyPatch) -> None
 @mutant("L1")
 def what_was_seen_lacks_the_rows_own_token(patch: pytest.MonkeyPatch) -> None:
     def draw(original: Any, table: SlotTable, sampling: Any, batch: Any, rows: Any, is_guess: bool = False) -> Any:
-        others = batch.visible.copy()
-        others[np.arange(len(batch.slots)), batch.slots] = False
-        return original(table, sampling, replace(batch, visible=others), rows, is_guess)
+        others = np.delete(batch.ancestors, batch.ancestor_ends - 1)
+        ends = batch.ancestor_ends - np.arange(1, len(batch.slots) + 1)
+        return original(table, sampling, replace(batch, ancestors=others, ancestor_ends=ends), rows, is_guess)
 
     wrap(patch, SlotTable, "draw", draw)
 
@@ -89,7 +86,7 @@ def what_was_seen_is_what_others_saw(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L10", "pipeinfer")
 def the_drafter_is_greedy_whatever_the_target_does(patch: pytest.MonkeyPatch) -> None:
-    def draw(original: Any, drafter: Drafter, batch: Any, wanted: Any) -> Any:
-        return replace(original(drafter, batch, wanted), sampling=GREEDY, seen=())
+    def begin(original: Any, drafter: Drafter, sequence: int, sampling: Any) -> Any:
+        return original(drafter, sequence, GREEDY)
 
-    wrap(patch, Drafter, "_draw", draw)
+    wrap(patch, Drafter, "_begin", begin)

@@ -1,4 +1,4 @@
-"""Faults that break what is said and where it is kept: laws L1 to L5."""
+"""Faults that break what is said and where it is kept: invariants L1 to L5."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from kvbuffers.slot_allocator import SlotAllocator
-from kvbuffers.slot_table import SlotTable
+from kvbuffers.slot_table import SLOT, SlotTable
+from pipeinfer.core.edges import Edges
+from pipeinfer.core.messages import Credit, Result, Run, SlotOpKind
 from pipeinfer.core.ports import Idle, Send
-from pipeinfer.core.protocol import Edges, Flag, Kind, SlotOpKind
-from pipeinfer.orchestrator.flight import Run
+from pipeinfer.orchestrator.flight import InFlight
 from pipeinfer.orchestrator.machine import Orchestrator
 from pipeinfer.orchestrator.session import Waiting
 from pipeinfer.sim.network import Network
@@ -62,10 +63,10 @@ def a_faulty_row_is_taken_for_a_good_one(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L1")
 def what_is_faulty_in_a_prompt_is_no_matter(patch: pytest.MonkeyPatch) -> None:
-    def hear(original: Any, run: Run, message: Any) -> None:
+    def hear(original: Any, run: InFlight, message: Any) -> None:
         original(run, message)
 
-    wrap(patch, Run, "hear", hear)
+    wrap(patch, InFlight, "hear", hear)
 
 
 @mutant("L2")
@@ -90,16 +91,21 @@ def the_next_request_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     wrap(patch, Orchestrator, "_open", open_)
 
 
+def more_in_last_row(batch: Any, slots: list[int]) -> Any:
+    ends = batch.ancestor_ends.copy()
+    ends[-1] += len(slots)
+    return replace(batch, ancestors=np.append(batch.ancestors, slots).astype(np.int64), ancestor_ends=ends)
+
+
 @mutant("L1")
 def a_row_sees_a_dead_sibling(patch: pytest.MonkeyPatch) -> None:
     def allocate(original: Any, table: SlotTable, rows: Any, canonical: bool = False) -> Any:
         batch = original(table, rows, canonical)
         if not canonical:
-            above = table._sight_above(rows[-1])
-            for sibling in [
-                slot for slot, (_, visible_slots) in table._leased.items() if visible_slots == above | 1 << slot
-            ]:
-                batch.visible[-1, sibling] = True
+            state = table._sequences[rows[-1].sequence]
+            prefix, path = state.above(rows[-1])
+            alike = [slot for slot, (_, *seen) in state.leased.items() if seen == [prefix, path + SLOT.pack(slot)]]
+            return more_in_last_row(batch, [slot for slot in alike if slot != rows[-1].slot])
         return batch
 
     wrap(patch, SlotTable, "allocate", allocate)
@@ -127,8 +133,8 @@ def the_last_layer_is_skipped_for_wide_runs(patch: pytest.MonkeyPatch) -> None:
 def a_row_sees_canonical_slots_beyond_its_joint(patch: pytest.MonkeyPatch) -> None:
     def allocate(original: Any, table: SlotTable, rows: Any, canonical: bool = False) -> Any:
         batch = original(table, rows, canonical)
-        batch.visible[:, [] if canonical else list(table._canonical)] = True
-        return batch
+        length = table.length(rows[0].sequence)
+        return batch if canonical else replace(batch, prefix=np.full_like(batch.prefix, length))
 
     wrap(patch, SlotTable, "allocate", allocate)
 
@@ -151,10 +157,9 @@ def a_node_is_sent_twice(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L2")
 def idle_before_the_last_run_is_back(patch: pytest.MonkeyPatch) -> None:
-    def settle(original: Any, machine: Orchestrator) -> Any:
-        session = machine._session
-        if session is None or not session.is_over or len(machine._flight) > 1:
-            return []
+    def settle(original: Any, machine: Orchestrator, session: Any) -> Any:
+        if session is not machine._session or len(machine._flight) > 1:
+            return original(machine, session)
         machine._session = None
         return [Idle(session.stats, session.caller_number), *machine._open()]
 
@@ -165,7 +170,7 @@ def idle_before_the_last_run_is_back(patch: pytest.MonkeyPatch) -> None:
 def a_result_is_dropped(patch: pytest.MonkeyPatch) -> None:
     def arrivals(original: Any, net: Network, source: int, dest: int, message: Any, *rest: Any) -> Any:
         when = original(net, source, dest, message, *rest)
-        return [] if message.kind is Kind.RESULT and message.run % 11 == 10 else when
+        return [] if isinstance(message.body, Result) and message.body.run % 11 == 10 else when
 
     wrap(patch, Network, "arrivals", arrivals)
 
@@ -175,8 +180,8 @@ def a_result_is_sent_twice(patch: pytest.MonkeyPatch) -> None:
     def computed(original: Any, stage: Stage, event: Any) -> Any:
         commands = original(stage, event)
         first = commands[0].message
-        if first.kind is Kind.RESULT and first.run % 5 == 4:
-            commands.insert(1, Send(first._replace(txn=stage._edges.stamp(0))))
+        if isinstance(first.body, Result) and first.body.run % 5 == 4:
+            commands.insert(1, Send(stage._edges.message(0, first.body)))
         return commands
 
     wrap(patch, Stage, "_computed", computed)
@@ -190,7 +195,7 @@ def a_result_is_sent_twice(patch: pytest.MonkeyPatch) -> None:
 def one_commit_is_skipped(patch: pytest.MonkeyPatch) -> None:
     def operations(original: Any, allocator: SlotAllocator) -> Any:
         ops = original(allocator)
-        return ops if allocator.length % 5 != 4 else tuple(op for op in ops if op.kind is not SlotOpKind.COMMIT)
+        return tuple(op for op in ops if op.kind is not SlotOpKind.COMMIT or op.position % 5 != 4)
 
     wrap(patch, SlotAllocator, "operations", operations)
 
@@ -214,7 +219,7 @@ def a_living_slot_is_released(patch: pytest.MonkeyPatch) -> None:
     def cancel(original: Any, machine: Orchestrator, runs: Any, rows: Any, session: Any) -> Any:
         living = [node for run in machine._flight for node in run.nodes if node.alive and node.slot is not None]
         if (runs or rows) and living and living[-1].slot in machine._allocator._leased:
-            machine._allocator.release(living[-1].slot)
+            machine._allocator.release(session.sequence, living[-1].slot)
         return original(machine, runs, rows, session)
 
     wrap(patch, Orchestrator, "_cancel", cancel)
@@ -230,25 +235,75 @@ def a_slot_is_leased_before_it_is_released(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L3")
 def a_dead_slot_is_never_given_back(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SlotAllocator, "release", lambda allocator, *slots: allocator._leased.difference_update(slots))
+    def release(original: Any, allocator: SlotAllocator, sequence: int, *slots: int) -> None:
+        for slot in slots:
+            allocator._own(sequence, slot)
+
+    wrap(patch, SlotAllocator, "release", release)
 
 
 @mutant("L3")
-def a_table_forgets_to_clear(patch: pytest.MonkeyPatch) -> None:
+def a_table_forgets_to_release(patch: pytest.MonkeyPatch) -> None:
     def release(original: Any, table: SlotTable, ops: Any) -> None:
         original(table, [op for op in ops if op.kind is not SlotOpKind.RELEASE])
 
+    def allocate(original: Any, table: SlotTable, rows: Any, canonical: bool = False) -> Any:
+        for row in rows:
+            if table._state(row.sequence).leased.pop(row.slot, None):
+                table._used.discard(row.slot)
+        return original(table, rows, canonical)
+
     wrap(patch, SlotTable, "apply", release)
-    wrap(patch, SlotTable, "allocate", lambda original, table, rows, canonical=False: (
-        [table._leased.pop(row.slot, None) for row in rows], original(table, rows, canonical))[1])  # fmt: skip
+    wrap(patch, SlotTable, "allocate", allocate)
+
+
+@mutant("L3")
+def a_living_sequence_is_freed(patch: pytest.MonkeyPatch) -> None:
+    def accept_some(original: Any, machine: Orchestrator, session: Any, run: Any) -> Any:
+        commands = original(machine, session, run)
+        if session.emitted % 7 == 6:
+            machine._allocator.free(session.sequence)
+        return commands
+
+    wrap(patch, Orchestrator, "_accept", accept_some)
+
+
+@mutant("L1")
+def a_row_attends_to_another_sequence(patch: pytest.MonkeyPatch) -> None:
+    """The canonical slots of the first sequence in the table, whichever the row is of."""
+
+    def allocate(original: Any, table: SlotTable, rows: Any, canonical: bool = False) -> Any:
+        batch = original(table, rows, canonical)
+        first = next(iter(table._sequences.values()))
+        prefix = np.minimum(batch.prefix, len(first.canonical))
+        return replace(batch, canonical=(first.canonical_ranges(),), prefix=prefix)
+
+    wrap(patch, SlotTable, "allocate", allocate)
+
+
+@mutant("L2")
+def a_result_is_taken_for_one_of_the_request_being_served(patch: pytest.MonkeyPatch) -> None:
+    def result(original: Any, machine: Orchestrator, message: Any) -> Any:
+        if machine._draining is not None and machine._session is not None:
+            next(iter(machine._flight)).session = machine._session
+        return original(machine, message)
+
+    wrap(patch, Orchestrator, "_result", result)
+
+
+@mutant("L3")
+def a_sequence_is_never_freed(patch: pytest.MonkeyPatch) -> None:
+    def operations(original: Any, allocator: SlotAllocator) -> Any:
+        return tuple(op for op in original(allocator) if op.kind is not SlotOpKind.FREE)
+
+    wrap(patch, SlotAllocator, "operations", operations)
 
 
 @mutant("L6")
 def a_tombstone_loses_its_operations(patch: pytest.MonkeyPatch) -> None:
-    def send(original: Any, stage: Stage, kind: Kind, *rest: Any, **options: Any) -> Any:
-        if options.get("flags") == Flag.TOMBSTONE:
-            options["ops"] = False
-        return original(stage, kind, *rest, **options)
+    def send(original: Any, stage: Stage, dest: int, body: Any, *rest: Any) -> Any:
+        is_tombstone = isinstance(body, Run) and body.is_tombstone
+        return original(stage, dest, body._replace(ops=()) if is_tombstone else body, *rest)
 
     wrap(patch, Stage, "_send", send)
 
@@ -258,10 +313,12 @@ def the_slot_of_a_copy_is_committed(patch: pytest.MonkeyPatch) -> None:
     def launch(original: Any, machine: Orchestrator, session: Any, step: Any) -> Any:
         sent = original(machine, session, step)
         for node in [node for node in step.copies if node.slot in machine._allocator._leased]:
-            allocator, slot = machine._allocator, next(r.slot for r in sent.message.rows if r.position == node.position)
-            allocator._released.remove(slot)
-            allocator._leased.add(slot)
-            allocator.release(node.slot)
+            allocator, slot = (
+                machine._allocator,
+                next(r.slot for r in sent.message.body.rows if r.position == node.position),
+            )
+            allocator._leased[slot] = allocator._released.pop(slot)
+            allocator.release(session.sequence, node.slot)
             node.slot = slot
         return sent
 
@@ -287,11 +344,11 @@ def blind_to_order(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L4")
 def a_transaction_number_is_repeated(patch: pytest.MonkeyPatch) -> None:
-    def stamp(original: Any, edges: Edges, dest: int) -> int:
-        txn: int = original(edges, dest)
-        return min(txn, 6)
+    def message(original: Any, edges: Edges, dest: int, body: Any) -> Any:
+        made = original(edges, dest, body)
+        return made._replace(txn=min(made.txn, 6))
 
-    wrap(patch, Edges, "stamp", stamp)
+    wrap(patch, Edges, "message", message)
     blind_to_order(patch)
 
 
@@ -312,7 +369,7 @@ def the_stream_overtakes_itself(patch: pytest.MonkeyPatch) -> None:
 def a_credit_is_lost(patch: pytest.MonkeyPatch) -> None:
     def arrivals(original: Any, net: Network, source: int, dest: int, message: Any, *rest: Any) -> Any:
         when = original(net, source, dest, message, *rest)
-        return [] if message.kind is Kind.CREDIT and message.run == 9 else when
+        return [] if isinstance(message.body, Credit) and message.body.run == 9 else when
 
     wrap(patch, Network, "arrivals", arrivals)
 
@@ -321,6 +378,6 @@ def a_credit_is_lost(patch: pytest.MonkeyPatch) -> None:
 def a_result_waits_for_long(patch: pytest.MonkeyPatch) -> None:
     def arrivals(original: Any, net: Network, source: int, dest: int, message: Any, *rest: Any) -> Any:
         when = original(net, source, dest, message, *rest)
-        return [at + 1000.0 if message.kind is Kind.RESULT and message.run == 7 else at for at in when]
+        return [at + 1000.0 if isinstance(message.body, Result) and message.body.run == 7 else at for at in when]
 
     wrap(patch, Network, "arrivals", arrivals)

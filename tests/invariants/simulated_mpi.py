@@ -221,7 +221,7 @@ class Communicator:
 
     def Isend(self, buf: Any, dest: int) -> Request:
         library = self._library
-        data = memoryview(buf[0]).job_spec("B")
+        data = memoryview(buf[0]).cast("B")
         request = self._open(data)
         sent = _Sent(self._rank, None, request)
 
@@ -236,7 +236,7 @@ class Communicator:
 
     def Irecv(self, buf: Any, source: int) -> Request:
         library, box = self._library, self._box
-        data = memoryview(buf[0]).job_spec("B")
+        data = memoryview(buf[0]).cast("B")
         data[:] = bytes((RUBBISH,)) * len(data)
         request = self._open(data, source)
         request.abort = lambda: box.posted.remove(request)

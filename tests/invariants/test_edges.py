@@ -10,8 +10,8 @@ import pytest
 
 from pipeinfer.core.errors import StallError
 from pipeinfer.core.links import Link
+from pipeinfer.core.messages import MAX_ROWS, Cancel, Result
 from pipeinfer.core.ports import Received, Request, Sampling
-from pipeinfer.core.protocol import MAX_ROWS, Kind
 from pipeinfer.sim.history import oracle
 from pipeinfer.sim.network import Network
 from pipeinfer.sim.random_worlds import check_world, every_invariant
@@ -46,8 +46,8 @@ EDGES = {
     "everything stops": of_request(replace(LONG, stop_tokens=frozenset(range(40)))),
     "window of one": of_policy(window=1),
     "window of two": of_policy(window=2),
-    "no lead": of_policy(max_ahead=0),
-    "no lead, one leaf": of_policy(max_ahead=0, draft_batch=1, topk=1, max_rows=1),
+    "max_ahead 0": of_policy(max_ahead=0),
+    "max_ahead 0, one leaf": of_policy(max_ahead=0, draft_batch=1, topk=1, max_rows=1),
     "nothing is worth a row": of_policy(min_path_prob=1.0),
     "plain": of_policy(speculate=False),
     "a prompt token per run": of_policy(prefill_chunk=1),
@@ -224,7 +224,7 @@ EDGES |= {
 
 
 @pytest.mark.parametrize("spec", EDGES.values(), ids=EDGES)
-def test_every_law_holds(spec: WorldSpec) -> None:
+def test_every_invariant_holds(spec: WorldSpec) -> None:
     check_world(spec)
 
 
@@ -277,7 +277,7 @@ def test_a_draft_whose_numbers_are_never_finite_costs_little(name: str) -> None:
 
 
 def test_calibration_stops_believing_a_liar() -> None:
-    """Its guesses are thought certain and are never right: with a floor they are soon not worth a row."""
+    """Its guesses are thought certain and are never right: with min_path_prob they are soon not worth a row."""
     lie = replace(small(calibrate=True, min_path_prob=0.1), model=LIES["thinks it is right"], requests=(LONG,) * 3)
     learned, believed = (answers(replace(lie, policy=replace(lie.policy, calibrate=is_on))) for is_on in (True, False))
     drafted = [answer.stats.drafted for answer in learned if answer.stats]
@@ -286,7 +286,7 @@ def test_calibration_stops_believing_a_liar() -> None:
     assert drafted[2] < believed[2].stats.drafted / 4
 
 
-def test_late_news_of_several_tokens() -> None:
+def test_a_late_advance_of_several_tokens() -> None:
     """Found by seed 747: two accepted tokens in one pass of the drafter, the first not yet committed."""
     policy = Policy("late", max_rows=6, topk=4, draft_batch=2, max_ahead=22, window=2, prefill_chunk=16)
     check_world(
@@ -310,8 +310,8 @@ def test_advice_too_long_for_one_message_goes_in_several() -> None:
     recorder = Recorder()
     (answer,) = World(spec, (recorder,)).run()
     assert tuple(answer.tokens) == oracle(model, spec.requests[0])
-    told = [step.event.message for step in recorder.trace if isinstance(step.event, Received)]
-    assert max(len(message.rows) for message in told if message.kind is Kind.CANCEL) == MAX_ROWS
+    received = [step.event.message.body for step in recorder.trace if isinstance(step.event, Received)]
+    assert max(len(body.rows) for body in received if isinstance(body, Cancel)) == MAX_ROWS
 
 
 def test_a_draft_that_is_always_right_is_always_accepted() -> None:
@@ -338,7 +338,7 @@ def test_a_world_where_nothing_can_happen_says_who_waits(monkeypatch: pytest.Mon
 
     def lose(net: Network, source: int, dest: int, message: Any, *rest: Any) -> list[float]:
         when = arrivals(net, source, dest, message, *rest)
-        return [] if message.kind is Kind.RESULT else when
+        return [] if isinstance(message.body, Result) else when
 
     monkeypatch.setattr(Network, "arrivals", lose)
     with pytest.raises(StallError, match="in flight"):
@@ -349,5 +349,5 @@ BASELINES = sorted((Path(__file__).parents[2] / "benchmarks" / "baselines").glob
 
 
 @pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
-def test_every_rival_keeps_every_law(path: Path) -> None:
+def test_every_rival_keeps_every_invariant(path: Path) -> None:
     check_world(replace(SMALL, policy=read_policy(str(path)), drafter_beside_orchestrator=False))

@@ -1,4 +1,4 @@
-"""The laws notice planted faults: a mutant that survives is a law that nobody checks."""
+"""The invariants detect planted faults: a mutant that survives shows an invariant without a check."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def test_it_is_caught_by_the_one_who_should(planted: Mutant) -> None:
     assert catches[planted.caught_by], f"{planted.caught_by} did not notice {planted.name} in {tried} worlds: {catches}"
 
 
-def test_every_law_has_a_fault_of_its_own() -> None:
-    laws = {mutant.caught_by for mutant in MUTANTS}
-    assert {f"L{number}" for number in range(1, 12)} <= laws
-    assert "StallError" in laws, "invariant L5's other half"
+def test_every_invariant_has_a_fault_of_its_own() -> None:
+    invariants = {mutant.caught_by for mutant in MUTANTS}
+    assert {f"L{number}" for number in range(1, 12)} <= invariants
+    assert "StallError" in invariants, "invariant L5's other half"
 
 
 def test_nothing_stays_planted() -> None:

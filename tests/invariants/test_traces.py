@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from pipeinfer.core.errors import RemoteProtocolError
+from pipeinfer.core.messages import Message, Result
 from pipeinfer.core.ports import Event, Note, Received, Request, Sampling
-from pipeinfer.core.protocol import Kind, Message
 from pipeinfer.orchestrator.machine import Orchestrator
 from pipeinfer.runtime.job_spec import JobSpec
 from pipeinfer.runtime.replay import Retold, retell
@@ -103,14 +103,14 @@ def test_a_machine_that_has_changed_is_found(tmp_path: Path, monkeypatch: pytest
     wrap(monkeypatch, Stage, "_credit", lambda original, stage: original(stage) if stage._now < 20 else [])
     differences = [replayed(path).difference for path in paths]
     assert "stage 0 answers event" in differences[1]
-    assert "CREDIT" in differences[1]
+    assert "Credit" in differences[1]
     assert not any(differences[2:])
 
 
 def test_a_trace_replays_on_another_processor(tmp_path: Path) -> None:
     """Without this one's newest instructions numpy's exponentials and sums have other last bits."""
     paths = trace_world(replace(BUSY, policy=replace(CONTINUOUS, topk=4, draft_batch=4)), tmp_path / "world")
-    assert "CALIBRATE" in "".join(str(step.event) for step in Trace(paths[4]).steps())
+    assert "Calibrate(" in "".join(str(step.event) for step in Trace(paths[4]).steps())
     line = [sys.executable, "-m", "pipeinfer", "replay", *map(str, paths)]
     older = {"NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512F AVX512_SKX", "OPENBLAS_CORETYPE": "Haswell"}
     done = subprocess.run(line, cwd=ROOT, env=os.environ | older, capture_output=True, text=True, check=False)
@@ -121,8 +121,8 @@ def test_a_role_that_raised_raises_again(tmp_path: Path, monkeypatch: pytest.Mon
     """The last line of a crashed rank is the event that it crashed on, and the crash is the same at home."""
 
     def overlook(original: Any, machine: Orchestrator, event: Event, now: float) -> Any:
-        if isinstance(event, Received) and event.message.kind is Kind.RESULT and now > 5:
-            event = Received(Message(Kind.RESULT, 3, 0, txn=10**6))
+        if isinstance(event, Received) and isinstance(event.message.body, Result) and now > 5:
+            event = Received(Message(3, 0, Result(1), txn=10**6))
         return original(machine, event, now)
 
     with monkeypatch.context() as patch:

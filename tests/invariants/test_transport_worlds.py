@@ -32,7 +32,7 @@ Plant = Callable[[pytest.MonkeyPatch], object]
 
 
 def failures(kind: str, seeds: range, most: int = 3) -> list[str]:
-    """A line for each world that breaks a law, by its seed. What no check raises on purpose is not caught."""
+    """A line for each world that breaks an invariant, by its seed. What no check raises on purpose is not caught."""
     found = list[str]()
     for seed in seeds:
         try:
@@ -45,7 +45,7 @@ def failures(kind: str, seeds: range, most: int = 3) -> list[str]:
 
 
 @pytest.mark.parametrize(("kind", "seeds"), [("traffic", TRAFFIC), ("machines", MACHINES)])
-def test_every_law_holds(kind: str, seeds: range) -> None:
+def test_every_invariant_holds(kind: str, seeds: range) -> None:
     assert not failures(kind, seeds)
 
 

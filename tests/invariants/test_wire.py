@@ -3,169 +3,209 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeinfer.core.errors import RemoteProtocolError
-from pipeinfer.core.ports import Sampling
-from pipeinfer.core.protocol import (
+from pipeinfer.core.errors import LocalProtocolError, RemoteProtocolError
+from pipeinfer.core.messages import (
     NO_SLOT,
-    AnyRow,
-    DraftRow,
-    Flag,
-    Kind,
+    Advance,
+    Body,
+    Calibrate,
+    Cancel,
+    Cancelled,
+    Close,
+    Credit,
+    DraftNode,
+    DraftOrder,
+    Failed,
+    Hello,
     Message,
+    Nodes,
+    Probe,
+    Prompt,
+    Result,
     ResultRow,
     Row,
-    SettingRow,
+    Run,
+    Settings,
+    Shutdown,
     SlotOp,
     SlotOpKind,
-    decode,
-    encode,
-    wire_nbytes,
+    Status,
+    TopToken,
+    Wants,
+    accepted_name,
 )
-from speculation.trees.calibration import Calibration
+from pipeinfer.core.wire import ENVELOPE, LAYOUTS, MAX_NBYTES, Layout, decode, encode, wire_nbytes
+from tests.unit.bodies import bodies
 
-GOLDEN = {
-    Message(Kind.HELLO, 3, 0, txn=1, run=0xDEADBEEF): (
-        "50490201030000000000000000000000 0000000001000000efbeadde00000000 0000000000000000"
+GOLDEN: tuple[tuple[Message, str], ...] = (
+    (
+        Message(3, 0, Hello(0xDEADBEEF), txn=1),
+        "50490301030000000100000000000000 efbeadde",
     ),
-    Message(
-        Kind.RUN, 0, 1, Flag.CANONICAL | Flag.LAST, request=2, epoch=3, txn=4, run=5, payload_nbytes=4096,
-        ops=(SlotOp(SlotOpKind.CLEAR), SlotOp(SlotOpKind.COMMIT, 7, 2, 9), SlotOp(SlotOpKind.RELEASE, 11, 3)),
-        rows=(Row(258, 10, 0xFFFFFFFF, 12), Row(-1, 13, 10, 13)),
-    ): (
-        "50490202000001000900020002000300 03000000040000000500000000100000 0000000000000000 "
-        "03000000000000000000000000000000 "
-        "01000200070000000900000000000000 "
-        "020003000b0000000000000000000000 "
-        "020100000a000000ffffffff0c000000 "
-        "ffffffff0d0000000a0000000d000000"
+    (
+        Message(
+            0, 1,
+            Run(
+                5, True, False, Wants.LAST, 258, 3,
+                (
+                    SlotOp(SlotOpKind.FREE, sequence=6), SlotOp(SlotOpKind.COMMIT, 7, 2, 9, 8),
+                    SlotOp(SlotOpKind.RELEASE, 11, 3, 0, 8), SlotOp(SlotOpKind.TRUNCATE, 0, 4, 0, 8),
+                ),
+                (Row(258, 10, NO_SLOT, 12, 8), Row(-1, 13, 10, 13, 8)),
+            ),
+            txn=4, payload_nbytes=4096,
+        ),
+        "50490302000001000400000000100000 05000000010001020100000300000004000200 "
+        "03000000000000000000000600000000 "
+        "01070000000200090000000800000000 "
+        "020b0000000300000000000800000000 "
+        "04000000000400000000000800000000 "
+        "020100000a000000ffffffff0c00000008000000 "
+        "ffffffff0d0000000a0000000d00000008000000",
     ),
-    Message(
-        Kind.RUN, 1, 2, Flag.TOMBSTONE, request=2, txn=6, run=7, ops=(SlotOp(SlotOpKind.COMMIT, 1, 1, 1),), work_us=258,
-        slowest_us=3,
-    ): (
-        "50490202010002000200020000000100 00000000060000000700000000000000 0201000003000000 "
-        "01000100010000000100000000000000"
+    (
+        Message(1, 2, Run(7, False, True, Wants.NOTHING, 258, 3, (SlotOp(SlotOpKind.COMMIT, 1, 1, 1, 2),)), txn=6),
+        "50490302010002000600000000000000 07000000000100020100000300000001000000 "
+        "01010000000100010000000200000000",
     ),
-    Message(
-        Kind.RESULT, 2, 0, request=2, txn=8, run=5, rows=(ResultRow(17, 13, 14, -0.5),), work_us=0xFFFFFFFF,
-        slowest_us=1 << 31,
-    ): (
-        "50490203020000000000020001000000 00000000080000000500000000000000 ffffffff00000080 "
-        "110000000d0000000e000000000000bf"
+    (
+        Message(2, 0, Result(5, False, 0xFFFFFFFF, 1 << 31, (ResultRow(17, 13, 14, -0.5, 8),)), txn=8),
+        "50490303020000000800000000000000 0500000000ffffffff0000008001000000 "
+        "110000000d0000000e000000000000bf08000000",
     ),
-    Message(Kind.CREDIT, 1, 0, request=2, txn=9, run=5): (
-        "50490204010000000000020000000000 00000000090000000500000000000000 0000000000000000"
+    (
+        Message(
+            2, 0,
+            Result(
+                6, False, 9, 4, (ResultRow(17, 13, 14, -0.5, 8), ResultRow(-3, 2, 15, 0.0, 9)),
+                (TopToken(17, -0.5), TopToken(18, -1.0), TopToken(1, -2.0), TopToken(2, -4.0)),
+            ),
+            txn=9,
+        ),
+        "50490303020000000900000000000000 0600000000090000000400000002000400 "
+        "110000000d0000000e000000000000bf08000000 "
+        "fdffffff020000000f0000000000000009000000 "
+        "11000000000000bf "
+        "12000000000080bf "
+        "01000000000000c0 "
+        "02000000000080c0",
     ),
-    Message(Kind.CREDIT, 1, 0, request=2, txn=10, run=6, rows=(SettingRow(0, 8, 70_000, 0.0),)): (
-        "50490204010000000000020001000000 000000000a0000000600000000000000 0000000000000000 "
-        "00000000080000007011010000000000"
+    (
+        Message(2, 0, Result(7, True, 258, 3), txn=10),
+        "50490303020000000a00000000000000 0700000001020100000300000000000000",
     ),
-    Message(Kind.CANCEL, 0, 2, Flag.RELAY, request=2, epoch=1, rows=(Row(0, 6, NO_SLOT, 0), Row(0, 7, 3, 0))): (
-        "50490205000002001000020002000000 01000000000000000000000000000000 0000000000000000 "
-        "0000000006000000ffffffff00000000 "
-        "00000000070000000300000000000000"
+    (
+        Message(1, 0, Credit(5), txn=9),
+        "50490304010000000900000000000000 050000000000000000000000",
     ),
-    Message(Kind.PROMPT, 0, 0x8000, Flag.LAST, request=2, txn=1, run=40, rows=(DraftRow(5, 0, 0, 0.0),)): (
-        "50490206000000800800020001000000 00000000010000002800000000000000 0000000000000000 "
-        "05000000000000000000000000000000"
+    (
+        Message(1, 0, Credit(6, 8, 70_000), txn=10),
+        "50490304010000000a00000000000000 060000000800000070110100",
     ),
-    Message(Kind.NODES, 0x8000, 0, Flag.LAST, request=2, txn=3, run=12, rows=(DraftRow(5, 1, 0x8000000C, -2.0),)): (
-        "50490207008000000800020001000000 00000000030000000c00000000000000 0000000000000000 "
-        "05000000010000000c000080000000c0"
+    (
+        Message(0, 2, Cancel(True, (Cancelled(6, NO_SLOT, 2), Cancelled(7, 3, 2)))),
+        "50490305000002000000000000000000 010200 "
+        "06000000ffffffff02000000 "
+        "070000000300000002000000",
     ),
-    Message(Kind.ADVANCE, 0, 0x8002, Flag.RESTART, request=2, txn=2, rows=(DraftRow(5, 0x8000000D, 0, 0.0),)): (
-        "50490208000002802000020001000000 00000000020000000000000000000000 0000000000000000 "
-        "050000000d0000800000000000000000"
+    (
+        Message(0, 1, Settings(2, 0.75, 20, 0.875, 0.0625, 1.25, 0x7DEADBEEF), txn=1),
+        "5049030d000001000100000000000000 "
+        "02000000000000000000e83f14000000000000000000ec3f000000000000b03f000000000000f43fefbeadde07000000",
     ),
-    Message(Kind.CLOSE, 0, 0x8000, request=2, txn=3): (
-        "50490209000000800000020000000000 00000000030000000000000000000000 0000000000000000"
+    (
+        Message(0, 0x8000, Prompt(2, 40, True, (5, 258)), txn=1),
+        "50490306000000800100000000000000 0200000028000000010200 "
+        "05000000 "
+        "02010000",
     ),
-    Message(Kind.SHUTDOWN, 0, 1, request=2, txn=10): (
-        "5049020a000001000000020000000000 000000000a0000000000000000000000 0000000000000000"
+    (
+        Message(0x8000, 0, Nodes(2, 12, True, (DraftNode(5, 1, accepted_name(12), -2.0),)), txn=3),
+        "50490307008000000300000000000000 020000000c000000010100 "
+        "05000000010000000c000080000000c0",
     ),
-    Message(Kind.PROBE, 0, 1): (
-        "5049020b000001000000000000000000 00000000000000000000000000000000 0000000000000000"
+    (
+        Message(0, 0x8002, Advance(2, 13, True, (5, 6)), txn=2),
+        "50490308000002800200000000000000 020000000d000000010200 "
+        "05000000 "
+        "06000000",
     ),
-    Message(Kind.STATUS, 1, 0, epoch=2, txn=33, run=5): (
-        "5049020c010000000000000000000000 02000000210000000500000000000000 0000000000000000"
+    (
+        Message(0, 0x8000, Close(2), txn=3),
+        "50490309000000800300000000000000 02000000",
     ),
-    Message(
-        Kind.REQUEST, 0, 1, request=2, txn=1,
-        rows=Sampling(0.75, 20, 0.875, 0.0625, 1.25, seed=0x7DEADBEEF).rows(),
-    ): (
-        "5049020d000001000000020005000000 00000000010000000000000000000000 0000000000000000 "
-        "0000000014000000000000000000403f "
-        "0100000014000000000000000000603f "
-        "0200000014000000000000000000803d "
-        "0300000014000000000000000000a03f "
-        "04000000efbeadde0700000000000000"
+    (
+        Message(0, 0x8001, DraftOrder(2, True, 3, 4, 0.5), txn=4),
+        "5049030e000001800400000000000000 020000000103000000040000000000003f",
     ),
-    Message(Kind.ORDER, 0, 0x8001, Flag.RESTART, request=2, txn=4, rows=(SettingRow(0, 3, 0, 0.5),)): (
-        "5049020e000001802000020001000000 00000000040000000000000000000000 0000000000000000 "
-        "0000000003000000000000000000003f"
+    (
+        Message(0, 0x8000, Calibrate(7, 56, 0.5, (1.0, -2.0)), txn=5),
+        "5049030f000000800500000000000000 07000000380000000000003f0200 "
+        "0000803f "
+        "000000c0",
     ),
-    Message(Kind.CALIBRATE, 0, 0x8000, request=2, txn=5, rows=Calibration(1).rows()): (
-        "5049020f000000800000020002000000 00000000050000000000000000000000 0000000000000000 "
-        "0000000000000000000000000000803f "
-        "01000000000000000000000000000000"
+    (
+        Message(0, 1, Shutdown(), txn=10),
+        "5049030a000001000a00000000000000",
     ),
-    Message(Kind.FAILED, 3, 0, run=143): (
-        "50490210030000000000000000000000 00000000000000008f00000000000000 0000000000000000"
+    (
+        Message(0, 1, Probe()),
+        "5049030b000001000000000000000000",
     ),
-}  # fmt: skip
+    (
+        Message(1, 0, Status(True, 5, 2, 33)),
+        "5049030c010000000000000000000000 01050000000200000021000000",
+    ),
+    (
+        Message(3, 0, Failed(143)),
+        "50490310030000000000000000000000 8f000000",
+    ),)  # fmt: skip
+"""Messages and their bytes, a space between the envelope, the numbers, and the items of lists."""
 
 
-def test_every_kind_has_golden_bytes() -> None:
-    assert {message.kind for message in GOLDEN} == set(Kind)
+def is_same(one: Message, other: Message) -> bool:
+    """Bodies of two kinds may be equal as tuples."""
+    return one == other and type(one.body) is type(other.body)
 
 
-def test_every_kind_that_carries_rows_has_a_strategy() -> None:
-    assert ROWS.keys() == {message.kind for message in GOLDEN if message.rows}
+def test_every_kind_has_a_layout_golden_bytes_and_a_strategy() -> None:
+    kinds = set(get_args(Body))
+    assert LAYOUTS.keys() == {type(message.body) for message, _ in GOLDEN} == BODIES.keys() == kinds
+    assert len({layout.code for layout in LAYOUTS.values()}) == len(kinds)
 
 
-@pytest.mark.parametrize(("message", "golden"), GOLDEN.items(), ids=[message.kind.name for message in GOLDEN])
+def test_every_list_and_every_operation_is_in_some_golden_bytes() -> None:
+    for layout in LAYOUTS.values():
+        mine = [message.body for message, _ in GOLDEN if type(message.body) is layout.kind]
+        for place in range(layout.numbers, layout.numbers + len(layout.lists)):
+            assert any(tuple(body)[place] for body in mine), layout.kind
+    assert {op.kind for message, _ in GOLDEN for op in getattr(message.body, "ops", ())} == set(SlotOpKind)
+
+
+@pytest.mark.parametrize(("message", "golden"), GOLDEN, ids=[message.kind for message, _ in GOLDEN])
 def test_golden_bytes(message: Message, golden: str) -> None:
     assert encode(message).hex() == golden.replace(" ", "")
-    assert decode(bytes.fromhex(golden)) == message
+    assert is_same(decode(bytes.fromhex(golden)), message)
+    assert wire_nbytes(message) == len(bytes.fromhex(golden))
 
 
 WORD, SHORT = st.integers(0, 2**32 - 1), st.integers(0, 2**16 - 1)
-TOKEN, REAL = st.integers(-(2**31), 2**31 - 1), st.floats(width=32, allow_nan=False)
-ROWS: dict[Kind, st.SearchStrategy[Any]] = {
-    Kind.RUN: st.builds(Row, TOKEN, WORD, WORD, WORD),
-    Kind.CANCEL: st.builds(Row, TOKEN, WORD, WORD, WORD),
-    Kind.RESULT: st.builds(ResultRow, TOKEN, WORD, WORD, REAL),
-}
-ROWS |= {kind: st.builds(DraftRow, TOKEN, WORD, WORD, REAL) for kind in (Kind.PROMPT, Kind.NODES, Kind.ADVANCE)}
-SETTING_KINDS = Kind.REQUEST, Kind.CREDIT, Kind.ORDER, Kind.CALIBRATE
-ROWS |= {kind: st.builds(SettingRow, TOKEN, WORD, WORD, REAL) for kind in SETTING_KINDS}
-OPS = st.builds(SlotOp, st.sampled_from(SlotOpKind), WORD, SHORT, WORD)
-FLAGS = st.integers(0, sum(Flag)).map(Flag)
+BODIES = bodies()
+MESSAGES = st.builds(Message, SHORT, SHORT, st.sampled_from(list(BODIES)).flatmap(BODIES.__getitem__), WORD, WORD)
 
 
-@st.composite
-def messages(draw: st.DrawFn) -> Message:
-    kind = draw(st.sampled_from(Kind))
-    rows: list[AnyRow] = draw(st.lists(ROWS[kind], max_size=5)) if kind in ROWS else []
-    ops = draw(st.lists(OPS, max_size=5))
-    source, dest, request = draw(SHORT), draw(SHORT), draw(SHORT)
-    epoch, txn, run, nbytes, work_us, slowest_us = (draw(WORD) for _ in range(6))
-    return Message(
-        kind, source, dest, draw(FLAGS), request, epoch, txn, run, tuple(ops), tuple(rows), nbytes, work_us, slowest_us
-    )
-
-
-@given(messages())
+@given(MESSAGES)
 def test_what_is_decoded_is_what_was_encoded(message: Message) -> None:
     data = encode(message)
-    assert decode(data) == message
+    assert is_same(decode(data), message)
     assert encode(decode(memoryview(data))) == data
+    assert len(data) == wire_nbytes(message) <= MAX_NBYTES
 
 
 def survives(data: bytes) -> None:
@@ -173,13 +213,14 @@ def survives(data: bytes) -> None:
         decode(data)
 
 
-@given(st.binary(max_size=200))
-def test_random_bytes_are_refused_politely(data: bytes) -> None:
+@given(st.sampled_from([golden for _, golden in GOLDEN]), st.binary(max_size=200))
+def test_random_bytes_are_refused_politely(golden: str, data: bytes) -> None:
     survives(data)
-    survives(bytes.fromhex(GOLDEN[Message(Kind.PROBE, 0, 1)])[:4] + data)
+    survives(bytes.fromhex(golden)[:4] + data)
+    survives(bytes.fromhex(golden)[: ENVELOPE.size] + data)
 
 
-@given(messages(), st.data())
+@given(MESSAGES, st.data())
 def test_flipped_bits_are_refused_or_read(message: Message, data: st.DataObject) -> None:
     damaged = bytearray(encode(message))
     for bit in data.draw(st.lists(st.integers(0, 8 * len(damaged) - 1), min_size=1, max_size=4)):
@@ -187,7 +228,7 @@ def test_flipped_bits_are_refused_or_read(message: Message, data: st.DataObject)
     survives(bytes(damaged))
 
 
-@given(messages(), st.data())
+@given(MESSAGES, st.data())
 def test_truncated_or_padded_messages_are_refused(message: Message, data: st.DataObject) -> None:
     whole = encode(message)
     cut = data.draw(st.integers(0, len(whole) - 1))
@@ -197,9 +238,75 @@ def test_truncated_or_padded_messages_are_refused(message: Message, data: st.Dat
             decode(wrong)
 
 
-@given(messages(), st.binary(min_size=1, max_size=100))
+@given(MESSAGES, st.binary(min_size=1, max_size=100))
 def test_a_tensor_may_follow_whole(message: Message, tensor: bytes) -> None:
     message = message._replace(payload_nbytes=len(tensor))
     data = encode(message) + tensor
-    assert decode(memoryview(data)) == message
+    assert is_same(decode(memoryview(data)), message)
     assert data[wire_nbytes(message) :] == tensor
+
+
+# What is refused on both sides.
+
+
+def refused(body: Body, data: bytes) -> None:
+    """Neither may ``body`` leave, nor are its bytes ``data`` taken."""
+    with pytest.raises(LocalProtocolError):
+        encode(Message(1, 0, body))
+    with pytest.raises(RemoteProtocolError):
+        decode(data)
+
+
+def lists() -> list[tuple[Layout, int]]:
+    return [(layout, place) for layout in LAYOUTS.values() for place in range(len(layout.lists))]
+
+
+@pytest.mark.parametrize(("layout", "place"), lists(), ids=lambda value: getattr(value, "kind", int).__name__)
+def test_a_list_beyond_its_bound_is_refused(layout: Layout, place: int) -> None:
+    items = layout.lists[place]
+    for count in (items.most + 1, 0xFFFF):
+        if not items.most < count <= 0xFFFF:
+            continue
+        made = items.read(bytes([1] * items.item.size)) * count  # 1 is a number of every enumeration
+        counts = [count if other == place else 0 for other in range(len(layout.lists))]
+        numbers = [1] * layout.numbers
+        body = layout.kind(*numbers, *(made if other == place else () for other in range(len(layout.lists))))
+        envelope = encode(Message(1, 0, Hello(0)))[: ENVELOPE.size]
+        data = envelope[:3] + bytes([layout.code]) + envelope[4:] + layout.fixed.pack(*numbers, *counts)
+        refused(body, data + bytes([1] * (items.item.size * count)))
+
+
+TOP_ROWS = (ResultRow(1, 2, 3, -0.5), ResultRow(2, 3, 4, -0.5))
+
+
+@pytest.mark.parametrize(("rows", "pairs"), [(2, 1), (2, 3), (0, 1), (0, 2)])
+def test_pairs_that_are_not_so_many_per_row_are_refused(rows: int, pairs: int) -> None:
+    sound = Result(5, rows=TOP_ROWS[:rows])
+    wrong = sound._replace(top=(TopToken(7, -1.0),) * pairs)
+    data = bytearray(encode(Message(1, 0, sound)))
+    end_of_fixed = ENVELOPE.size + LAYOUTS[Result].fixed.size
+    data[end_of_fixed - 2 : end_of_fixed] = pairs.to_bytes(2, "little")
+    refused(wrong, bytes(data) + LAYOUTS[Result].lists[1].item.pack(7, -1.0) * pairs)
+
+
+@pytest.mark.parametrize("pairs", [0, 2, 4])
+def test_so_many_pairs_per_row_are_taken(pairs: int) -> None:
+    message = Message(1, 0, Result(5, rows=TOP_ROWS, top=(TopToken(7, -1.0),) * pairs))
+    assert is_same(decode(encode(message)), message)
+
+
+@pytest.mark.parametrize("number", [0, 5, 255])
+def test_unknown_operations_are_refused(number: int) -> None:
+    data = bytearray(encode(Message(0, 1, Run(1, ops=(SlotOp(SlotOpKind.FREE),)))))
+    data[ENVELOPE.size + LAYOUTS[Run].fixed.size] = number
+    with pytest.raises(RemoteProtocolError, match=f"Run: {number} is not a valid SlotOpKind"):
+        decode(bytes(data))
+
+
+@pytest.mark.parametrize("number", [3, 255])
+def test_unknown_wants_are_refused(number: int) -> None:
+    data = bytearray(encode(Message(0, 1, Run(1))))
+    assert data[ENVELOPE.size + 6] == Wants.EVERY
+    data[ENVELOPE.size + 6] = number
+    with pytest.raises(RemoteProtocolError, match=f"Run: {number} is not a valid Wants"):
+        decode(bytes(data))

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, note
 from hypothesis import strategies as st
 
+from pipeinfer.core.ports import Command, Event
 from pipeinfer.sim.random_worlds import SCHEDULES, check_world, draw_world, first_failures, main, random_world, survey
-from pipeinfer.sim.world import World
+from pipeinfer.sim.world import Checker, World
+from stages.stage.machine import Stage
 from tests.invariants.mutants import MUTANTS
 
 QUICK, ALL = range(25), range(100)
@@ -21,7 +23,7 @@ QUICK, ALL = range(25), range(100)
 
 
 @pytest.mark.parametrize("schedule", sorted({mutant.schedule for mutant in MUTANTS}))
-def test_the_worlds_of_the_mutants_keep_every_law(schedule: str) -> None:
+def test_the_worlds_of_the_mutants_keep_every_invariant(schedule: str) -> None:
     assert not first_failures(QUICK, schedule=schedule)[1]
 
 
@@ -50,6 +52,24 @@ def test_advice_changes_time_and_never_tokens(seed: int, schedule: str) -> None:
     variants += [replace(one, policy=replace(one.policy, cancel_rows=not spec.policy.cancel_rows)) for one in variants]
     told = [[answer.tokens for answer in World(variant).run()] for variant in variants]
     assert all(tokens == told[0] for tokens in told)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_two_sequences_live_in_the_shards_of_some_worlds(schedule: str) -> None:
+    """The next request is prefilled while the runs of the one before return, and its slots are in use until then."""
+
+    class Living(Checker):
+        most = 0
+
+        def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
+            machine = world.machine(address)
+            if isinstance(machine, Stage):
+                self.most = max(self.most, len(machine._table._sequences))
+
+    living = Living()
+    for seed in range(40):
+        World(replace(random_world(seed, schedule), overlap=True, at_once=True), (living,)).run()
+    assert living.most == 2
 
 
 def test_a_seed_is_a_world() -> None:

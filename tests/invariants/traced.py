@@ -20,7 +20,7 @@ class Scribe(Checker):
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         rank = world.home[address]
         if rank not in self.writers:
-            roles = [role for role, home in world.home.items() if home == rank]
+            roles = [role.address for role in world.plan[rank]]
             header = Header(rank, len(world.hosts), roles, make_job_spec(world.spec).numbers(), host="a world")
             self.writers[rank] = TraceWriter(self._name, header)
         self.writers[rank].write(address, event, now, commands)

@@ -1,4 +1,5 @@
-"""Worlds of launch/transport.py over a simulated MPI: bare traffic, and the machines on real drivers under the laws.
+"""Worlds of launch/transport.py over a simulated MPI: bare traffic, and the machines on real drivers under the
+invariants.
 
 A world is drawn from its seed. Tensors are far larger than those of emulated layers, so that some ride with their
 message, some follow it eagerly, some wait for their receive; and there are more of them than buffers.
@@ -18,10 +19,13 @@ import numpy as np
 from launch.backoff import Clock
 from launch.driver import Driver
 from launch.transport import MpiTransport
+from pipeinfer.core.addresses import ORCHESTRATOR
+from pipeinfer.core.messages import Cancel, Message, Row, Run
 from pipeinfer.core.ports import Closed, Command, Emit, Event, Finish, Idle, Received, Started, Submitted
-from pipeinfer.core.protocol import ORCHESTRATOR, Kind, Message, Row, decode, encode
-from pipeinfer.placement.roles import place, rank_of_role
+from pipeinfer.core.wire import decode, encode
+from pipeinfer.placement.roles import rank_of_role
 from pipeinfer.runtime.executor import Executor
+from pipeinfer.runtime.shards import load_shards
 from pipeinfer.sim.bounds import Bounds
 from pipeinfer.sim.draft_invariants import Guessed
 from pipeinfer.sim.history import History, InvariantBroken
@@ -29,7 +33,7 @@ from pipeinfer.sim.invariants import Advice, EndsOnce, Exact, Forced, InOrder
 from pipeinfer.sim.random_worlds import random_world
 from pipeinfer.sim.replay import Wire
 from pipeinfer.sim.slot_invariants import Replicas, Slots
-from pipeinfer.sim.world import Answer, Checker, WorldSpec, make_job_spec, make_shards
+from pipeinfer.sim.world import Answer, Checker, WorldPair, WorldSpec, make_job_spec, make_plan
 from tests.invariants.simulated_mpi import NAMES, Bell, Library
 from tests.invariants.virtual_time import VirtualTime
 
@@ -119,8 +123,7 @@ class Correspondent:
             number = self._sent[other]
             if number < self._traffic.count and number - self._answered[other] < self._traffic.each:
                 size = self._traffic.size(self._rank, other, number)
-                row = Row(number, 0, 0, 0)
-                message = Message(Kind.RUN, self._rank, other, txn=number, run=number, rows=(row,))
+                message = Message(self._rank, other, Run(number, rows=(Row(number, 0, 0, 0),)), txn=number)
                 self._transport.send(other, message, pattern(self._rank, other, number, size) if size else None)
                 self._sent[other] += 1
 
@@ -129,9 +132,9 @@ class Correspondent:
         if message.is_control:
             self._answered[message.source] += 1
             return
-        if message.run != self._heard[message.source]:
+        if message.txn != self._heard[message.source]:
             raise InvariantBroken(
-                f"L4: rank {self._rank} heard number {message.run} of rank {message.source} out of order"
+                f"L4: rank {self._rank} heard number {message.txn} of rank {message.source} out of order"
             )
         self._heard[message.source] += 1
         self._kept.append((self._time.monotonic() + self._rng.choice((0.0, 0.0, 2e-4)), event))
@@ -139,14 +142,13 @@ class Correspondent:
     def _look(self, event: Received) -> None:
         """Read what was kept, only now: a buffer that was given to another tensor meanwhile holds that one."""
         message = event.message
-        size = self._traffic.size(message.source, self._rank, message.run)
+        number = message.txn
+        size = self._traffic.size(message.source, self._rank, number)
         found = np.empty(0, np.int64) if event.payload is None else event.payload
-        if not np.array_equal(found, pattern(message.source, self._rank, message.run, size)):
-            raise InvariantBroken(
-                f"L7: rank {self._rank} reads another tensor than the {message.run}. of {message.source}"
-            )
+        if not np.array_equal(found, pattern(message.source, self._rank, number, size)):
+            raise InvariantBroken(f"L7: rank {self._rank} reads another tensor than the {number}. of {message.source}")
         self._read += size > 0
-        self._transport.send(message.source, Message(Kind.CANCEL, self._rank, message.source), None)
+        self._transport.send(message.source, Message(self._rank, message.source, Cancel()), None)
 
 
 def random_traffic(seed: int) -> Traffic:
@@ -181,9 +183,9 @@ class DrivenWorld:
         job_spec = make_job_spec(spec)
         self.window = job_spec.window
         self.machines = [job_spec.machine(address) for address in job_spec.addresses]
-        plan = place([range(index, index + 1) for index in range(spec.stages)], job_spec.drafters)
-        self.home = rank_of_role(plan)
-        self.hosts: list[Any] = [SimpleNamespace(inbox=deque(), executor=None) for _ in plan]
+        self.plan = make_plan(spec, spec.model.layers)
+        self.home = rank_of_role(self.plan)
+        self.hosts: list[Any] = [SimpleNamespace(inbox=deque(), executor=None) for _ in self.plan]
         self.answers: list[Answer] = []
         self.tensors = 0
 
@@ -205,11 +207,8 @@ class DrivenWorld:
         )
         driver = Driver(self.home, _Watched(transport, lambda message: self._see(message, time.monotonic())), time)
         machines = [machine for machine in self.machines if self.home[machine.address] == rank]
-        shards = make_shards(self.spec)
-        executor = Executor(
-            machines, {machine.address: shards[machine.address] for machine in machines if machine.address in shards},
-            driver, self._observe, clock=time.monotonic,
-        )  # fmt: skip
+        shards = load_shards(make_job_spec(self.spec), self.plan[rank], WorldPair(self.spec))
+        executor = Executor(machines, shards, driver, self._observe, clock=time.monotonic)
         self.hosts[rank].executor = driver.executor = executor
         for address in executor.addresses:
             driver.deliver(address, Started())
@@ -227,8 +226,8 @@ class DrivenWorld:
                 self.answers.append(Answer(number))
                 driver.deliver(ORCHESTRATOR, Submitted(request, number))
                 continue
-            driver.run(lambda: bool(driver.news), STALL_S, lambda: "; ".join(self.orchestrator.report()))
-            self._hear(driver.news.popleft()[1])
+            driver.run(lambda: bool(driver.outputs), STALL_S, lambda: "; ".join(self.orchestrator.report()))
+            self._hear(driver.outputs.popleft()[1])
         driver.deliver(ORCHESTRATOR, Closed())
 
     def _hear(self, command: Emit | Finish | Idle) -> None:
@@ -279,7 +278,7 @@ def check_driven_world(seed: int) -> DrivenWorld:
     """Run the world of ``seed`` under each invariant that is not about the simulator's own time; raises what fails."""
     spec, factor = random_driven_world(seed)
     history = History(spec)
-    readers = [law(history) for law in (Exact, EndsOnce, Slots, Replicas, InOrder, Advice, Forced, Guessed)]
+    readers = [invariant(history) for invariant in (Exact, EndsOnce, Slots, Replicas, InOrder, Advice, Forced, Guessed)]
     world = DrivenWorld(spec, factor, (history, *readers, Bounds(spec), Wire()))
     world.run()
     return world

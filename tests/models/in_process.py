@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeinfer.core.ports import Request, SampledToken
-from pipeinfer.core.protocol import FIRST_STAGE, drafter_address
-from pipeinfer.runtime.executor import Executor
 from pipeinfer.sim.world import Answer, World, WorldSpec
-from speculation.drafter.machine import draft_slots
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import Placement
 from stages.checkpoint.checkpoint import Checkpoint
@@ -45,17 +41,23 @@ def decode(
     spec = WorldSpec(
         1, policy, stages, tuple(requests), context=224, placement=placement, draft_contexts=pair.draft_contexts
     )
-    world = World(spec)
-    slots = spec.context + policy.most_guesses(stages)
-    cuts = [pair.layers * index // stages for index in range(stages + 1)]
-    shards: dict[int, Any] = {
-        FIRST_STAGE + index: pair.stage(range(*piece), slots) for index, piece in enumerate(pairwise(cuts))
-    }
-    shards[drafter_address(0)] = pair.draft(0, draft_slots(policy, spec.context))
-    for host in world.hosts:
-        machines = [world.machine(address) for address in host.executor.addresses]
-        host.executor = Executor(machines, {address: _Paced(shard) for address, shard in shards.items()}, host)
-    return world.run()
+    return World(spec, pair=_PacedPair(pair)).run()
+
+
+class _PacedPair:
+    """``pair`` with shards whose every step takes a tenth of a second of the simulator's time."""
+
+    def __init__(self, pair: CheckpointPair) -> None:
+        self._pair = pair
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pair, name)
+
+    def stage(self, layers: range, capacity: int) -> Any:
+        return _Paced(self._pair.stage(layers, capacity))
+
+    def draft(self, index: int, capacity: int) -> Any:
+        return _Paced(self._pair.draft(index, capacity))
 
 
 class _Paced:

@@ -80,8 +80,8 @@ def test_a_hidden_slot_changes_the_word(directories: tuple[Path, Path]) -> None:
     """So plain decoding is the oracle here as well: masks, parents and commits all show."""
     shards = [open_pair(directories, (0.5,)).stage(range(6), CAPACITY)]
     compute(shards, prompt_batch(2))
-    sights = [set(range(COUNT)), *(set(range(COUNT)) - {slot} for slot in range(0, COUNT, 10))]
-    words = [said(shards, make_batch([7], [COUNT], [COUNT], [slots]), 1)[0][0][0] for slots in sights]
+    visible_slots = [set(range(COUNT)), *(set(range(COUNT)) - {slot} for slot in range(0, COUNT, 10))]
+    words = [said(shards, make_batch([7], [COUNT], [COUNT], [slots]), 1)[0][0][0] for slots in visible_slots]
     assert words[0] not in words[1:]
 
 

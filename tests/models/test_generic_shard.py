@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors
 import torch
 from safetensors.torch import load_file
 
 from pipeinfer.core.errors import LocalProtocolError
-from stages.kernels.choices import best_choices
+from pipeinfer.placement.roles import split_layers
+from stages.kernels.top_tokens import top_tokens
 from stages.models.generic import GenericShard
 from stages.models.generic_slots import SlotCache, UnsupportedError
 from stages.models.generic_spec import GenericSpec
@@ -35,8 +37,7 @@ read_spec = functools.cache(GenericSpec.read)  # a probe each
 def load(directory: Path, shards: int = 1, dtype: torch.dtype = torch.float32, capacity: int = 160) -> list[Any]:
     """The whole model in ``shards`` consecutive pieces."""
     spec = read_spec(directory)
-    cuts = [spec.layer_count * index // shards for index in range(shards + 1)]
-    return [GenericShard.load(spec, range(*piece), dtype, capacity) for piece in pairwise(cuts)]
+    return [GenericShard.load(spec, layers, dtype, capacity) for layers in split_layers(spec.layer_count, [1] * shards)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -212,15 +213,15 @@ def test_a_row_that_sees_nothing_poisons_nothing(gemma2: Path) -> None:
     shards = load(gemma2)
     expected = Reference(gemma2).greedy(PROMPTS[0], 12)
     batch = make_batch([9] * 40, list(range(40)), list(range(40)), [set()] * 40)
-    batch.visible[:] = False
+    batch = replace(batch, ancestors=batch.ancestors[:0], ancestor_ends=np.zeros(40, np.int64))
     assert compute(shards, batch).isfinite().all()
     assert greedy(shards, PROMPTS[0], 12) == expected
 
 
 def test_equal_logits_go_to_the_lowest_token() -> None:
     logits = torch.randn(9, 16).repeat(1, 32)  # token t ties with t + 16, t + 32, ...
-    for row, (best,) in zip(logits, best_choices(logits, 1), strict=True):
-        most = best_choices(row[None], 40)[0]
+    for row, (best,) in zip(logits, top_tokens(logits, 1), strict=True):
+        most = top_tokens(row[None], 40)[0]
         assert [token for token, _ in most[:32]] == list(range(best[0], 512, 16))
         assert best == pytest.approx(most[0])
-    assert len(best_choices(logits, 1000)[0]) == 512
+    assert len(top_tokens(logits, 1000)[0]) == 512

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from pipeinfer.core.ports import Request, Sampling, SamplingInputs
-from stages.kernels.choices import best_choices
+from pipeinfer.placement.roles import split_layers
+from stages.kernels.top_tokens import top_tokens
 from stages.models.generic import GenericShard
 from stages.models.generic_spec import GenericSpec
 from tests.models import tiny_generic
@@ -44,8 +45,8 @@ def load(folder: Path, kind: str, shards: int = 2, dtype: str = "fp32") -> list[
     if kind == "llama":
         return list(load_shards(folder, shards, DTYPES[dtype]))
     spec = GenericSpec.read(folder)
-    cuts = [spec.layer_count * index // shards for index in range(shards + 1)]
-    return [GenericShard.load(spec, range(cuts[i], cuts[i + 1]), DTYPES[dtype], 160) for i in range(shards)]
+    pieces = split_layers(spec.layer_count, [1] * shards)
+    return [GenericShard.load(spec, layers, DTYPES[dtype], 160) for layers in pieces]
 
 
 def slots_of(shard: Any) -> list[torch.Tensor]:
@@ -179,11 +180,11 @@ def test_nothing_is_chosen_from_logits_that_are_not_finite(sampling: Sampling, c
     logits = torch.randn(5, 40)
     logits[1, 7], logits[2], logits[3, 0] = NAN, NAN, INF
     draw = SamplingInputs(sampling, np.arange(5), tuple(np.array([-3, 1, 2]) for _ in range(5)), is_guess)
-    choices = best_choices(logits, count, draw)
+    choices = top_tokens(logits, count, draw)
     assert [bool(found) for found in choices] == [True, False, False, False, True]
     for row in (0, 4):
         alone = SamplingInputs(sampling, np.array([row]), (np.array([1, 2]),), is_guess)
-        assert choices[row] == best_choices(logits[row : row + 1], count, alone)[0]
+        assert choices[row] == top_tokens(logits[row : row + 1], count, alone)[0]
 
 
 @pytest.mark.parametrize("schedule", POLICIES)

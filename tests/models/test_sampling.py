@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from pipeinfer.core.ports import GREEDY, Sampling, SamplingInputs
-from stages.kernels.choices import best_choices
 from stages.kernels.sampling import changes_nothing, drawing_scores, noise, processed
+from stages.kernels.top_tokens import top_tokens
 from stages.models.generic import GenericShard
 from stages.models.generic_spec import GenericSpec
 from tests.models.tiny import make_tiny
@@ -123,7 +123,7 @@ def test_a_large_vocabulary_is_processed_alike() -> None:
 
 def test_no_rows_are_no_choices() -> None:
     for sampling in PROCESSORS.values():
-        assert best_choices(torch.zeros(0, VOCAB), 1, SamplingInputs(sampling, np.arange(0))) == []
+        assert top_tokens(torch.zeros(0, VOCAB), 1, SamplingInputs(sampling, np.arange(0))) == []
 
 
 def test_tokens_that_a_shorter_vocabulary_lacks_are_no_matter() -> None:
@@ -138,13 +138,13 @@ def test_greedy_is_what_it_always_was() -> None:
     for is_guess in (False, True):
         for count in (1, 8):
             draw = draw_of(Sampling(0.0, top_k=3, seed=9), 12, is_guess=is_guess)
-            assert best_choices(logits, count, draw) == best_choices(logits, count)
+            assert top_tokens(logits, count, draw) == top_tokens(logits, count)
 
 
 def test_a_penalty_alone_keeps_the_choice_greedy() -> None:
     logits = logits_of("plain")
     draw = draw_of(Sampling(0.0, repetition_penalty=8.0), 12)
-    chosen = [row[0][0] for row in best_choices(logits, 1, draw)]
+    chosen = [row[0][0] for row in top_tokens(logits, 1, draw)]
     sampled = replace(draw, sampling=Sampling(1.0, repetition_penalty=8.0))
     assert chosen == by_transformers(logits, sampled).argmax(-1).tolist()
     assert chosen != logits.argmax(-1).tolist()
@@ -228,7 +228,7 @@ def test_what_is_drawn_follows_the_processed_softmax(sampling: Sampling) -> None
     seen = (np.array([0, 10, 11]),)
     shares = by_transformers(row, SamplingInputs(sampling, np.arange(1), seen))[0].double().softmax(-1)
     draw = SamplingInputs(sampling, np.arange(rows), seen * rows)
-    drawn = torch.tensor([choices[0][0] for choices in best_choices(row.expand(rows, vocab), 1, draw)])
+    drawn = torch.tensor([choices[0][0] for choices in top_tokens(row.expand(rows, vocab), 1, draw)])
     counts = drawn.bincount(minlength=vocab)
     assert not counts[shares == 0].any()
     assert p_value(counts[shares > 0], shares[shares > 0]) > 0.01
@@ -238,7 +238,7 @@ def test_seeds_are_independent_samples_too() -> None:
     vocab, samples = 6, 20_000
     row = torch.linspace(-1.0, 1.0, vocab)[None]
     draws = (SamplingInputs(Sampling(1.0, seed=seed), np.array([9])) for seed in range(samples))
-    drawn = torch.tensor([best_choices(row, 1, draw)[0][0][0] for draw in draws])
+    drawn = torch.tensor([top_tokens(row, 1, draw)[0][0][0] for draw in draws])
     assert p_value(drawn.bincount(minlength=vocab), row[0].double().softmax(-1)) > 0.01
 
 
@@ -247,10 +247,10 @@ def test_seeds_are_independent_samples_too() -> None:
 def test_a_row_s_choices_do_not_depend_on_the_rows_beside_it(name: str, is_guess: bool) -> None:
     logits = logits_of("plain", rows=16, vocab=5000)
     draw = draw_of(PROCESSORS[name], 16, is_guess=is_guess, vocab=5000)
-    together = best_choices(logits, 4, draw)
+    together = top_tokens(logits, 4, draw)
     for group in ([3], [15, 0], [8, 7, 6, 5, 4]):
         alone = replace(draw, positions=draw.positions[group], seen=tuple(draw.seen[row] for row in group))
-        for row, choices in zip(group, best_choices(logits[group], 4, alone), strict=True):
+        for row, choices in zip(group, top_tokens(logits[group], 4, alone), strict=True):
             assert [token for token, _ in choices] == [token for token, _ in together[row]]
             assert [logp for _, logp in choices] == pytest.approx([logp for _, logp in together[row]], abs=1e-5)
 
@@ -258,7 +258,7 @@ def test_a_row_s_choices_do_not_depend_on_the_rows_beside_it(name: str, is_guess
 def test_rows_at_one_position_have_the_same_noise() -> None:
     logits = logits_of("plain", rows=1).expand(5, -1)
     draw = SamplingInputs(Sampling(1.0), np.array([4, 4, 9, 4, 9]))
-    first, second, third, fourth, fifth = best_choices(logits, 8, draw)
+    first, second, third, fourth, fifth = top_tokens(logits, 8, draw)
     assert first == second == fourth
     assert third == fifth != first
 
@@ -267,7 +267,7 @@ def test_the_target_s_log_probabilities_are_those_of_its_own_logits() -> None:
     logits = logits_of("plain")
     own = logits.log_softmax(-1)
     for sampling in PROCESSORS.values():
-        for row, ((token, logp),) in enumerate(best_choices(logits, 1, draw_of(sampling, 12))):
+        for row, ((token, logp),) in enumerate(top_tokens(logits, 1, draw_of(sampling, 12))):
             assert logp == pytest.approx(float(own[row, token]), abs=1e-5)
 
 
@@ -276,11 +276,11 @@ def test_a_guess_is_ordered_by_what_decides(name: str) -> None:
     logits = logits_of("ties")
     draw = draw_of(PROCESSORS[name], 12, is_guess=True)
     scores = drawing_scores(logits, draw)
-    target = best_choices(logits, 1, replace(draw, is_guess=False))
-    for row, choices in enumerate(best_choices(logits, 8, draw)):
+    target = top_tokens(logits, 1, replace(draw, is_guess=False))
+    for row, choices in enumerate(top_tokens(logits, 8, draw)):
         possible = int((scores[row] > -torch.inf).sum())
         assert len(choices) == min(8, possible), "what cannot be drawn is no guess"
-        assert choices[0][0] == target[row][0][0] == best_choices(logits, 1, draw)[row][0][0]
+        assert choices[0][0] == target[row][0][0] == top_tokens(logits, 1, draw)[row][0][0]
         wanted = scores[row].log_softmax(-1)
         assert [token for token, _ in choices] == wanted.topk(len(choices)).indices.tolist()
         assert [logp for _, logp in choices] == pytest.approx([float(wanted[token]) for token, _ in choices])
@@ -289,7 +289,7 @@ def test_a_guess_is_ordered_by_what_decides(name: str) -> None:
 def agreement(target: torch.Tensor, draft: torch.Tensor, ours: Sampling, drafts: Sampling) -> float:
     def drawn(logits: torch.Tensor, sampling: Sampling, is_guess: bool) -> Sequence[int]:
         draw = SamplingInputs(sampling, np.arange(len(logits)), (), is_guess)
-        return [choices[0][0] for choices in best_choices(logits, 1, draw)]
+        return [choices[0][0] for choices in top_tokens(logits, 1, draw)]
 
     pairs = zip(drawn(target, ours, False), drawn(draft, drafts, True), strict=True)
     return sum(mine == its for mine, its in pairs) / len(target)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from launch.preflight import clear
 from pipeinfer import Engine
 from pipeinfer.core.config import Config
 from pipeinfer.core.errors import UserError
+from pipeinfer.placement.roles import split_layers
 from stages.checkpoint.spec import ModelSpec
 from stages.models.generic import GenericShard
 from stages.models.generic_spec import GenericSpec
@@ -71,8 +71,9 @@ def test_a_draft_that_ends_before_its_window_has_none(tmp_path: Path) -> None:
 
 def load(model: Path, shards: int) -> list[Any]:
     spec = GenericSpec.read(model)
-    cuts = [spec.layer_count * index // shards for index in range(shards + 1)]
-    return [GenericShard.load(spec, range(*piece), torch.float32, 160) for piece in pairwise(cuts)]
+    return [
+        GenericShard.load(spec, layers, torch.float32, 160) for layers in split_layers(spec.layer_count, [1] * shards)
+    ]
 
 
 def test_tokens_beyond_the_window(model: Path) -> None:

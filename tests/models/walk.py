@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import transformers
 
 from pipeinfer.core.ports import Batch, SampledToken
+from pipeinfer.placement.roles import split_layers
 from stages.checkpoint.checkpoint import Checkpoint
 from stages.checkpoint.spec import ModelSpec
 from stages.models.llama import LlamaShard
@@ -29,8 +29,7 @@ def load_shards(
     """The whole model in ``shards`` consecutive pieces, as even as they go."""
     spec, checkpoint = ModelSpec.read(directory), Checkpoint(directory)
     checkpoint.validate(spec)
-    cuts = [spec.layer_count * index // shards for index in range(shards + 1)]
-    pieces = [range(start, stop) for start, stop in pairwise(cuts)]
+    pieces = split_layers(spec.layer_count, [1] * shards)
     return [LlamaShard.load(spec, checkpoint, layers, dtype, capacity, device) for layers in pieces]
 
 
@@ -38,11 +37,10 @@ def make_batch(
     tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], seen: Sequence[set[int]]
 ) -> Batch:
     """Row r writes slot ``slots[r]`` and sees the slots ``seen[r]`` and its own."""
-    every = [own | {slot} for own, slot in zip(seen, slots, strict=True)]
-    visible = np.zeros((len(tokens), 1 + max(max(own) for own in every)), dtype=np.bool_)
-    for row, own in enumerate(every):
-        visible[row, sorted(own)] = True
-    return Batch(np.array(tokens), np.array(positions), np.array(slots), visible)
+    paths = [[*sorted(own - {slot}), slot] for own, slot in zip(seen, slots, strict=True)]
+    rows, nothing = (np.array(tokens), np.array(positions), np.array(slots)), np.zeros(len(tokens), np.int64)
+    ends = np.cumsum([len(path) for path in paths])
+    return Batch(*rows, (np.zeros((0, 2), np.int64),), nothing, nothing, np.concatenate(paths), ends)
 
 
 def compute(shards: Sequence[LlamaShard], batch: Batch) -> Any:

@@ -107,7 +107,7 @@ def test_a_job_that_hung_leaves_the_reason(tmp_path: Path) -> None:
     difference = replayed(guilty)[1].difference
     assert "stage 2 answers event " in difference
     # Whether the run was still wanted when it came, and so what ought to have followed, is a matter of timing.
-    followed = r" was None, is (Compute\(job=10, |Send\(.*flags=<Flag.TOMBSTONE.* run=10, )"
+    followed = r" was None, is (Compute\(job=10, |Send\(.*Result\(run=10, is_tombstone=True)"
     assert re.search(followed, difference), difference
 
 

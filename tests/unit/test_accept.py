@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from pipeinfer.core.protocol import fault_token
+from pipeinfer.core.messages import fault_token
 from speculation.trees.accept import accept
 from speculation.trees.tree import Node, Tree
 
@@ -16,12 +16,12 @@ def chain(*tokens: int) -> tuple[Tree, list[Node]]:
     return tree, nodes
 
 
-def judge(nodes: list[Node], *choices: int) -> None:
+def verify(nodes: list[Node], *choices: int) -> None:
     for node, choice in zip(nodes, choices, strict=False):
         node.choice = choice
 
 
-def test_nothing_is_accepted_before_the_root_is_judged() -> None:
+def test_nothing_is_accepted_before_the_root_is_verified() -> None:
     tree, nodes = chain(1, 2)
     nodes[1].choice = 2
     assert accept(tree, 9, frozenset()).accepted == []
@@ -30,7 +30,7 @@ def test_nothing_is_accepted_before_the_root_is_judged() -> None:
 
 def test_right_guesses_and_the_targets_own_token_are_accepted() -> None:
     tree, nodes = chain(1, 2)
-    judge(nodes, 1, 2, 3)
+    verify(nodes, 1, 2, 3)
     outcome = accept(tree, 9, frozenset())
     assert [node.token for node in outcome.accepted] == [1, 2, 3]
     assert outcome.accepted[:2] == nodes[1:]
@@ -41,7 +41,7 @@ def test_right_guesses_and_the_targets_own_token_are_accepted() -> None:
 
 def test_a_wrong_guess_dies_with_all_below_it() -> None:
     tree, nodes = chain(1, 2, 3)
-    judge(nodes, 1, 9, 3, 4)
+    verify(nodes, 1, 9, 3, 4)
     outcome = accept(tree, 9, frozenset())
     assert [node.token for node in outcome.accepted] == [1, 9]
     assert outcome.died == nodes[2:]
@@ -50,7 +50,7 @@ def test_a_wrong_guess_dies_with_all_below_it() -> None:
 def test_a_sibling_that_is_right_survives() -> None:
     tree, nodes = chain(1, 2)
     sibling = tree.add(tree.root, 5, -3.0)
-    judge(nodes, 5)
+    verify(nodes, 5)
     outcome = accept(tree, 9, frozenset())
     assert outcome.accepted == [sibling]
     assert outcome.died == nodes[1:]
@@ -58,14 +58,14 @@ def test_a_sibling_that_is_right_survives() -> None:
 
 def test_no_more_than_most() -> None:
     tree, nodes = chain(1, 2)
-    judge(nodes, 1, 2, 3)
+    verify(nodes, 1, 2, 3)
     assert [node.token for node in accept(tree, 2, frozenset()).accepted] == [1, 2]
     assert [node.token for node in accept(tree, 0, frozenset()).accepted] == []
 
 
 def test_a_stop_token_is_the_last_one_accepted() -> None:
     tree, nodes = chain(1, 2)
-    judge(nodes, 1, 2, 3)
+    verify(nodes, 1, 2, 3)
     outcome = accept(tree, 9, frozenset({1, 3}))
     assert [node.token for node in outcome.accepted] == [1]
     assert outcome.stopped
@@ -73,7 +73,7 @@ def test_a_stop_token_is_the_last_one_accepted() -> None:
 
 def test_the_walk_ends_at_an_accepted_row_whose_numbers_are_not_finite() -> None:
     tree, nodes = chain(1, 2)
-    judge(nodes, 1, fault_token(4), 3)
+    verify(nodes, 1, fault_token(4), 3)
     verified = list[Node]()
     outcome = accept(tree, 9, frozenset(), verified.append)
     assert ([node.token for node in outcome.accepted], outcome.fault, verified) == ([1], 4, nodes[:1])
@@ -81,6 +81,6 @@ def test_the_walk_ends_at_an_accepted_row_whose_numbers_are_not_finite() -> None
 
 def test_a_faulty_guess_that_is_not_accepted_is_a_wrong_guess() -> None:
     tree, nodes = chain(1)
-    judge(nodes, 7, fault_token(0))
+    verify(nodes, 7, fault_token(0))
     outcome = accept(tree, 9, frozenset())
     assert ([node.token for node in outcome.accepted], outcome.fault) == ([7], None)

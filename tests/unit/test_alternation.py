@@ -48,35 +48,35 @@ def path(tree: Tree) -> list[Node]:
     return found
 
 
-def drafted(turns: Alternation, tree: Tree, now: float, curve: CostCurve = FLAT, pass_s: float = PASS_S) -> int:
+def drafted(alternation: Alternation, tree: Tree, now: float, curve: CostCurve = FLAT, pass_s: float = PASS_S) -> int:
     """How many passes the draft makes before a run leaves."""
     passes = 0
     while True:
-        turns.look(tree, now)
-        assert not turns.is_on(now)
-        if not turns.instead(Offer(tree, path(tree), curve, 32, MORE_LEAVES, now)):
+        alternation.look(tree, now)
+        assert not alternation.is_on(now)
+        if not alternation.instead(Offer(tree, path(tree), curve, 32, MORE_LEAVES, now)):
             return passes
-        assert turns.is_on(now), "its turn has begun"
+        assert alternation.is_on(now), "its turn has begun"
         hang(path(tree)[-1], tree)
         passes, now = passes + 1, now + pass_s
-        turns.drafted()
+        alternation.drafted()
 
 
 def taught(rng: random.Random, pass_s: float = PASS_S) -> tuple[Alternation, Tree, float]:
     """An alternation that has seen a thousand tokens of which the draft knew four in five, at a new root."""
-    turns, tree, now = Alternation(), Tree(0, 0, 1000), 0.0
+    alternation, tree, now = Alternation(), Tree(0, 0, 1000), 0.0
     while tree.root.position < 1000:
-        drafted(turns, tree, now, pass_s=pass_s)
+        drafted(alternation, tree, now, pass_s=pass_s)
         is_over = False
-        while not is_over:  # the target judges them
+        while not is_over:  # the target verifies them
             is_over = not tree.root.children
             tree.take(tree.root)
             tree.advance(0 if rng.random() < GUESSED else 9)
             is_over |= tree.root.token == 9
         now += 10.0
     tree.prune()
-    turns.look(tree, now)
-    return turns, tree, now
+    alternation.look(tree, now)
+    return alternation, tree, now
 
 
 @pytest.mark.parametrize("pass_s", [0.01, 0.03, 0.1, 0.3, 0.5])
@@ -84,37 +84,37 @@ def test_it_drafts_about_as_deep_as_gives_most_tokens_per_second(pass_s: float) 
     def rate(levels: int) -> float:
         return (1 - GUESSED ** (levels + 1)) / (1 - GUESSED) / (1 + levels * pass_s)
 
-    turns, tree, now = taught(random.Random(3), pass_s)
-    levels = drafted(turns, tree, now, pass_s=pass_s)
+    alternation, tree, now = taught(random.Random(3), pass_s)
+    levels = drafted(alternation, tree, now, pass_s=pass_s)
     assert rate(levels) > 0.97 * max(map(rate, range(32))), levels
 
 
 def test_it_looks_beyond_a_step_of_the_cost_curve() -> None:
     """Two rows cost nearly twice as much as one, eight hardly more: one guess is not worth it, a few are."""
-    turns, tree, now = taught(random.Random(4))
+    alternation, tree, now = taught(random.Random(4))
     step = curve_of((1, 1.0), (2, 1.9), (4, 1.9), (8, 1.9), (16, 2.0))
-    assert drafted(turns, tree, now, step) > 3
+    assert drafted(alternation, tree, now, step) > 3
 
 
 def test_a_draft_that_has_nothing_to_say_is_not_asked_again_before_the_root_has_moved() -> None:
-    turns, tree, now = taught(random.Random(5))
-    assert turns.instead(Offer(tree, [tree.root], FLAT, 32, MORE_LEAVES, now))
-    turns.drafted()
-    turns.look(tree, now)
-    assert not turns.is_on(now)
-    assert not turns.instead(Offer(tree, [tree.root], FLAT, 32, MORE_LEAVES, now))
+    alternation, tree, now = taught(random.Random(5))
+    assert alternation.instead(Offer(tree, [tree.root], FLAT, 32, MORE_LEAVES, now))
+    alternation.drafted()
+    alternation.look(tree, now)
+    assert not alternation.is_on(now)
+    assert not alternation.instead(Offer(tree, [tree.root], FLAT, 32, MORE_LEAVES, now))
     tree.take(tree.root)
     tree.advance(9)
-    turns.look(tree, now)
-    assert not turns.is_on(now)
-    assert turns.instead(Offer(tree, [tree.root], FLAT, 32, MORE_LEAVES, now))
+    alternation.look(tree, now)
+    assert not alternation.is_on(now)
+    assert alternation.instead(Offer(tree, [tree.root], FLAT, 32, MORE_LEAVES, now))
 
 
 def test_a_draft_that_was_too_slow_is_measured_again() -> None:
-    turns, tree, now = taught(random.Random(6), pass_s=5.0)
+    alternation, tree, now = taught(random.Random(6), pass_s=5.0)
     waits = []
     for _ in range(3 * PATIENCE):
-        waits.append(drafted(turns, tree, now, pass_s=PASS_S if len(waits) > 70 else 5.0))
+        waits.append(drafted(alternation, tree, now, pass_s=PASS_S if len(waits) > 70 else 5.0))
         tree.take(tree.root)
         tree.advance(9)
         tree.prune()
@@ -124,20 +124,20 @@ def test_a_draft_that_was_too_slow_is_measured_again() -> None:
 
 
 def test_while_nobody_knows_what_a_run_costs_the_target_goes_first() -> None:
-    turns, tree = Alternation(), Tree(0, 0, 100)
-    turns.look(tree, 0.0)
-    assert not turns.instead(Offer(tree, [tree.root], CostCurve(), 32, MORE_LEAVES, 0.0))
-    assert turns.instead(Offer(tree, [tree.root], FLAT, 32, MORE_LEAVES, 0.0))
+    alternation, tree = Alternation(), Tree(0, 0, 100)
+    alternation.look(tree, 0.0)
+    assert not alternation.instead(Offer(tree, [tree.root], CostCurve(), 32, MORE_LEAVES, 0.0))
+    assert alternation.instead(Offer(tree, [tree.root], FLAT, 32, MORE_LEAVES, 0.0))
 
 
 def test_what_was_looked_up_is_no_reason_not_to_draft_but_what_the_draft_has_seen_is() -> None:
-    turns, tree, now = taught(random.Random(7))
+    alternation, tree, now = taught(random.Random(7))
     looked_up = tree.add(tree.root, 5, math.log(0.1))
     assert looked_up is not None
-    assert turns.instead(Offer(tree, [tree.root], FLAT, 32, MORE_LEAVES, now))
-    turns, tree, now = taught(random.Random(7))
+    assert alternation.instead(Offer(tree, [tree.root], FLAT, 32, MORE_LEAVES, now))
+    alternation, tree, now = taught(random.Random(7))
     tree.root.is_drafted = True
-    assert not turns.instead(Offer(tree, [tree.root], FLAT, 32, MORE_LEAVES, now))
+    assert not alternation.instead(Offer(tree, [tree.root], FLAT, 32, MORE_LEAVES, now))
 
 
 def test_the_schedule_orders_single_passes_and_waits_for_each() -> None:
@@ -180,9 +180,10 @@ def test_one_rank_gains_about_as_much_as_a_tree_of_the_best_size(
     speed = decoded(CONTINUOUS, draft_s, top1, row_cost)
     assert speed > least * decoded(PLAIN, draft_s, top1, row_cost)
     if draft_s < 1.0:
-        sizes = [(levels, rows) for levels in (1, 2, 4, 8) for rows in (4, 8, 32)]
+        sizes = [(num_steps, rows) for num_steps in (1, 2, 4, 8) for rows in (4, 8, 32)]
         tree = Policy("tree", schedule="rounds", topk=8, draft_batch=16, max_ahead=512, cancel="off")
         best = max(
-            decoded(replace(tree, num_steps=levels, max_rows=rows), draft_s, top1, row_cost) for levels, rows in sizes
+            decoded(replace(tree, num_steps=num_steps, max_rows=rows), draft_s, top1, row_cost)
+            for num_steps, rows in sizes
         )
         assert speed > 0.85 * best, (speed, best)

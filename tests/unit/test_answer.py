@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch.requests import Hear, RequestOutput
+from launch.requests import OnOutput, RequestOutput
 from pipeinfer.core.errors import NotFiniteError, StallError
 from pipeinfer.core.ports import Request, RequestStats
 from pipeinfer.engine.answer import Completion, Handle
@@ -32,19 +32,19 @@ class Scripted:
     traffic = (0, 0)
 
     def __init__(self) -> None:
-        self.tell: Hear
+        self.deliver: OnOutput
         self.cancelled: list[int] = []
 
-    def submit(self, request: Request, hear: Hear) -> int:
-        self.tell = hear
-        hear(RequestOutput(1.0, number=7))
+    def submit(self, request: Request, on_output: OnOutput) -> int:
+        self.deliver = on_output
+        on_output(RequestOutput(1.0, number=7))
         return 7
 
     def cancel(self, number: int) -> None:
         self.cancelled.append(number)
 
-    def wait(self, news: threading.Condition, ready: Callable[[], bool], timeout_s: float | None = None) -> bool:
-        return news.wait_for(ready, timeout_s)
+    def wait(self, changed: threading.Condition, ready: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        return changed.wait_for(ready, timeout_s)
 
     def close(self) -> None: ...
 
@@ -71,7 +71,7 @@ class Letters:
         return ""
 
 
-def news(text: str, at_s: float = 2.0, **more: Any) -> RequestOutput:
+def output(text: str, at_s: float = 2.0, **more: Any) -> RequestOutput:
     return RequestOutput(at_s, tuple(map(ord, text)), logps=tuple(-1.0 for _ in text), number=7, **more)
 
 
@@ -82,9 +82,9 @@ def opened() -> tuple[Scripted, Handle]:
 
 def test_pieces_and_the_whole() -> None:
     job, handle = opened()
-    job.tell(news("ab"))
-    job.tell(news("c", 3.0))
-    job.tell(news("", 4.0, reason="length", stats=RequestStats()))
+    job.deliver(output("ab"))
+    job.deliver(output("c", 3.0))
+    job.deliver(output("", 4.0, reason="length", stats=RequestStats()))
     assert list(handle) == ["ab", "c"]
     assert list(handle) == []
     answer = handle.result()
@@ -95,19 +95,19 @@ def test_pieces_and_the_whole() -> None:
 
 def test_a_stop_string_cancels_the_rest_at_once() -> None:
     job, handle = opened()
-    job.tell(news("abZcd"))
+    job.deliver(output("abZcd"))
     assert job.cancelled == [7]
-    job.tell(news("ef"))
-    job.tell(news("", reason="aborted", stats=RequestStats()))
+    job.deliver(output("ef"))
+    job.deliver(output("", reason="aborted", stats=RequestStats()))
     assert (handle.result().text, handle.result().finish_reason) == ("ab", "stop")
     assert len(handle.completion.tokens) == 3
 
 
 def test_a_cancelled_answer_says_so() -> None:
     job, handle = opened()
-    job.tell(news("ab"))
+    job.deliver(output("ab"))
     handle.cancel()
-    job.tell(news("", reason="aborted", stats=RequestStats()))
+    job.deliver(output("", reason="aborted", stats=RequestStats()))
     assert job.cancelled == [7]
     assert (handle.result().text, handle.result().finish_reason) == ("ab", "cancelled")
 
@@ -118,8 +118,8 @@ def test_a_cancelled_answer_says_so() -> None:
 )
 def test_numbers_that_are_not_finite_end_the_answer_and_name_the_place(fault: int, said: str) -> None:
     job, handle = opened()
-    job.tell(news("ab"))
-    job.tell(news("", reason="error", fault=fault, stats=RequestStats()))
+    job.deliver(output("ab"))
+    job.deliver(output("", reason="error", fault=fault, stats=RequestStats()))
     with pytest.raises(NotFiniteError) as raised:
         handle.result()
     assert said in str(raised.value)
@@ -130,8 +130,8 @@ def test_numbers_that_are_not_finite_end_the_answer_and_name_the_place(fault: in
 
 def test_a_job_that_breaks_ends_the_answer_with_what_there_is() -> None:
     job, handle = opened()
-    job.tell(news("ab"))
-    job.tell(RequestOutput(3.0, number=7, reason="error", error=StallError("nothing moves")))
+    job.deliver(output("ab"))
+    job.deliver(RequestOutput(3.0, number=7, reason="error", error=StallError("nothing moves")))
     pieces = iter(handle)
     assert next(pieces) == "ab"
     with pytest.raises(StallError):
@@ -142,18 +142,18 @@ def test_a_job_that_breaks_ends_the_answer_with_what_there_is() -> None:
 
 def test_what_only_this_answer_cannot_read_ends_it_alone() -> None:
     job, handle = opened()
-    job.tell(news("a!"))
+    job.deliver(output("a!"))
     assert job.cancelled == [7]
     with pytest.raises(ValueError, match="no such letter"):
         handle.result()
-    job.tell(news("", reason="aborted", stats=RequestStats()))  # late, and of no interest
+    job.deliver(output("", reason="aborted", stats=RequestStats()))  # late, and of no interest
 
 
 def test_an_interrupted_answer_is_what_there_was() -> None:
     job, handle = opened()
-    job.tell(news("ab"))
+    job.deliver(output("ab"))
     handle.interrupt(KeyboardInterrupt())
-    job.tell(news("cd"))
+    job.deliver(output("cd"))
     assert (handle.completion.text, handle.completion.error) == ("ab", "KeyboardInterrupt")
 
 
@@ -173,14 +173,14 @@ def test_asyncio_takes_answers_side_by_side() -> None:
         taking = [asyncio.ensure_future(take(handle)) for _, handle in opened_ones[:2]]
         whole = asyncio.ensure_future(_whole(opened_ones[2][1]))
 
-        def tell() -> None:
+        def deliver() -> None:
             for piece in "ab":
                 for job, _ in opened_ones:
-                    job.tell(news(piece))
+                    job.deliver(output(piece))
             for job, _ in opened_ones:
-                job.tell(news("", reason="length", stats=RequestStats()))
+                job.deliver(output("", reason="length", stats=RequestStats()))
 
-        await asyncio.to_thread(tell)
+        await asyncio.to_thread(deliver)
         return [*await asyncio.gather(*taking), await whole]
 
     *pieces, whole = asyncio.run(asyncio.wait_for(main(), 300))

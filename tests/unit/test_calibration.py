@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeinfer.core.errors import RemoteProtocolError
-from pipeinfer.core.protocol import SettingRow
+from pipeinfer.core.messages import Calibrate, Message
+from pipeinfer.core.wire import decode, encode
 from speculation.trees.calibration import (
     LEAST_LOGP,
     MOST,
@@ -251,10 +252,14 @@ def test_what_was_learnt_before_is_the_prior() -> None:
     assert believed(copy, 0, 0.8) == pytest.approx(known, abs=0.1)
 
 
-def test_rows_tell_all_of_the_map() -> None:
+def test_a_message_tells_all_of_the_map() -> None:
     calibration = taught(softmax(2.0, 100))
-    copy = Calibration.of(calibration.rows())
-    assert copy == calibration
+    message = calibration.message()
+    assert (message.revision, message.outcomes) == (calibration.revision, calibration.outcomes)
+    assert (message.slope, list(message.offsets)) == (calibration.slope, calibration.offsets)
+    body = decode(encode(Message(0, 0x8000, message))).body
+    assert isinstance(body, Calibrate)
+    assert Calibration.of(message) == Calibration.of(body) == calibration
 
 
 @pytest.mark.parametrize(
@@ -272,11 +277,17 @@ def test_unsound_words_are_refused(wrong: dict[str, Any]) -> None:
         Calibration.from_words({"offsets": [0.0]})
 
 
-def test_unsound_rows_are_a_peers_fault() -> None:
-    sound = list(Calibration().rows())
-    for wrong in ([], sound[:1], sound[1:], sound[::-1], [*sound[:-1], SettingRow(RANKS, 0, 0, math.nan)]):
-        with pytest.raises(RemoteProtocolError, match="calibration"):
-            Calibration.of(wrong)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"offsets": ()}, {"offsets": (0.0, math.nan)}, {"offsets": (math.inf,)}, {"slope": 0.0}, {"slope": math.nan},
+        {"revision": -1}, {"outcomes": -1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_unsound_message_is_a_peers_fault(wrong: dict[str, Any]) -> None:
+    with pytest.raises(RemoteProtocolError, match="calibration"):
+        Calibration.of(Calibration().message()._replace(**wrong))
 
 
 def test_it_is_little_work() -> None:

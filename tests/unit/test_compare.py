@@ -13,7 +13,7 @@ def noisy(middle: float, count: int, seed: int) -> list[float]:
 
 
 def words(old: dict[str, list[float]], new: dict[str, list[float]]) -> list[str]:
-    return [verdict.word for verdict in compare(old, new).values()]
+    return [verdict.label for verdict in compare(old, new).values()]
 
 
 def test_a_tenth_faster_or_slower_is_seen() -> None:
@@ -28,7 +28,7 @@ def test_a_tenth_faster_or_slower_is_seen() -> None:
 def test_equal_noise_is_hardly_ever_called_a_difference() -> None:
     old = {str(seed): noisy(100, 10, seed) for seed in range(200)}
     new = {str(seed): noisy(100, 10, 1000 + seed) for seed in range(200)}
-    assert sum(word != "no difference shown" for word in words(old, new)) <= 2
+    assert sum(label != "no difference shown" for label in words(old, new)) <= 2
 
 
 def test_three_samples_prove_nothing() -> None:

@@ -7,60 +7,61 @@ from typing import Any
 
 import pytest
 
-from pipeinfer.core.ports import Abandon, Command, Compute, Computed, Received, Sampling, Send
-from pipeinfer.core.protocol import (
-    FIRST_DRAFTER,
-    ORCHESTRATOR,
-    DraftRow,
-    Edges,
-    Flag,
-    Kind,
-    Message,
-    SettingRow,
-    accepted_name,
-)
+from pipeinfer.core.addresses import FIRST_DRAFTER, ORCHESTRATOR
+from pipeinfer.core.edges import Edges
+from pipeinfer.core.errors import RemoteProtocolError
+from pipeinfer.core.messages import Advance, Body, Close, DraftOrder, Nodes, Prompt, Run, accepted_name
+from pipeinfer.core.ports import GREEDY, Abandon, Command, Compute, Computed, Received, Sampling, Send
+from pipeinfer.core.slots import attended, visible_slots
 from speculation.drafter.machine import MOST_FAULTY, Drafter
 from speculation.schedules.policy import Policy
+from speculation.trees.tree import Tree
 
+FIRST, SECOND = 4, 5
+"""Sequences."""
 PROMPT = (1, 2, 3)
 ROOT = accepted_name(3)
 """What everybody calls the first accepted token."""
 
 
 class Told:
-    """A drafter whose prompt is through, and what it is told; the first token, 7, has been accepted."""
+    """A drafter whose prompt is through, and what it is told; the first token, 7, has been accepted.
 
-    def __init__(self, **knobs: Any) -> None:
+    Where no ``sequence`` is named, all is said about the first one."""
+
+    def __init__(self, sampling: Sampling = GREEDY, **knobs: Any) -> None:
         positions = knobs.pop("positions", 0)
         settings: dict[str, Any] = {"schedule": "pipeinfer", "max_rows": 3, "max_ahead": 9} | knobs
         self.drafter = Drafter(FIRST_DRAFTER, Policy("test", **settings), 64, positions=positions)
         self._edges = Edges(ORCHESTRATOR)
         self.busy = 0
-        rows = tuple(DraftRow(token, 0, 0, 0.0) for token in PROMPT)
-        self.say(Kind.PROMPT, rows, Flag.LAST, run=20)
+        self.begin(FIRST, PROMPT, sampling)
         if self.busy:  # else the prompt is longer than what the model was made for
             self.computed([(9, 0.9)])
         assert self.accept(7) == [], "it waits for its order"
 
-    def say(self, kind: Kind, rows: tuple[Any, ...] = (), flags: Flag = Flag.NONE, run: int = 0) -> list[Command]:
-        txn = self._edges.stamp(FIRST_DRAFTER)
-        message = Message(kind, ORCHESTRATOR, FIRST_DRAFTER, flags, 1, txn=txn, run=run, rows=rows)
+    def begin(self, sequence: int, prompt: tuple[int, ...], sampling: Sampling = GREEDY) -> list[Command]:
+        assert self.say(sampling.settings(sequence)) == []
+        return self.say(Prompt(sequence, 20, True, prompt))
+
+    def say(self, body: Body) -> list[Command]:
+        message = self._edges.message(FIRST_DRAFTER, body)
         return self._follow(self.drafter.handle(Received(message), 0.0))
 
     def _follow(self, commands: list[Command]) -> list[Command]:
         self.busy = next((command.job for command in commands if isinstance(command, Compute)), self.busy)
         return commands
 
-    def order(self, passes: int, cutoff: float = 0.0, restart: bool = False) -> list[Command]:
-        flags = Flag.RESTART if restart else Flag.NONE
-        return self.say(Kind.ORDER, (SettingRow(0, passes, 0, cutoff),), flags)
+    def order(self, passes: int, cutoff: float = 0.0, restart: bool = False, sequence: int = FIRST) -> list[Command]:
+        return self.say(DraftOrder(sequence, restart, passes, cutoff=cutoff))
 
-    def accept(self, *tokens: int, flags: Flag = Flag.NONE) -> list[Command]:
-        tree = self.drafter._tree
+    def tree(self, sequence: int = FIRST) -> Tree:
+        tree = self.drafter._sequences[sequence].tree
         assert tree is not None
-        first = tree.root.position + 1
-        rows = tuple(DraftRow(token, accepted_name(first + index), 0, 0.0) for index, token in enumerate(tokens))
-        return self.say(Kind.ADVANCE, rows, flags)
+        return tree
+
+    def accept(self, *tokens: int, sequence: int = FIRST) -> list[Command]:
+        return self.say(Advance(sequence, self.tree(sequence).root.position + 1, False, tokens))
 
     def computed(self, *choices: list[tuple[int, float]], faulty: tuple[int, ...] = ()) -> list[Command]:
         """The pass ends; for each of its nodes the choices with their probabilities. ``faulty``: rows of it."""
@@ -74,14 +75,16 @@ def compute_of(commands: list[Command]) -> Compute:
     return found
 
 
+def said(commands: list[Command]) -> list[Nodes]:
+    """The Nodes messages. No other message leaves."""
+    found = [command.message.body for command in commands if isinstance(command, Send)]
+    assert all(isinstance(body, Nodes) for body in found)
+    return [body for body in found if isinstance(body, Nodes)]
+
+
 def nodes(commands: list[Command]) -> list[tuple[list[tuple[int, int]], bool]]:
-    """The NODES messages: (token, parent's name) of each node, and whether the order is done."""
-    found = [command.message for command in commands if isinstance(command, Send)]
-    assert all(message.kind is Kind.NODES for message in found)
-    return [
-        ([(row.token, row.parent) for row in message.rows_as(DraftRow)], bool(message.flags & Flag.LAST))
-        for message in found
-    ]
+    """Of each: (token, parent's name) of each node, and whether the order is done."""
+    return [([(row.token, row.parent) for row in body.nodes], body.ends_order) for body in said(commands)]
 
 
 def evaluated(commands: list[Command]) -> list[int]:
@@ -143,11 +146,10 @@ def test_to_begin_again_is_to_forget_and_to_look_at_the_newest_token_once_more()
     told.computed([(5, 0.9)])
     command = compute_of(told.order(2, restart=True))
     assert command.batch.tokens.tolist() == [7]
-    assert command.batch.visible[0].sum() == 4, "the prompt and itself, in a slot of its own"
+    assert visible_slots(command.batch)[0].sum() == 4, "the prompt and itself, in a slot of its own"
     commands = told.computed([(4, 0.9)])
     assert nodes(commands) == [([(4, ROOT)], False)]
-    assert told.drafter._tree is not None
-    assert told.drafter._tree.size == 2
+    assert told.tree().size == 2
     assert evaluated(commands) == [4]
 
 
@@ -188,13 +190,13 @@ def test_an_order_after_the_last_position_of_use_is_done_at_once(passes: int) ->
 def test_the_end_of_the_request_ends_the_order() -> None:
     told = Told()
     told.order(2)
-    assert told.say(Kind.CLOSE) == [Abandon(told.busy)]
+    assert told.say(Close(FIRST)) == [Abandon(told.busy)]
     assert told.computed([(4, 0.9)]) == []
 
 
 def test_guesses_are_drawn_as_the_target_will_draw() -> None:
-    told, sampling = Told(), Sampling(0.5, seed=1 << 50)
-    told.say(Kind.REQUEST, sampling.rows())
+    sampling = Sampling(0.5, seed=1 << 50)
+    told = Told(sampling)
     draw = compute_of(told.order(1)).draw
     assert draw is not None
     assert (draw.sampling, draw.positions.tolist(), draw.is_guess) == (sampling, [4], True)
@@ -246,3 +248,77 @@ def test_a_prompt_longer_than_the_draft_is_not_read() -> None:
     assert nodes(told.order(5)) == [([], True)]
     assert told.accept(5, 6) == []
     assert nodes(told.order(1, restart=True)) == [([], True)]
+
+
+# Sequences.
+
+
+def test_two_sequences_are_served_in_the_order_in_which_they_began() -> None:
+    """The later one has its turn while the first one waits for orders; a new order of the first one comes first."""
+    told, sampling = Told(), Sampling(0.5, seed=3)
+    told.order(1)
+    assert told.begin(SECOND, (8, 9), sampling) == [], "a pass is under way"
+    assert told.order(2, sequence=SECOND) == []
+    command = compute_of(first := told.computed([(4, 0.9)]))
+    assert [(body.sequence, body.root, body.ends_order) for body in said(first)] == [(FIRST, 3, True)]
+    assert command.batch.tokens.tolist() == [8, 9], "its own prompt"
+    assert command.batch.positions.tolist() == [0, 1]
+    assert command.draw is not None
+    assert (command.draw.sampling, command.draw.positions.tolist()) == (sampling, [2])
+    assert told.order(1) == [], "a pass is under way"
+    commands = told.computed([(6, 0.9)])
+    assert [(body.sequence, body.root, body.ends_order) for body in said(commands)] == [(SECOND, 1, False)]
+    assert compute_of(commands).batch.tokens.tolist() == [4], "the first sequence has an order again"
+    commands = told.computed([(5, 0.9)])
+    assert [(body.sequence, body.ends_order) for body in said(commands)] == [(FIRST, True)]
+    assert compute_of(commands).batch.tokens.tolist() == [6]
+
+
+def test_a_sequence_attends_to_nothing_of_another_one() -> None:
+    told = Told()
+    told.order(1)
+    told.begin(SECOND, (8, 9))
+    told.order(1, sequence=SECOND)
+    first = set(attended(compute_of(told.computed([(4, 0.9)])).batch, 1).tolist())
+    told.order(1)
+    both = compute_of(told.computed([(6, 0.9)])).batch
+    assert len(first) == 2
+    assert len(attended(both, 0)) == 5, "three of its prompt, 7 and 4"
+    assert not first & set(attended(both, 0).tolist())
+
+
+def test_the_end_of_a_sequence_frees_its_slots_and_leaves_the_other_one_alone() -> None:
+    told = Told()
+    told.order(1)
+    told.begin(SECOND, (8, 9))
+    told.order(1, sequence=SECOND)
+    for token in (4, 6, 3):
+        told.computed([(token, 0.9)])
+    allocator = told.drafter._allocator
+    assert (allocator.length(FIRST), allocator.length(SECOND)) == (4, 2)
+    free, leased, canonical = allocator.counts()
+    assert told.say(Close(FIRST)) == []
+    assert allocator.counts() == (free + 4, leased, canonical - 4)
+    allocator.check()
+    assert told.accept(6, sequence=SECOND) == []
+    command = compute_of(told.order(1, sequence=SECOND))
+    assert (command.batch.tokens.tolist(), command.batch.positions.tolist()) == ([3], [3])
+    assert told.drafter._table.counts()[1:] == (1, 3), "the operations reached the shard's table"
+    with pytest.raises(RemoteProtocolError, match="before the sequence began"):
+        told.order(1)
+
+
+def test_the_end_of_a_sequence_gives_up_its_pass_and_the_next_one_has_its_turn() -> None:
+    told = Told()
+    told.order(2)
+    told.begin(SECOND, (8, 9))
+    told.order(1, sequence=SECOND)
+    assert told.say(Close(FIRST)) == [Abandon(told.busy)]
+    commands = told.drafter.handle(Computed(told.busy), 0.0)
+    assert said(commands) == []
+    assert compute_of(commands).batch.tokens.tolist() == [8, 9]
+
+
+def test_a_foreign_message_is_refused() -> None:
+    with pytest.raises(RemoteProtocolError, match="drafter 0 got Run"):
+        Told().say(Run(1))

@@ -7,21 +7,19 @@ import numpy as np
 import pytest
 
 from pipeinfer.core.ports import GREEDY, Batch, Sampling, SamplingInputs
+from pipeinfer.core.slots import batch_in_order
 from stages.models.emulated import EmulatedShard, EmulatedSpec, finish, mix, plain_tokens, spread
 
 SPEC = EmulatedSpec(layers=4, vocab=1000, seed=5)
 
 
 def prompt_batch(tokens: list[int]) -> Batch:
-    count = len(tokens)
-    here = np.arange(count)
-    return Batch(np.array(tokens), here, here, np.tril(np.ones((count, count), np.bool_)))
+    return batch_in_order(tokens)
 
 
 def one(token: int, position: int, slot: int, sees: list[int]) -> Batch:
-    visible = np.zeros((1, max(*sees, slot) + 1), np.bool_)
-    visible[0, [*sees, slot]] = True
-    return Batch(np.array([token]), np.array([position]), np.array([slot]), visible)
+    here, path = (np.array([token]), np.array([position]), np.array([slot])), np.array([*sees, slot])
+    return Batch(*here, (np.zeros((0, 2), np.int64),), np.array([0]), np.array([0]), path, np.array([len(path)]))
 
 
 def prompted(spec: EmulatedSpec = SPEC) -> EmulatedShard:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pipeinfer.core.errors import LocalProtocolError
+from pipeinfer.core.messages import Credit, Message
 from pipeinfer.core.ports import (
     Abandon,
     Batch,
@@ -28,7 +29,7 @@ from pipeinfer.core.ports import (
     Wake,
     Woke,
 )
-from pipeinfer.core.protocol import Kind, Message
+from pipeinfer.core.slots import batch_in_order
 from pipeinfer.runtime.executor import Executor
 
 
@@ -89,12 +90,11 @@ class Outside:
 
 
 def batch(rows: int = 2) -> Batch:
-    ones = np.ones(rows, np.int64)
-    return Batch(ones, ones, ones, np.ones((rows, 1), np.bool_))
+    return batch_in_order([1] * rows)
 
 
 def word(source: int, dest: int) -> Send:
-    return Send(Message(Kind.CREDIT, source, dest))
+    return Send(Message(source, dest, Credit(1)))
 
 
 def test_a_computation_rests_between_layers_and_reports_its_end() -> None:
@@ -213,7 +213,7 @@ def test_words_for_a_role_on_this_rank_stay_here_in_order() -> None:
     assert all(isinstance(event, Received) for event in second.heard)
 
 
-def test_news_goes_to_the_user() -> None:
+def test_outputs_go_to_the_user() -> None:
     outside = Outside()
     Executor([Script(0, [Emit((1, 2)), Finish("stop")])], {}, outside).deliver(0, Started(), 0.0)
     assert outside.told == [Emit((1, 2)), Finish("stop")]

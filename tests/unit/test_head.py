@@ -11,7 +11,7 @@ import pytest
 
 from launch.head import LocalJob
 from launch.job import Job
-from launch.requests import JobOver, RequestOutput
+from launch.requests import JobOver, OnOutput, RequestOutput
 from pipeinfer.core.config import Config
 from pipeinfer.core.errors import UserError
 from pipeinfer.core.ports import Batch, Request
@@ -24,14 +24,17 @@ HANG_S = 300.0
 
 
 class BreakingPair(EmulatedPair):
-    """Its target fails in its tenth pass."""
+    """Its target fails in its tenth pass, once ``may_fail`` is set."""
+
+    may_fail = threading.Event()
 
     def stage(self, layers: range, capacity: int) -> EmulatedShard:
-        passes = iter(range(10))
+        passes, may_fail = iter(range(10)), self.may_fail
 
         class Breaking(EmulatedShard):
             def forward(self, batch: Batch, hidden: Any) -> Generator[float, None, Any]:
                 if next(passes, None) is None:
+                    may_fail.wait(HANG_S)
                     raise RuntimeError("the tenth pass fails")
                 return super().forward(batch, hidden)
 
@@ -58,7 +61,7 @@ def expected(asked: Request) -> list[int]:
 
 
 def tokens(told: list[RequestOutput]) -> list[int]:
-    return [token for news in told for token in news.tokens]
+    return [token for output in told for token in output.tokens]
 
 
 @pytest.mark.parametrize("is_threaded", [True, False])
@@ -67,16 +70,18 @@ def test_requests_queue_in_order(is_threaded: bool) -> None:
     with opened(is_threaded) as job:
         told: dict[int, list[RequestOutput]] = {}
 
-        def hear(news: RequestOutput) -> None:
-            told.setdefault(news.number, []).append(news)
-            if news.is_last:
-                ended.append(news.number)
+        def on_output(output: RequestOutput) -> None:
+            told.setdefault(output.number, []).append(output)
+            if output.is_last:
+                ended.append(output.number)
 
-        asked = {job.submit(request(seed), hear): request(seed) for seed in range(6)}
+        asked = {job.submit(request(seed), on_output): request(seed) for seed in range(6)}
         last = job.decode(request(77))
         job.close()
     assert ended == list(asked)
-    assert {number: tokens(news) for number, news in told.items()} == {n: expected(one) for n, one in asked.items()}
+    assert {number: tokens(outputs) for number, outputs in told.items()} == {
+        n: expected(one) for n, one in asked.items()
+    }
     assert tokens(last) == expected(request(77))
     with pytest.raises(JobOver):
         job.submit(request(1), print)
@@ -117,11 +122,11 @@ def test_a_cancelled_request_ends_and_the_next_is_served() -> None:
     with opened() as job:
         ends: dict[int, str] = {}
 
-        def hear(news: RequestOutput) -> None:
-            if news.is_last:
-                ends[news.number] = news.reason
+        def on_output(output: RequestOutput) -> None:
+            if output.is_last:
+                ends[output.number] = output.reason
 
-        running, waiting = (job.submit(request(seed, 150), hear) for seed in (1, 2))
+        running, waiting = (job.submit(request(seed, 150), on_output) for seed in (1, 2))
         job.cancel(waiting)
         job.cancel(running)
         job.cancel(99)  # nobody's
@@ -130,7 +135,20 @@ def test_a_cancelled_request_ends_and_the_next_is_served() -> None:
 
 
 @pytest.mark.parametrize("is_threaded", [True, False])
-def test_a_job_that_breaks_ends_its_requests_and_takes_no_more(is_threaded: bool) -> None:
+def test_a_job_that_breaks_ends_its_requests_and_takes_no_more(
+    is_threaded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driving thread could reach the tenth pass before the second request was submitted, which then was refused."""
+    may_fail, submit = threading.Event(), LocalJob.submit
+
+    def submit_one(job: LocalJob, asked: Request, on_output: OnOutput) -> int:
+        number = submit(job, asked, on_output)
+        if number == 2:
+            may_fail.set()
+        return number
+
+    monkeypatch.setattr(BreakingPair, "may_fail", may_fail)
+    monkeypatch.setattr(LocalJob, "submit", submit_one)
     with opened(is_threaded, BreakingPair) as job:
         waiting: list[RequestOutput] = []
         job.submit(request(1, 150), waiting.append)

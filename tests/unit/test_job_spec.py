@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from pipeinfer.core.messages import Hello
 from pipeinfer.core.ports import Send, Started
 from pipeinfer.orchestrator.machine import Orchestrator
 from pipeinfer.runtime.job_spec import JobSpec
@@ -13,17 +14,17 @@ from speculation.drafter.machine import Drafter
 from speculation.schedules.policy import CONTINUOUS, PLAIN, Policy
 from stages.stage.machine import Stage
 
-CAST = JobSpec(2, 2, CONTINUOUS, 64, digest=7)
+SPEC = JobSpec(2, 2, CONTINUOUS, 64, digest=7)
 
 
-def test_everybody_is_cast() -> None:
-    kinds = [type(CAST.machine(address)) for address in CAST.addresses]
+def test_every_role_has_a_machine() -> None:
+    kinds = [type(SPEC.machine(address)) for address in SPEC.addresses]
     assert kinds == [Orchestrator, Stage, Stage, Drafter, Drafter]
-    assert [CAST.machine(address).address for address in CAST.addresses] == [0, 1, 2, 0x8000, 0x8001]
+    assert [SPEC.machine(address).address for address in SPEC.addresses] == [0, 1, 2, 0x8000, 0x8001]
 
 
 def test_numbers_make_the_same_cast() -> None:
-    for job_spec in (CAST, JobSpec(1, 0, PLAIN, 8, guess_slots=3, placement="alone")):
+    for job_spec in (SPEC, JobSpec(1, 0, PLAIN, 8, guess_slots=3, placement="alone")):
         assert JobSpec.of(json.loads(json.dumps(job_spec.numbers()))) == job_spec
 
 
@@ -38,14 +39,15 @@ def test_numbers_make_the_same_cast() -> None:
 )
 def test_what_is_no_cast(change: dict[str, object]) -> None:
     with pytest.raises((TypeError, ValueError)):
-        JobSpec.of(CAST.numbers() | change)
+        JobSpec.of(SPEC.numbers() | change)
 
 
 def test_the_digest_is_everybody_s() -> None:
-    for address in CAST.addresses[1:]:
-        (hello,) = CAST.machine(address).handle(Started(), 0.0)
+    for address in SPEC.addresses[1:]:
+        (hello,) = SPEC.machine(address).handle(Started(), 0.0)
         assert isinstance(hello, Send)
-        assert hello.message.run == 7
+        assert type(hello.message.body) is Hello
+        assert hello.message.body == Hello(7)
 
 
 def test_slots() -> None:
@@ -53,5 +55,6 @@ def test_slots() -> None:
     assert JobSpec(2, 1, policy, 64).slots == (64, 12)
     assert JobSpec(2, 1, policy, 64, guess_slots=5).slots == (64, 5)
     assert JobSpec(2, 1, policy, 64, guess_slots=50).slots == (64, 12)
+    assert JobSpec(2, 1, policy, 64, overlap=True).slots == (128, 12), "two requests may hold accepted tokens"
     assert JobSpec(2, 0, PLAIN, 64).slots == (64, 0)
     assert JobSpec(2, 1, policy, 64).window == 3

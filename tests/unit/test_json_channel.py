@@ -23,47 +23,47 @@ Ends = tuple[socket.socket, JsonChannel, JsonChannel]
 
 def test_what_is_said_is_heard(ends: Ends) -> None:
     _, one, other = ends
-    one.say({"text": "a\nb\N{SNOWMAN}", "nothing": None})
-    other.say({})
-    assert other.hear() == {"text": "a\nb\N{SNOWMAN}", "nothing": None}
-    assert one.hear() == {}
+    one.send({"text": "a\nb\N{SNOWMAN}", "nothing": None})
+    other.send({})
+    assert other.receive() == {"text": "a\nb\N{SNOWMAN}", "nothing": None}
+    assert one.receive() == {}
 
 
 def test_what_arrived_together_is_heard_even_if_something_is_said_in_between(ends: Ends) -> None:
     """A text file over the socket loses what it has read ahead when it writes: a request's end was lost like that."""
     _, one, other = ends
     for number in range(3):
-        one.say({"number": number})
+        one.send({"number": number})
     for number in range(3):
-        assert other.is_spoken_to
-        assert other.hear() == {"number": number}
-        other.say({"heard": number})
-    assert not other.is_spoken_to
+        assert other.is_readable
+        assert other.receive() == {"number": number}
+        other.send({"heard": number})
+    assert not other.is_readable
 
 
 def test_half_a_line_is_waited_for(ends: Ends) -> None:
     wire, _, other = ends
     wire.sendall(b'{"a": 1}\n{"b"')
-    assert other.hear() == {"a": 1}
-    assert not other.is_spoken_to
+    assert other.receive() == {"a": 1}
+    assert not other.is_readable
     wire.sendall(b": 2}\n")
-    assert other.hear() == {"b": 2}
+    assert other.receive() == {"b": 2}
 
 
 def test_the_end_is_something_to_hear(ends: Ends) -> None:
     wire, one, other = ends
-    one.say({"last": True})
+    one.send({"last": True})
     wire.sendall(b'{"never whole')
     wire.close()
-    assert other.hear() == {"last": True}
-    assert other.is_spoken_to
-    assert other.hear() is None
+    assert other.receive() == {"last": True}
+    assert other.is_readable
+    assert other.receive() is None
     with pytest.raises(ConnectionError):
-        other.say({})
+        other.send({})
 
 
 def test_an_end_that_left_without_listening_is_the_end_too(ends: Ends) -> None:
     wire, _, other = ends
-    other.say({"unheard": True})
+    other.send({"unheard": True})
     wire.close()
-    assert other.hear() is None
+    assert other.receive() is None

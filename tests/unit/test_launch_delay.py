@@ -27,12 +27,12 @@ def flat(stage_s: float) -> CostCurve:
     return curve
 
 
-def surprised(hold: LaunchDelay, tree: Tree, now: float) -> None:
+def surprised(delay: LaunchDelay, tree: Tree, now: float) -> None:
     """The target says what nobody guessed."""
     tree.take(tree.root)
     tree.advance(99)
-    hold.accepted(5)  # four of five tokens had been guessed
-    hold.look(tree, now)
+    delay.accepted(5)  # four of five tokens had been guessed
+    delay.look(tree, now)
 
 
 def hang(tree: Tree, parent: Node, probability: float = GUESSED) -> Node:
@@ -49,37 +49,37 @@ def path(tree: Tree) -> list[Node]:
     return found
 
 
-def wants(hold: LaunchDelay, tree: Tree, stage_s: float, now: float, rows: int = 32) -> bool:
-    return hold.instead(Offer(tree, path(tree), flat(stage_s), rows, 8, now)) is not None
+def wants(delay: LaunchDelay, tree: Tree, stage_s: float, now: float, rows: int = 32) -> bool:
+    return delay.instead(Offer(tree, path(tree), flat(stage_s), rows, 8, now)) is not None
 
 
 def taught() -> tuple[LaunchDelay, Tree]:
-    """A hold that has seen two hundred surprises, each with a level of drafts 0.1 s later."""
-    hold, tree = LaunchDelay(), Tree(0, 0, 1000)
-    for turn in range(200):
-        surprised(hold, tree, float(turn))
-        wants(hold, tree, 1.0, float(turn))
+    """A launch delay that has seen two hundred corrections, each with a level of drafts 0.1 s later."""
+    delay, tree = LaunchDelay(), Tree(0, 0, 1000)
+    for number in range(200):
+        surprised(delay, tree, float(number))
+        wants(delay, tree, 1.0, float(number))
         hang(tree, tree.root)
-        hold.look(tree, turn + PASS_S)
-    surprised(hold, tree, 1000.0)
-    return hold, tree
+        delay.look(tree, number + PASS_S)
+    surprised(delay, tree, 1000.0)
+    return delay, tree
 
 
 @pytest.mark.parametrize("stage_s", [0.05, 0.3, 0.5, 1.0, 2.0, 5.0])
 def test_the_levels_a_new_root_waits_for_are_those_of_least_expected_delay(stage_s: float) -> None:
-    hold, tree = taught()
+    delay, tree = taught()
 
-    def delay(levels: int) -> float:
+    def expected(levels: int) -> float:
         return levels * PASS_S + stage_s * GUESSED ** (levels + 1) / (1 - GUESSED ** (stage_s / PASS_S))
 
-    best = min(range(16), key=delay) if stage_s > PASS_S else 0
+    best = min(range(16), key=expected) if stage_s > PASS_S else 0
     waited, now = 0, 1000.0
-    while wants(hold, tree, stage_s, now):
+    while wants(delay, tree, stage_s, now):
         waited, now = waited + 1, now + PASS_S
         hang(tree, path(tree)[-1])
-        hold.look(tree, now)
+        delay.look(tree, now)
     assert abs(waited - best) <= 1, (waited, best)  # 0.1 s are not exactly that
-    assert abs(delay(waited) - delay(best)) < 0.02 * delay(best)
+    assert abs(expected(waited) - expected(best)) < 0.02 * expected(best)
 
 
 @pytest.mark.parametrize("passes", [1, 2, 5])
@@ -103,33 +103,33 @@ def test_a_run_waits_for_the_pass_under_way_where_the_delays_of_all_that_follows
         gain = late(0.0) - (late(wait_s) + here * wait_s)
         if abs(gain) < 1e-6:
             continue  # a tie
-        hold, tree = LaunchDelay(), Tree(0, 0, 100)
-        hold.look(tree, 0.0)
+        delay, tree = LaunchDelay(), Tree(0, 0, 100)
+        delay.look(tree, 0.0)
         hang(tree, tree.root)
-        hold.look(tree, PASS_S)  # a pass took that long, and the next is under way
+        delay.look(tree, PASS_S)  # a pass took that long, and the next is under way
         expected = here + first / (1 - GUESSED)
-        hold._tokens, hold._surprises = expected, 1.0
+        delay._tokens, delay._surprises = expected, 1.0
         leaf, other = (Node(token, tree.root, 0.0, 1) for token in (1, 2))
         other.children = {0: leaf}  # the draft has been there
         leaf.logp = math.log(first / (1 - 1 / expected))
         other.logp = math.log(here - math.exp(leaf.logp))
-        says = hold.instead(Offer(tree, [other, leaf], flat(stage_s), 32, 8, 2 * PASS_S - wait_s)) is not None
+        says = delay.instead(Offer(tree, [other, leaf], flat(stage_s), 32, 8, 2 * PASS_S - wait_s)) is not None
         assert says == (gain > 0), (wait_s, first, here, gain)
         said.append(says)
     assert 5 < sum(said) < len(said) - 5 > 30
 
 
 def test_it_waits_no_longer_than_promised_and_learns_from_silence() -> None:
-    hold, tree = taught()
-    assert wants(hold, tree, 1.0, 1000.0)
-    assert abs(hold._until - (1000.0 + GRACE * PASS_S)) < 0.01
-    assert not wants(hold, tree, 1.0, hold._until)
+    delay, tree = taught()
+    assert wants(delay, tree, 1.0, 1000.0)
+    assert abs(delay._until - (1000.0 + GRACE * PASS_S)) < 0.01
+    assert not wants(delay, tree, 1.0, delay._until)
     waited = []
-    for turn in range(20):  # the drafter has fallen silent
-        began = now = 2000.0 + 10 * turn
-        surprised(hold, tree, now)
-        while wants(hold, tree, 1.0, now):
-            now = hold._until
+    for number in range(20):  # the drafter has fallen silent
+        began = now = 2000.0 + 10 * number
+        surprised(delay, tree, now)
+        while wants(delay, tree, 1.0, now):
+            now = delay._until
         waited.append(now - began)
     assert waited[0] > PASS_S
     assert waited[-1] == 0.0, "it has given up waiting"
@@ -137,40 +137,40 @@ def test_it_waits_no_longer_than_promised_and_learns_from_silence() -> None:
 
 def test_where_rows_are_dear_it_waits_less() -> None:
     """A run of two that takes twice as long as one of one saves nothing."""
-    hold, tree = taught()
-    assert hold.instead(Offer(tree, path(tree), flat(1.0), 32, 8, 1000.0))
+    delay, tree = taught()
+    assert delay.instead(Offer(tree, path(tree), flat(1.0), 32, 8, 1000.0))
     dear = CostCurve()
     for rows in (1, 2, 4):
         dear.observe(rows, 1.0 * rows)
-    assert not hold.instead(Offer(tree, path(tree), dear, 32, 8, 1000.0))
+    assert not delay.instead(Offer(tree, path(tree), dear, 32, 8, 1000.0))
 
 
 def test_without_experience_or_without_a_gain_it_goes_at_once() -> None:
-    hold, tree = LaunchDelay(), Tree(0, 0, 10)
-    surprised(hold, tree, 0.0)
-    assert wants(hold, tree, 1.0, 0.0), "it knows nothing yet and tries"
-    assert hold._until == 0.5
-    assert not wants(hold, tree, 1.0, hold._until)
-    hold, tree = taught()
-    assert not wants(hold, tree, PASS_S / 2, 1000.0), "drafts are slower than stages"
-    assert not wants(hold, tree, 1.0, 1000.0, rows=1), "runs of one row"
-    assert not hold.instead(Offer(tree, path(tree), CostCurve(), 32, 8, 1000.0)), "nobody knows what a run costs"
+    delay, tree = LaunchDelay(), Tree(0, 0, 10)
+    surprised(delay, tree, 0.0)
+    assert wants(delay, tree, 1.0, 0.0), "it knows nothing yet and tries"
+    assert delay._until == 0.5
+    assert not wants(delay, tree, 1.0, delay._until)
+    delay, tree = taught()
+    assert not wants(delay, tree, PASS_S / 2, 1000.0), "drafts are slower than stages"
+    assert not wants(delay, tree, 1.0, 1000.0, rows=1), "runs of one row"
+    assert not delay.instead(Offer(tree, path(tree), CostCurve(), 32, 8, 1000.0)), "nobody knows what a run costs"
 
 
 def test_it_waits_even_if_nobody_had_time_to_guess_so_far() -> None:
     """Where drafts are only made while a root is held, a root that is never held could never be guessed."""
-    hold, tree = LaunchDelay(), Tree(0, 0, 100)
-    for turn in range(60):
+    delay, tree = LaunchDelay(), Tree(0, 0, 100)
+    for number in range(60):
         tree.take(tree.root)
         tree.advance(99)
-        hold.accepted(1)
-        hold.look(tree, float(turn))
-        if wants(hold, tree, 1.0, float(turn)):
+        delay.accepted(1)
+        delay.look(tree, float(number))
+        if wants(delay, tree, 1.0, float(number)):
             hang(tree, tree.root)
-            hold.look(tree, turn + PASS_S)
+            delay.look(tree, number + PASS_S)
         tree.prune()  # not in time
-        hold.look(tree, turn + 0.5)
-    assert wants(hold, tree, 1.0, 59.0)
+        delay.look(tree, number + 0.5)
+    assert wants(delay, tree, 1.0, 59.0)
 
 
 def test_the_schedule_asks_to_be_woken_once_and_then_sends_the_root() -> None:

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from pipeinfer.core.addresses import ORCHESTRATOR
 from pipeinfer.core.links import Link
 from pipeinfer.core.ports import Command, Event, Request
-from pipeinfer.core.protocol import ORCHESTRATOR
 from pipeinfer.orchestrator.machine import Orchestrator
 from pipeinfer.sim.world import Checker, World, WorldSpec
 from speculation.schedules.continuous import Continuous

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from pipeinfer.core.links import Link
-from pipeinfer.core.protocol import Kind, Message, Row
+from pipeinfer.core.messages import Cancel, Cancelled, Message, Row, Run
 from pipeinfer.sim.network import Network
 
-RUN = Message(Kind.RUN, 0, 1, rows=(Row(1, 2, 3, 4),))  # 56 bytes
-ADVICE = Message(Kind.CANCEL, 0, 1, rows=(Row(0, 2, 0, 0),))
+RUN = Message(0, 1, Run(1, rows=(Row(1, 2, 3, 4), Row(1, 2, 3, 4))))  # 75 bytes
+ADVICE = Message(0, 1, Cancel(rows=(Cancelled(2, 0),)))
 
 
 def network(link: Link, seed: int = 0) -> Network:
@@ -18,12 +18,12 @@ def network(link: Link, seed: int = 0) -> Network:
 
 
 def test_delay_and_bandwidth_add_up_and_the_wire_is_shared() -> None:
-    net = network(Link(delay_s=1.0, bandwidth=56.0))
+    net = network(Link(delay_s=1.0, bandwidth=75.0))
     assert net.arrivals(0, 1, RUN, None, 10.0) == [12.0]
     assert net.arrivals(0, 1, RUN, None, 10.0) == [13.0]
     assert net.arrivals(1, 0, RUN, None, 10.0) == [12.0], "the other direction has a wire of its own"
-    assert net.arrivals(0, 1, RUN, np.zeros(7, np.uint64), 20.0) == [23.0], "activations are 56 bytes more"
-    assert (net.messages, net.nbytes) == (4, 5 * 56)
+    assert net.arrivals(0, 1, RUN, np.zeros(75, np.uint8), 20.0) == [23.0], "activations are 75 bytes more"
+    assert (net.messages, net.nbytes) == (4, 5 * 75)
 
 
 @pytest.mark.parametrize("seed", range(5))

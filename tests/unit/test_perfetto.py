@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeinfer.core.errors import UserError
-from pipeinfer.core.protocol import Kind
+from pipeinfer.core.messages import Cancel
 from pipeinfer.runtime.perfetto import PLACES, trace_events, write_perfetto
 from pipeinfer.runtime.timeline import Outcome, Timeline, read_timeline
 from pipeinfer.runtime.trace import Trace
@@ -115,7 +115,7 @@ def test_arrows_pair_up_and_hold_on_to_turns(events: list[Event], timeline: Time
         end = ends[number]
         assert (start["name"], start["cat"], end["bp"]) == (end["name"], end["cat"], "e")
     cancels = [event for event in starts.values() if event["cat"] == "cancel"]
-    assert len(cancels) == sum(word.message.kind is Kind.CANCEL for word in timeline.words) > 0
+    assert len(cancels) == sum(isinstance(word.message.body, Cancel) for word in timeline.words) > 0
 
 
 def test_an_arrow_leaves_after_the_pass_that_made_it(events: list[Event]) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipeinfer.core.protocol import MAX_ROWS
+from pipeinfer.core.messages import MAX_ROWS
 from speculation.schedules.continuous import choose_rows
 from speculation.schedules.policy import CONTINUOUS, PLAIN, Policy
 from speculation.trees.tree import Tree
@@ -67,7 +67,7 @@ def test_guesses_go_only_where_there_is_room() -> None:
     assert tokens(tree_of(-0.1, -0.2, -0.3, taken=True), WIDE, 2) == [(1, 0), (1, 1)]
 
 
-def test_the_floor_keeps_the_improbable_at_home() -> None:
+def test_min_path_prob_keeps_improbable_nodes_unsent() -> None:
     policy = Policy("careful", max_rows=4, min_path_prob=0.5)
     assert tokens(tree_of(-0.1, -0.6, -0.8, taken=True), policy, 9) == [(1, 0), (1, 1)]
 

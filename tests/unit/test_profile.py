@@ -16,7 +16,7 @@ def job(monkeypatch: pytest.MonkeyPatch) -> Job:
     return jobs.simulated(CONTINUOUS)
 
 
-def test_a_cost_is_judged_by_its_mean() -> None:
+def test_a_cost_is_compared_by_its_mean() -> None:
     assert Cost("a", [1.0, 2.0, 6.0], budget_us=3.0).row()["ok"]
     assert not Cost("a", [1.0, 2.0, 6.1], budget_us=3.0).row()["ok"]
     assert "NO" in Cost("a", [4.0], budget_us=3.0).line()
@@ -39,7 +39,7 @@ def test_every_role_of_a_recorded_job_is_timed(job: Job) -> None:
 
 
 def test_a_job_that_goes_otherwise_is_not_timed(job: Job) -> None:
-    job.steps.remove(next(step for step in job.steps if jobs.kind_of(step.event) == "NODES"))
+    job.steps.remove(next(step for step in job.steps if jobs.kind_of(step.event) == "Nodes"))
     with pytest.raises(SystemExit, match="this is not how it was"):
         list(machines.costs("job", job))
 
@@ -48,4 +48,4 @@ def test_a_job_s_slots_can_be_leased_again(job: Job) -> None:
     assert {cost.what.split(",")[0] for cost in tables.slot_table(job)} == {
         "slots: apply", "slots: living", "slots: allocate", "allocator: operations", "allocator: lease",
     }  # fmt: skip
-    assert [cost.what.split(",")[0] for cost in tables.wire(job)][:2] == ["wire: encode RUN", "wire: decode RUN"]
+    assert [cost.what.split(",")[0] for cost in tables.wire(job)][:2] == ["wire: encode Run", "wire: decode Run"]

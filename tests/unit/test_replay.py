@@ -8,13 +8,25 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeinfer.core.messages import Body, Close, Hello, Message, Result, ResultRow, Row, Run
 from pipeinfer.core.ports import Command, Emit, Event, Halt, Note, Started, Wake, Woke
-from pipeinfer.core.protocol import Kind, Message, ResultRow, Row
 from pipeinfer.runtime.replay import difference, retell
 from pipeinfer.runtime.trace import Step
 
-RUN = Message(Kind.RUN, 0, 1, rows=(Row(1, 2, 3, 4), Row(5, 6, 7, 8)))
-RESULT = Message(Kind.RESULT, 1, 0, rows=(ResultRow(1, 2, 3, math.nan),))
+
+def run(*rows: Row) -> Message:
+    return Message(0, 1, Run(1, rows=rows))
+
+
+def result(logp: float) -> Message:
+    return Message(1, 0, Result(1, rows=(ResultRow(1, 2, 3, logp),)))
+
+
+def told(body: Body) -> Message:
+    return Message(1, 0, body, txn=7)
+
+
+FIRST, SECOND = Row(1, 2, 3, 4), Row(5, 6, 7, 8)
 OTHER_NAN = float("nan")
 
 
@@ -31,8 +43,12 @@ OTHER_NAN = float("nan")
         ((), (Halt(),), "commands.0 was None, is Halt()"),
         ((Emit((1,)),), (Halt(),), "commands.0 was Emit(tokens=(1,), logps=(), number=0), is Halt()"),
         (Emit((1, 2)), Emit((1, 3)), "commands.tokens.1 was 2, is 3"),
-        (RUN, Message(Kind.RUN, 0, 1, rows=(RUN.rows[0], Row(5, 6, 9, 8))), "commands.rows.1.parent was 7, is 9"),
-        (RESULT, Message(Kind.RESULT, 1, 0, rows=(ResultRow(1, 2, 3, OTHER_NAN),)), ""),
+        (run(FIRST, SECOND), run(FIRST, SECOND), ""),
+        (run(FIRST, SECOND), run(FIRST, Row(5, 6, 9, 8)), "commands.body.rows.1.parent was 7, is 9"),
+        (run(FIRST), run(FIRST._replace(sequence=2)), "commands.body.rows.0.sequence was 0, is 2"),
+        (result(math.nan), result(OTHER_NAN), ""),
+        (result(-0.5), result(-0.25), "commands.body.rows.0.logp was -0.5, is -0.25"),
+        (told(Hello(3)), told(Close(3)), "commands.body was Hello(digest=3), is Close(sequence=3)"),
         ({"a": 1, "b": [OTHER_NAN]}, {"b": [math.nan], "a": 1}, ""),
         ({"a": 1}, {"a": 1, "b": 2}, "commands.b was None, is 2"),
         ("a" * 200, "b", f"commands was '{'a' * 159} ..., is 'b'"),

@@ -6,7 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from pipeinfer.core.addresses import FIRST_STAGE, ORCHESTRATOR
+from pipeinfer.core.edges import Edges
 from pipeinfer.core.errors import LocalProtocolError
+from pipeinfer.core.messages import Body, Credit, Hello, Result, Run, Shutdown
 from pipeinfer.core.ports import (
     Aborted,
     Closed,
@@ -20,7 +23,6 @@ from pipeinfer.core.ports import (
     Send,
     Submitted,
 )
-from pipeinfer.core.protocol import FIRST_STAGE, ORCHESTRATOR, Flag, Kind, Message
 from pipeinfer.orchestrator.machine import Orchestrator
 from speculation.schedules.policy import Policy
 
@@ -28,18 +30,16 @@ SHORT = Request((1, 2), 3)
 
 
 class Head:
-    """An orchestrator of one stage that has said HELLO, and answers each run with a tombstone when it is told to."""
+    """An orchestrator of one stage that has said Hello, and answers each run with a tombstone when it is told to."""
 
     def __init__(self) -> None:
         self.machine = Orchestrator(1, 0, Policy("plain", speculate=False), context=16)
-        self._said = 0
+        self._stage = Edges(FIRST_STAGE)
         self._runs = 0
-        self.stage_says(Kind.HELLO)
+        self.stage_says(Hello(0))
 
-    def stage_says(self, kind: Kind, run: int = 0, flags: Flag = Flag.NONE) -> list[Command]:
-        self._said += 1
-        message = Message(kind, FIRST_STAGE, ORCHESTRATOR, flags, txn=self._said, run=run)
-        return self.machine.handle(Received(message), 0.0)
+    def stage_says(self, body: Body) -> list[Command]:
+        return self.machine.handle(Received(self._stage.message(ORCHESTRATOR, body)), 0.0)
 
     def submit(self, number: int, request: Request = SHORT) -> list[Command]:
         return self.machine.handle(Submitted(request, number), 0.0)
@@ -53,14 +53,14 @@ class Head:
     def comes_back(self) -> list[Command]:
         """The oldest run in flight, which was aborted."""
         self._runs += 1
-        self.stage_says(Kind.CREDIT, self._runs)
-        return self.stage_says(Kind.RESULT, self._runs, Flag.TOMBSTONE)
+        self.stage_says(Credit(self._runs))
+        return self.stage_says(Result(self._runs, is_tombstone=True))
 
 
 def prompts(commands: list[Command]) -> list[list[int]]:
     """The tokens of the runs that leave."""
-    sent = [command.message for command in commands if isinstance(command, Send) and command.message.kind is Kind.RUN]
-    return [[row[0] for row in message.rows] for message in sent]
+    sent = [command.message.body for command in commands if isinstance(command, Send)]
+    return [[row.token for row in body.rows] for body in sent if isinstance(body, Run)]
 
 
 def answers(commands: list[Command]) -> list[Command]:
@@ -129,7 +129,7 @@ def test_closing_withdraws_what_waits_and_what_is_served_and_ends_when_all_is_id
         head.submit(4)
     last = head.comes_back()
     assert [type(one) for one in answers(last)] == [Idle, Halt]
-    assert [one.message.kind for one in last if isinstance(one, Send)] == [Kind.SHUTDOWN]
+    assert [type(one.message.body) for one in last if isinstance(one, Send)] == [Shutdown]
 
 
 def test_closing_an_idle_job_ends_it_at_once() -> None:

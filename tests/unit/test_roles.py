@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeinfer.core.addresses import ORCHESTRATOR, drafter_address, stage_address
 from pipeinfer.core.errors import UserError
-from pipeinfer.core.protocol import ORCHESTRATOR, drafter_address, stage_address
-from pipeinfer.placement.roles import assign, count, rank_of_role, split_layers
+from pipeinfer.placement.roles import assign, count, place, rank_of_role, split_layers, stage_sizes
 
 
 @given(st.integers(1, 200), st.data(), st.floats(0, 5))
 def test_layers_are_split_once_in_order_and_evenly(layers: int, data: st.DataObject, head_cost: float) -> None:
     stages = data.draw(st.integers(1, layers))
-    shares = split_layers(layers, stages, head_cost)
+    shares = split_layers(layers, stage_sizes(layers, stages, head_cost))
     assert [layer for share in shares for layer in share] == list(range(layers))
     assert len(shares) == stages
     sizes = [len(share) for share in shares]
@@ -25,7 +28,36 @@ def test_layers_are_split_once_in_order_and_evenly(layers: int, data: st.DataObj
 
 
 def test_the_last_stage_is_spared_for_its_output_head() -> None:
-    assert [len(share) for share in split_layers(32, 4, 4.0)] == [9, 9, 9, 5]
+    assert [len(share) for share in split_layers(32, stage_sizes(32, 4, 4.0))] == [9, 9, 9, 5]
+
+
+@pytest.mark.parametrize(
+    ("layers", "sizes", "whole", "lengths"),
+    [
+        (11, [1, 1, 1], math.floor, [3, 4, 4]),
+        (11, stage_sizes(11, 3), math.floor, [3, 4, 4]),
+        (10, stage_sizes(10, 3), math.floor, [3, 4, 3]),
+        (11, [1.0, 1.0, 1.0], round, [4, 3, 4]),
+        (81, [1.0] * 10, round, [8, 8, 8, 8, 8, 9, 8, 8, 8, 8]),
+        (80, [2 / 3, *[1.0] * 6], round, [8, 12, 12, 12, 12, 12, 12]),
+        (9, [4, 2, 3], math.floor, [4, 2, 3]),
+    ],
+)
+def test_layers_are_split_in_proportion(
+    layers: int, sizes: list[float], whole: Callable[[float], int], lengths: list[int]
+) -> None:
+    shares = split_layers(layers, sizes, whole)
+    assert [len(share) for share in shares] == lengths
+    assert [layer for share in shares for layer in share] == list(range(layers))
+
+
+@pytest.mark.parametrize("drafters", [0, 1, 2])
+def test_rank_0_may_host_the_orchestrator_only(drafters: int) -> None:
+    plan = place(split_layers(6, [1, 1, 1]), drafters, is_rank_0_shared=False)
+    addresses = [role.address for roles in plan for role in roles]
+    expected = [ORCHESTRATOR, *map(stage_address, range(3)), *map(drafter_address, range(drafters))]
+    assert addresses == expected
+    assert all(len(roles) == 1 for roles in plan)
 
 
 @pytest.mark.parametrize("ranks", range(1, 10))

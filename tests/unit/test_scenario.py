@@ -1,4 +1,4 @@
-"""Scenes: equal ranks for all, shares of layers, times by hand, and rivals at sizes that a formula gives."""
+"""Scenarios: equal ranks for all, shares of layers, times by hand, and rivals at sizes that a formula gives."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_flat_times() -> None:
     assert here.draft_s(8, 100) == pytest.approx(0.01)
     assert here.facts(CONTINUOUS)["draft_time"] == pytest.approx(0.5)
     assert here.trip_s(PLAIN, 1) == pytest.approx(0.16 + 10 * here.link.delay_s, rel=1e-3)
-    assert here.ceiling == pytest.approx(1 / 0.16), "what a hop takes on this host is no law of nature"
+    assert here.ceiling == pytest.approx(1 / 0.16), "the time of a hop on this host is no part of the ceiling"
 
 
 def test_described_times_are_those_of_reading_the_weights() -> None:

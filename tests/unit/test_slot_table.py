@@ -6,8 +6,9 @@ import pytest
 
 from kvbuffers.slot_table import SlotTable
 from pipeinfer.core.errors import RemoteProtocolError
+from pipeinfer.core.messages import NO_SLOT, Row, SlotOp, SlotOpKind
 from pipeinfer.core.ports import Batch, Sampling
-from pipeinfer.core.protocol import NO_SLOT, Row, SlotOp, SlotOpKind
+from pipeinfer.core.slots import visible_slots
 
 
 def commit(slot: int, position: int, length: int = 1) -> SlotOp:
@@ -19,7 +20,7 @@ def release(slot: int, length: int = 1) -> SlotOp:
 
 
 def seen(batch: Batch) -> list[list[int]]:
-    return [[int(slot) for slot in row.nonzero()[0]] for row in batch.visible]
+    return [[int(slot) for slot in row.nonzero()[0]] for row in visible_slots(batch)]
 
 
 def prompted(tokens: int = 3, capacity: int = 12) -> SlotTable:
@@ -60,7 +61,7 @@ def test_a_commit_shows_a_slot_to_everybody_later() -> None:
     table = prompted()
     table.allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4)])
     table.apply([commit(3, 3)])
-    assert table.length == 4
+    assert table.length() == 4
     assert seen(table.allocate([Row(5, 6, 3, 4)])) == [[0, 1, 2, 3, 6]]
     table.check()
 
@@ -88,19 +89,56 @@ def test_a_released_slot_is_seen_by_nobody_and_used_again() -> None:
     assert table.counts() == (7, 1, 4)
 
 
-def test_clear_empties_everything() -> None:
+def test_to_free_a_sequence_frees_all_its_slots_and_no_other() -> None:
     table = prompted()
-    table.allocate([Row(1, 3, NO_SLOT, 3)])
-    table.apply([SlotOp(SlotOpKind.CLEAR)])
-    assert table.counts() == (12, 0, 0)
+    table.allocate([Row(1, 3, NO_SLOT, 3), Row(1, 7, NO_SLOT, 0, 5)])
+    table.apply([SlotOp(SlotOpKind.FREE)])
+    assert (table.counts(), table.length()) == ((11, 1, 0), 0)
     assert seen(table.allocate([Row(1, 5, NO_SLOT, 0)], canonical=True)) == [[5]]
+    table.apply([SlotOp(SlotOpKind.FREE, sequence=5), SlotOp(SlotOpKind.FREE, sequence=6)])
+    assert table.counts() == (11, 0, 1)
+    table.check()
+
+
+def test_to_truncate_a_sequence_keeps_its_first_positions() -> None:
+    table = prompted()
+    table.allocate([Row(1, 3, NO_SLOT, 3), Row(1, 7, NO_SLOT, 0, 5)])
+    batch = table.allocate([Row(1, 4, 3, 4)])
+    table.apply([SlotOp(SlotOpKind.TRUNCATE, length=2)])
+    assert (table.counts(), table.length()) == ((9, 1, 2), 2)
+    assert seen(batch) == [[0, 1, 2, 3, 4]], "what a batch says is not changed"
+    assert seen(table.allocate([Row(1, 4, NO_SLOT, 2), Row(1, 2, 0, 1)])) == [[0, 1, 4], [0, 2]]
+    table.apply([SlotOp(SlotOpKind.TRUNCATE), SlotOp(SlotOpKind.TRUNCATE, sequence=6)])
+    assert table.counts() == (11, 1, 0)
+    table.check()
+
+
+def test_rows_of_several_sequences_see_their_own() -> None:
+    table = prompted()
+    table.allocate([Row(8, 3 + index, NO_SLOT, index, 1) for index in range(2)], canonical=True)
+    rows = [Row(1, 5, NO_SLOT, 2, 1), Row(2, 6, NO_SLOT, 3), Row(3, 7, 5, 3, 1), Row(4, 8, NO_SLOT, 0, 2)]
+    batch = table.allocate(rows)
+    assert seen(batch) == [[3, 4, 5], [0, 1, 2, 6], [3, 4, 5, 7], [8]]
+    assert batch.sequence.tolist() == [0, 1, 0, 2]
+    draw = table.draw(Sampling(repetition_penalty=1.25), batch, (1, 2))
+    assert [tokens.tolist() for tokens in draw.seen] == [[2, 9], [1, 3, 8]]
+    table.apply([commit(6, 3), SlotOp(SlotOpKind.COMMIT, 5, 1, 2, 1), SlotOp(SlotOpKind.RELEASE, 7, 1, 0, 1)])
+    assert (table.length(), table.length(1), table.length(2), table.counts()) == (4, 3, 0, (4, 1, 7))
+    table.check()
+
+
+def test_a_row_lives_by_parents_of_its_own_sequence() -> None:
+    table = prompted()
+    table.allocate([Row(1, 3, NO_SLOT, 3), Row(1, 4, NO_SLOT, 0, 1)])
+    rows = [Row(2, 5, 3, 4, 1), Row(2, 6, 0, 1, 1), Row(2, 7, 4, 1, 1), Row(2, 8, 7, 2), Row(2, 9, NO_SLOT, 0, 2)]
+    assert table.living(rows) == (2, 4)
 
 
 def test_a_range_of_operations_is_applied_slot_by_slot() -> None:
     table = prompted()
     table.allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4), Row(3, 5, 3, 4), Row(4, 6, 5, 5)])
     table.apply([commit(3, 3, length=2), release(5, length=2)])
-    assert (table.length, table.counts()) == (5, (7, 0, 5))
+    assert (table.length(), table.counts()) == (5, (7, 0, 5))
 
 
 def test_rows_of_a_missing_ancestor_are_not_living() -> None:
@@ -155,6 +193,9 @@ def test_a_tombstones_slots_may_be_released_unleased() -> None:
         [release(0)],  # canonical
         [release(11, length=2)],  # beyond the table
         [commit(3, 3), commit(3, 4)],  # twice
+        [SlotOp(SlotOpKind.COMMIT, 3, 1, 0, 1)],  # of another sequence
+        [SlotOp(SlotOpKind.RELEASE, 3, 1, 0, 1)],  # of another sequence
+        [SlotOp(SlotOpKind.TRUNCATE, length=4)],  # to more than there is
     ],
     ids=str,
 )
@@ -176,6 +217,9 @@ def test_operations_no_correct_leader_asks_for(ops: list[SlotOp]) -> None:
         [Row(1, 4, NO_SLOT, 2)],  # whoever names no parent goes on at the end
         [Row(1, 4, 8, 4)],  # its parent is free
         [Row(1, 4, NO_SLOT, 3), Row(1, 5, 4, 5)],  # not its parent's next position
+        [Row(1, 0, NO_SLOT, 0, 1)],  # a canonical slot of another sequence
+        [Row(1, 4, NO_SLOT, 3), Row(1, 4, NO_SLOT, 0, 1)],  # leased to another sequence
+        [Row(1, 4, 2, 3, 1)],  # its parent is of another sequence
     ],
     ids=str,
 )
@@ -184,8 +228,13 @@ def test_rows_no_correct_leader_sends(rows: list[Row]) -> None:
         prompted().allocate(rows)
 
 
+def test_canonical_rows_go_on_at_the_end() -> None:
+    with pytest.raises(RemoteProtocolError, match="before the end"):
+        prompted().allocate([Row(1, 4, 1, 2)], canonical=True)
+
+
 def test_a_contradiction_is_found() -> None:
     table = prompted()
-    table._leased[1] = 0
+    table._sequences[0].leased[1] = 3, 3, b""
     with pytest.raises(AssertionError, match="leased and canonical"):
         table.check()

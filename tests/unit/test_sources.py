@@ -7,8 +7,22 @@ from typing import Any
 
 import pytest
 
+from pipeinfer.core.addresses import ORCHESTRATOR
+from pipeinfer.core.messages import (
+    MAX_ROWS,
+    Advance,
+    Body,
+    Calibrate,
+    Close,
+    DraftNode,
+    DraftOrder,
+    Message,
+    Nodes,
+    Prompt,
+    Settings,
+    accepted_name,
+)
 from pipeinfer.core.ports import Request, Sampling, Send
-from pipeinfer.core.protocol import MAX_ROWS, ORCHESTRATOR, AnyRow, DraftRow, Flag, Kind, Message, accepted_name
 from pipeinfer.orchestrator.sources import LOOKUP, Sources
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import UNLIMITED, Order
@@ -20,8 +34,8 @@ ROOT = accepted_name(4)
 """What everybody calls the prompt's last token."""
 
 
-def say(kind: Kind, dest: int, flags: Flag, run: int, rows: tuple[AnyRow, ...]) -> Send:
-    return Send(Message(kind, ORCHESTRATOR, dest, flags, run=run, rows=rows))
+def say(dest: int, body: Body) -> Send:
+    return Send(Message(ORCHESTRATOR, dest, body))
 
 
 class Served:
@@ -43,10 +57,10 @@ class Served:
         self.tree.take(self.tree.root)
         self.told = self.sources.open(self.request, 1, self.tree, len(prompt) + most - 2)
 
-    def grow(self, source: int, *rows: tuple[int, int, int], flags: Flag = Flag.NONE, request: int = 1) -> Any:
+    def grow(self, source: int, *rows: tuple[int, int, int], ends: bool = False, sequence: int = 1) -> Any:
         """Nodes as (token, name, parent's name), each claimed to be certain by half."""
-        nodes = tuple(DraftRow(*row, math.log(0.5)) for row in rows)
-        return self.sources.grow(Message(Kind.NODES, source, ORCHESTRATOR, flags, request, run=4, rows=nodes))
+        nodes = tuple(DraftNode(*row, math.log(0.5)) for row in rows)
+        return self.sources.grow(source, Nodes(sequence, 4, ends, nodes))
 
     def accept(self, *tokens: int, restart: bool = False) -> list[Send]:
         heirs = []
@@ -62,25 +76,24 @@ class Served:
         return {token: self.paths(child) for token, child in here.children.items()}
 
 
-def kinds(said: list[Send]) -> list[tuple[Kind, int]]:
-    return [(send.message.kind, send.message.dest) for send in said]
+def kinds(said: list[Send]) -> list[tuple[type, int]]:
+    return [(type(send.message.body), send.message.dest) for send in said]
 
 
 def test_every_drafter_hears_how_tokens_are_drawn_then_the_prompt() -> None:
     sampling = Sampling(0.5, seed=3)
     told = Served(sampling=sampling).told
-    assert kinds(told) == [
-        (Kind.REQUEST, FIRST), (Kind.PROMPT, FIRST), (Kind.REQUEST, SECOND), (Kind.PROMPT, SECOND),
-    ]  # fmt: skip
-    assert told[0].message.rows == sampling.rows()
-    prompt = told[1].message
-    tokens = [row.token for row in prompt.rows_as(DraftRow)]
-    assert (tokens, prompt.flags, prompt.run) == (list(PROMPT), Flag.LAST, 23)
+    assert kinds(told) == [(Settings, FIRST), (Prompt, FIRST), (Settings, SECOND), (Prompt, SECOND)]
+    assert [send.message.body for send in told[:2]] == [sampling.settings(1), Prompt(1, 23, True, PROMPT)]
 
 
 def test_a_long_prompt_comes_in_parts_and_the_last_says_so() -> None:
-    parts = [send.message for send in Served((FIRST,), prompt=(1,) * (MAX_ROWS + 3)).told[1:]]
-    assert [(len(part.rows), part.flags) for part in parts] == [(MAX_ROWS, Flag.NONE), (3, Flag.LAST)]
+    prompt = tuple(range(MAX_ROWS + 3))
+    parts = [send.message.body for send in Served((FIRST,), prompt=prompt).told[1:]]
+    last_position = len(prompt) + 18
+    assert parts == [
+        Prompt(1, last_position, False, prompt[:MAX_ROWS]), Prompt(1, last_position, True, prompt[MAX_ROWS:]),
+    ]  # fmt: skip
 
 
 def test_each_drafter_has_names_of_its_own() -> None:
@@ -120,11 +133,11 @@ def test_what_is_of_no_use_to_the_request_is_left_out() -> None:
     assert served.paths() == {1: {}}
 
 
-def test_words_about_another_request_are_ignored() -> None:
+def test_words_about_another_sequence_are_ignored() -> None:
     served = Served()
-    assert served.grow(FIRST, (1, 1, ROOT), request=2) is None
+    assert served.grow(FIRST, (1, 1, ROOT), sequence=2) is None
     assert served.paths() == {}
-    served.sources.close()
+    served.sources.close(1)
     assert served.grow(FIRST, (1, 1, ROOT)) is None
 
 
@@ -141,33 +154,33 @@ def test_siblings_come_best_first() -> None:
 
 def test_an_order_goes_to_all_and_is_done_when_all_are() -> None:
     served = Served()
-    said = served.sources.order(Order(3, 0.25, restart=True))
-    assert kinds(said) == [(Kind.ORDER, FIRST), (Kind.ORDER, SECOND)]
-    assert {(send.message.flags, send.message.rows) for send in said} == {(Flag.RESTART, ((0, 3, 0, 0.25),))}
+    said = served.sources.order(Order(3, 0.25, restart=True, draft_batch=2))
+    assert kinds(said) == [(DraftOrder, FIRST), (DraftOrder, SECOND)]
+    assert {send.message.body for send in said} == {DraftOrder(1, True, 3, 2, 0.25)}
     assert served.grow(FIRST, (1, 1, ROOT)) is None
-    assert served.grow(SECOND, (1, 1, ROOT), (2, 2, 1), flags=Flag.LAST) is None
-    found = served.grow(FIRST, (3, 2, 1), flags=Flag.LAST)
+    assert served.grow(SECOND, (1, 1, ROOT), (2, 2, 1), ends=True) is None
+    found = served.grow(FIRST, (3, 2, 1), ends=True)
     assert [node.token for node in found] == [1, 1, 2, 3]
 
 
 def test_an_order_that_finds_nothing_is_done_too() -> None:
     served = Served((FIRST,))
     served.sources.order(Order(1))
-    assert served.grow(FIRST, flags=Flag.LAST) == []
+    assert served.grow(FIRST, ends=True) == []
 
 
 def test_a_second_answer_is_none() -> None:
     served = Served((FIRST,))
     served.sources.order(Order(1))
-    served.grow(FIRST, flags=Flag.LAST)
-    assert served.grow(FIRST, flags=Flag.LAST) is None
+    served.grow(FIRST, ends=True)
+    assert served.grow(FIRST, ends=True) is None
 
 
 @pytest.mark.parametrize("passes", [0, UNLIMITED])
 def test_nobody_waits_for_an_answer_to_work_without_end_or_not_at_all(passes: int) -> None:
     served = Served((FIRST,))
     assert len(served.sources.order(Order(passes))) == 1
-    assert served.grow(FIRST, (1, 1, ROOT), flags=Flag.LAST) is None
+    assert served.grow(FIRST, (1, 1, ROOT), ends=True) is None
 
 
 def test_what_died_meanwhile_is_not_among_what_was_found() -> None:
@@ -175,35 +188,36 @@ def test_what_died_meanwhile_is_not_among_what_was_found() -> None:
     served.sources.order(Order(2))
     served.grow(FIRST, (1, 1, ROOT), (2, 2, 1), (3, 3, ROOT))
     served.accept(1)
-    found = served.grow(FIRST, flags=Flag.LAST)
+    found = served.grow(FIRST, ends=True)
     assert [node.token for node in found] == [2], "the accepted one is no guess any more"
 
 
 # What is told of acceptance.
 
 
-def test_accepted_tokens_are_told_to_all_by_their_names() -> None:
+def test_accepted_tokens_are_told_to_all_with_the_position_of_the_first() -> None:
     said = Served().accept(8, 9)
-    assert kinds(said) == [(Kind.ADVANCE, FIRST), (Kind.ADVANCE, SECOND)]
-    assert [row[:2] for row in said[0].message.rows] == [(8, accepted_name(5)), (9, accepted_name(6))]
-    assert said[0].message.flags == Flag.NONE
-    assert Served().accept(8, restart=True)[0].message.flags == Flag.RESTART
+    assert kinds(said) == [(Advance, FIRST), (Advance, SECOND)]
+    assert {send.message.body for send in said} == {Advance(1, 5, False, (8, 9))}
+    assert Served().accept(8, restart=True)[0].message.body == Advance(1, 5, True, (8,))
 
 
 def test_the_end_is_told_to_all() -> None:
     served = Served()
-    assert kinds(served.sources.close()) == [(Kind.CLOSE, FIRST), (Kind.CLOSE, SECOND)]
+    said = served.sources.close(1)
+    assert kinds(said) == [(Close, FIRST), (Close, SECOND)]
+    assert {send.message.body for send in said} == {Close(1)}
     assert served.sources.advance([], False) == []
 
 
 def test_only_a_drafter_of_which_something_was_learnt_is_told() -> None:
-    served, told = Served(calibrate=True), list[tuple[Kind, int]]()
+    served, told = Served(calibrate=True), list[tuple[type, int]]()
     for position in range(4, 16):
         served.grow(SECOND, (1, position, accepted_name(position)))
         told += kinds(served.accept(8))
-    assert (Kind.CALIBRATE, SECOND) in told
-    assert (Kind.CALIBRATE, FIRST) not in told
-    assert told.count((Kind.CALIBRATE, SECOND)) == served.sources.calibrations[SECOND].revision
+    assert (Calibrate, SECOND) in told
+    assert (Calibrate, FIRST) not in told
+    assert told.count((Calibrate, SECOND)) == served.sources.calibrations[SECOND].revision
 
 
 def test_the_tree_believes_what_was_learnt() -> None:
@@ -230,8 +244,7 @@ def test_old_names_are_forgotten() -> None:
     served = Served((FIRST,), most=1000)
     for name in range(1000):
         root = served.tree.root.position
-        nodes = (DraftRow(1, name, accepted_name(root), -1.0),)
-        served.sources.grow(Message(Kind.NODES, FIRST, ORCHESTRATOR, request=1, run=root, rows=nodes))
+        served.sources.grow(FIRST, Nodes(1, root, nodes=(DraftNode(1, name, accepted_name(root), -1.0),)))
         served.accept(8)
     assert max(served.sources.names) <= SLACK + 2 * served.tree.size + 2
 
@@ -270,6 +283,6 @@ def test_a_new_round_looks_up_again_what_was_thrown_away() -> None:
 def test_the_last_request_is_not_looked_up() -> None:
     served = Served((), prompt=(1, 2, 3, 1, 2), prompt_lookup=2)
     tree = Tree(2, 1, 50)
-    served.sources.close()
+    served.sources.close(1)
     served.sources.open(Request((1, 2), 9), 2, tree, 9)
     assert tree.root.children == {}

@@ -128,8 +128,8 @@ def test_a_launcher_is_known_by_either_stream(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "says"),
     [
-        ("#!/bin/sh\nexec tail -f /dev/null\n", "says nothing"),
-        ("#!/bin/sh\ntail -f /dev/null\nexit\n", "says nothing"),  # its child holds the pipe
+        ("#!/bin/sh\nexec tail -f /dev/null\n", "prints nothing"),
+        ("#!/bin/sh\ntail -f /dev/null\nexit\n", "prints nothing"),  # its child holds the pipe
         ("#!/no/such/shell\n", "cannot be started"),
     ],
     ids=["hangs", "child-hangs", "no-shell"],

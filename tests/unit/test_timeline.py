@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeinfer.core.addresses import FIRST_STAGE, ORCHESTRATOR, drafter_address, stage_address
 from pipeinfer.core.errors import UserError
 from pipeinfer.core.links import Link
+from pipeinfer.core.messages import Cancel, Result, Run
 from pipeinfer.core.ports import Emit, Finish, Idle, Request
-from pipeinfer.core.protocol import FIRST_STAGE, ORCHESTRATOR, Kind, drafter_address, stage_address
 from pipeinfer.runtime.timeline import Outcome, Span, Timeline, read_timeline
 from pipeinfer.runtime.trace import Trace
 from pipeinfer.sim.world import WorldSpec
@@ -49,13 +50,15 @@ def test_every_token_but_a_requests_last_has_one_accepted_row(policy: str, tmp_p
         assert [span.rows for span in prefills] == [3, 4]
 
 
-def test_the_tally_agrees(tmp_path: Path) -> None:
+def test_the_stats_agree(tmp_path: Path) -> None:
     """What it counts as accepted are drafted rows; others carry what nobody had guessed."""
     traces = traced(world(CONTINUOUS), tmp_path)
     tallies = [command.stats for step in traces[0].steps() for command in step.commands if isinstance(command, Idle)]
     timeline = read_timeline(traces)
-    launched = [word for word in timeline.words if word.message.kind is Kind.RUN and word.message.dest == FIRST_STAGE]
-    skipped = [word for word in timeline.words if word.is_tombstone and word.message.kind is Kind.RESULT]
+    launched = [
+        word for word in timeline.words if isinstance(word.message.body, Run) and word.message.dest == FIRST_STAGE
+    ]
+    skipped = [word for word in timeline.words if word.is_tombstone and isinstance(word.message.body, Result)]
     assert len(launched) == sum(stats.runs + stats.prefill_runs for stats in tallies)
     assert len(skipped) == sum(stats.tombstones for stats in tallies) > 0
     corrections = sum(stats.corrections for stats in tallies)
@@ -86,7 +89,7 @@ def test_a_cancelled_pass_was_told_of_it(tmp_path: Path) -> None:
         told = [
             word.heard_s
             for word in timeline.words
-            if word.message.kind is Kind.CANCEL and word.message.dest == span.address and span.number in word.runs
+            if isinstance(word.message.body, Cancel) and word.message.dest == span.address and span.number in word.runs
         ]
         assert any(heard_s is not None and heard_s <= span.ended_s for heard_s in told)
         assert span.accepted == 0
@@ -107,8 +110,8 @@ def test_a_role_does_one_thing_at_a_time_and_words_arrive_after_they_left(tmp_pa
 def test_advice_that_was_lost_is_heard_by_nobody(tmp_path: Path) -> None:
     timeline = read_timeline(traced(world(CONTINUOUS, link=Link(control_loss=0.5, control_repeat=0.5)), tmp_path))
     lost = [word for word in timeline.words if word.heard_s is None]
-    advice = [word for word in timeline.words if word.message.kind is Kind.CANCEL]
-    assert {word.message.kind for word in lost} == {Kind.CANCEL}
+    advice = [word for word in timeline.words if isinstance(word.message.body, Cancel)]
+    assert {type(word.message.body) for word in lost} == {Cancel}
     assert 0.2 * len(advice) < len(lost) < 0.8 * len(advice)
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pipeinfer.core.config import Config
 from pipeinfer.core.errors import UserError
+from pipeinfer.core.messages import Body, DraftNode, Message, Nodes, Run
 from pipeinfer.core.ports import (
     Abandon,
     Aborted,
@@ -42,20 +43,11 @@ from pipeinfer.core.ports import (
     Wake,
     Woke,
 )
-from pipeinfer.core.protocol import (
-    DraftRow,
-    Flag,
-    Kind,
-    Message,
-    ResultRow,
-    Row,
-    SettingRow,
-    SlotOp,
-    SlotOpKind,
-    row_type,
-)
+from pipeinfer.core.slots import batch_in_order
+from pipeinfer.core.wire import VERSION
 from pipeinfer.runtime.replay import difference
-from pipeinfer.runtime.trace import TENSOR, Header, Step, Trace, TraceWriter, raised, refuse_unwritable
+from pipeinfer.runtime.trace import FORMAT, MARK, TENSOR, Header, Step, Trace, TraceWriter, raised, refuse_unwritable
+from tests.unit.bodies import bodies
 
 ROLES = [0, 1, 0x8000]
 HEADER = Header(2, 4, ROLES, {"context": 64}, {"target": "builtin"}, [2, 4], "here", "0", 0.1)
@@ -63,39 +55,20 @@ HEADER = Header(2, 4, ROLES, {"context": 64}, {"target": "builtin"}, [2, 4], "he
 REAL, WORD = st.floats(), st.integers(0, 2**32 - 1)
 COUNT, TOKEN = st.integers(0, 4), st.integers(-(2**31), 2**31 - 1)
 INTEGER = st.integers(-(2**63), 2**63 - 1)
-ROWS: dict[type, st.SearchStrategy[Any]] = {
-    Row: st.builds(Row, TOKEN, WORD, WORD, WORD),
-    ResultRow: st.builds(ResultRow, TOKEN, WORD, WORD, REAL),
-    DraftRow: st.builds(DraftRow, TOKEN, WORD, WORD, REAL),
-    SettingRow: st.builds(SettingRow, TOKEN, WORD, WORD, REAL),
-}
-
-
-def rows_of(kind: Kind) -> st.SearchStrategy[Any]:
-    try:
-        return st.lists(ROWS[row_type(kind)], max_size=3).map(tuple)
-    except KeyError:
-        return st.just(())
-
-
-def messages_of(kind: Kind) -> st.SearchStrategy[Message]:
-    ops = st.lists(st.builds(SlotOp, st.sampled_from(SlotOpKind), WORD, WORD, WORD), max_size=3).map(tuple)
-    flags = st.integers(0, sum(Flag)).map(Flag)
-    counters = [WORD for _ in range(4)]
-    return st.builds(Message, st.just(kind), WORD, WORD, flags, *counters, ops, rows_of(kind), WORD, WORD, WORD)
 
 
 def arrays(count: int) -> st.SearchStrategy[Any]:
     return st.lists(INTEGER, min_size=count, max_size=count).map(lambda values: np.array(values, np.int64))
 
 
-def batches(rows: int, span: int) -> st.SearchStrategy[Batch]:
-    bits = st.lists(st.booleans(), min_size=rows * span, max_size=rows * span)
-    visible = bits.map(lambda values: np.array(values, np.bool_).reshape(rows, span))
-    return st.builds(Batch, arrays(rows), arrays(rows), arrays(rows), visible)
+def batches(rows: int, others: int) -> st.SearchStrategy[Batch]:
+    ranges = arrays(2 * others).map(lambda values: values.reshape(-1, 2))
+    canonical, each = st.lists(ranges, max_size=2).map(tuple), arrays(rows)
+    return st.builds(Batch, each, each, each, canonical, each, each, arrays(others), each)
 
 
-MESSAGES = st.sampled_from(Kind).flatmap(messages_of)
+BODIES = bodies(REAL)
+MESSAGES = st.builds(Message, WORD, WORD, st.sampled_from(list(BODIES)).flatmap(BODIES.__getitem__), WORD, WORD)
 PAYLOADS = st.sampled_from([None, TENSOR])
 SAMPLINGS = st.builds(Sampling, REAL, WORD, REAL, REAL, REAL, st.integers(0, 2**64 - 1))
 TUPLES, REALS = st.lists(INTEGER, max_size=4).map(tuple), st.lists(REAL, max_size=4).map(tuple)
@@ -162,7 +135,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def example() -> list[Step]:
     found: list[Step] = []
     for number in range(5):
-        message = Message(Kind.NODES, 0x8000, 0, txn=number, rows=(DraftRow(7, number, 0, -0.1 * number),))
+        nodes = (DraftNode(7, number, 0, -0.1 * number),)
+        message = Message(0x8000, 0, Nodes(1, number, number == 3, nodes), number)
         found.append(Step(0, Received(message), 0.1 * number, (Emit((number,), (-1e-300,)), Note("\n\ud800"))))
     return found
 
@@ -170,6 +144,7 @@ def example() -> list[Step]:
 def test_every_kind_has_a_strategy() -> None:
     assert EVENTS.keys() == set(get_args(Event))
     assert COMMANDS.keys() == set(get_args(Command))
+    assert BODIES.keys() == set(get_args(Body))
 
 
 @given(st.lists(STEPS, max_size=4))
@@ -182,8 +157,8 @@ def test_what_is_read_is_what_was_written(folder: Path, steps: list[Step]) -> No
 
 
 def test_of_activations_only_their_presence_is_kept(folder: Path) -> None:
-    hidden, message = np.ones((3, 4)), Message(Kind.RUN, 1, 2)
-    batch = Batch(*(np.arange(2) for _ in range(3)), np.ones((2, 2), np.bool_))
+    hidden, message = np.ones((3, 4)), Message(1, 2, Run(3))
+    batch = batch_in_order([4, 5])
     step = Step(1, Received(message, hidden), 0.0, (Send(message, hidden), Compute(1, batch, hidden)))
     (read,) = Trace(written(folder, [step])).steps()
     assert isinstance(read.event, Received)
@@ -248,8 +223,15 @@ def test_damage_is_named_and_ends_the_reading(folder: Path, data: st.DataObject)
         '[0,0,["Vanished"],[]]',
         '[0,0,["Started",1],[]]',
         '[0,0,["Started"],[["Compute",1,[[1],[2],[3],[1,9,"eJw="]]]]]',
-        '[0,0,["Received",[99,0,0,0,0,0,0,0,[],[],0,0,0]],[]]',
-        '[0,0,["Received",[9,0,0,0,0,0,0,0,[],[[1,2,3,4]],0,0,0]],[]]',
+        '[0,0,["Received",["Vanished",0,0,[],0,0],false],[]]',
+        '[0,0,["Received",["Close",0,0,[],0,0],false],[]]',
+        '[0,0,["Received",["Close",0,0,[1,2],0,0],false],[]]',
+        '[0,0,["Received",["Run",0,0,[1,false,false,3,0,0,[],[]],0,0],false],[]]',
+        '[0,0,["Received",["Run",0,0,[1,false,false,2,0,0,[[9,0,0,0,0]],[]],0,0],false],[]]',
+        '[0,0,["Received",["Run",0,0,[1,false,false,2,0,0,[],[[1,2,3,4,5,6]]],0,0],false],[]]',
+        '[0,0,["Received",["Run",0,0,[1,false,false,2,0,0,[]],0,0],false],[]]',
+        '[0,0,["Received",["Result",0,0,[1,false,0,0,[],[[7,-0.5]]],0,0],false],[]]',
+        '[0,0,["Received",["Close",0,0,[1],0,0,0],false],[]]',
         "[" * 100_000,
     ],
 )
@@ -269,9 +251,9 @@ def test_a_line_that_is_no_event_is_damage(line: str, folder: Path) -> None:
         ("not JSON", "is no trace"),
         ("[]", "is no trace"),
         ("{}", "is no trace"),
-        ('{"pipeinfer_trace": 4, "protocol": 2}', "is no trace"),
-        ('{"pipeinfer_trace": 77, "protocol": 2}', "made by another version"),
-        ('{"pipeinfer_trace": 4, "protocol": 1}', "made by another version"),
+        (f'{{"{MARK}": {FORMAT}, "protocol": {VERSION}}}', "is no trace"),
+        (f'{{"{MARK}": 77, "protocol": {VERSION}}}', "made by another version"),
+        (f'{{"{MARK}": {FORMAT}, "protocol": 2}}', "made by another version"),
         ("\udcff", "is no trace"),
     ],
 )

@@ -58,7 +58,7 @@ def test_what_is_given_back_leaves_again_parents_first(logp: float) -> None:
         assert all(node.parent is None or node.parent in taken[:index] for index, node in enumerate(taken))
         tree.give_back(taken)
         assert tree.best() is tree.root
-        entries.add(len(tree._frontier))
+        entries.add(len(tree._unsent))
     assert max(entries) <= tree.size, "nobody stands in it twice"
     assert sorted(drain(tree)) == [0, 1, 2, 2, 3, 3, 20, 20, 30, 30]
 
@@ -142,14 +142,14 @@ def test_unevaluated_heirs_queue_in_order() -> None:
     assert heirs[1].parent is heirs[0], "its row has yet to name its parent"
 
 
-def test_the_frontier_does_not_collect_the_dead() -> None:
+def test_unsent_nodes_do_not_collect_the_dead() -> None:
     tree = taken_root(max_nodes=8)
     for token in range(1000):
         for child in range(6):
             tree.add(tree.root, child, -1.0)
         tree.take(tree.root)
         tree.advance(token % 7)
-        assert len(tree._frontier) <= SLACK + tree.size
+        assert len(tree._unsent) <= SLACK + tree.size
         assert tree.size == 1 + len(descendants(tree.root)) <= tree.max_nodes
 
 

@@ -14,7 +14,7 @@ import time
 PLACES = {
     "joining": (("pipeinfer.core.config", "Config.of", 0),),  # only ranks that we start have it, before MPI
     "checking": (("launch.preflight", "clear", 0), ("pipeinfer.cli.installation", "facts", 0)),
-    "loading": (("launch.job", "make_shards", 0),),
+    "loading": (("launch.job", "load_shards", 0),),
     "serving": (("pipeinfer.runtime.executor", "Executor.step", 12),),
     "closing": (("launch.job", "Job._end", 0),),
 }

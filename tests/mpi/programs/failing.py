@@ -11,6 +11,7 @@ from launch.head import LocalJob
 from launch.job import Job
 from launch.mpi import World
 from pipeinfer.core.config import Config
+from pipeinfer.core.messages import Run
 from pipeinfer.core.ports import Batch, Received, Request
 from pipeinfer.placement.roles import assign
 from speculation.schedules.policy import CONTINUOUS
@@ -45,7 +46,8 @@ def lose_runs(stage: type[Stage]) -> None:
     take = Stage._receive
 
     def receive(self: Stage, event: Received) -> list[Any]:
-        if self._is_last and event.message.run >= 10:
+        body = event.message.body
+        if self._is_last and isinstance(body, Run) and body.run >= 10:
             return []
         return take(self, event)
 

@@ -38,7 +38,7 @@ def decode(
     answers: list[list[int]] = []
     if world.is_head:
         head = LocalJob(job, is_threaded)
-        answers = [[token for news in head.decode(request) for token in news.tokens] for request in requests]
+        answers = [[token for output in head.decode(request) for token in output.tokens] for request in requests]
         head.close()
     else:
         job.serve()

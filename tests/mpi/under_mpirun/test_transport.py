@@ -12,8 +12,20 @@ from launch import mpi
 from launch.backoff import Backoff
 from launch.mpi import World
 from launch.transport import MpiTransport
+from pipeinfer.core.messages import (
+    MAX_OPS,
+    MAX_ROWS,
+    Cancel,
+    Cancelled,
+    Message,
+    Probe,
+    Row,
+    Run,
+    SlotOp,
+    SlotOpKind,
+)
 from pipeinfer.core.ports import Received
-from pipeinfer.core.protocol import HEADER, MAX_OPS, MAX_ROWS, Kind, Message, Row, SlotOp, SlotOpKind
+from pipeinfer.core.wire import encode
 from tests.invariants.transport_worlds import Correspondent, Traffic
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -47,7 +59,7 @@ def collect(transport: MpiTransport, done: Callable[[list[Received]], bool]) -> 
 
 
 def run(number: int, source: int) -> Message:
-    return Message(Kind.RUN, source, 1, txn=number, run=number, rows=(Row(number, 0, 0, 0),))
+    return Message(source, 1, Run(number, rows=(Row(number, 0, 0, 0),)), txn=number)
 
 
 def test_every_sender_s_messages_arrive_in_order_with_their_own_payloads(world: World, transport: MpiTransport) -> None:
@@ -59,35 +71,29 @@ def test_every_sender_s_messages_arrive_in_order_with_their_own_payloads(world: 
 def test_the_largest_message_passes(world: World, transport: MpiTransport) -> None:
     ops = tuple(SlotOp(SlotOpKind.RELEASE, slot, 1, 0) for slot in range(MAX_OPS))
     rows = tuple(Row(-slot, slot, slot, slot) for slot in range(MAX_ROWS))
-    message = Message(Kind.RUN, world.rank, 1, txn=1, run=1, ops=ops, rows=rows)
+    message = Message(world.rank, 1, Run(1, ops=ops, rows=rows), txn=1)
     if world.rank == world.size - 1:
         transport.send(0, message, None)
     elif world.is_head:
         (event,) = collect(transport, lambda events: len(events) == 1)
-        assert (event.message.ops, event.message.rows) == (ops, rows)
+        assert event.message == message._replace(source=world.size - 1)
 
 
 def test_control_is_not_held_back_by_a_tensor_that_has_not_come(world: World, transport: MpiTransport) -> None:
     if world.rank == 1:
         # Announce a tensor without sending it, then a control message; the tensor follows only once that has arrived.
-        transport._messages.Isend([_announcing(), HEADER.size], 0).Wait()  # type: ignore[attr-defined]
-        transport.send(0, Message(Kind.CANCEL, 1, 0, rows=(Row(0, 7, 0, 0),)), None)
-        collect(transport, lambda events: any(event.message.kind is Kind.PROBE for event in events))
+        announcing = encode(run(1, 1)._replace(payload_nbytes=32))
+        transport._messages.Isend([announcing, len(announcing)], 0).Wait()  # type: ignore[attr-defined]
+        transport.send(0, Message(1, 0, Cancel(rows=(Cancelled(7, 0),))), None)
+        collect(transport, lambda events: any(type(event.message.body) is Probe for event in events))
         transport._tensors.Isend([np.arange(4).view(np.uint8), 32], 0).Wait()  # type: ignore[attr-defined]
     elif world.is_head:
         first = collect(transport, lambda events: bool(events))
-        assert [event.message.kind for event in first] == [Kind.CANCEL]
-        transport.send(1, Message(Kind.PROBE, 0, 1), None)
+        assert [type(event.message.body) for event in first] == [Cancel]
+        transport.send(1, Message(0, 1, Probe()), None)
         (late,) = collect(transport, lambda events: bool(events))
         assert late.payload is not None
         assert late.payload.tolist() == [0, 1, 2, 3]
-
-
-def _announcing() -> bytes:
-
-    from pipeinfer.core.protocol import encode
-
-    return encode(run(1, 1)._replace(rows=(), payload_nbytes=32))
 
 
 def test_agreement_and_facts(world: World) -> None:

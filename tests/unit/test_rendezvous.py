@@ -1,4 +1,4 @@
-"""The muster leaves nothing behind: its communicator is freed, and the next one may look the same to MPI."""
+"""The rendezvous leaves nothing behind: its communicator is freed, and the next one may look the same to MPI."""
 
 # ruff: noqa: N802 - MPI names its functions so
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch.muster import Muster
+from launch.rendezvous import Rendezvous
 
 Boxes = defaultdict[tuple[int, int], deque[np.ndarray]]
 
@@ -55,10 +55,10 @@ def test_every_message_is_heard_before_the_communicator_goes(size: int) -> None:
     boxes: Boxes = defaultdict(deque)
     comms = [Comm(rank, size, boxes) for rank in range(size)]
     names = [f"rank {rank}" for rank in range(size)]
-    musters = [Muster(comm, names, 60.0, False, fail) for comm in comms]
-    for muster in musters[::-1]:
-        muster.poll()
-    threads = [threading.Thread(target=muster.wait, args=(lambda: None,)) for muster in musters]
+    all_ranks = [Rendezvous(comm, names, 60.0, False, fail) for comm in comms]
+    for rendezvous in all_ranks[::-1]:
+        rendezvous.poll()
+    threads = [threading.Thread(target=rendezvous.wait, args=(lambda: None,)) for rendezvous in all_ranks]
     for thread in threads:
         thread.start()
     for thread in threads:

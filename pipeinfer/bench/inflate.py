@@ -1,6 +1,6 @@
-"""The built-in target as expensive as a model of 100 million to a billion weights, and not a word different.
+"""The built-in target, padded with no-op weights to 100 million to a billion parameters, with the same tokens.
 
-    python -m pipeinfer.bench.heavy 300M DIR
+    python -m pipeinfer.bench.inflate 300M DIR
 
 Every layer's MLP gets wider: the new columns of its down projection are zero, so that nothing comes of them. Further
 layers are added whose output and down projections are zero: they hand on what they were given. All other new numbers
@@ -38,11 +38,11 @@ WIDTH_STEP = 16
 """The MLP's width is a multiple of it, as kernels like it."""
 
 
-def heavy(size: str, directory: str | Path) -> Path:
+def inflate(size: str, directory: str | Path) -> Path:
     """Write a target of ``size`` weights ("300M", "0.5B") in Hugging Face format to ``directory``, whole or not at all;
     one that is there already is kept. The same size gives the same files. Raises UserError."""
     place, source = Path(directory), model_directory(BUILTIN, "target")
-    spec = heavy_spec(ModelSpec.read(source), size)
+    spec = inflated_spec(ModelSpec.read(source), size)
     if place.exists():
         if ModelSpec.read(place) != spec:
             refuse(f"{place} holds another model", "name a directory that does not exist")
@@ -59,7 +59,7 @@ def heavy(size: str, directory: str | Path) -> Path:
     return place
 
 
-def heavy_spec(spec: ModelSpec, size: str) -> ModelSpec:
+def inflated_spec(spec: ModelSpec, size: str) -> ModelSpec:
     """``spec``, grown to about ``size`` weights. Raises UserError for a size that is none, or too small."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([MB])", size)
     if not found:
@@ -107,14 +107,14 @@ def _grown(checkpoint: Checkpoint, spec: ModelSpec) -> Iterator[tuple[str, torch
 
 def main() -> int:
     """Write the target that the command line asks for, and say what it is."""
-    parser = argparse.ArgumentParser(prog="python -m pipeinfer.bench.heavy", description=heavy.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pipeinfer.bench.inflate", description=inflate.__doc__)
     parser.add_argument("size", help="weights, for instance 300M or 1B")
     parser.add_argument("directory", help="where to write it")
     args = parser.parse_args()
     try:
-        spec = ModelSpec.read(heavy(args.size, args.directory))
+        spec = ModelSpec.read(inflate(args.size, args.directory))
     except PipeinferError as error:
-        print(f"pipeinfer.bench.heavy: {error}", file=sys.stderr)
+        print(f"pipeinfer.bench.inflate: {error}", file=sys.stderr)
         return error.exit_code
     print(f"{args.directory}: {weight_count(spec) / 1e6:.0f}M weights, {spec.layer_count} layers")
     return 0

@@ -1,4 +1,4 @@
-"""The heavy target is the built-in one with more to do: as many weights as asked for, real work, the same tokens."""
+"""The inflated target has as many weights as asked for, all of them at work, and the built-in target's tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeinfer import Engine
-from pipeinfer.bench.heavy import LAYERS, heavy, heavy_spec, weight_count
+from pipeinfer.bench.inflate import LAYERS, inflate, inflated_spec, weight_count
 from pipeinfer.core.config import BUILTIN, model_directory
 from pipeinfer.core.errors import UserError
 from stages.checkpoint.checkpoint import Checkpoint
@@ -27,13 +27,13 @@ COUNT = 32
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return heavy("30M", tmp_path_factory.mktemp("heavy") / "30M")
+    return inflate("30M", tmp_path_factory.mktemp("inflated") / "30M")
 
 
 @pytest.mark.parametrize("size", ["100M", "300M", "0.5B", "1B"])
 def test_it_has_as_many_weights_as_asked_for(size: str) -> None:
     asked = float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
-    assert weight_count(heavy_spec(ModelSpec.read(SOURCE), size)) == pytest.approx(asked, rel=0.01)
+    assert weight_count(inflated_spec(ModelSpec.read(SOURCE), size)) == pytest.approx(asked, rel=0.01)
 
 
 def test_the_file_has_them_too(grown: Path) -> None:
@@ -67,22 +67,22 @@ def test_what_is_new_is_work_where_it_may_be_and_nothing_where_it_must_be(grown:
 
 
 def test_the_same_size_gives_the_same_files_and_another_place_is_not_overwritten(grown: Path, tmp_path: Path) -> None:
-    again = heavy("30M", tmp_path / "again")
+    again = inflate("30M", tmp_path / "again")
     for path in again.iterdir():
         assert path.read_bytes() == (grown / path.name).read_bytes()
     written = (again / "model.safetensors").stat().st_mtime_ns
-    assert heavy("30M", again) == again
+    assert inflate("30M", again) == again
     assert (again / "model.safetensors").stat().st_mtime_ns == written
     with pytest.raises(UserError, match="another model"):
-        heavy("40M", again)
+        inflate("40M", again)
     with pytest.raises(UserError, match="config.json"):
-        heavy("30M", tmp_path)
+        inflate("30M", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["again"], "nothing else is left behind"
 
 
 def test_the_command_says_what_it_wrote_or_why_not(tmp_path: Path) -> None:
-    def command(*words: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "pipeinfer.bench.heavy", *words]
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "pipeinfer.bench.inflate", *arguments]
         return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
     done = command("20M", str(tmp_path / "it"))

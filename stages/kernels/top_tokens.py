@@ -11,7 +11,7 @@ from pipeinfer.core.ports import SampledToken, SamplingInputs
 from stages.kernels.sampling import changes_nothing, drawing_scores
 
 
-def best_choices(logits: Tensor, count: int, draw: SamplingInputs | None = None) -> list[list[SampledToken]]:
+def top_tokens(logits: Tensor, count: int, draw: SamplingInputs | None = None) -> list[list[SampledToken]]:
     """The ``count`` best tokens of each row of ``logits`` (float32 [rows, vocabulary]) with their log-probabilities,
     best first; of equal ones the lowest token, as argmax has it. None of a row whose logits are not finite.
 
@@ -25,19 +25,19 @@ def best_choices(logits: Tensor, count: int, draw: SamplingInputs | None = None)
     return _ranked(scores, count, scores if draw.is_guess else logits)
 
 
-def _ranked(scores: Tensor, count: int, judged: Tensor) -> list[list[SampledToken]]:
-    """The ``count`` best tokens of each row by ``scores``, with their log-probabilities by ``judged``."""
-    totals = torch.logsumexp(judged, -1, keepdim=True)
+def _ranked(scores: Tensor, count: int, raw: Tensor) -> list[list[SampledToken]]:
+    """The ``count`` best tokens of each row by ``scores``, with their log-probabilities by ``raw``."""
+    totals = torch.logsumexp(raw, -1, keepdim=True)
     if count == 1:
         best = scores.argmax(-1, keepdim=True)
-        logps = judged.gather(-1, best) - totals  # finite where the total is
+        logps = raw.gather(-1, best) - totals  # finite where the total is
         found = zip(best[:, 0].tolist(), logps[:, 0].tolist(), strict=True)
         return [[choice] if math.isfinite(choice[1]) else [] for choice in found]
     # topk leaves open which of equal scores it takes and in what order; only its lowest value is used.
     count = min(count, scores.shape[-1])
     floors = scores.topk(count, -1).values[:, -1:].clamp_min(torch.finfo(scores.dtype).min)
     choices = []
-    for row, floor, known, total in zip(scores, floors, judged, totals, strict=True):
+    for row, floor, known, total in zip(scores, floors, raw, totals, strict=True):
         tokens = (row >= floor).nonzero()[:, 0]
         tokens = tokens[row[tokens].argsort(descending=True, stable=True)[:count]]
         named = list(zip(tokens.tolist(), (known[tokens] - total).tolist(), strict=True))
