@@ -23,7 +23,8 @@ class _Ending:
         now = time.monotonic()
         if self._asked_s is None:
             self._asked_s = now
-            raise Terminated(signum)
+            Terminated.raised = Terminated(signum)
+            raise Terminated.raised
         if now - self._asked_s > ORDERLY_S:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
@@ -39,6 +40,7 @@ def end_in_order() -> Callable[[], None]:
         signal.signal(signum, ending)
 
     def take_back() -> None:
+        Terminated.raised = None
         for signum in taken:
             if signal.getsignal(signum) is ending:
                 signal.signal(signum, signal.SIG_DFL)

@@ -1,6 +1,8 @@
 """What can go wrong, by whose fault it is; the command line turns each into one line and an exit code."""
 
-from typing import NoReturn
+from __future__ import annotations
+
+from typing import ClassVar, NoReturn
 
 
 class PipeinferError(Exception):
@@ -50,7 +52,11 @@ class RankFailed(PipeinferError):
 
 
 class Terminated(BaseException):
-    """A signal asked this process to end (SIGTERM, SIGHUP); as KeyboardInterrupt, nothing but the top catches it."""
+    """A signal asked this process to end (SIGTERM, SIGHUP); as KeyboardInterrupt, nothing but the top catches it.
+
+    ``raised``: the one that was raised last. A library may turn it into an error of its own that does not name it."""
+
+    raised: ClassVar[Terminated | None] = None
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -63,7 +69,7 @@ def origin(error: BaseException) -> BaseException:
     found: BaseException | None = error
     while found is not None and not isinstance(found, KeyboardInterrupt | Terminated):
         found = found.__cause__ or found.__context__
-    return found or error
+    return found or Terminated.raised or error
 
 
 def exit_code(error: BaseException) -> int:

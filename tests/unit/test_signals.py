@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from launch import signals
-from pipeinfer.core.errors import Terminated, exit_code
+from pipeinfer.core.errors import Terminated, exit_code, origin
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -17,6 +17,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 def handlers() -> Iterator[None]:
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
     yield
+    Terminated.raised = None
     for signum, handler in before.items():
         signal.signal(signum, handler)
 
@@ -29,6 +30,20 @@ def test_the_first_one_ends_the_process_in_order_and_its_echoes_do_not_disturb(s
     assert exit_code(caught.value) == 128 + signum
     signal.raise_signal(signum)
     signal.raise_signal(signal.SIGTERM)
+
+
+def test_an_error_that_a_library_makes_of_a_signal_is_that_signal() -> None:
+    """torch raises a ValueError without a cause where a signal interrupts its look at an object's shape."""
+    take_back = signals.end_in_order()
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except Terminated:
+        swallowed = True
+    error = ValueError("could not determine the shape")
+    assert swallowed
+    assert isinstance(origin(error), Terminated)
+    take_back()
+    assert origin(error) is error
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
