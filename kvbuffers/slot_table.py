@@ -86,6 +86,10 @@ class _Sequence:
         return prefix + moved, path[moved * SLOT.size :]
 
 
+NOTHING = _Sequence()
+"""What is known of a sequence that has no slot; never changed."""
+
+
 class SlotTable:
     """``capacity`` slots, each free, leased to a run of a sequence, or canonical at a position of one."""
 
@@ -101,27 +105,29 @@ class SlotTable:
 
     def apply(self, ops: Sequence[SlotOp]) -> None:
         """Carry out ``ops`` in order; raises RemoteProtocolError where a correct leader would not have asked."""
+        commit, release, free = SlotOpKind.COMMIT, SlotOpKind.RELEASE, SlotOpKind.FREE
         for op in ops:
-            last = op.slot + op.length
+            kind, first, length, position, _ = op
+            last = first + length
             if last > self.capacity:
-                raise RemoteProtocolError(f"{op.kind.name} of slots {op.slot}..{last - 1}, there are {self.capacity}")
-            if op.kind is SlotOpKind.FREE:  # of a sequence all of whose runs were skipped nothing is known
-                freed = self._sequences.pop(op.sequence, _Sequence())
+                raise RemoteProtocolError(f"{kind.name} of slots {first}..{last - 1}, there are {self.capacity}")
+            if kind is free:  # of a sequence all of whose runs were skipped nothing is known
+                freed = self._sequences.pop(op.sequence, NOTHING)
                 self._used.difference_update(freed.canonical, freed.leased)
                 continue
             state = self._state(op.sequence)
-            if op.kind is SlotOpKind.COMMIT:
-                for index in range(op.length):
-                    self._commit(state, op.slot + index, op.position + index)
-            elif op.kind is SlotOpKind.RELEASE:
-                for slot in range(op.slot, last):
+            if kind is commit:
+                for index in range(length):
+                    self._commit(state, first + index, position + index)
+            elif kind is release:
+                for slot in range(first, last):
                     # A tombstone carries no rows, so a dead run's slots may never have been leased here.
                     if state.leased.pop(slot, None) is not None:
                         self._used.remove(slot)
                     elif slot in self._used:
                         raise RemoteProtocolError(f"release of slot {slot}, which is canonical or of another sequence")
             else:
-                self._truncate(op.sequence, op.length)
+                self._truncate(op.sequence, length)
 
     def _state(self, sequence: int) -> _Sequence:
         """What is known of ``sequence``, from now on at least that it exists."""
@@ -156,9 +162,8 @@ class SlotTable:
         any more."""
         here: dict[int, int] = {}  # slot -> sequence
         alive = []
-        nothing = _Sequence()
         for index, row in enumerate(rows):
-            state = self._sequences.get(row.sequence, nothing)
+            state = self._sequences.get(row.sequence, NOTHING)
             if row.slot not in dead and (
                 row.parent == NO_SLOT
                 or row.parent in state.leased

@@ -78,8 +78,10 @@ class SpawnedJob:
         self._reader.start()
 
     def _await(self, ranks: int) -> None:
-        """Until all ranks are ready. Raises RanksFailed, or StallError for one that makes no progress."""
+        """Until all ranks are ready. Raises RanksFailed, or StallError for one that makes no progress. A rank that
+        waits for others inside MPI computes, so once all have entered MPI, computing is no progress."""
         watch, pids = Watch(self._config.timeout_s), dict[int, int]()
+        entered = set[int]()
         for rank in range(ranks):
             watch.expect(rank, name_of(rank, "", 0), time.monotonic())
         while not self.ranks:
@@ -89,11 +91,15 @@ class SpawnedJob:
                 elif "pid" in message:
                     pids[rank] = message["pid"]
                     watch.expect(rank, name_of(rank, here()[0], message["pid"]), time.monotonic())
+                elif "joining" in message:
+                    entered.add(rank)
+                    watch.heard(rank, progress(pids[rank]), "starting MPI", time.monotonic())
                 elif "joined" in message:  # from here on the ranks watch each other
                     watch.done(rank)
                 self.ranks = (message or {}).get("ranks", self.ranks)
-            for rank, pid in pids.items():
-                watch.heard(rank, progress(pid), "starting", time.monotonic())
+            for rank, pid in pids.items() if len(entered) < ranks else ():
+                doing = "starting MPI" if rank in entered else "starting"
+                watch.heard(rank, progress(pid), doing, time.monotonic())
             watch.check(time.monotonic())
             if self._process.poll() is not None:
                 self._ended()

@@ -13,7 +13,7 @@ from launch.environment import launched
 from launch.failure import in_a_line, report
 from launch.json_channel import JsonChannel, connect
 from launch.requests import Close, RequestOutput
-from launch.signals import end_in_order
+from launch.signals import ORDERLY_S, end_in_order
 from launch.wire_forms import order_from_dict, output_to_dict
 from pipeinfer.core.config import Config
 from pipeinfer.core.errors import Terminated, exit_code, origin
@@ -49,6 +49,8 @@ class Parent:
                 self._head.order(Close())
             else:  # the main thread loads, or serves another rank's orders
                 os.kill(os.getpid(), signal.SIGTERM)
+                threading.Event().wait(ORDERLY_S)  # a main thread inside MPI takes no signal
+                os._exit(128 + signal.SIGTERM)
 
     def direct(self, head: Head) -> None:
         """From now on orders are for ``head``. Raises Terminated if the parent has gone."""
@@ -72,6 +74,7 @@ def main(name: str) -> int:
         parent = Parent(name, rank)
         from launch.mpi import World
 
+        parent.lines.try_to_send({"joining": True})
         world = World()
         play(world, parent)
     except BaseException as raised:

@@ -86,11 +86,7 @@ class Layout:
     lists: tuple[Items, ...] = ()
     enums: Mapping[int, type[enum.IntEnum]] = field(default_factory=dict)
     check: Callable[[Any], bool] | None = None  # whether the lists of a body fit together
-
-    @property
-    def numbers(self) -> int:
-        """How many fields come before the lists."""
-        return len(self.kind._fields) - len(self.lists)
+    numbers: int = 0  # how many fields come before the lists
 
     @property
     def max_nbytes(self) -> int:
@@ -123,11 +119,17 @@ def _layout(
     enums: Mapping[int, type[enum.IntEnum]] | None = None,
     check: Callable[[Any], bool] | None = None,
 ) -> Layout:
-    return Layout(code, kind, struct.Struct("<" + fixed + "H" * len(lists)), lists, enums or {}, check)
+    numbers = len(kind._fields) - len(lists)
+    return Layout(code, kind, struct.Struct("<" + fixed + "H" * len(lists)), lists, enums or {}, check, numbers)
 
 
-def _slot_op(kind: int, *numbers: int) -> SlotOp:
-    return SlotOp(SlotOpKind(kind), *numbers)
+OP_KINDS: Mapping[int, SlotOpKind] = {int(kind): kind for kind in SlotOpKind}
+
+
+def _slot_op(kind: int, slot: int, length: int, position: int, sequence: int) -> SlotOp:
+    if kind not in OP_KINDS:
+        raise ValueError(f"{kind} is not a valid SlotOpKind")
+    return SlotOp(OP_KINDS[kind], slot, length, position, sequence)
 
 
 OPS = Items(struct.Struct("<BIHIIx"), _slot_op, MAX_OPS)
@@ -175,27 +177,22 @@ def encode(message: Message) -> bytes:
     """The message's bytes; raises LocalProtocolError where a field does not fit."""
     body: Any = message.body
     layout = LAYOUTS[type(body)]
-    count = layout.numbers
-    found = body[count:]
-    if any(len(rows) > items.most for items, rows in zip(layout.lists, found, strict=True)):
-        raise LocalProtocolError(f"{' and '.join(str(len(rows)) for rows in found)} items in one {message.kind}")
+    lists = body[layout.numbers :]
     if layout.check and not layout.check(body):
         raise LocalProtocolError(f"the lists of a {message.kind} do not fit together")
+    packed: list[bytes] = []
     try:
-        parts = [
-            ENVELOPE.pack(
-                MAGIC, VERSION, layout.code, message.source, message.dest, message.txn, message.payload_nbytes
-            ),
-            layout.fixed.pack(*body[:count], *map(len, found)),
-        ]
-        for items, rows in zip(layout.lists, found, strict=True):
-            if items.make is None:
-                parts += map(items.item.pack, rows)
-            else:
-                parts += starmap(items.item.pack, rows)
+        for items, found in zip(layout.lists, lists, strict=True):
+            if len(found) > items.most:
+                raise LocalProtocolError(f"{len(found)} items in a list of a {message.kind}")
+            packed += starmap(items.item.pack, found) if items.make else map(items.item.pack, found)
+        envelope = ENVELOPE.pack(
+            MAGIC, VERSION, layout.code, message.source, message.dest, message.txn, message.payload_nbytes
+        )
+        fixed = layout.fixed.pack(*body[: layout.numbers], *map(len, lists))
     except (struct.error, OverflowError) as error:
         raise LocalProtocolError(f"cannot encode {message.kind}: {error}") from error
-    return b"".join(parts)
+    return b"".join((envelope, fixed, *packed))
 
 
 def wire_nbytes(message: Message) -> int:
@@ -220,17 +217,16 @@ def decode(data: bytes | memoryview) -> Message:
     if len(data) < start:
         raise RemoteProtocolError(f"{len(data)} bytes are no {layout.kind.__name__}")
     fields = layout.fixed.unpack_from(data, ENVELOPE.size)
-    numbers, counts = fields[: layout.numbers], fields[layout.numbers :]
-    if any(count > items.most for items, count in zip(layout.lists, counts, strict=True)):
-        raise RemoteProtocolError(f"lists of {counts} items exceed the bounds of a {layout.kind.__name__}")
-    ends = [start]
-    for items, count in zip(layout.lists, counts, strict=True):
-        ends.append(ends[-1] + items.item.size * count)
-    if len(data) not in (ends[-1], ends[-1] + payload_nbytes):
-        raise RemoteProtocolError(f"{len(data)} bytes for a {layout.kind.__name__} of {ends[-1]}")
+    numbers, lists, end = fields[: layout.numbers], list[tuple[Any, ...]](), start
     try:
-        lists = [items.read(data[ends[at] : ends[at + 1]]) for at, items in enumerate(layout.lists)]
+        for items, count in zip(layout.lists, fields[layout.numbers :], strict=True):
+            begin, end = end, end + items.item.size * count
+            if count > items.most or end > len(data):
+                raise ValueError(f"a list of {count} items")
+            lists.append(items.read(data[begin:end]) if count else ())
         body: Body = layout.make(numbers, lists)
     except ValueError as error:
         raise RemoteProtocolError(f"{layout.kind.__name__}: {error}") from error
+    if len(data) not in (end, end + payload_nbytes):
+        raise RemoteProtocolError(f"{len(data)} bytes for a {layout.kind.__name__} of {end}")
     return Message(source, dest, body, txn, payload_nbytes)

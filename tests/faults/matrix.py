@@ -122,7 +122,7 @@ def end(case: Case, python: str = sys.executable, more: Sequence[str] = ()) -> E
             words += ["--ranks", str(RANKS)]
         environ["PYTHONPATH"] = os.pathsep.join([str(PLANTED), str(ROOT)])
         at = Path(place, "at")
-        environ |= {"PIPEINFER_FAULT": f"{case.rank} {case.phase} {case.kind}", "PIPEINFER_FAULT_AT": str(at)}
+        environ |= {"PIPEINFER_FAULT": f"{case.rank},{case.phase},{case.kind}", "PIPEINFER_FAULT_AT": str(at)}
         with tempfile.TemporaryFile("w+") as said:
             job = subprocess.Popen(
                 words, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,

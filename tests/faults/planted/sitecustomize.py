@@ -1,9 +1,11 @@
 """Loaded by Python itself in every process of a job under test: plants one fault in one rank.
 
-PIPEINFER_FAULT says ``RANK PHASE KIND``; rank ``parent`` is the process that starts the others. When the phase is
+PIPEINFER_FAULT says ``RANK,PHASE,KIND``; rank ``parent`` is the process that starts the others,
+``all`` is every rank. When the phase is
 reached there, the time is written to the file PIPEINFER_FAULT_AT, and the fault happens, once.
 """
 
+import hashlib
 import importlib.abc
 import importlib.util
 import os
@@ -13,6 +15,7 @@ import time
 
 PLACES = {
     "joining": (("pipeinfer.core.config", "Config.of", 0),),  # only ranks that we start have it, before MPI
+    "inside MPI": (("launch.mpi", "World.__init__", 0),),
     "checking": (("launch.preflight", "clear", 0), ("pipeinfer.cli.installation", "facts", 0)),
     "loading": (("launch.job", "load_shards", 0),),
     "serving": (("pipeinfer.runtime.executor", "Executor.step", 12),),
@@ -37,6 +40,8 @@ def happen(kind):
         raise SystemExit(7)
     if kind == "interrupt":
         raise KeyboardInterrupt
+    while kind == "spin":  # in C for hours, as MPI does that waits for a message that never comes
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
     os.kill(os.getpid(), {"sigterm": signal.SIGTERM, "freeze": signal.SIGSTOP}[kind])
 
 
@@ -81,6 +86,6 @@ class Planter(importlib.abc.MetaPathFinder):
 
 
 if os.environ.get("PIPEINFER_FAULT"):
-    rank, phase, kind = os.environ["PIPEINFER_FAULT"].split()
-    if rank == own_rank():
+    rank, phase, kind = os.environ["PIPEINFER_FAULT"].split(",")
+    if rank in (own_rank(), "all"):
         sys.meta_path.insert(0, Planter(PLACES[phase], kind))
