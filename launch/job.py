@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from launch.backoff import Backoff
 from launch.driver import Driver
 from launch.paced_links import PacedLinks
-from pipeinfer import __version__
 from pipeinfer.core.addresses import ORCHESTRATOR
 from pipeinfer.core.config import Config
 from pipeinfer.core.links import Link
@@ -29,6 +28,7 @@ from pipeinfer.core.ports import (
     Started,
     Transport,
 )
+from pipeinfer.core.version import __version__
 from pipeinfer.orchestrator.machine import Orchestrator
 from pipeinfer.placement.roles import Plan, Role, count, rank_of_role
 from pipeinfer.runtime.executor import Executor

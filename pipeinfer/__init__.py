@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pipeinfer.core.version import __version__
+
 if TYPE_CHECKING:
     from pipeinfer.core.errors import UserError
     from pipeinfer.core.ports import Sampling
     from pipeinfer.engine.answer import Completion, Handle
     from pipeinfer.engine.engine import Engine
 
-__version__ = "0.1.0"
 __all__ = ["Completion", "Engine", "Handle", "Sampling", "UserError", "__version__"]
 
 

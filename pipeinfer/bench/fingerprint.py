@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeinfer import __version__
+from pipeinfer.core.version import __version__
 
 CPUINFO = Path("/proc/cpuinfo")
 

@@ -9,9 +9,9 @@ from typing import NoReturn
 
 from launch.failure import leave, write
 from launch.signals import end_in_order
-from pipeinfer import __version__
 from pipeinfer.cli.streams import OutputError, drop_output, insist_on_utf8, put_in_place, say
 from pipeinfer.core.errors import exit_code
+from pipeinfer.core.version import __version__
 
 
 class Parser(argparse.ArgumentParser):

@@ -64,8 +64,8 @@ def find(names: Sequence[str]) -> Iterator[Path]:
 
 def check(trace: Trace) -> int:
     """Replay one trace and print the outcome in a line; 1 if anything differs."""
-    from pipeinfer import __version__
     from pipeinfer.core.addresses import address_name
+    from pipeinfer.core.version import __version__
     from pipeinfer.runtime.job_spec import JobSpec
     from pipeinfer.runtime.replay import retell
     from pipeinfer.runtime.trace import DAMAGE
