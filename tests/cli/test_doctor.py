@@ -14,7 +14,7 @@ import pytest
 
 from pipeinfer import __version__
 from pipeinfer.bench import measure
-from pipeinfer.cli.doctor import TRIALS, best_trip_s
+from pipeinfer.cli.doctor import LARGE_NBYTES, TRIALS, best_trip_s, link_of
 from pipeinfer.core.config import DTYPES
 from pipeinfer.costs.hardware import Hardware, read_hardware
 from tests.cli.run import ROOT, here, pipeinfer
@@ -62,6 +62,15 @@ def assert_plausible(here: Hardware) -> None:
         assert 0 < arithmetic.peak < 1e16 and 0 < arithmetic.overhead_s < 10
         assert arithmetic.linear is not None and arithmetic.attention is not None
         assert min(arithmetic.linear.bandwidth + arithmetic.attention.bandwidth) > 0
+
+
+@pytest.mark.parametrize(
+    ("small_s", "large_s", "latency_s", "rest_s"), [(1e-6, 1e-3, 1e-6, 999e-6), (2e-3, 1e-3, 0.5e-3, 0.5e-3)]
+)
+def test_a_link_on_a_busy_host_is_described_all_the_same(
+    small_s: float, large_s: float, latency_s: float, rest_s: float
+) -> None:
+    assert link_of(small_s, large_s) == (latency_s, pytest.approx(LARGE_NBYTES / rest_s))
 
 
 def test_on_a_slow_machine_it_ends_in_time(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    before = {signum: signal.signal(signum, signal.SIG_DFL) for signum in SIGNALS}  # nohup ignores some
     yield
     Terminated.raised = None
     for signum, handler in before.items():
