@@ -104,7 +104,7 @@ def a_cancelled_row_takes_its_slot_along(patch: pytest.MonkeyPatch) -> None:
     wrap(patch, SlotTable, "living", living)
 
 
-@mutant("RemoteProtocolError")
+@mutant("RemoteProtocolError", "rounds")
 def the_end_cancels_the_roots_own_run(patch: pytest.MonkeyPatch) -> None:
     def cancel(original: Any, machine: Orchestrator, runs: Any, rows: Any, session: Any) -> Any:
         roots = [run for run in machine._flight if session.is_over and run not in runs and run.cancelled_at is None]

@@ -61,7 +61,7 @@ def a_faulty_row_is_taken_for_a_good_one(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("stages.stage.machine._marked", lambda message, event: message.rows)
 
 
-@mutant("L1")
+@mutant("L1", "plain")
 def what_is_faulty_in_a_prompt_is_no_matter(patch: pytest.MonkeyPatch) -> None:
     def hear(original: Any, run: InFlight, message: Any) -> None:
         original(run, message)
@@ -268,7 +268,7 @@ def a_living_sequence_is_freed(patch: pytest.MonkeyPatch) -> None:
     wrap(patch, Orchestrator, "_accept", accept_some)
 
 
-@mutant("L1")
+@mutant("L1", "rounds")
 def a_row_attends_to_another_sequence(patch: pytest.MonkeyPatch) -> None:
     """The canonical slots of the first sequence in the table, whichever the row is of."""
 
@@ -281,7 +281,7 @@ def a_row_attends_to_another_sequence(patch: pytest.MonkeyPatch) -> None:
     wrap(patch, SlotTable, "allocate", allocate)
 
 
-@mutant("L2")
+@mutant("L2", "plain")
 def a_result_is_taken_for_one_of_the_request_being_served(patch: pytest.MonkeyPatch) -> None:
     def result(original: Any, machine: Orchestrator, message: Any) -> Any:
         if machine._draining is not None and machine._session is not None:
