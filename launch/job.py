@@ -7,11 +7,17 @@ import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from launch.backoff import Backoff
+from launch.compute_threads import start_threads
+from launch.cores import alone
 from launch.driver import Driver
+from launch.failure import write
 from launch.paced_links import PacedLinks
+from launch.pass_cache import PassCache, model_digest
+from launch.start_costs import agreed, are_of_use, measured
 from pipeinfer.core.addresses import ORCHESTRATOR
 from pipeinfer.core.config import Config
 from pipeinfer.core.links import Link
@@ -37,6 +43,7 @@ from pipeinfer.runtime.shards import load_shards
 from pipeinfer.runtime.trace import Header, TraceWriter
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import Placement
+from stages.kernels.library import library
 
 if TYPE_CHECKING:
     from launch.mpi import World
@@ -65,6 +72,7 @@ class Job:
     """This rank's part of the job that ``config`` and ``plan`` describe; ``world`` is None for a rank that is alone.
 
     ``rendezvous`` watches the ranks while they load.
+    ``cache`` has pass times of earlier jobs.
     ``link`` paces messages between ranks, and ``placement`` is what is supposed of them, for emulations. ``traffic``:
     messages and bytes that all ranks have sent each other; the head knows it once the job is closed."""
 
@@ -78,6 +86,7 @@ class Job:
         link: Link | None = None,
         placement: Placement | None = None,
         rendezvous: Rendezvous | None = None,
+        cache: PassCache | None = None,
     ) -> None:
         self._config = config
         self._world = world
@@ -91,11 +100,16 @@ class Job:
             placement=placement or (world.placement if world else "alone"),
             draft_contexts=pair.draft_contexts,
         )
-        self._trace = _open_trace(config, plan, job_spec, rank) if config.trace is not None else None
+        found: dict[str, Any] = {}
         with rendezvous.busy("loading") if rendezvous else nullcontext():
             self._shards = load_shards(job_spec, plan[rank], pair)
+            if are_of_use(job_spec.policy):
+                found = measured(job_spec, plan[rank], self._shards, pair, cache)
         if rendezvous is not None:
             rendezvous.wait(Backoff().wait)
+        if are_of_use(job_spec.policy):
+            job_spec = JobSpec.of(job_spec.numbers() | agreed(found, world))
+        self._trace = _open_trace(config, plan, job_spec, rank) if config.trace is not None else None
         self._transport: Transport | None = None
         self.traffic = (0, 0)
         if world is not None:
@@ -118,7 +132,7 @@ class Job:
 
     def _gather(self, roles: tuple[Role, ...], rank: int, weight_nbytes: int) -> list[dict[str, Any]]:
         layers = next(([role.layers.start, role.layers.stop - 1] for role in roles if role.layers), None)
-        threads = self._world.threads if self._world else 0
+        threads = self._world.threads if self._world else alone(self._config.threads)
         facts = RankFacts(rank, socket.gethostname(), [role.name for role in roles], layers, weight_nbytes, threads)
         return self._world.gather(asdict(facts)) if self._world else [asdict(facts)]
 
@@ -200,18 +214,58 @@ class Job:
         self.kill()
 
 
-def load(config: Config, cleared: Cleared, world: World | None, rendezvous: Rendezvous | None = None) -> Job:
-    """This rank's part of the job that ``config`` describes and ``cleared`` checked, with its share of the models.
-    Collective. Raises UserError for what cannot be loaded, StallError for a rank that makes no progress."""
+def load(cleared: Cleared, world: World | None, rendezvous: Rendezvous | None = None) -> Job:
+    """This rank's part of the job that ``cleared`` describes, with its share of the models. Collective. Raises
+    UserError for what cannot be loaded, StallError for a rank that makes no progress."""
+    config = cleared.config
+    if world is None or world.is_head:
+        _say_once(cleared.note)
+        kernels = library()
+        if kernels is not None and not kernels.is_fused:
+            _say_once("this processor has no fused multiply-add: kernels are slow, with other bits than elsewhere")
     with rendezvous.busy("loading") if rendezvous else nullcontext():
         import torch
 
         from stages.models.pair import CheckpointPair
 
+        threads = start_threads(config.threads, world.cores if world else None, cleared.has_kernels)
         if world is not None:
-            torch.set_num_threads(world.threads)
-        pair = CheckpointPair(cleared.target, cleared.drafts, config.dtype, config.forced_acceptance)
-    return Job(config, cleared.plan, cleared.context, pair, world, rendezvous=rendezvous)
+            world.threads = threads
+        torch.set_num_threads(1 if cleared.has_kernels else threads)
+        pair = CheckpointPair(
+            cleared.target,
+            cleared.drafts,
+            config.dtype,
+            config.forced_acceptance,
+            config.draft_dtypes,
+            config.numerics,
+        )
+    cache = _cache(cleared, world) if are_of_use(Policy(**config.policy)) else None
+    return Job(config, cleared.plan, cleared.context, pair, world, rendezvous=rendezvous, cache=cache)
+
+
+def _cache(cleared: Cleared, world: World | None) -> PassCache:
+    """Pass times of jobs like this one."""
+    import torch
+
+    config = cleared.config
+    common = {
+        "models": [model_digest(place) for place in (config.target_directory, *config.draft_directories)],
+        "dtypes": [config.dtype, *config.draft_dtypes],
+        "numerics": config.numerics,
+        "isa": str(getattr(library(), "isa", "") if cleared.has_kernels else torch.backends.cpu.get_cpu_capability()),
+        "threads": torch.get_num_threads(),
+        "ranks": world.size if world else 1,
+        "forced": bool(config.forced_acceptance),
+    }
+    return PassCache(common)
+
+
+@cache
+def _say_once(note: str) -> None:
+    """Write ``note``, if it is anything, to standard error, once a process."""
+    if note:
+        write(f"pipeinfer: {note}")
 
 
 def _open_trace(config: Config, plan: Plan, job_spec: JobSpec, rank: int) -> TraceWriter:

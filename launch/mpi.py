@@ -20,13 +20,17 @@ mpi4py.rc.thread_level = "serialized"  # several threads, one at a time; must be
 from mpi4py import MPI  # noqa: E402
 
 from launch import transport  # noqa: E402
+from launch.compute_threads import thread_count  # noqa: E402
+from launch.cores import Cores, usable_cores  # noqa: E402
 from launch.failure import report  # noqa: E402
 from launch.rendezvous import Rendezvous  # noqa: E402
+from launch.shared_cores import shared_count  # noqa: E402
 from launch.signals import end_undisturbed  # noqa: E402
 from launch.transport import on_this_host, politely  # noqa: E402
 from launch.watch import here, name_of  # noqa: E402
 from pipeinfer.core.errors import exit_code, origin  # noqa: E402
 from speculation.schedules.schedule import Placement  # noqa: E402
+from stages.kernels.library import forgo, library  # noqa: E402
 
 Bytes = npt.NDArray[np.uint8]
 MpiTransport = functools.partial(transport.MpiTransport, mpi=MPI)
@@ -43,18 +47,17 @@ def abort(code: int) -> None:
         MPI.COMM_WORLD.Abort(code)
 
 
-def _asked_threads() -> int:
-    """The value of OMP_NUM_THREADS; 0 if it has none."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, int(asked)) if asked.isdigit() else 0
-
-
-def _share_of_cores(comm: MPI.Intracomm) -> tuple[int, bool]:
-    """This rank's share of the cores that it may use, at least one, and whether anywhere ranks are clearly more than
-    cores: others may use them too unless ranks are bound. Collective."""
+def _share_of_cores(comm: MPI.Intracomm) -> tuple[Cores, bool]:
+    """The cores of this rank, and whether anywhere ranks are clearly more than cores: others may use them too unless
+    ranks are bound. Collective."""
     mine = os.sched_getaffinity(0)
     sharers = sum(not mine.isdisjoint(others) for others in on_this_host(comm, MPI, mine))
-    return max(1, len(mine) // sharers), comm.allreduce(sharers > OVERSUBSCRIBED * len(mine), MPI.LOR)
+    count = usable_cores(len(mine))
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    busy = shared_count(node, node.Get_rank() == 0, frozenset(mine)) if node.Get_size() > 1 else None
+    cores = Cores(count, max(1, count // sharers), busy)
+    node.Free()
+    return cores, comm.allreduce(sharers > OVERSUBSCRIBED * count, MPI.LOR)
 
 
 class World:
@@ -64,15 +67,18 @@ class World:
     _failing = threading.Lock()
 
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
-        """``threads``: this rank's share of the cores it may use, unless OMP_NUM_THREADS is set;
+        """``threads``: see thread_count, until a job asks for another number; ``cores``: those that this rank may use;
         ``placement``: what processors ranks have; ``may_thread``: whether MPI may be called by another thread than the
-        one that opened it, one at a time."""
+        one that opened it, one at a time; ``has_kernels``: whether all ranks have the library."""
         self.comm = (comm or MPI.COMM_WORLD).Dup()
         self.rank = self.comm.Get_rank()
         self.size = self.comm.Get_size()
         self.may_thread = bool(self.comm.allreduce(MPI.Query_thread() >= MPI.THREAD_SERIALIZED, MPI.LAND))
-        fair, is_oversubscribed = _share_of_cores(self.comm)
-        self.threads = _asked_threads() or fair
+        self.cores, is_oversubscribed = _share_of_cores(self.comm)
+        self.has_kernels = bool(self.comm.allreduce(library() is not None, MPI.LAND))
+        if not self.has_kernels and library() is not None:
+            forgo("another rank has no library of decode kernels")
+        self.threads = thread_count(None, self.cores, self.has_kernels)
         shared: Placement = "oversubscribed" if is_oversubscribed else "spread"
         self.placement: Placement = shared if self.size > 1 else "alone"
         # Called with the exit code after a failure is reported and before all ranks are ended.

@@ -3,10 +3,11 @@ without torch, in well under a second."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeinfer.core.config import DEFAULT_CONTEXT, DTYPES, Config
+from launch.cores import refuse_threads
+from pipeinfer.core.config import AUTO, DEFAULT_CONTEXT, DTYPES, NUMERICS, Config, resolve_dtype
 from pipeinfer.core.errors import refuse
 from pipeinfer.placement.roles import Plan, assign
 from pipeinfer.runtime.trace import refuse_unwritable
@@ -16,6 +17,7 @@ from stages.checkpoint.checkpoint import Checkpoint, Weights
 from stages.checkpoint.folder import model_folder, plain
 from stages.checkpoint.random_weights import RandomCheckpoint
 from stages.checkpoint.spec import FAMILIES, ModelSpec, architecture_of, is_llama_family
+from stages.kernels.library import library, reason
 from stages.models.forced import FORCED_TOKENS
 from stages.models.generic_spec import GenericSpec
 
@@ -24,18 +26,25 @@ Model = tuple[ModelSpec | GenericSpec, Weights]
 
 @dataclass(frozen=True, slots=True)
 class Cleared:
-    """A job that may start: the models' specs and checked weights, the plan, and the context it serves."""
+    """A job that may start: the models' specs and checked weights, the plan, and the context it serves.
 
+    ``config``: with every dtype resolved. ``has_kernels``: whether every rank has the kernel library. ``note``: what
+    its user should know of the dtypes, in one line; empty for nothing."""
+
+    config: Config
     target: Model
     drafts: list[Model]  # drafter by drafter
     plan: Plan
     context: int
+    has_kernels: bool
+    note: str = ""
 
 
-def clear(config: Config, ranks: int) -> Cleared:
-    """Check ``config`` for ``ranks`` ranks. Raises UserError, whose message names the thing and the fix."""
-    if config.dtype not in DTYPES:
-        refuse(f"unknown dtype {config.dtype!r}", f"use one of {', '.join(DTYPES)}")
+def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleared:
+    """Check ``config`` for ``ranks`` ranks. ``has_kernels``: whether all of them have the kernel library; None for what
+    this process has. Raises UserError, whose message names the thing and the fix."""
+    _refuse_words(config)
+    refuse_threads(config.threads)
     if ranks < 1:
         refuse(f"{ranks} ranks", "use at least one")
     if config.trace is not None:
@@ -60,7 +69,45 @@ def clear(config: Config, ranks: int) -> Cleared:
         for place in models:
             _same_vocabulary(config.target_directory, place)
     plan = assign(ranks, spec.layer_count, len(places), spec.head_in_layers)
-    return Cleared(target, [models[place] for place in places], plan, context)
+    drafts = [models[place] for place in places]
+    has_kernels = library() is not None if has_kernels is None else has_kernels
+    resolved = _resolved(config, target, drafts, has_kernels)
+    note = "" if has_kernels else _note(config, target, drafts)
+    return Cleared(resolved, target, drafts, plan, context, has_kernels, note)
+
+
+def _refuse_words(config: Config) -> None:
+    """A dtype or numerics that there is not."""
+    choices = (AUTO, *DTYPES)
+    for dtype in (config.dtype, *config.draft_dtypes):
+        if dtype not in choices:
+            refuse(f"unknown dtype {dtype!r}", f"use one of {', '.join(choices)}")
+    if config.numerics not in NUMERICS:
+        refuse(f"unknown numerics {config.numerics!r}", f"use one of {', '.join(NUMERICS)}")
+
+
+def _resolved(config: Config, target: Model, drafts: list[Model], has_kernels: bool) -> Config:
+    """``config`` with the dtype of each model."""
+    asked = config.draft_dtypes or (config.dtype,) * len(drafts)
+    return replace(
+        config,
+        dtype=resolve_dtype(config.dtype, target[0].dtype, has_kernels),
+        draft_dtypes=tuple(
+            resolve_dtype(dtype, spec.dtype, has_kernels) for dtype, (spec, _) in zip(asked, drafts, strict=True)
+        ),
+    )
+
+
+def _note(config: Config, target: Model, drafts: list[Model]) -> str:
+    """Why there are no kernels, and what it costs."""
+    why = reason()
+    with_kernels = _resolved(config, target, drafts, has_kernels=True)
+    if with_kernels == _resolved(config, target, drafts, has_kernels=False):
+        return f"{why}: torch computes, several times as slowly"
+    return (
+        f"{why}: torch computes, several times as slowly, with 16-bit weights held in fp32 (--dtype bf16 or fp16 keeps "
+        "16 bits, but tokens may then depend on the policy)"
+    )
 
 
 def _refuse_forcing(config: Config) -> None:

@@ -101,8 +101,8 @@ def play(world: World, parent: Parent) -> None:
     rendezvous = world.rendezvous(config.timeout_s)
     parent.lines.try_to_send({"joined": True})
     with rendezvous.busy("checking"):
-        cleared = clear(config, world.size)
-    job = load(config, cleared, world, rendezvous)
+        cleared = clear(config, world.size, world.has_kernels)
+    job = load(cleared, world, rendezvous)
     with frozen():
         if not world.is_head:
             job.serve()

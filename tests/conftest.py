@@ -12,6 +12,7 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PIPEINFER_CACHE"] = "off"  # each job measures for itself
 
 # Deadlines measure the neighbours on a shared machine; `timeout` in pyproject.toml is what catches a hang.
 settings.register_profile("full", deadline=None, print_blob=True)

@@ -90,10 +90,12 @@ def best_chain(trip_s: Callable[[int], float], top1: float, draft_s: float, long
     """The length of synchronous chains that gives most tokens per time, where a trip through the pipeline takes
     ``trip_s(rows)`` and a pass of the draft ``draft_s``."""
 
-    def speed(length: int) -> float:
-        return sum(top1**level for level in range(length + 1)) / (trip_s(length + 1) + length * draft_s)
+    return max(range(1, longest + 1), key=lambda length: chain_speed(trip_s, top1, draft_s, length))
 
-    return max(range(1, longest + 1), key=speed)
+
+def chain_speed(trip_s: Callable[[int], float], top1: float, draft_s: float, length: int) -> float:
+    """Tokens per time of synchronous chains of ``length`` guesses, each right with ``top1`` if those before it are."""
+    return sum(top1**level for level in range(length + 1)) / (trip_s(length + 1) + length * draft_s)
 
 
 def best_tree(

@@ -1,5 +1,5 @@
-"""Measuring a host or its GPU, as a hardware description: how fast it reads and computes, and what torch's kernels make
-of it.
+"""Measuring a host or its GPU, as a hardware description: how fast it reads and computes, and what kernels make of it:
+ours, or torch's on a GPU and where ours are missing.
 
 Each number is the median of many. Kernels are given what they are given in a shard: one matrix after the other, so that
 weights come from memory. All of it together takes a given time: each number gets an equal part of what is left, and
@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from pipeinfer.bench.passes import clock, one_pass, random_model, whole_shard
-from pipeinfer.core.config import DTYPES
+from pipeinfer.bench.passes import clock, one_pass, random_model, use_threads, whole_shard
 from pipeinfer.core.metrics import percentile
+from stages.kernels.library import library
 
 if TYPE_CHECKING:
     import torch
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
-PACKED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)  # rows times heads that share a key head
+PACKED_ROWS = (1, 2, 4, 8, 16, 32, 128)  # rows times heads that share a key head
 KV_HEADS = 8
 TINY_LAYERS = 16
 
@@ -48,6 +48,8 @@ SECONDS = 30.0
 LONGEST_S = 0.4
 MOST_TIMES = 1000
 LEAST_SQUARE = 128
+DTYPES = ("fp32", "bf16")
+"""What is measured; shapes that compute in fp16 need a description made by hand."""
 NUMBERS = 1 + len(DTYPES) * (2 + len(ROWS) + len(PACKED_ROWS))
 
 
@@ -71,7 +73,7 @@ def describe(
     seconds and bytes per second between ranks. Takes ``seconds``, as far as twice each kernel once allows."""
     import torch
 
-    torch.set_num_threads(threads)
+    use_threads(threads)
     with torch.inference_mode():
         return "\n".join(_describe(cpu, threads, link, Probe(device, seconds, clocks)))
 
@@ -122,17 +124,18 @@ def _short(value: float) -> str:
 
 
 class Probe:
-    """Measures ``device``, as torch names it, NUMBERS numbers within ``seconds``."""
+    """Measures ``device``, as torch names it, within ``seconds``: NUMBERS numbers, and for kernels a few more."""
 
     def __init__(self, device: str, seconds: float = SECONDS, clocks: Clocks | None = None) -> None:
         import torch
 
         self.device = device
+        self.kernels = library() if device == "cpu" else None
         self.sizes = PROCESSOR if device == "cpu" else GPU
         work = clock(torch.get_num_threads()) if device == "cpu" else time.perf_counter
         self._clocks = clocks or Clocks(time.monotonic, work)
         self._end = self._clocks.wall() + seconds
-        self._left = NUMBERS
+        self._left = NUMBERS + (2 * len(DTYPES) if self.kernels is not None else 0)
 
     def _share_s(self) -> float:
         """Time for the next number."""
@@ -167,9 +170,12 @@ class Probe:
         torch.cuda.synchronize(self.device)
 
     def read_bandwidth(self) -> float:
-        """Bytes per second that a sum over fp32 numbers reads."""
+        """Bytes per second that the kernels read, or else a sum over fp32 numbers."""
         import torch
 
+        if self.kernels is not None:
+            memory = torch.ones(10 * self.sizes.part_nbytes // 4)
+            return memory.nbytes / self.usual_s([lambda: self.kernels and self.kernels.read_roof(memory)])
         parts = torch.ones(10, self.sizes.part_nbytes // 4, device=self.device).unbind()
         return 10 * self.sizes.part_nbytes / self.usual_s([part.sum for part in parts])
 
@@ -201,18 +207,27 @@ class Probe:
         nbytes = sum(weight.nbytes for weight in pair)
         weights = [weight.clone() for _ in range(self.sizes.stream_nbytes // nbytes) for weight in pair]
         found = []
+        if self.kernels is not None:
+            from stages.kernels.linear import Linear
+
+            packed = [Linear.pack(weight) for weight in weights]
         for rows in ROWS:
             x = {width: self._random(dtype, rows, width) for width in matrix}
             calls = [lambda w=weight, x=x[weight.shape[1]]: F.linear(x, w) for weight in weights]
+            if self.kernels is not None:
+                x = {width: numbers.float() for width, numbers in x.items()}
+                calls = [lambda linear=linear, x=x[linear.inputs]: linear(x) for linear in packed]
             found.append(sum(weight.nbytes for weight in weights) / self.usual_s(calls))
         return found
 
     def attention(self, dtype: str) -> list[float]:
-        """Bytes of keys and values per second for each of PACKED_ROWS, computed as stages.models.llama does."""
+        """Bytes of keys and values per second for each of PACKED_ROWS, as shards on this device compute."""
         import torch
         import torch.nn.functional as F
 
         context, head_dim = self.sizes.context, self.sizes.head_dim
+        if self.kernels is not None:
+            return self._kernel_attention(dtype, context, KV_HEADS * head_dim)
         layer = self._random(dtype, 1, 2 * KV_HEADS, context, head_dim)
         layers = [layer.clone() for _ in range(self.sizes.stream_nbytes // 4 // layer.nbytes)]
         found = []
@@ -226,6 +241,19 @@ class Probe:
 
             calls = [lambda held=held, call=call: call(held) for held in layers]
             found.append(sum(held.nbytes for held in layers) / self.usual_s(calls))
+        return found
+
+    def _kernel_attention(self, dtype: str, context: int, hidden: int) -> list[float]:
+        """What passes of a small model take longer with ``context`` slots than with hardly any."""
+        spec = random_model(TINY_LAYERS, hidden, intermediate=32, heads=KV_HEADS, kv_heads=KV_HEADS, vocab=256)
+        shard = whole_shard(spec, dtype, context)
+        nbytes = TINY_LAYERS * 2 * hidden * context * (4 if dtype == "fp32" else 2)
+        few, many = PACKED_ROWS[0], PACKED_ROWS[-1]
+        least_s, most_s = (self.usual_s([one_pass(shard, rows, rows)]) for rows in (few, many))
+        found = []
+        for rows in PACKED_ROWS:
+            other_s = least_s + (most_s - least_s) * (rows - few) / (many - few)
+            found.append(nbytes / max(self.usual_s([one_pass(shard, rows, context)]) - other_s, 1e-9))
         return found
 
     def _random(self, dtype: str, *shape: int) -> torch.Tensor:

@@ -11,12 +11,22 @@ from pipeinfer.core.slots import batch_in_order
 from stages.checkpoint.checkpoint import Weights
 from stages.checkpoint.random_weights import RandomCheckpoint
 from stages.checkpoint.spec import ModelSpec, RopeSpec
+from stages.kernels.library import library
 
 
 def clock(threads: int) -> Callable[[], float]:
     """What times computing with so many ``threads``. One thread's processor time is what it would take on a core of its
     own, whoever else is about; that of several would leave out how they wait for each other."""
     return time.process_time if threads == 1 else time.perf_counter
+
+
+def use_threads(threads: int) -> None:
+    """From now on torch and the kernels have ``threads`` threads in this process."""
+    import torch
+
+    torch.set_num_threads(threads)
+    if (kernels := library()) is not None:
+        kernels.set_threads(threads)
 
 
 def check_device(name: str) -> None:
@@ -56,11 +66,10 @@ def whole_shard(
     spec: ModelSpec, dtype: str, slots: int, weights: Weights | None = None, device: str = "cpu"
 ) -> ShardModel:
     """All layers of a model with ``slots`` slots on ``device``; of random weights unless some are given."""
-    from stages.models.llama import LlamaShard
-    from stages.models.pair import DTYPES
+    from stages.models.pair import DTYPES, load_llama
 
     weights = weights or RandomCheckpoint(spec)
-    return LlamaShard.load(spec, weights, range(spec.layer_count), DTYPES[dtype], slots, device)
+    return load_llama(spec, weights, range(spec.layer_count), DTYPES[dtype], slots, device=device)
 
 
 def one_pass(shard: ShardModel, rows: int, context: int) -> Callable[[], object]:

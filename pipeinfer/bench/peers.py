@@ -2,14 +2,18 @@
 
 ``hf`` is transformers' generate. ``hf-assisted`` is its assisted generation as it is by default: 20 tokens of the
 draft, or fewer where it is unsure (what that means is adapted where scikit-learn is installed). ``hf-assisted-N``:
-always N. All are greedy and go on after an end-of-text token. In bf16 their tokens may differ from each other's and
-from ours, as those of any two ways to batch do.
+always N. ``llama.cpp`` and ``llama.cpp-assisted-N`` are llama.cpp on the same weights, exported to GGUF; without a
+number it takes the length from 2 to 8 that is fastest on the first prompt. All are greedy and go on after an
+end-of-text token. In 16 bits their tokens may differ from each other's and from ours, as those of any two ways to batch
+do; llama.cpp's always may, as its keys and values are fp16.
 """
 
 from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,13 +23,18 @@ from pipeinfer.core.errors import refuse
 if TYPE_CHECKING:
     import torch
 
-NAME = re.compile(r"hf|hf-assisted(?:-([1-9]\d*))?")
+NAME = re.compile(r"(hf|llama\.cpp)(-assisted(?:-([1-9]\d*))?)?")
 
 
 class Peer(Protocol):
     """An implementation with its models loaded."""
 
     name: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Which library it is, and what it has chosen."""
+        ...
 
     def generate(self, prompt: list[int], count: int) -> tuple[list[int], list[tuple[float, int]], float]:
         """Exactly ``count`` tokens after ``prompt``; the time of each emission and how many tokens it was; and when the
@@ -38,29 +47,50 @@ def is_peer(name: str) -> bool:
     return NAME.fullmatch(name) is not None
 
 
-def open_peer(name: str, target: str | Path, draft: str | Path | None, dtype: str, threads: int) -> Peer:
-    """The peer ``name`` with its models loaded: directories, or ``builtin``. From now on torch has ``threads`` threads
-    in this process. Raises UserError for a peer that is none, or that cannot be had as asked."""
+def may_differ(name: str, dtype: str) -> bool:
+    """Whether the tokens of policy or peer ``name`` may be others than ours without a fault of ours."""
+    return is_peer(name) and (name.startswith("llama.cpp") or dtype != "fp32")
+
+
+def check_peers(names: Iterable[str]) -> None:
+    """Raise UserError where one of ``names`` needs a package that is missing."""
+    if any(is_peer(name) and name.startswith("llama.cpp") for name in names):
+        from pipeinfer.bench.llama_cpp import require
+
+        require()
+
+
+def open_peer(
+    name: str, target: str | Path, draft: str | Path | None, dtype: str, threads: int, draft_dtype: str = ""
+) -> Peer:
+    """The peer ``name`` with its models loaded: directories, or ``builtin``; the draft in ``dtype`` too, if not in
+    ``draft_dtype``. From now on torch has ``threads`` threads in this process. Raises UserError for a peer that is
+    none, or that cannot be had as asked."""
     found = NAME.fullmatch(name)
     if not found:
-        refuse(f"unknown peer {name!r}", "use hf, hf-assisted or hf-assisted-N")
+        refuse(f"unknown peer {name!r}", "use hf or llama.cpp, with -assisted or -assisted-N or without")
     if dtype not in DTYPES:
         refuse(f"unknown dtype {dtype!r}", f"use one of {', '.join(DTYPES)}")
-    if name != "hf" and draft is None:
-        refuse(f"{name} without a draft model", "name one, or use hf")
+    library, is_assisted, length = found[1], found[2] is not None, int(found[3] or 0)
+    if is_assisted and draft is None:
+        refuse(f"{name} without a draft model", f"name one, or use {library}")
+    places = [model_directory(str(target), "target"), *([model_directory(str(draft), "draft")] if is_assisted else [])]
+    if library == "llama.cpp":
+        from pipeinfer.bench.llama_cpp import LlamaCppPeer
+
+        return LlamaCppPeer(name, places[0], places[1] if is_assisted else None, dtype, threads, length)
     import torch
 
     torch.set_num_threads(threads)
-    model, assistant = _load(model_directory(str(target), "target"), dtype), None
-    if name != "hf":
-        assistant = _load(model_directory(str(draft), "draft"), dtype)
-        if found[1]:
-            assistant.generation_config.num_assistant_tokens = int(found[1])
-            assistant.generation_config.assistant_confidence_threshold = 0.0
+    model = load_transformers(places[0], dtype)
+    assistant = load_transformers(places[1], draft_dtype or dtype) if is_assisted else None
+    if assistant is not None and length:
+        assistant.generation_config.num_assistant_tokens = length
+        assistant.generation_config.assistant_confidence_threshold = 0.0
     return TransformersPeer(name, model, assistant)
 
 
-def _load(directory: Path, dtype: str) -> Any:
+def load_transformers(directory: Path, dtype: str) -> Any:
     """transformers' model in ``directory``, which never ends a text by itself. Raises UserError where there is none."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -90,6 +120,11 @@ class TransformersPeer:
         self.name = name
         self._model = model
         self._assistant = assistant
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """See Peer."""
+        return {"library": f"transformers {metadata.version('transformers')}"}
 
     def generate(self, prompt: list[int], count: int) -> tuple[list[int], list[tuple[float, int]], float]:
         """See Peer."""

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.collector import frozen
+from launch.cores import usable_cores
 from pipeinfer.bench.contenders import Contender, contender
-from pipeinfer.bench.peers import Peer, is_peer, open_peer
+from pipeinfer.bench.peers import Peer, is_peer, may_differ, open_peer
 from pipeinfer.bench.rows import make_row
 from pipeinfer.bench.sample import Sample, sample
 from pipeinfer.bench.suite import Point, Suite
-from pipeinfer.core.config import BUILTIN, model_directory
+from pipeinfer.core.config import BUILTIN, model_directory, resolve_dtype
 from pipeinfer.core.errors import PipeinferError
+from pipeinfer.core.metrics import percentile
 from pipeinfer.core.ports import RequestStats, Sampling
 from pipeinfer.costs.paths import BENCHMARKS
 from pipeinfer.engine.engine import Engine
+from stages.checkpoint.spec import FAMILIES, architecture_of, stored_dtype
 
 if TYPE_CHECKING:
     from launch.mpi import World
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 WARM_TOKENS = 8
 """Of the first prompt, before anything is measured."""
 INFLATED = f"{BUILTIN}*"
+SHAPED = "shaped"
 Opened = Callable[[Contender, dict[str, Any]], None]
 """Called with what is known of a contender before it decodes."""
 
@@ -43,8 +47,8 @@ def measure_point(world: World, suite: Suite, point: Point, announce: Callable[[
         found: dict[str, list[Sample]] = {name: [] for name in suite.policies}
         peers: dict[str, Peer] = {}
         facts: dict[str, dict[str, Any]] = {}
-        common = _facts(world, point)
-        bandwidth = _bandwidth(world.threads) if world.is_head else 0.0
+        common = _facts(world, here)
+        bandwidth = _bandwidth(point.threads or world.threads) if world.is_head else 0.0
         prompts: list[list[int]] = []
 
         def opened(one: Contender, known: dict[str, Any]) -> None:
@@ -54,26 +58,69 @@ def measure_point(world: World, suite: Suite, point: Point, announce: Callable[[
                 announce(common["ceiling_tokens_per_s"])
             facts[one.name] = known
 
-        for _ in range(suite.repeats):
+        for repeat in range(suite.repeats):
             for name in sorted(suite.policies, key=is_peer):  # an engine of ours reads the prompts
+                if repeat and name in suite.once:
+                    continue
                 if not is_peer(name):
                     samples = measure_engine(world, here, contender(name, here.set), prompts, opened)
                 else:
                     if world.is_head:
-                        peers[name] = peers.get(name) or _open_peer(name, here, _threads(world))
+                        peers[name] = peers.get(name) or _open_peer(name, here, world)
                         samples = [measure_peer(peers[name], prompt, here.tokens) for prompt in prompts]
                     world.rest()
                 found[name] += samples if world.is_head else []
         if not world.is_head:
             return []
-        first = suite.policies[0]
-        for name, samples in found.items():
-            if [one.tokens for one in samples] != [one.tokens for one in found[first]]:
-                raise PipeinferError(f"the tokens of {name} are not those of {first}")
+        facts |= {name: {"peer": peer.facts} for name, peer in peers.items()}
+        equal = _compare(found, common["dtype"])
+        if suite.passes and world.size == 1:
+            common |= _passes(suite, here, found, prompts, world.threads, common["dtype"])
         return [
-            make_row(suite, point, name, samples, common | facts.get(name, {}), not is_peer(name))
+            make_row(
+                suite, point, name, samples,
+                common | facts.get(name, {}) | {"equal_prefix": equal[name]},
+                not is_peer(name),
+            )
             for name, samples in found.items()
-        ]
+        ]  # fmt: skip
+
+
+def _compare(found: dict[str, list[Sample]], dtype: str) -> dict[str, float]:
+    """Of each policy and peer, the usual share of a text before the first token that is not ours. Raises PipeinferError
+    where there is one that must not be."""
+    ours = next(name for name in found if not is_peer(name))
+    shares: dict[str, float] = {}
+    for name, samples in found.items():
+        each = [_equal_prefix(one.tokens, wanted.tokens) for one, wanted in zip(samples, found[ours], strict=False)]
+        if min(each) < 1 and not may_differ(name, dtype):
+            raise PipeinferError(f"the tokens of {name} are not those of {ours}")
+        shares[name] = percentile(each, 0.5)
+    return shares
+
+
+def _equal_prefix(tokens: Sequence[int], wanted: Sequence[int]) -> float:
+    pairs = enumerate(zip(tokens, wanted, strict=True))
+    return next((index for index, (token, other) in pairs if token != other), len(wanted)) / len(wanted)
+
+
+def _passes(
+    suite: Suite, here: Point, found: dict[str, list[Sample]], prompts: list[list[int]], threads: int, dtype: str
+) -> dict[str, Any]:
+    """Times of single passes, and the ideal that follows from them and from plain decoding, if it was measured. Nothing
+    without a draft, or where a model has no shard of its own."""
+    from pipeinfer.bench.pair_passes import measure_pair
+
+    ours = next(name for name in found if not is_peer(name))
+    beside = any(name.startswith("llama.cpp") for name in suite.policies)
+    if not here.draft:
+        return {}
+    pair = (model_directory(here.target, "target"), model_directory(here.draft, "draft"))
+    if not all(architecture_of(folder) in FAMILIES for folder in pair):
+        return {}
+    known = measure_pair(*pair, dtype, threads, prompts[0], found[ours][0].tokens, beside)
+    plain = percentile([one.speed for one in found["plain"]], 0.5) if "plain" in found else None
+    return {"passes": known, "ideal_tokens_per_s": plain and plain * known["gain"]}
 
 
 @contextmanager
@@ -81,19 +128,37 @@ def models_of(world: World, point: Point) -> Iterator[Point]:
     """``point`` with its models as directories that this rank can read; what is made for it is removed in the end."""
     target, draft = point.target or BUILTIN, point.draft
     with ExitStack() as held:
-        if target.startswith(INFLATED):
-            from pipeinfer.bench.inflate import inflate
+        if target.startswith(INFLATED) or target == SHAPED:
 
             def make() -> str:
+                if target == SHAPED:
+                    return _shaped()
+                from pipeinfer.bench.inflate import inflate
+
                 place = held.enter_context(tempfile.TemporaryDirectory(prefix="pipeinfer-inflated-"))
                 inflate(target.removeprefix(INFLATED), Path(place) / "target")
-                return str(Path(place) / "target")
+                return place
 
             made = world.broadcast({"made": make() if world.is_head else ""})["made"]
-            target = made if Path(made).is_dir() else make()  # on a host of its own
-            draft = draft or BUILTIN
+            made = made if Path(made).is_dir() else make()  # on a host of its own
+            draft = draft or (str(Path(made) / "draft") if target == SHAPED else BUILTIN)
+            target = str(Path(made) / "target")
         yield replace(point, target=target, draft=draft)
         world.agree(0)  # nobody's files go before everybody is done with them
+
+
+def _shaped() -> str:
+    """The shaped pair, for all points of the suite: it takes a minute to make. It goes when this process ends."""
+    from pipeinfer.bench.shaped_pair import make_pair
+
+    pair = Path(_scratch().name) / "pair"
+    make_pair(pair)
+    return str(pair)
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="pipeinfer-shaped-")
 
 
 def measure_engine(
@@ -109,6 +174,8 @@ def measure_engine(
             policy=one.source,
             settings=one.changes,
             dtype=point.dtype,
+            numerics=point.numerics,
+            threads=point.threads or None,
             comm=world.comm,
             forced_acceptance=point.acceptance or ((point.top1,) if point.top1 else ()),
             random_weights=point.random_weights,
@@ -119,6 +186,8 @@ def measure_engine(
         holders = [rank for rank in engine.ranks if rank["layers"] is not None]
         opened(one, {
             "settings": one.settings(),
+            "dtype": engine.config.dtype,
+            "threads": engine.ranks[0]["threads"],
             "stages": len(holders),
             "bytes_per_rank": max(rank["weight_nbytes"] for rank in holders),
             "weight_nbytes": sum(rank["weight_nbytes"] for rank in holders),
@@ -142,15 +211,13 @@ def prompts_of(point: Point, engine: Engine) -> list[list[int]]:
     return [list(islice(chain.from_iterable(cycle(turn)), point.prompt_tokens)) for turn in turns]
 
 
-def _threads(world: World) -> int:
-    """What a peer gets in its one process: as many threads as the ranks of ``world`` have together, if there are cores
-    for them."""
-    return min(world.threads * world.size, len(os.sched_getaffinity(0)))
-
-
-def _open_peer(name: str, point: Point, threads: int) -> Peer:
-    draft = model_directory(point.draft or BUILTIN, "draft")
-    return open_peer(name, model_directory(point.target, "target"), draft, point.dtype, threads)
+def _open_peer(name: str, point: Point, world: World) -> Peer:
+    """The peer ``name`` with the models and dtypes that our engines have, and as many threads as the ranks of ``world``
+    have together, if there are cores for them."""
+    directories = model_directory(point.target, "target"), model_directory(point.draft or BUILTIN, "draft")
+    dtypes = [resolve_dtype(point.dtype, stored_dtype(directory), world.has_kernels) for directory in directories]
+    threads = min((point.threads or world.threads) * world.size, usable_cores())
+    return open_peer(name, *directories, dtypes[0], threads, dtypes[1])
 
 
 def measure_peer(peer: Peer, prompt: list[int], count: int) -> Sample:
@@ -161,11 +228,10 @@ def measure_peer(peer: Peer, prompt: list[int], count: int) -> Sample:
 
 def _bandwidth(threads: int) -> float:
     """Bytes per second that ``threads`` threads of this host read: no plain decoding reads its weights faster."""
-    import torch
-
     from pipeinfer.bench.measure import Probe
+    from pipeinfer.bench.passes import use_threads
 
-    torch.set_num_threads(threads)
+    use_threads(threads)
     return Probe("cpu").read_bandwidth()
 
 
@@ -179,7 +245,9 @@ def _facts(world: World, point: Point) -> dict[str, Any]:
         "hardware": None,
         "target": point.target,
         "draft": point.draft or None,
-        "dtype": point.dtype,
+        "dtype": resolve_dtype(point.dtype, stored_dtype(model_directory(point.target, "target")), world.has_kernels),
+        "numerics": point.numerics,
+        "threads": point.threads or world.threads,
         "prompt_tokens": point.prompt_tokens or None,
         "set": list(point.set),
         "claims": [],
@@ -189,4 +257,6 @@ def _facts(world: World, point: Point) -> dict[str, Any]:
         "ideal_samples": [],
         "ceiling_tokens_per_s": None,
         "bytes_per_rank": None,
+        "peer": None,
+        "passes": None,
     }

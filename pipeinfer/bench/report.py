@@ -68,6 +68,19 @@ class Report:
             print(json.dumps(row) if self._as_json else line(row, self._axes), flush=True)
         self._write()
 
+    def explain(self, rows: list[dict[str, Any]]) -> None:
+        """What the table cannot say of a real point: where a peer's tokens part from ours, and how long passes take."""
+        for row in rows:
+            if row["peer"]:
+                more = "".join(f"; {key} {value}" for key, value in row["peer"].items() if key != "library")
+                share = f"{row['equal_prefix']:.2f} of a text before the first token that is not ours"
+                self.say(f"{row['policy']}: {row['peer']['library']}{more}; {share}")
+        if rows and rows[0]["passes"]:
+            from pipeinfer.bench.pair_passes import lines
+
+            for text in lines(rows[0]["passes"]):
+                self.say(text)
+
     def _write(self) -> None:
         if self._path is not None:
             write_whole(self._path, "".join(json.dumps(row) + "\n" for row in self._rows))

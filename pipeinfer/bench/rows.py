@@ -88,7 +88,7 @@ def heading(axes: Sequence[str]) -> str:
     """The line over a table."""
     return (
         "# "
-        + " ".join([*(f"{axis:>{_width(axis)}}" for axis in axes), f"{'policy':<14}"])
+        + " ".join([*(f"{axis:>{_width(axis)}}" for axis in axes), f"{'policy':<20}"])
         + "".join(f" {name:>9}" for name in COLUMNS)
     )
 
@@ -98,7 +98,7 @@ def line(row: Mapping[str, Any], axes: Sequence[str]) -> str:
     place = {**(row["acceptance"] or {}), **row}
     cells = [f"{_cell(place.get(axis)):>{_width(axis)}}" for axis in axes]
     numbers = "".join(f" {_number(row, path):>9}" for path in COLUMNS.values())
-    return "  " + " ".join([*cells, f"{row['policy']:<14}"]) + numbers
+    return "  " + " ".join([*cells, f"{row['policy']:<20}"]) + numbers
 
 
 def _width(axis: str) -> int:

@@ -86,6 +86,7 @@ def run_real(suite: Suite, report: Report | None, world: World) -> None:
                 rows = measure_point(part, suite, point, announce)
         if report is not None:
             report.add(with_ratios(rows, world.library))
+            report.explain(rows)
 
 
 def _pool() -> ProcessPoolExecutor:

@@ -11,10 +11,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeinfer.bench.suite import Point
+from pipeinfer.core.config import AUTO
 from pipeinfer.core.errors import refuse
 from pipeinfer.core.links import Link
 from pipeinfer.core.ports import Request
 from pipeinfer.placement.roles import split_layers
+from pipeinfer.runtime.pass_times import CONTEXT, ROWS
+from speculation.schedules.cost_curve import Priors
 from speculation.schedules.policy import CONTINUOUS, PLAIN, Policy
 from stages.models.emulated import EmulatedSpec, Pace, spread
 
@@ -96,6 +99,16 @@ class Scenario:
         hop_s = self.link.delay_s + rows * self.link.row_nbytes / self.link.bandwidth
         return self.layers * self.layer_s(rows, self.context) + (self.stages(policy) + 1) * hop_s
 
+    def priors(self, policy: Policy) -> Priors:
+        """What ranks measure of ``policy``'s passes after loading: short contexts, and no links."""
+        layers = max(self.shares(policy))
+        times = [(rows, self.layer_s(rows, CONTEXT + rows), self.draft_s(rows, CONTEXT + rows)) for rows in ROWS]
+        return Priors(
+            tuple((rows, layers * layer_s) for rows, layer_s, _ in times),
+            tuple((rows, self.layers * layer_s) for rows, layer_s, _ in times),
+            tuple((rows, draft_s) for rows, _, draft_s in times) if policy.speculate else (),
+        )
+
     @property
     def ceiling(self) -> float:
         """Tokens per second of plain decoding, at most: all layers one after the other, and the links if they are
@@ -115,7 +128,7 @@ class Scenario:
             "hardware": point.hardware or None,
             "target": point.target or None,
             "draft": point.draft or None,
-            "dtype": point.dtype,
+            "dtype": "fp32" if point.dtype == AUTO else point.dtype,
             "prompt_tokens": self.prompt_tokens,
             "set": list(point.set),
             "claims": list(point.claims),

@@ -29,6 +29,7 @@ def simulate(scenario: Scenario, contender: Contender, seed: int) -> Sample:
         shares=scenario.shares(policy, contender.head_share),
         link=scenario.link,
         context=len(request.prompt) + request.max_new_tokens,
+        priors=scenario.priors(policy),
     )
     world = World(spec)
     (answer,) = world.run(MOST_EVENTS)

@@ -26,8 +26,9 @@ class Point:
     EmulatedSpec). Passes cost what ``hardware`` makes of ``target`` and ``draft`` (model shapes), or, without a
     ``hardware``, ``stage_ms`` for any number of rows where a drafter has a rank, and ``draft_time`` times that for a
     pass of the draft. Real: ``target`` and ``draft`` are models, ``builtin*300M`` for one as costly as that (see
-    inflate); an acceptance is forced upon them, weights may be random. ``prompt_tokens``: 0 for prompts as they come.
-    ``set``: changes to every policy that drafts, as ``knob=value``."""
+    inflate), ``shaped`` for a pair of 620M and 99M weights (see shaped_pair); an acceptance is forced upon them,
+    weights may be random. ``prompt_tokens``: 0 for prompts as they come. ``set``: changes to every policy that drafts,
+    as ``knob=value``. ``dtype``, ``numerics`` and ``threads`` (of a rank; 0 for its fair share): see Engine."""
 
     ranks: int = 0
     top1: float = 0.0
@@ -39,18 +40,22 @@ class Point:
     hardware: str = ""
     target: str = ""
     draft: str = ""
-    dtype: str = "fp32"
+    dtype: str = "auto"
     prompt_tokens: int = 0
     tokens: int = 128
     prompts: int = 1
     temperature: float = 0.0
     random_weights: bool = False
+    numerics: str = "portable"
+    threads: int = 0
     set: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """What is measured, and how by default. ``minutes``: what to expect on two cores, by execution."""
+    """What is measured, and how by default. ``minutes``: what to expect on two cores, by execution. ``once``: policies
+    and peers that are measured in the first repeat only. ``passes``: on one rank, single passes of the models are timed
+    too, beside llama.cpp's where it is among the policies; what chains could gain with them is the ideal."""
 
     name: str
     title: str
@@ -58,6 +63,8 @@ class Suite:
     policies: tuple[str, ...]
     points: tuple[Point, ...]
     repeats: int = 3
+    once: tuple[str, ...] = ()
+    passes: bool = False
     tune: bool = False  # rivals at their best sizes for each point
     minutes: Mapping[str, float] = field(default_factory=dict)
 
@@ -77,6 +84,7 @@ def read_suite(name: str) -> Suite:
 def _suite(name: str, content: dict[str, Any]) -> Suite:
     points = [point for table in content.pop("points") for point in _points(table)]
     _check_names(content, Suite)
+    content["once"] = tuple(content.get("once", ()))
     suite = Suite(name, content.pop("title"), points=tuple(points), policies=tuple(content.pop("policies")), **content)
     if suite.execution not in EXECUTIONS:
         raise ValueError(f"execution {suite.execution!r}, not one of {', '.join(EXECUTIONS)}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeinfer.bench.passes import clock, one_pass, random_model, whole_shard
+from pipeinfer.bench.passes import clock, one_pass, random_model, use_threads, whole_shard
 from pipeinfer.core.metrics import percentile
 from pipeinfer.costs.hardware import Hardware
 from pipeinfer.costs.roofline import ModelCosts
@@ -65,9 +65,8 @@ class Comparison:
 def compare(hardware: Hardware, target: Path, device: str = "cpu") -> list[Comparison]:
     """Time the model in the directory ``target`` and larger ones of random weights on ``device``, in every dtype that
     ``hardware`` knows, with as many threads as its stages have. Takes a minute or two. Raises CheckpointError."""
-    import torch
 
-    torch.set_num_threads(hardware.cores)
+    use_threads(hardware.cores)
     now = clock(hardware.cores)
     spec, checkpoint = ModelSpec.read(target), Checkpoint(target)
     checkpoint.validate(spec)

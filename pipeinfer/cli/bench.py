@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from launch.cores import alone, refuse_threads
 from launch.environment import launched, refuse_singletons
+from pipeinfer.core.config import BUILTIN
 from pipeinfer.core.errors import refuse
 
 if TYPE_CHECKING:
     from pipeinfer.bench.suite import Suite
+
+KERNELS = "kernels"
+"""Takes the place of a suite: linears and passes on this process's cores, without ranks."""
+
+
+REAL_ONLY = ("dtype", "numerics", "threads")
+"""Options that mean something where real models compute."""
 
 
 def add_parser(commands: Any) -> None:
@@ -22,7 +32,11 @@ def add_parser(commands: Any) -> None:
         "the job's ranks are used; otherwise the command starts the necessary ranks on this machine.",
     )
     parser.set_defaults(command=bench)
-    parser.add_argument("suite", metavar="SUITE", help="a TOML file, or the name of one in benchmarks/suites")
+    parser.add_argument(
+        "suite",
+        metavar="SUITE",
+        help=f"a TOML file, or the name of one in benchmarks/suites; or {KERNELS}: linears and passes on this machine",
+    )
     how = parser.add_mutually_exclusive_group()
     for execution, meaning in (
         ("real", "real weights, wall-clock time"),
@@ -35,13 +49,20 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--ranks", type=int, metavar="N", help="ranks of every point, instead of the suite's")
     parser.add_argument("--repeats", type=int, metavar="R", help="samples of each policy at each point")
     parser.add_argument("--tokens", type=int, metavar="K", help="new tokens of a request")
+    parser.add_argument("--target", metavar="DIR", help="the target of every point, instead of the suite's (real)")
+    parser.add_argument("--draft", metavar="DIR", help="the draft of every point, instead of the suite's (real)")
     parser.add_argument("--prompts", type=int, metavar="K", help="requests of a sample (real)")
+    parser.add_argument("--dtype", metavar="auto|fp32|bf16|fp16", help="type of weights, instead of the suite's (real)")
+    parser.add_argument("--numerics", metavar="portable|fast", help="see `pipeinfer run` (real)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of each rank (real)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per row instead of a table")
     parser.add_argument("--out", metavar="DIR", help="also write the rows to DIR/SUITE.EXECUTION.jsonl")
 
 
 def bench(args: argparse.Namespace) -> int:
     """Measure as ``args`` say."""
+    if args.suite == KERNELS:
+        return bench_kernels(args)
     suite = wanted(args)
     launch = launched()
     if suite.execution == "simulated":
@@ -65,6 +86,22 @@ def bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def bench_kernels(args: argparse.Namespace) -> int:
+    """Measure the kernels with as many threads as this process may have."""
+    from pipeinfer.bench.kernels import heading, line, measure
+
+    launch = launched()
+    if launch is not None and not launch.leads:
+        return 0
+    refuse_threads(args.threads)
+    threads = alone(args.threads)
+    if not args.json:
+        print(heading(), flush=True)
+    for row in measure(threads):
+        print(json.dumps(row) if args.json else line(row), flush=True)
+    return 0
+
+
 def measure(suite: Suite, args: argparse.Namespace, world: Any) -> None:
     """Measure ``suite`` on the ranks of ``world``. Collective."""
     from pipeinfer.bench.report import Report
@@ -84,16 +121,25 @@ def measure(suite: Suite, args: argparse.Namespace, world: Any) -> None:
 def wanted(args: argparse.Namespace) -> Suite:
     """The suite, changed by ``args``. Raises UserError for an unknown suite or policy."""
     from pipeinfer.bench.contenders import contender
-    from pipeinfer.bench.peers import is_peer
+    from pipeinfer.bench.peers import check_peers, is_peer
     from pipeinfer.bench.suite import read_suite
 
     suite = read_suite(args.suite)
-    changes = {name: getattr(args, name) for name in ("ranks", "tokens", "prompts") if getattr(args, name) is not None}
+    refuse_threads(args.threads)
+    given = ("ranks", "tokens", "prompts", *REAL_ONLY)
+    changes = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
+    suite = replace(suite, execution=args.execution or suite.execution)
+    for name in REAL_ONLY:
+        if name in changes and suite.execution != "real":
+            refuse(f"--{name} without real weights", f"nothing computes in {suite.execution} suites; use --real")
     for name, value in changes.items():
+        if name in REAL_ONLY:
+            continue
         if value < (2 if name == "tokens" else 1):
             refuse(f"--{name} {value}", "use more")
+    changes |= models(args, suite)
     points = tuple(dict.fromkeys(replace(point, **changes) for point in suite.points))
-    suite = replace(suite, points=points, execution=args.execution or suite.execution)
+    suite = replace(suite, points=points)
     if args.repeats is not None:
         if args.repeats < 1:
             refuse(f"--repeats {args.repeats}", "use at least one")
@@ -107,7 +153,23 @@ def wanted(args: argparse.Namespace) -> Suite:
             refuse(f"{name} decodes real weights only", "leave it out with --policies, or use --real")
     if all(map(is_peer, suite.policies)):
         refuse("only peers", "name a policy of ours too: they are measured beside it")
+    check_peers(suite.policies)
     return suite
+
+
+def models(args: argparse.Namespace, suite: Suite) -> dict[str, str]:
+    """The models that ``args`` name in place of those of ``suite``. Raises UserError for a directory without one."""
+    from stages.checkpoint.folder import read_config
+
+    given = {key: getattr(args, key) for key in ("target", "draft") if getattr(args, key) is not None}
+    for key, name in given.items():
+        if suite.execution != "real":
+            refuse(f"--{key} {name} with a suite that is {suite.execution}", "use --real")
+        if name != BUILTIN:
+            read_config(name)
+    if "target" in given and "draft" not in given:
+        refuse("--target without --draft", "name both: a pair")
+    return given
 
 
 def start(suite: Suite, argv: list[str]) -> int:

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.cores import refuse_threads
 from launch.environment import launched
 from pipeinfer.core.errors import refuse
 
@@ -55,6 +56,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--out", metavar="FILE", help="with --measure: write to FILE (default: standard output)")
     parser.add_argument("--target", metavar="DIR", help="with --validate: the model (default: the built-in target)")
+    parser.add_argument("--threads", type=int, metavar="N", help="report or measure with N threads a rank")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -67,6 +69,9 @@ def doctor(args: argparse.Namespace) -> int:
             refuse(f"{name} without {needed}", "say both, or neither")
     if args.seconds is not None and not 0 < args.seconds < math.inf:
         refuse(f"--seconds {args.seconds:g}", "give a number above 0")
+    refuse_threads(args.threads)
+    if args.threads and args.validate:
+        refuse("--threads with --validate", "the hardware description says how many")
     if args.device != "cpu":
         from pipeinfer.bench.passes import check_device
 
@@ -83,7 +88,7 @@ def doctor(args: argparse.Namespace) -> int:
     from pipeinfer.cli.installation import facts, table, world
 
     with world() as here:
-        found = facts(here)
+        found = facts(here, args.threads)
     if launch is None or launch.leads:
         print(json.dumps(found) if args.json else "\n".join(table(found)), flush=True)
     return 0
@@ -109,7 +114,8 @@ def measure(args: argparse.Namespace) -> int:
         latency_s, large_s = best_trip_s(here, SMALL_NBYTES, SMALL_TRIPS), best_trip_s(here, LARGE_NBYTES, LARGE_TRIPS)
         if here.is_head:
             link = link_of(latency_s, large_s)
-            described = describe(fingerprint({}, "")["cpu"], here.threads, link, args.device, args.seconds or SECONDS)
+            cpu, threads = fingerprint({}, "")["cpu"], args.threads or here.threads
+            described = describe(cpu, threads, link, args.device, args.seconds or SECONDS)
             if args.out:
                 write_whole(args.out, described)
             else:

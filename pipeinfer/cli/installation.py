@@ -8,9 +8,13 @@ import socket
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from launch.cores import alone, usable_cores
 from launch.environment import launched, refuse_singletons
 from pipeinfer.bench.fingerprint import fingerprint, version
+from pipeinfer.core.config import AUTO, BUILTIN, model_directory, resolve_dtype
 from pipeinfer.core.errors import refuse
+from stages.checkpoint.spec import stored_dtype
+from stages.kernels.library import library, reason
 
 if TYPE_CHECKING:
     from launch.mpi import World
@@ -38,13 +42,16 @@ def world() -> Iterator[World | str]:
     found.close()
 
 
-def facts(here: World | str) -> dict[str, Any]:
-    """The facts that a problem report needs. Collective; complete on the head."""
+def facts(here: World | str, threads: int | None = None) -> dict[str, Any]:
+    """The facts that a problem report needs; ``threads``: what a job would ask for, if anything. Collective; complete
+    on the head."""
     launch = launched()
+    mine = {"host": socket.gethostname(), "usable": usable_cores()}
     if isinstance(here, str):
-        mpi, ranks = here, [{"host": socket.gethostname(), "threads": len(os.sched_getaffinity(0))}]
+        mpi, ranks, has_kernels = here, [mine | {"threads": alone(threads)}], library() is not None
     else:
-        mpi, ranks = here.library, here.gather({"host": socket.gethostname(), "threads": here.threads})
+        mpi, ranks = here.library, here.gather(mine | {"threads": threads or here.threads})
+        has_kernels = here.has_kernels
     found = fingerprint({}, mpi)
     return {
         **{name: found[name] for name in ("pipeinfer", "git", "python", "torch", "transformers")},
@@ -54,16 +61,37 @@ def facts(here: World | str) -> dict[str, Any]:
         "ranks": len(ranks),
         "hosts": len({rank["host"] for rank in ranks}),
         "threads": sorted({rank["threads"] for rank in ranks}),
+        "usable_cores": sorted({rank["usable"] for rank in ranks}),
+        "kernels": _kernels(),
+        "builtin_dtype": resolve_dtype(AUTO, stored_dtype(model_directory(BUILTIN, "target")), has_kernels),
         **{name: found[name] for name in ("host", "cpu", "cores")},
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
     }
+
+
+COST = "torch computes, 16-bit weights are held in fp32, and passes take several times as long"
+
+
+def _kernels() -> str:
+    """The instruction set of the kernels, or why there are none."""
+    kernels = library()
+    return f"none ({reason()})" if kernels is None else kernels.isa
+
+
+def _excess(found: Mapping[str, Any]) -> str:
+    """What to say where a rank has more threads than cores."""
+    if not found["threads"] or max(found["threads"]) <= min(found["usable_cores"]):
+        return ""
+    return f", more than the {min(found['usable_cores'])} cores that a rank may use: threads wait for each other"
 
 
 def table(found: Mapping[str, Any]) -> Iterator[str]:
     """``found`` as text, one line per fact."""
     shown = {
         **found,
-        "threads": " or ".join(map(str, found["threads"])) + " a rank",
+        "threads": " or ".join(map(str, found["threads"])) + " a rank" + _excess(found),
+        "usable_cores": " or ".join(map(str, found["usable_cores"])),
+        "kernels": found["kernels"] + (f": {COST}" if found["kernels"].startswith("none") else ""),
         "memory": f"{found['memory'] / 2**30:.1f} GiB",
     }
     for name, value in shown.items():

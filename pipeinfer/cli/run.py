@@ -90,9 +90,26 @@ def add_models(group: Any) -> None:
     )
     group.add_argument("--drafters", type=int, metavar="N", help="number of drafters (default: one per --draft)")
     group.add_argument(
-        "--dtype", default="fp32", metavar="fp32|bf16", help="type of weights and KV slots (default fp32)"
+        "--dtype",
+        default="auto",
+        metavar="auto|fp32|bf16|fp16",
+        help="type of weights and KV slots (default: what each checkpoint says; fp32 without the kernel library)",
     )
+    add_computing(group)
     group.add_argument("--context", type=int, default=0, metavar="N", help="maximum number of tokens, prompt included")
+
+
+def add_computing(group: Any) -> None:
+    """Add the options that say how ranks compute to the parser's ``group``."""
+    group.add_argument(
+        "--numerics",
+        default="portable",
+        metavar="portable|fast",
+        help="portable: the same bits on every processor; fast: its own 16-bit products (default portable)",
+    )
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="threads of each rank (default: its share of the cores it may use)"
+    )
 
 
 def add_sampling(group: Any) -> None:
@@ -189,6 +206,8 @@ def open_engine(args: argparse.Namespace, check: Callable[[Engine], object], **m
         ranks=args.ranks,
         settings=args.set,
         dtype=args.dtype,
+        numerics=args.numerics,
+        threads=args.threads,
         context=args.context,
         calibration=args.calibration,
         check=check,
@@ -272,9 +291,12 @@ def describe(completion: Completion) -> str:
     stages = sum(rank["layers"] is not None for rank in ranks)
     forced = ",".join(f"{share:g}" for share in config["forced_acceptance"])
     hosts = len({rank["host"] for rank in ranks})
+    dtypes = "/".join(dict.fromkeys((config["dtype"], *config["draft_dtypes"])))
+    threads = " or ".join(str(number) for number in sorted({rank["threads"] for rank in ranks}))
     return (
         f"{f'meaningless text, acceptance forced to {forced}; ' if forced else ''}"
-        f"policy {config['policy']['name']}, {config['dtype']}, {len(ranks)} ranks on {hosts} hosts, {stages} stages; "
+        f"policy {config['policy']['name']}, {dtypes}, {len(ranks)} ranks on {hosts} hosts, {stages} stages, "
+        f"{threads} threads a rank; "
         f"{len(completion.prompt_tokens)} prompt tokens, {len(completion.tokens)} new, "
         f"ended by {completion.finish_reason}{_drawn(config['sampling'])}"
     )
@@ -294,7 +316,8 @@ def verify(engine: Engine, completion: Completion, args: argparse.Namespace, sam
     if plain != completion.tokens:
         pairs = zip(plain, completion.tokens, strict=False)
         first = next((index for index, (mine, theirs) in enumerate(pairs) if mine != theirs), len(plain))
-        advice = "please report this" if args.dtype == "fp32" else "in bf16 the best two logits often tie: try fp32"
+        dtype = completion.config["dtype"]
+        advice = "please report this" if dtype == "fp32" else f"in {dtype} the best two logits often tie: try fp32"
         raise PipeinferError(f"the tokens differ from plain decoding, first at token {first}; {advice}")
     note(f"verified: all {len(plain)} tokens equal plain decoding")
 

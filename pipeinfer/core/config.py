@@ -16,7 +16,11 @@ from pipeinfer.core.wire import VERSION
 ModelName = str | os.PathLike[str]
 BUILTIN = "builtin"
 NONE = "none"
-DTYPES = ("fp32", "bf16")
+DTYPES = ("fp32", "bf16", "fp16")
+AUTO = "auto"
+"""The dtype of a job whose weights are held as their checkpoints store them."""
+STORED_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+NUMERICS = ("portable", "fast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,28 +33,35 @@ class Config:
     probabilities (see speculation.trees.calibration). ``forced_acceptance``: the probabilities with which a draft's
     first choice, its second and so on are to be right, whatever the models compute (stages.models.forced); nothing for
     the models' own tokens.
-    ``random_weights``: the directories' weights are not read but made up (see stages.checkpoint.random_weights)."""
+    ``random_weights``: the directories' weights are not read but made up (see stages.checkpoint.random_weights).
+    ``dtype``: of weights; ``auto`` until preflight knows what the target's checkpoint says. ``draft_dtypes``: what
+    preflight resolved for each draft; until then as ``dtype``. ``numerics``: ``portable`` for the same bits on every
+    processor, ``fast`` for those of this one. ``threads``: of each rank; None for its fair share of the cores."""
 
     target: str = BUILTIN
     drafts: tuple[str, ...] = (BUILTIN,)
     policy: dict[str, Any] = field(default_factory=lambda: {"name": "plain", "speculate": False})
-    dtype: str = "fp32"
+    dtype: str = AUTO
     context: int = 0
     timeout_s: float = 120.0
     trace: str | None = None
     calibrations: dict[str, dict[str, Any]] = field(default_factory=dict)
     forced_acceptance: tuple[float, ...] = ()
     random_weights: bool = False
+    numerics: str = NUMERICS[0]
+    threads: int | None = None
+    draft_dtypes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Config:
         """What ``dataclasses.asdict`` made of one, JSON in between or not."""
-        return cls(**{**values, **{name: tuple(values[name]) for name in ("drafts", "forced_acceptance")}})
+        lists = ("drafts", "forced_acceptance", "draft_dtypes")
+        return cls(**{**values, **{name: tuple(values[name]) for name in lists if name in values}})
 
     def digest(self) -> int:
         """A number that ranks compare at HELLO: they must mean the same job and speak the same protocol. Where a rank
-        writes its trace is its own affair."""
-        job = {name: value for name, value in asdict(self).items() if name != "trace"}
+        writes its trace and how many threads it has are its own affair."""
+        job = {name: value for name, value in asdict(self).items() if name not in ("trace", "threads")}
         return zlib.crc32(json.dumps([VERSION, job], sort_keys=True).encode())
 
     @property
@@ -62,6 +73,15 @@ class Config:
     def draft_directories(self) -> list[Path]:
         """Where the drafts' files are, drafter by drafter."""
         return [model_directory(draft, "draft") for draft in self.drafts]
+
+
+def resolve_dtype(asked: str, stored: str | None, has_kernels: bool) -> str:
+    """In which of DTYPES a model's weights are held that was ``asked`` for as one of them or as AUTO. ``stored``: what
+    its checkpoint says, as "bfloat16". Without the kernel library only fp32 gives equal tokens at any number of rows,
+    so weights of 16 bits are then held in fp32."""
+    if asked != AUTO:
+        return asked
+    return STORED_DTYPES.get(stored or "", "fp32") if has_kernels else "fp32"
 
 
 DEFAULT_CONTEXT = 4096

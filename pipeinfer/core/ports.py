@@ -366,3 +366,7 @@ class Pair(Protocol):
     def unpack(self, data: npt.NDArray[np.uint8], rows: int) -> Payload:
         """The activations in ``data``, of ``rows`` rows; a window on ``data``."""
         ...
+
+    def blank(self, rows: int) -> Payload:
+        """Activations of ``rows`` rows that mean nothing, for a trial pass."""
+        ...

@@ -17,7 +17,7 @@ from pipeinfer.costs.paths import find
 from pipeinfer.costs.tables import Table
 from stages.checkpoint.spec import ModelSpec
 
-DTYPE_NBYTES = {"fp32": 4, "bf16": 2}
+DTYPE_NBYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True, slots=True)

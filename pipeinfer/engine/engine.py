@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.preflight import Cleared, clear
 from launch.signals import end_in_order
-from pipeinfer.core.config import BUILTIN, Config, ModelName, draft_names, model_name
+from pipeinfer.core.config import AUTO, BUILTIN, NUMERICS, Config, ModelName, draft_names, model_name
 from pipeinfer.core.errors import UserError, exit_code, refuse
 from pipeinfer.core.ports import Sampling
 from pipeinfer.engine.answer import Completion, Handle, HeadJob
@@ -46,10 +46,12 @@ class Engine:
 
     ranks: how many to start on this machine (default 1, which needs no MPI); inside mpirun or srun the job's own are
     used. policy: ``plain`` (the default of one rank without a draft), ``continuous`` or a TOML file with a policy's
-    knobs; settings: changes to it, as ``knob=value``. dtype: ``fp32`` or ``bf16``. context: most tokens of a
-    request. comm: an mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may move before
-    the job gives up and says who waits for whom. trace: a file name; each rank N writes all that its roles are told and
-    command to ``<trace>.rankN``, for ``pipeinfer replay``. calibration: a file that ``pipeinfer calibrate`` wrote.
+    knobs; settings: changes to it, as ``knob=value``. dtype: of weights and KV slots: ``auto`` for what each
+    checkpoint says, or ``fp32``, ``bf16`` or ``fp16``. numerics: ``portable`` for the same bits on every processor, or
+    ``fast``. threads: of each rank (default: its fair share of the cores). context: most tokens of a request. comm: an
+    mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may move before the job gives up
+    and says who waits for whom. trace: a file name; each rank N writes all that its roles are told and command to
+    ``<trace>.rankN``, for ``pipeinfer replay``. calibration: a file that ``pipeinfer calibrate`` wrote.
     forced_acceptance: the probability that a draft's first choice is right, or those of its first, second, ...: the
     models compute as always, but the tokens mean nothing and are shown as numbers, and no token ends a text.
     random_weights: with it, the directories need only a config.json; without a tokenizer a prompt is its bytes.
@@ -65,7 +67,7 @@ class Engine:
         ranks: int | None = None,
         policy: ModelName | None = None,
         settings: Sequence[str] = (),
-        dtype: str = "fp32",
+        dtype: str = AUTO,
         context: int = 0,
         timeout_s: float = 120.0,
         comm: MPI.Intracomm | None = None,
@@ -73,6 +75,8 @@ class Engine:
         calibration: ModelName | None = None,
         forced_acceptance: float | Sequence[float] = (),
         random_weights: bool = False,
+        numerics: str = NUMERICS[0],
+        threads: int | None = None,
         check: Callable[[Engine], object] | None = None,
     ) -> None:
         self._job: Job | None = None  # of a rank that serves
@@ -89,14 +93,15 @@ class Engine:
             knobs, file = read_policy(name, settings).settings(), None if trace is None else _name(trace)
             known = {} if calibration is None else read_calibrations(_name(calibration))
             shares = forced_acceptance if isinstance(forced_acceptance, Sequence) else (forced_acceptance,)
-            more = (known, tuple(map(float, shares)), random_weights)
+            more = (known, tuple(map(float, shares)), random_weights, numerics, threads)
             return Config(named, drafts, knobs, dtype, context, timeout_s, file, *more)
 
         def prepare() -> Cleared:
             if ranks not in (None, size):
                 refuse(f"--ranks {ranks}, but the launcher started {size}", "leave out --ranks under mpirun or srun")
-            self.config = configure()
-            cleared = clear(self.config, size)
+            self._asked = configure()
+            cleared = clear(self._asked, size, self._world.has_kernels if self._world else None)
+            self.config = cleared.config
             self._builder = RequestBuilder(self.config, cleared)
             self.context = self._builder.context
             self.sampling, self.ignored = self._builder.sampling, self._builder.ignored
@@ -108,7 +113,8 @@ class Engine:
             self._join(self._world, timeout_s, configure, prepare)
         else:
             cleared = prepare()
-            self._head = spawn_job(self.config, size) if size > 1 else lead_job(load_job(self.config, cleared))
+            # Spawned ranks resolve the dtypes themselves, together.
+            self._head = spawn_job(self._asked, size) if size > 1 else lead_job(load_job(cleared))
 
     def _join(
         self, world: World, timeout_s: float, configure: Callable[[], Config], prepare: Callable[[], Cleared]
@@ -134,9 +140,9 @@ class Engine:
         with world.guard():
             if not world.is_head:
                 with rendezvous.busy("checking"):
-                    self.config = configure()
-                    cleared = clear(self.config, world.size)
-            self._job = load_job(self.config, cleared, world, rendezvous)
+                    cleared = clear(configure(), world.size, world.has_kernels)
+                    self.config = cleared.config
+            self._job = load_job(cleared, world, rendezvous)
         if world.is_head:
             self._head = lead_job(self._job, world)
             atexit.register(self._left_open)
@@ -220,7 +226,8 @@ class Engine:
         assert self._builder is not None
         built = self._builder.build(prompt, max_new_tokens, ignore_eos, False, sampling, stop)
         config = replace(self.config, policy=PLAIN.settings(), drafts=(), context=self.context, trace=None)
-        job = LocalJob(load_job(config, clear(config, 1)), is_threaded=False)
+        config = replace(config, draft_dtypes=())
+        job = LocalJob(load_job(clear(config, 1)), is_threaded=False)
         try:
             return Handle(job, built.request, self._builder.reader(built), Completion()).result().tokens
         finally:

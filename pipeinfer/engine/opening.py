@@ -49,11 +49,11 @@ def _refuse_singletons(world: World) -> None:
         raise (error if launch is None or launch.leads else RefusedElsewhere(str(error))) from None
 
 
-def load_job(config: Config, cleared: Cleared, world: World | None = None, rendezvous: Rendezvous | None = None) -> Job:
+def load_job(cleared: Cleared, world: World | None = None, rendezvous: Rendezvous | None = None) -> Job:
     """See launch.job.load, which imports torch."""
     from launch.job import load
 
-    return load(config, cleared, world, rendezvous)
+    return load(cleared, world, rendezvous)
 
 
 def lead_job(job: Job, world: World | None = None) -> HeadJob:

@@ -69,6 +69,7 @@ from pipeinfer.orchestrator.flight import Flight, InFlight
 from pipeinfer.orchestrator.roster import Roster
 from pipeinfer.orchestrator.session import Session, Waiting
 from pipeinfer.orchestrator.sources import Sources
+from speculation.schedules.cost_curve import NO_PRIORS, Priors
 from speculation.schedules.policy import Policy
 from speculation.schedules.registry import make_schedule
 from speculation.schedules.schedule import UNLIMITED, Launch, Order, Placement, Situation, Wait
@@ -95,6 +96,7 @@ class Orchestrator:
         calibrations: Mapping[str, Mapping[str, Any]] | None = None,
         placement: Placement = "spread",
         overlap: bool = False,
+        priors: Priors = NO_PRIORS,
     ) -> None:
         self.roster = Roster(stages, drafters, digest)
         self._overlap = overlap
@@ -104,8 +106,8 @@ class Orchestrator:
         self._allocator = SlotAllocator(
             (1 + overlap) * context, policy.most_guesses(stages) if guess_slots is None else guess_slots
         )
-        self._schedule = make_schedule(policy, placement)
         self._sources = Sources(self.roster.drafters, policy, context, self._send, calibrations or {})
+        self._schedule = make_schedule(policy, placement, priors, self._sources.right)
         self._advice = Advice(policy, self.roster.stages)
         self._deferred: deque[Result] = deque()  # results that the schedule defers
         self._now = 0.0

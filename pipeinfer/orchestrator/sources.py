@@ -24,6 +24,7 @@ from pipeinfer.core.messages import (
     accepted_name,
 )
 from pipeinfer.core.ports import Request, RequestStats, Send
+from speculation.schedules.continuous import RIGHT
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import UNLIMITED, Order
 from speculation.trees.calibration import Calibration, Reliability
@@ -79,6 +80,12 @@ class Sources:
         }
         self._sent_revisions = dict.fromkeys(drafters, 0)  # the revision of its calibration that a drafter has
         self.claimed, self.believed = Reliability(), Reliability()
+
+    @property
+    def right(self) -> float:
+        """How often a good draft's first choice is right, by what is known of the drafters already."""
+        drafters = [self.calibrations[drafter] for drafter in self._drafters if self._policy.calibrate]
+        return max((math.exp(one.logp(0, math.log(RIGHT))) for one in drafters), default=RIGHT)
 
     def most_nodes(self) -> int:
         """A bound on the living nodes of the tree."""

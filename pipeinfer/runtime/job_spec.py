@@ -10,9 +10,12 @@ from pipeinfer.core.addresses import FIRST_DRAFTER, ORCHESTRATOR, drafter_addres
 from pipeinfer.core.ports import Machine
 from pipeinfer.orchestrator.machine import Orchestrator
 from speculation.drafter.machine import Drafter
+from speculation.schedules.cost_curve import Costs, Priors
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import PLACEMENTS, Placement
 from stages.stage.machine import Stage
+
+COSTS = ("row_costs", "trip_costs", "draft_costs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,8 @@ class JobSpec:
     wants. ``calibrations``: what is known of each source's probabilities.
     ``placement``: what processors the roles have. ``draft_contexts``: of each drafter the positions that its model was
     made for, 0 for any number; empty if none has a limit. ``overlap``: whether the next request is prefilled while the
-    last runs of the one before are in flight."""
+    last runs of the one before are in flight. ``row_costs``, ``trip_costs``, ``draft_costs``: what passes took when the
+    models were loaded (see Priors); empty if nothing was measured."""
 
     stages: int
     drafters: int
@@ -35,6 +39,9 @@ class JobSpec:
     placement: Placement = "spread"
     draft_contexts: tuple[int, ...] = ()
     overlap: bool = False
+    row_costs: Costs = ()
+    trip_costs: Costs = ()
+    draft_costs: Costs = ()
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
@@ -44,7 +51,8 @@ class JobSpec:
     def of(cls, numbers: Mapping[str, Any]) -> JobSpec:
         """What ``numbers`` made, JSON in between or not. Raises TypeError or ValueError for what they cannot be."""
         contexts = tuple(numbers.get("draft_contexts", ()))
-        return cls(**{**numbers, "policy": Policy(**numbers["policy"]), "draft_contexts": contexts})
+        costs = {name: tuple((int(rows), float(seconds)) for rows, seconds in numbers.get(name, ())) for name in COSTS}
+        return cls(**{**numbers, "policy": Policy(**numbers["policy"]), "draft_contexts": contexts, **costs})
 
     def numbers(self) -> dict[str, Any]:
         """All of it, in words that JSON knows."""
@@ -73,11 +81,12 @@ class JobSpec:
         if address == ORCHESTRATOR:
             guesses = self.slots[1]
             numbers = (self.stages, self.drafters, self.policy, self.context, self.digest, guesses)
-            return Orchestrator(*numbers, self.calibrations, self.placement, self.overlap)
+            priors = Priors(self.row_costs, self.trip_costs, self.draft_costs)
+            return Orchestrator(*numbers, self.calibrations, self.placement, self.overlap, priors)
         if address >= FIRST_DRAFTER:
             index = address - FIRST_DRAFTER
             positions = self.draft_contexts[index] if index < len(self.draft_contexts) else 0
-            return Drafter(address, self.policy, self.context, self.digest, positions)
+            return Drafter(address, self.policy, self.context, self.digest, positions, self.draft_costs)
         # Where one stage is all, its result is the best there is to know for the next run.
         result_first = self.policy.schedule == "continuous" and self.stages == 1
         credits_early = self.policy.schedule != "pipeinfer" and not result_first

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import random
 import sys
 import time
@@ -23,6 +24,7 @@ from typing import Any
 
 from pipeinfer.core.links import Link
 from pipeinfer.core.ports import GREEDY, Request, Sampling
+from pipeinfer.runtime.pass_times import ROWS
 from pipeinfer.sim.bounds import Bounds
 from pipeinfer.sim.draft_invariants import Guessed
 from pipeinfer.sim.history import History, InvariantBroken
@@ -31,6 +33,7 @@ from pipeinfer.sim.replay import Recorder, Wire, replay
 from pipeinfer.sim.schedule_invariants import schedule_invariants
 from pipeinfer.sim.slot_invariants import Replicas, Slots
 from pipeinfer.sim.world import Checker, World, WorldSpec
+from speculation.schedules.cost_curve import Costs, Priors
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import PLACEMENTS
 from stages.models.emulated import EmulatedSpec, spread
@@ -53,8 +56,12 @@ class Report:
 
 def random_world(seed: int, schedule: str = "") -> WorldSpec:
     """The world that ``seed`` stands for, or the one of ``schedule`` that it stands for; in a third of them requests
-    overlap: the next one is prefilled while the runs of the one before return."""
+    overlap: the next one is prefilled while the runs of the one before return. In half of them it is known what passes
+    cost, more or less."""
     world = draw_world(random.Random(seed), seed, schedule)
+    dice = random.Random(f"priors {seed}")
+    if dice.random() < 0.5:
+        world = replace(world, priors=draw_priors(dice, world))
     overlaps = random.Random(f"overlap {seed}").random() < 1 / 3
     return replace(world, overlap=True, at_once=True) if overlaps else world
 
@@ -94,6 +101,19 @@ def draw_world(rng: random.Random, seed: int, schedule: str = "") -> WorldSpec:
         **_draw_faults(rng, model),
         draft_contexts=tuple(rng.choice((0, 1, 5, rng.randint(1, need))) for _ in range(3) if rng.random() < 0.15),
     )
+
+
+def draw_priors(rng: random.Random, world: WorldSpec) -> Priors:
+    """What passes cost in ``world``, each time with an error, which is nothing, moderate, or beyond reason."""
+    error = rng.choice((0.0, 0.1, 0.5, 3.0))
+    stages = [world.stage_s[index % len(world.stage_s)] for index in range(world.stages)]
+    known = [rows for rows in ROWS if rng.random() < 0.9]
+
+    def times(pass_s: float) -> Costs:
+        costs = ((rows, pass_s * (1 + world.row_cost * (rows - 1))) for rows in known)
+        return tuple((rows, seconds * math.exp(rng.gauss(0, error))) for rows, seconds in costs)
+
+    return Priors(times(max(stages)), times(sum(stages)), times(world.draft_s) if rng.random() < 0.9 else ())
 
 
 def _busy_world(rng: random.Random, seed: int) -> WorldSpec:

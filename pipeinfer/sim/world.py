@@ -42,6 +42,7 @@ from pipeinfer.runtime.executor import Executor
 from pipeinfer.runtime.job_spec import JobSpec
 from pipeinfer.runtime.shards import load_shards
 from pipeinfer.sim.network import Network
+from speculation.schedules.cost_curve import NO_PRIORS, Priors
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import Placement
 from stages.models.emulated import EmulatedPair, EmulatedShard, EmulatedSpec, Pace, per_layer
@@ -76,6 +77,7 @@ class WorldSpec:
     closes_s: float | None = None  # when the user closes, whatever waits or is being served
     overlap: bool = False  # see JobSpec
     silent_s: float | None = None  # from when on drafters that have a host of their own send no more messages
+    priors: Priors = NO_PRIORS  # what passes are said to take
 
 
 @dataclass(slots=True)
@@ -281,6 +283,9 @@ def make_job_spec(spec: WorldSpec) -> JobSpec:
         placement=spec.placement,
         draft_contexts=limits,
         overlap=spec.overlap,
+        row_costs=spec.priors.rows,
+        trip_costs=spec.priors.trips,
+        draft_costs=spec.priors.drafts,
     )
 
 

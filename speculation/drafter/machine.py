@@ -52,7 +52,7 @@ from pipeinfer.core.ports import (
     Started,
 )
 from speculation.drafter.sequence import DraftSequence
-from speculation.schedules.cost_curve import LEAF_WORTH, CostCurve
+from speculation.schedules.cost_curve import LEAF_WORTH, CostCurve, Costs
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import UNLIMITED
 from speculation.trees.calibration import Calibration
@@ -81,9 +81,11 @@ class Drafter:
     """The machine of one draft model. ``context`` is the most tokens a request may have, prompt included.
 
     ``positions``: how many the model was made for (0: any number). No token beyond them is evaluated: the tree ends
-    there, and of a prompt that is longer nothing is read."""
+    there, and of a prompt that is longer nothing is read. ``prior``: what passes are known to take."""
 
-    def __init__(self, address: int, policy: Policy, context: int, digest: int = 0, positions: int = 0) -> None:
+    def __init__(
+        self, address: int, policy: Policy, context: int, digest: int = 0, positions: int = 0, prior: Costs = ()
+    ) -> None:
         self.address = address
         self._policy = policy
         self._positions = positions or context
@@ -95,7 +97,7 @@ class Drafter:
         self._pass: _Pass | None = None
         self._job = 0
         self._calibration = Calibration()
-        self._curve = CostCurve() if policy.govern else None
+        self._curve = CostCurve(prior) if policy.govern else None
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event; see Machine."""
@@ -237,7 +239,9 @@ class Drafter:
             useful.append(probability)
             nodes.append(node)
         if self._curve:
-            count = self._curve.best_count(useful)
+            # A pass that ends above the root finds nothing, and the next token would leave the draft as far behind.
+            certain = sum(node.position <= tree.root.position for node in nodes)
+            count = max(self._curve.best_count(useful), certain)
             tree.give_back(nodes[count:])
             del nodes[count:]
         sequence.ahead.update(node for node in nodes if node.position > tree.root.position)

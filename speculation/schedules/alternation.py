@@ -32,6 +32,8 @@ FORGET = 0.98
 """Decay per token of the counts that give ``g``."""
 FAR = 8
 """Look-ahead in passes: one pass may add too little where few rows cost nearly as much as many."""
+TRIES = 2.0
+"""Weight, in tokens, of what is thought of ``g`` before anything is measured."""
 PATIENCE = 50
 """After so many roots without a draft pass, ``d`` is measured again."""
 
@@ -41,9 +43,12 @@ class Alternation:
 
     drafts_unasked = False
 
-    def __init__(self) -> None:
+    def __init__(self, pass_s: float | None = None, right: float = 0.5) -> None:
+        """``pass_s``: what a draft pass is known to take, if anything is; then ``right`` is thought of ``g``."""
         self._asked, self._guessed = 2.0, 1.0  # decayed counts; initially a prior
-        self._pass_s: float | None = None
+        if pass_s is not None:  # the draft must be tried all the same
+            self._asked, self._guessed = TRIES, TRIES * right
+        self._pass_s = pass_s
         self._refused = 0
         self.opened()
 

@@ -13,24 +13,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from speculation.schedules.alternation import Alternation
-from speculation.schedules.cost_curve import CostCurve
+from speculation.schedules.cost_curve import NO_PRIORS, CostCurve, Priors
 from speculation.schedules.governor import Gear, Governor
 from speculation.schedules.launch_delay import LaunchDelay, Offer
 from speculation.schedules.policy import Policy
+from speculation.schedules.prospect import prospect
 from speculation.schedules.schedule import UNLIMITED, Launch, Order, Placement, Situation, Step
 from speculation.trees.tree import Node, Tree
+
+RIGHT = 0.9
+"""How often a draft's first choice is thought to be right before anything is known of it."""
+LEAST_PROSPECT = 1.02
+"""Speculation that can be no faster than this, beside plain decoding, is not begun with."""
 
 
 class Continuous:
     """See Schedule."""
 
-    def __init__(self, policy: Policy, placement: Placement = "spread") -> None:
+    def __init__(
+        self, policy: Policy, placement: Placement = "spread", priors: Priors = NO_PRIORS, right: float = RIGHT
+    ) -> None:
+        """``right``: how often a draft's first choice is thought to be right, where priors are known."""
         self._policy = policy
         is_governed = policy.govern and policy.speculate
-        self._governor = Governor(policy.max_rows, placement == "oversubscribed") if is_governed else None
+        self._governor: Governor | None = None
+        if is_governed:
+            plain_s = CostCurve(priors.trips).seconds(1)
+            pays = not plain_s or prospect(priors, placement, right, policy.max_rows) > LEAST_PROSPECT
+            self._governor = Governor(policy.max_rows, placement == "oversubscribed", priors.rows, plain_s, pays)
         self._delay: LaunchDelay | Alternation | None = None
         if policy.launch_delay and is_governed:
-            self._delay = Alternation() if placement == "alone" else LaunchDelay()
+            pass_s = CostCurve(priors.drafts).seconds(1) or None
+            self._delay = Alternation(pass_s, right) if placement == "alone" else LaunchDelay(pass_s)
         self._ordered: int | None = None  # leaves per draft pass in the last standing order
 
     def opened(self) -> None:

@@ -16,12 +16,19 @@ numbers of rows are interpolated from the measured ones:
 
 Runs may have at most twice the largest measured number of rows, so runs start small and double. Measurements that were
 not repeated are forgotten.
+
+A *prior* is what a pass took when the models were loaded, by its rows. It stands in for measurements that there are not
+(yet, or any more), multiplied by the ratio of measured to prior times: a busy machine makes all passes longer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+Costs = tuple[tuple[int, float], ...]
+"""Seconds of a pass by its number of rows, each number at most once."""
 
 WEIGHT = 0.25
 """Weight of a new measurement in the exponentially weighted mean."""
@@ -42,37 +49,75 @@ BEND = 0.5
 ROW_WORTH, LEAF_WORTH = 0.12, 0.5
 """Least path probability per relative cost of a row in the target (0.012 for a row that lengthens a pass by a tenth)
 and of a leaf in the draft. Tuned by experiment, see docs/log.md."""
+PRIOR_WEIGHT = 0.5
+"""Weight of the first measurement beside a prior of the same number of rows."""
+
+
+class Priors(NamedTuple):
+    """What passes took when the models were loaded: ``rows`` of the slowest stage, ``trips`` of all stages in turn,
+    ``drafts`` of the draft model. Empty for what is unknown."""
+
+    rows: Costs = ()
+    trips: Costs = ()
+    drafts: Costs = ()
+
+
+NO_PRIORS = Priors()
 
 
 class CostCurve:
-    """T(r): seconds of a pass by its rows."""
+    """T(r): seconds of a pass by its rows. ``prior``: what is known of it before anything is measured."""
 
-    def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
+    def __init__(self, prior: Costs = ()) -> None:
+        self._prior = {rows: max(seconds, LEAST_S) for rows, seconds in prior}
+        self._base: CostCurve | None = None  # of the prior alone
+        self._scale = 1.0  # measured / prior seconds
+        self._seconds: dict[int, float] = dict(self._prior)
         self._weights: dict[int, float] = {}
         self._known: list[int] = []  # measured numbers of rows, ascending
         self._by_rows: list[float] = []  # see _table; empty if out of date
+        if prior:
+            self._base = CostCurve()
+            self._base._seconds = dict(self._prior)
+            self._base._sort()
+        self._sort()
+
+    def _sort(self) -> None:
+        self._known, self._by_rows = sorted(self._seconds), []
 
     def observe(self, rows: int, seconds: float) -> None:
         """A pass of ``rows`` took ``seconds``. A pass may be late for many reasons and is never early, so a long time
         is clipped to MOST_LATE times the estimate, or to four times the curve if this number of rows is new."""
         seconds = max(seconds, LEAST_S)
-        before = self._seconds.get(rows) if rows in self._weights else None
+        before, weight = self._seconds.get(rows) if rows in self._weights else None, WEIGHT
         if expected := self.seconds(rows):
             seconds = min(seconds, (4 if before is None else MOST_LATE) * expected)
-        self._seconds[rows] = seconds if before is None else before + WEIGHT * (seconds - before)
+        if before is None and rows in self._prior:
+            before, weight = self._seconds[rows], PRIOR_WEIGHT
+        self._rescale(rows, seconds)
+        self._seconds[rows] = seconds if before is None else before + weight * (seconds - before)
         self._weights = {known: FORGET * weight for known, weight in self._weights.items()} | {rows: 1.0}
         for forgotten in [known for known, weight in self._weights.items() if weight < LEAST_WEIGHT]:
             del self._weights[forgotten], self._seconds[forgotten]
-        self._known, self._by_rows = sorted(self._seconds), []
+        for known, prior_s in self._prior.items():
+            if known not in self._weights:
+                self._seconds[known] = self._scale * prior_s
+        self._sort()
+
+    def _rescale(self, rows: int, seconds: float) -> None:
+        """Compare a measurement with the prior."""
+        if self._base is not None:
+            weight = WEIGHT if self._weights else PRIOR_WEIGHT
+            self._scale += weight * (seconds / self._base.seconds(rows) - self._scale)
 
     def expect(self, rows: int, seconds: float) -> None:
         """One stage took ``seconds`` for ``rows``. This value is used until a run of as many rows returns, so that
-        expensive rows are known after one pass and not only after a pipeline trip."""
-        seconds = max(seconds, LEAST_S)
+        expensive rows are known after one pass and not only after a pipeline trip. A prior is of the slowest stage, and
+        is lowered by nothing that another one took."""
+        seconds = max(seconds, LEAST_S, self._scale * self._prior.get(rows, 0.0))
         if rows not in self._weights and self._seconds.get(rows) != seconds:
             self._seconds[rows] = seconds
-            self._known, self._by_rows = sorted(self._seconds), []
+            self._sort()
 
     @property
     def reach(self) -> int:

@@ -69,9 +69,10 @@ class LaunchDelay:
 
     drafts_unasked = True
 
-    def __init__(self) -> None:
+    def __init__(self, pass_s: float | None = None) -> None:
+        """``pass_s``: what a draft pass is known to take, if anything is."""
         self._tokens, self._surprises = 2.0, 1.0  # decayed counts; initially a prior
-        self._pass_s: float | None = None  # d
+        self._pass_s = pass_s  # d
         self.opened()
 
     def opened(self) -> None:

@@ -135,6 +135,12 @@ def architecture_of(directory: str | Path) -> str | None:
         return None
 
 
+def stored_dtype(directory: str | Path) -> str | None:
+    """The dtype of the checkpoint in ``directory``, as "bfloat16"; None if it does not say. Raises CheckpointError."""
+    path, content = read_config(directory)
+    return _dtype(_Fields(path, content))
+
+
 def is_llama_family(directory: str | Path) -> bool:
     """Whether ModelSpec and LlamaShard are for the model in ``directory``; also for one that is missing or damaged,
     for ModelSpec says so without loading torch."""

@@ -148,6 +148,10 @@ class EmulatedShard:
             lots = np.where(_lot(wanted, 3) < share, _lot(mix(blocks), 4), lots)
         return [self._guess(truth, lot, count) for truth, lot in zip(truths, lots.tolist(), strict=True)]
 
+    def clear(self, slots: int) -> None:
+        """Make the first ``slots`` slots as they were before any pass."""
+        self._kv[:, :slots] = 0
+
     def _note_faults(self, words: Words, rows: Sequence[int], layer: int) -> None:
         if self._fault_share:
             lots = _lot(words ^ mix(np.full_like(words, layer)), 5 + self._is_draft).tolist()
@@ -224,6 +228,10 @@ class EmulatedPair:
     def unpack(self, data: npt.NDArray[np.uint8], rows: int) -> Words:
         """See Pair."""
         return data.view(np.uint64)
+
+    def blank(self, rows: int) -> Words:
+        """See Pair."""
+        return np.zeros(rows, np.uint64)
 
 
 def plain_tokens(

@@ -44,6 +44,13 @@ class ForcedShard:
         self._words = finish(self._speaker.forward(batch, None))
         return (yield from self._shard.forward(batch, hidden))
 
+    def clear(self, slots: int) -> None:
+        """Make the first ``slots`` slots as they were before any pass, where the real shard can."""
+        self._speaker.clear(slots)
+        clear = getattr(self._shard, "clear", None)
+        if clear is not None:
+            clear(slots)
+
     def sample(
         self, hidden: Payload, rows: Sequence[int], count: int, draw: SamplingInputs | None = None
     ) -> list[list[SampledToken]]:

@@ -1,7 +1,8 @@
 """Some consecutive layers of any decoder that transformers knows and that can be cut by its layers.
 
-This shard is slower than LlamaShard, whose layers are fused, but depends on no architecture: layers, rotary embeddings,
-norms and heads are transformers' own code (generic_skeleton.py) on our slots (generic_slots.py). generic_spec.py
+This shard is slower than KernelShard, whose layers are fused, but depends on no architecture: layers, rotary
+embeddings, norms and heads are transformers' own code (generic_skeleton.py) on our slots (generic_slots.py) and, where
+they are built, on our kernels (generic_kernels.py), so that a row has the same bits in any company. generic_spec.py
 decides which models are served. The rule about finite numbers in slots is LlamaShard's.
 """
 
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from pipeinfer.core.errors import LocalProtocolError
 from pipeinfer.core.ports import Batch, Payload, SampledToken, SamplingInputs
-from pipeinfer.core.slots import visible_slots
+from pipeinfer.core.slots import batch_in_order, visible_slots
 from stages.kernels.finite import all_may_stand, tamed
+from stages.kernels.library import library
+from stages.kernels.linear import padded
 from stages.kernels.top_tokens import top_tokens
+from stages.models.generic_kernels import Weight, log_totals, use_kernels
 from stages.models.generic_skeleton import Skeleton
 from stages.models.generic_slots import LayerSlots, SlotCache, UnsupportedError, View, looking
 from stages.models.generic_spec import GenericSpec
@@ -33,8 +37,10 @@ class GenericShard:
         layers: range,
         kv: list[LayerSlots],
         vocabulary: int | None = None,
+        weights: Sequence[Weight] = (),
     ) -> None:
-        """``slots``: one for each layer of the model, those of other shards empty. Use ``load``."""
+        """``kv``: one for each layer of the model, those of other shards empty. ``weights``: what the kernels multiply
+        by. Use ``load``."""
         self.faults: dict[int, int] = {}
         self._spec, self._skeleton, self._range, self._kv = spec, skeleton, layers, kv
         self._vocabulary = vocabulary
@@ -43,6 +49,7 @@ class GenericShard:
         self._dtype, self._device = own.dtype, own.device
         self._positions = torch.zeros(own.shape[2], dtype=torch.int64, device=own.device)  # of what each slot holds
         modules = [skeleton.model, *(skeleton.layers[index] for index in layers)]
+        self._packed = weights
         self._weights = [tensor for module in modules for tensor in module.state_dict(keep_vars=True).values()]
 
     @classmethod
@@ -59,20 +66,46 @@ class GenericShard:
         ``vocabulary``: see LlamaShard.load."""
         skeleton = spec.skeleton(layers, dtype)
         skeleton.to(device, layers)
+        weights: list[Weight] = []
         kv = []
         with torch.inference_mode():
-            for index, (heads, key_size, value_size) in enumerate(spec.kv_shapes):
+            if library() is not None and device == "cpu":
+                weights = use_kernels([skeleton.model, *(skeleton.layers[index] for index in layers)])
+                dtype = torch.float32
+            for index, (heads, *sizes) in enumerate(spec.kv_shapes):
                 if index not in layers:
                     kv.append(LayerSlots())
                     continue
-                shapes = [(1, heads, capacity, size) for size in (key_size, value_size)]
-                kv.append(LayerSlots(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)))
-            return cls(spec, skeleton, layers, kv, vocabulary)
+                states = [torch.zeros((1, heads, capacity, padded(size)), dtype=dtype, device=device) for size in sizes]
+                kv.append(LayerSlots(*(each[..., :size] for each, size in zip(states, sizes, strict=True))))
+            shard = cls(spec, skeleton, layers, kv, vocabulary, weights)
+            if weights:
+                shard._pack()
+            return shard
+
+    def _pack(self) -> None:
+        """Run one row, so that all weights are packed."""
+        x = torch.zeros((1, self._spec.hidden_size))
+        batch = batch_in_order([0])
+        for after in self._layers(batch, None if self._range.start == 0 else x, self._view(batch)):
+            x = after[0]
+        if self._range.stop == self._spec.layer_count:
+            self._skeleton.leave(x)
+        for states in self._states():
+            states.zero_()
 
     @property
     def weight_nbytes(self) -> int:
         """Bytes of weights that this shard holds resident; a tied embedding held once counts once."""
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in self._weights}.values())
+        others = {tensor.data_ptr(): tensor.nbytes for tensor in self._weights}
+        total: int = sum(others.values()) + sum(weight.nbytes for weight in self._packed)
+        return total
+
+    @torch.inference_mode()
+    def clear(self, slots: int) -> None:
+        """Make the first ``slots`` slots as they were before any pass."""
+        for states in self._states():
+            states[:, :, :slots] = 0
 
     @torch.inference_mode()
     def forward(self, batch: Batch, hidden: Payload | None) -> Generator[float, None, Payload]:
@@ -120,7 +153,7 @@ class GenericShard:
         """The pass once more: whatever is not finite is not written, its rows are noted in ``faults``, and zeros are
         passed on for them."""
         bad = torch.zeros(len(batch.tokens), dtype=torch.bool, device=self._device)
-        view = replace(view, bad=bad, masks=[])
+        view = replace(view, bad=bad, masks=[], seen={})
         x = torch.empty(0)
         for index, after in zip(self._range, self._layers(batch, hidden, view), strict=True):
             x = after
@@ -152,7 +185,8 @@ class GenericShard:
         if not rows:
             return []  # some models cannot be run without a row
         wanted = torch.as_tensor(hidden, dtype=self._dtype, device=self._device)[list(rows)]
-        choices = top_tokens(self._skeleton.leave(wanted).float()[:, : self._vocabulary], count, draw)
+        logits = self._skeleton.leave(wanted).float()[:, : self._vocabulary]
+        choices = top_tokens(logits, count, draw, log_totals(logits))
         for row in [row for row, found in zip(rows, choices, strict=True) if not found]:
             self.faults.setdefault(row, self._spec.layer_count)
         return choices

@@ -91,9 +91,11 @@ class StandIn(nn.Module):
 
     An embedding's stand-in returns its indices, so that a probe sees what follows from tokens and positions."""
 
+    weight: Tensor
+
     def __init__(self, name: str, module: nn.Module, dtype: torch.dtype, notes: Notes) -> None:
         super().__init__()
-        self.name, self.dtype, self.notes = name, dtype, notes
+        self.name, self.notes = name, notes
         self.looks_up = isinstance(module, nn.Embedding)
         self.width: int | None = getattr(module, "embedding_dim" if self.looks_up else "out_features", None)
         # Some models read the device and the type of their embedding.
@@ -106,7 +108,7 @@ class StandIn(nn.Module):
         if self.looks_up:
             indices = [tensor for tensor in tensors if not tensor.is_floating_point()][-1]
             assert self.width is not None
-            return indices[..., None].to(self.dtype).expand(*indices.shape, self.width)
+            return indices[..., None].to(self.weight.dtype).expand(*indices.shape, self.width)
         if self.width is None:
             return tensors[0].clone()  # as any norm, a tensor of its own
         return tensors[0][..., :1].expand(*tensors[0].shape[:-1], self.width)
@@ -229,6 +231,8 @@ def build(
             ignore_mismatched_sizes=True,  # they are reported
         )
     model.config._attn_implementation = IMPLEMENTATIONS[fused]
+    if getattr(model.config, "_experts_implementation", None) is not None:
+        model.config._experts_implementation = "eager"  # one expert after another
     model.config.pad_token_id = None  # nothing is padded, and a token of that id deserves no warning
     return Skeleton(model, notes), set(report["missing_keys"]), set(report["mismatched_keys"])
 

@@ -11,6 +11,7 @@ Nothing here is per model. ``IMPLEMENTATIONS`` names what is registered, once, w
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 
 from stages.kernels.finite import may_stand, tamed
+from stages.kernels.library import library
+from stages.models.generic_kernels import Attended, attend, attend_by_rows, fits
 
 IMPLEMENTATIONS = {True: "pipeinfer_sdpa", False: "pipeinfer_eager"}
 """Names of the attention functions: for models whose attention torch's fused kernel computes, and for the others."""
@@ -51,6 +54,7 @@ class View:
     slot_positions: Tensor  # int64 [span]
     visible: Tensor  # bool [rows, span]
     masks: list[Tensor] = field(default_factory=list)  # what the mask function has answered so far
+    seen: dict[int, Attended] = field(default_factory=dict)  # by the place of a mask among them
     probing: bool = False  # a layer is left where its attention begins
     bad: Tensor | None = None  # bool [rows]: where it is given, rows that are not finite are noted, and zeros written
 
@@ -82,23 +86,40 @@ def _mask(*, mask_function: Callable[..., Tensor], dtype: torch.dtype, use_vmap:
     return mask
 
 
-def _check(mask: Tensor | None) -> None:
-    """A layer must attend under the mask it was given; with another one it would decode something else."""
-    view = _VIEW.get()
-    if mask is None or not any(mask.shape == ours.shape and mask.data_ptr() == ours.data_ptr() for ours in view.masks):
+def _check(mask: Tensor | None) -> int:
+    """A layer must attend under the mask it was given; with another one it would decode something else. Which of the
+    masks it is."""
+    view, address = _VIEW.get(), None if mask is None else (mask.shape, mask.data_ptr())
+    ours = [(one.shape, one.data_ptr()) for one in view.masks]
+    if address is None or address not in ours:
         raise UnsupportedError("attention under a mask of its own making")
     if view.probing:
         raise Probed
+    return ours.index(address)
+
+
+def _seen(place: int) -> Attended | None:
+    """The slots that each row sees under the mask at ``place``; None where torch has to compute."""
+    view = _VIEW.get()
+    if library() is None or view.slots.device.type != "cpu":
+        return None
+    if place not in view.seen:
+        view.seen[place] = Attended.under(view.masks[place][0, 0], view.slot_positions, view.slots)
+    return view.seen[place]
 
 
 def _eager(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """What the model's own file computes: [1, heads, rows, head_dim] to [1, rows, heads, head_dim]."""
-    _check(attention_mask)
+    """What the model's own file computes: [1, heads, rows, head_dim] to [1, rows, heads, head_dim]. One row at a time,
+    unless an option may have a part for each row or slot."""
+    seen = _seen(_check(attention_mask))
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if own is None:
         raise UnsupportedError("an attention function of its own")
+    rest = [value for name, value in options.items() if name not in _SAID_BY_THE_MASK]
+    if seen is not None and not any(isinstance(value, Tensor) and value.ndim > 1 for value in rest):
+        return attend_by_rows(functools.partial(own, module, **options), query, key, value, seen), None
     mixed: tuple[Tensor, Tensor | None] = own(module, query, key, value, attention_mask, **options)
     return mixed
 
@@ -113,15 +134,22 @@ def _sdpa(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """As ``_eager``, by torch's kernel; an option that changes scores in another way goes to the model's own file."""
+    """As ``_eager``, by our kernel or by torch's; an option that changes scores in another way goes to the model's own
+    file."""
     if any(value is not None and name not in _SAID_BY_THE_MASK for name, value in options.items()):
         return _eager(module, query, key, value, attention_mask, scaling=scaling, **options)
-    _check(attention_mask)
-    grouped = query.shape[1] != key.shape[1]
-    mixed = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped
-    )
-    return mixed.transpose(1, 2).contiguous(), None
+    seen = _seen(_check(attention_mask))
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor]:
+        is_grouped = query.shape[1] != key.shape[1]
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=is_grouped)
+        return (mixed.transpose(1, 2).contiguous(),)
+
+    if seen is None:
+        return *fused(query, key, value, attention_mask), None
+    if not fits(query, key, value):
+        return attend_by_rows(fused, query, key, value, seen), None
+    return attend(query, key, value, scaling, seen), None
 
 
 for _name, _attention in ((IMPLEMENTATIONS[True], _sdpa), (IMPLEMENTATIONS[False], _eager)):

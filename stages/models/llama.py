@@ -127,6 +127,11 @@ class LlamaShard:
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
     @torch.inference_mode()
+    def clear(self, slots: int) -> None:
+        """Make the first ``slots`` slots as they were before any pass."""
+        self._all_kv[:, :, :slots] = 0
+
+    @torch.inference_mode()
     def forward(self, batch: Batch, hidden: Payload | None) -> Generator[float, None, Payload]:
         """Run the layers on ``batch``; ``hidden`` [rows, hidden_size] is None for the shard that embeds and is left as
         it is. Yields 0.0 in the middle and at the end of each layer; returns [rows, hidden_size]."""

@@ -8,20 +8,41 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeinfer.core.config import NUMERICS
 from pipeinfer.core.errors import refuse
 from pipeinfer.core.ports import Payload, ShardModel
 from stages.checkpoint.checkpoint import Weights
 from stages.checkpoint.spec import ModelSpec
+from stages.kernels.library import library
 from stages.models.forced import ForcedShard
 from stages.models.generic_spec import GenericSpec
+from stages.models.kernel_shard import KernelShard
 from stages.models.llama import LlamaShard
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_llama(
+    spec: ModelSpec,
+    weights: Weights,
+    layers: range,
+    dtype: torch.dtype,
+    capacity: int,
+    vocabulary: int | None = None,
+    device: str = "cpu",
+) -> KernelShard | LlamaShard:
+    """The shard of ``layers`` of a model of the Llama family: on the kernels if they can be had, else in torch."""
+    if library() is not None and device == "cpu":
+        return KernelShard.load(spec, weights, layers, dtype, capacity, vocabulary)
+    return LlamaShard.load(spec, weights, layers, dtype, capacity, device, vocabulary)
 
 
 class CheckpointPair:
     """The models in ``target`` and ``drafts``, each a spec and where its weights are; see Pair. ``forced``: how often a
-    draft's choices are right, if that is forced (see stages.models.forced)."""
+    draft's choices are right, if that is forced (see stages.models.forced). ``dtype``: of the target's weights;
+    ``draft_dtypes``: of each draft's, by default the same. ``numerics``: see Config.
+
+    ``activations``: the dtype of what stages send each other."""
 
     def __init__(
         self,
@@ -29,17 +50,24 @@ class CheckpointPair:
         drafts: Sequence[tuple[ModelSpec | GenericSpec, Weights]],
         dtype: str,
         forced: Sequence[float] = (),
+        draft_dtypes: Sequence[str] = (),
+        numerics: str = NUMERICS[0],
     ) -> None:
         self._target = target
         self._drafts = drafts
         self._dtype = DTYPES[dtype]
+        self._draft_dtypes = [DTYPES[name] for name in draft_dtypes] or [self._dtype] * len(drafts)
+        self.activations = self._dtype
+        if (kernels := library()) is not None:
+            kernels.numerics = numerics
+            self.activations = torch.float32
         self._forced = forced
         self.layers = target[0].layer_count
         self.draft_contexts = tuple(spec.context for spec, _ in drafts)
 
     def stage(self, layers: range, capacity: int) -> ShardModel:
         """See Pair."""
-        shard = self._load(*self._target, layers, capacity)
+        shard = self._load(*self._target, layers, self._dtype, capacity)
         chooses = layers.stop == self.layers
         return ForcedShard(shard, self._forced, capacity) if self._forced and chooses else shard
 
@@ -48,7 +76,8 @@ class CheckpointPair:
         spec, checkpoint = self._drafts[index]
         # The tokenizer is the same, but embeddings may have different numbers of rows.
         vocabulary = self._target[0].vocab_size
-        shard = self._load(spec, checkpoint, range(spec.layer_count), capacity, vocabulary)
+        layers, dtype = range(spec.layer_count), self._draft_dtypes[index]
+        shard = self._load(spec, checkpoint, layers, dtype, capacity, vocabulary)
         return ForcedShard(shard, self._forced, capacity, is_draft=True) if self._forced else shard
 
     def _load(
@@ -56,11 +85,12 @@ class CheckpointPair:
         spec: ModelSpec | GenericSpec,
         checkpoint: Weights,
         layers: range,
+        dtype: torch.dtype,
         capacity: int,
         vocabulary: int | None = None,
     ) -> ShardModel:
         try:
-            return self._read(spec, checkpoint, layers, capacity, vocabulary)
+            return self._read(spec, checkpoint, layers, dtype, capacity, vocabulary)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise
@@ -74,20 +104,25 @@ class CheckpointPair:
         spec: ModelSpec | GenericSpec,
         checkpoint: Weights,
         layers: range,
+        dtype: torch.dtype,
         capacity: int,
         vocabulary: int | None,
     ) -> ShardModel:
         if isinstance(spec, ModelSpec):
-            return LlamaShard.load(spec, checkpoint, layers, self._dtype, capacity, vocabulary=vocabulary)
+            return load_llama(spec, checkpoint, layers, dtype, capacity, vocabulary)
         from stages.models.generic import GenericShard  # transformers takes a second to import
 
-        return GenericShard.load(spec, layers, self._dtype, capacity, vocabulary=vocabulary)
+        return GenericShard.load(spec, layers, dtype, capacity, vocabulary=vocabulary)
 
     def pack(self, hidden: Payload) -> npt.NDArray[np.uint8]:
         """See Pair; ``hidden``: a tensor [rows, hidden_size]."""
-        data: npt.NDArray[np.uint8] = hidden.contiguous().view(torch.uint8).numpy()
+        data: npt.NDArray[np.uint8] = hidden.to(self.activations).contiguous().view(torch.uint8).numpy()
         return data
 
     def unpack(self, data: npt.NDArray[np.uint8], rows: int) -> Payload:
         """See Pair."""
-        return torch.from_numpy(data).view(self._dtype).view(rows, -1)
+        return torch.from_numpy(data).view(self.activations).view(rows, -1)
+
+    def blank(self, rows: int) -> Payload:
+        """See Pair."""
+        return torch.zeros(rows, self._target[0].hidden_size, dtype=self.activations)

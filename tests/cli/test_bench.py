@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeinfer.bench.llama_cpp import is_here
 from tests.cli.run import here, pipeinfer
 
 SMALL = """
@@ -66,6 +67,13 @@ def test_rows_as_a_table_and_as_json(suite: str, tmp_path: Path) -> None:
         (["throughput", "--policies", "nobody"], "nobody"),
         (["throughput", "--policies", "hf", "--simulate"], "real weights"),
         (["real-builtin", "--policies", "hf,hf-assisted"], "only peers"),
+        (["throughput", "--policies", "plain,llama.cpp"], "real weights"),
+        (
+            ["real-pair", "--target", "/no/such/pair", "--draft", "/no/such/pair"],
+            "/no/such/pair: no such model directory",
+        ),
+        (["real-pair", "--target", "builtin"], "--target without --draft"),
+        (["throughput", "--draft", "builtin"], "--draft builtin with a suite that is emulated"),
         (["throughput", "--repeats", "0"], "--repeats 0"),
         (["throughput", "--ranks", "0"], "--ranks 0"),
         (["throughput", "--out", "/dev/null/there", "--simulate"], "cannot be made"),
@@ -77,3 +85,10 @@ def test_refusals(arguments: list[str], word: str) -> None:
     assert word in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not [line for line in result.stdout.splitlines() if not line.startswith("#")]
+
+
+@pytest.mark.skipif(is_here(), reason="the extra peers is installed")
+def test_without_the_extra_one_line_says_how_to_get_it() -> None:
+    result = here("bench", "real-pair")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "pip install 'pipeinfer[peers]'" in result.stderr

@@ -15,7 +15,6 @@ import pytest
 from pipeinfer import __version__
 from pipeinfer.bench import measure
 from pipeinfer.cli.doctor import LARGE_NBYTES, TRIALS, best_trip_s, link_of
-from pipeinfer.core.config import DTYPES
 from pipeinfer.costs.hardware import Hardware, read_hardware
 from tests.cli.run import ROOT, here, pipeinfer
 
@@ -57,7 +56,7 @@ def test_it_measures_this_host_and_two_ranks_of_it(tmp_path: Path) -> None:
 
 def assert_plausible(here: Hardware) -> None:
     assert 0 < here.bandwidth < 1e14 and 0 < here.link.bandwidth < 1e13 and 0 < here.link.delay_s < 10
-    assert here.arithmetic.keys() == set(DTYPES)
+    assert here.arithmetic.keys() == set(measure.DTYPES)
     for arithmetic in here.arithmetic.values():
         assert 0 < arithmetic.peak < 1e16 and 0 < arithmetic.overhead_s < 10
         assert arithmetic.linear is not None and arithmetic.attention is not None

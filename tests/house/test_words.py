@@ -54,7 +54,7 @@ ALLOWED = {
     },
     "pipeinfer/bench/rows.py": {
         'cells = [f"{_cell(place.get(axis)):>{_width(axis)}}" for axis in axes]': TABLE,
-        """return "  " + " ".join([*cells, f"{row['policy']:<14}"]) + numbers""": TABLE,
+        """return "  " + " ".join([*cells, f"{row['policy']:<20}"]) + numbers""": TABLE,
         "def _cell(value: Any) -> str:": TABLE,
     },
 }

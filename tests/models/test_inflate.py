@@ -43,7 +43,7 @@ def test_the_file_has_them_too(grown: Path) -> None:
 
 
 def test_our_engine_and_transformers_say_what_the_built_in_target_says(grown: Path) -> None:
-    with Engine() as light, Engine(target=str(grown)) as engine:
+    with Engine(dtype="fp32") as light, Engine(target=str(grown), dtype="fp32") as engine:
         assert light is not None and engine is not None
         reference = Reference(grown)
         for prompt in PROMPTS:

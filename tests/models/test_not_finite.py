@@ -15,10 +15,11 @@ from pipeinfer.placement.roles import split_layers
 from stages.kernels.top_tokens import top_tokens
 from stages.models.generic import GenericShard
 from stages.models.generic_spec import GenericSpec
+from stages.models.kernel_shard import KernelShard
 from tests.models import tiny_generic
 from tests.models.in_process import POLICIES, damage, decode, pair_of, plain
 from tests.models.tiny import make_tiny_pair
-from tests.models.walk import compute, load_shards, make_batch, prefill
+from tests.models.walk import NO_KERNELS, compute, load_shards, make_batch, prefill
 
 INF, NAN = math.inf, math.nan
 PROMPT = [17, 301, 5, 488, 92, 260, 33]
@@ -41,19 +42,24 @@ def make_model(folder: Path, kind: str, **overrides: Any) -> Path:
 
 
 def load(folder: Path, kind: str, shards: int = 2, dtype: str = "fp32") -> list[Any]:
-    """By the Llama family's shard, or for ``gpt2`` and ``any llama`` by the one for any architecture."""
-    if kind == "llama":
-        return list(load_shards(folder, shards, DTYPES[dtype]))
+    """By the Llama family's shard, for ``kernels llama`` on the C kernels, or for ``gpt2`` and ``any llama`` by the one
+    for any architecture."""
+    if kind in ("llama", "kernels llama"):
+        return load_shards(folder, shards, DTYPES[dtype], kind="torch" if kind == "llama" else "kernels")
     spec = GenericSpec.read(folder)
     pieces = split_layers(spec.layer_count, [1] * shards)
     return [GenericShard.load(spec, layers, DTYPES[dtype], 160) for layers in pieces]
 
 
 def slots_of(shard: Any) -> list[torch.Tensor]:
+    if isinstance(shard, KernelShard):
+        return [shard._kv]
     return [shard._all_kv] if hasattr(shard, "_all_kv") else list(shard._states())
 
 
-KINDS = ("llama", "any llama", "gpt2")
+ON_KERNELS = pytest.param("kernels llama", marks=NO_KERNELS)
+LLAMAS = ("llama", ON_KERNELS, "any llama")
+KINDS = (*LLAMAS, "gpt2")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,7 +87,7 @@ def test_a_guess_that_is_not_finite_changes_no_bit_of_any_other_row(kind: str, d
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("kind", LLAMAS)
 def test_a_guess_whose_keys_would_overflow_a_score_is_one_of_them(kind: str, tmp_path: Path) -> None:
     """Finite, but its product with any query is not: though hidden, it would spoil another row's softmax."""
     folder = make_model(tmp_path, "llama")
@@ -133,6 +139,10 @@ WHERE = [
     ("llama", LLAMA_LAYER + "self_attn.k_proj.weight", 4),
     ("llama", LLAMA_LAYER + "self_attn.v_proj.weight", 4),
     ("llama", "lm_head.weight", 6),
+    pytest.param("kernels llama", LLAMA_LAYER + "mlp.down_proj.weight", 4, marks=NO_KERNELS),
+    pytest.param("kernels llama", LLAMA_LAYER + "self_attn.k_proj.weight", 4, marks=NO_KERNELS),
+    pytest.param("kernels llama", LLAMA_LAYER + "self_attn.v_proj.weight", 4, marks=NO_KERNELS),
+    pytest.param("kernels llama", "lm_head.weight", 6, marks=NO_KERNELS),
     ("any llama", LLAMA_LAYER + "mlp.down_proj.weight", 4),
     ("any llama", LLAMA_LAYER + "self_attn.k_proj.weight", 4),
     ("any llama", "lm_head.weight", 6),
@@ -163,7 +173,8 @@ def test_a_pass_that_is_given_up_leaves_finite_slots(kind: str, tmp_path: Path) 
     steps = shard.forward(make_batch([BAD], [0], [0], [set()]), None)
     for _ in range(3):
         next(steps)
-    assert not all(states.isfinite().all() for states in slots_of(shard)), "they are read again only by this pass"
+    is_finite = all(states.isfinite().all() for states in slots_of(shard))
+    assert is_finite == isinstance(shard, KernelShard), "only the kernels write nothing else in the first place"
     steps.close()
     assert all(states.isfinite().all() for states in slots_of(shard))
 
@@ -188,12 +199,14 @@ def test_nothing_is_chosen_from_logits_that_are_not_finite(sampling: Sampling, c
 
 
 @pytest.mark.parametrize("schedule", POLICIES)
-@pytest.mark.parametrize("is_generic", [False, True], ids=["llama", "any llama"])
+@pytest.mark.parametrize("kind", LLAMAS)
 def test_decoding_with_guesses_ends_where_plain_decoding_ends(
-    is_generic: bool, schedule: str, pair: tuple[Path, Path]
+    kind: str, schedule: str, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In fp32, where tokens do not hang on the order of sums; for bf16 see the test of other rows' bits."""
-    models = pair_of(*pair, is_generic=is_generic)
+    if kind == "llama":
+        monkeypatch.setattr("stages.models.pair.library", lambda: None)
+    models = pair_of(*pair, is_generic=kind == "any llama")
     prompts = ([412, 34, 137, 64], [351, 205, 425, 113], [411, 413, 1, 375], [4, BADS[0], 8])
     wanted = [plain(models, prompt, 24) for prompt in prompts]
     assert wanted[3] == ([], 0), "a token of the prompt"

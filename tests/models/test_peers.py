@@ -24,7 +24,7 @@ PEERS = ("hf", "hf-assisted", "hf-assisted-3")
 def test_a_peer_says_what_we_say(name: str) -> None:
     peer = open_peer(name, BUILTIN, BUILTIN, "fp32", 1)
     assert (peer.name, torch.get_num_threads()) == (name, 1)
-    with Engine() as engine:
+    with Engine(dtype="fp32") as engine:
         assert engine is not None
         for prompt in PROMPTS:
             wanted = engine.generate(prompt, COUNT, ignore_eos=True)
@@ -55,6 +55,7 @@ def test_the_end_of_a_text_does_not_end_it(name: str, tmp_path: Path) -> None:
         (("hf-assisted-0", BUILTIN, BUILTIN, "fp32"), "unknown peer"),
         (("hf", BUILTIN, None, "fp8"), "unknown dtype 'fp8'"),
         (("hf-assisted", BUILTIN, None, "fp32"), "hf-assisted without a draft"),
+        (("llama.cpp-assisted-4", BUILTIN, None, "fp32"), "llama.cpp-assisted-4 without a draft"),
         (("hf", "/no/such/model", None, "fp32"), "cannot load /no/such/model"),
     ],
 )
@@ -64,5 +65,6 @@ def test_what_cannot_be_had_is_refused(words: tuple[str, str, str | None, str], 
 
 
 def test_peers_are_known_by_their_names() -> None:
-    assert all(map(is_peer, PEERS))
-    assert not any(map(is_peer, ("hf-", "hf-assisted-", "continuous", "sync-chain")))
+    assert all(map(is_peer, (*PEERS, "llama.cpp", "llama.cpp-assisted", "llama.cpp-assisted-3")))
+    strangers = ("hf-", "hf-assisted-", "llama.cpp-", "llamaXcpp", "hf-llama.cpp", "continuous", "sync-chain")
+    assert not any(map(is_peer, strangers))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 
@@ -14,9 +15,17 @@ from pipeinfer.core.ports import Batch, SampledToken
 from pipeinfer.placement.roles import split_layers
 from stages.checkpoint.checkpoint import Checkpoint
 from stages.checkpoint.spec import ModelSpec
+from stages.kernels.library import library
+from stages.models.kernel_shard import KernelShard
 from stages.models.llama import LlamaShard
 
 CAPACITY = 160
+KINDS = {"torch": LlamaShard, "kernels": KernelShard}
+"""The Llama family's shards."""
+NO_KERNELS = pytest.mark.skipif(library() is None, reason="there is no library of kernels")
+EACH_KIND = ["torch", pytest.param("kernels", marks=NO_KERNELS)]
+Load = Callable[..., list[Any]]
+"""``load_shards`` of a kind."""
 
 
 def load_shards(
@@ -25,12 +34,14 @@ def load_shards(
     dtype: torch.dtype = torch.float32,
     capacity: int = CAPACITY,
     device: str = "cpu",
-) -> list[LlamaShard]:
-    """The whole model in ``shards`` consecutive pieces, as even as they go."""
+    kind: str = "torch",
+) -> list[Any]:
+    """The whole model in ``shards`` consecutive pieces, as even as they go, of a kind of KINDS."""
     spec, checkpoint = ModelSpec.read(directory), Checkpoint(directory)
     checkpoint.validate(spec)
     pieces = split_layers(spec.layer_count, [1] * shards)
-    return [LlamaShard.load(spec, checkpoint, layers, dtype, capacity, device) for layers in pieces]
+    more = {} if kind == "kernels" else {"device": device}
+    return [KINDS[kind].load(spec, checkpoint, layers, dtype, capacity, **more) for layers in pieces]
 
 
 def make_batch(
@@ -43,7 +54,7 @@ def make_batch(
     return Batch(*rows, (np.zeros((0, 2), np.int64),), nothing, nothing, np.concatenate(paths), ends)
 
 
-def compute(shards: Sequence[LlamaShard], batch: Batch) -> Any:
+def compute(shards: Sequence[Any], batch: Batch) -> Any:
     """Push a batch through all shards; returns the last one's activations."""
     hidden = None
     for shard in shards:
@@ -58,7 +69,7 @@ def compute(shards: Sequence[LlamaShard], batch: Batch) -> Any:
 
 
 def prefill(
-    shards: Sequence[LlamaShard], tokens: Sequence[int], slots: Sequence[int], chunk: int
+    shards: Sequence[Any], tokens: Sequence[int], slots: Sequence[int], chunk: int
 ) -> list[list[SampledToken]]:
     """Run ``tokens`` in chunks of ``chunk`` rows, token i in slot ``slots[i]``; returns 8 choices after each."""
     choices = []
@@ -70,7 +81,7 @@ def prefill(
     return choices
 
 
-def greedy(shards: Sequence[LlamaShard], prompt: Sequence[int], count: int, chunk: int = 5) -> list[int]:
+def greedy(shards: Sequence[Any], prompt: Sequence[int], count: int, chunk: int = 5) -> list[int]:
     """Plain greedy decoding: chunked prefill, then one row at a time, slots in order."""
     slots = list(range(len(prompt) + count))
     tokens = list(prompt)

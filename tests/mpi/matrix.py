@@ -50,6 +50,7 @@ class Case:
     target: str = BUILTIN
     draft: str | tuple[str, ...] = BUILTIN
     drafters: int | None = None
+    dtype: str = "fp32"
 
     def words(self) -> dict[str, Any]:
         """The engine's keywords."""
@@ -87,6 +88,7 @@ class Said:
     """What an engine said to each request, and what all of them cost: runs, accepted tokens per correction."""
 
     tokens: list[list[int]]
+    logprobs: list[list[float]]
     runs: int
     cancelled_runs: int
     accept_length: float

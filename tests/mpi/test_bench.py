@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipeinfer.bench.llama_cpp import is_here
 from tests.cli.run import pipeinfer
 
 pytestmark = pytest.mark.slow
@@ -103,3 +104,36 @@ def test_real_weights_beside_transformers(tmp_path: Path) -> None:
     assert rows["continuous"]["messages_per_token"] > 0
     assert rows["hf"]["acceptance_rate"] is None
     assert rows["hf"]["tokens_per_s"]["n"] == 2
+
+
+PAIR = """
+title = "a pair on one rank"
+execution = "real"
+policies = ["plain", "continuous", "hf", {rivals}]
+once = ["hf"]
+passes = true
+repeats = 2
+[[points]]
+ranks = 1
+target = "builtin"
+draft = "builtin"
+tokens = 24
+"""
+
+
+def test_a_pair_on_one_rank_with_its_passes_and_the_ideal_that_follows_from_them(tmp_path: Path) -> None:
+    """Beside llama.cpp where it is installed."""
+    rivals = '"llama.cpp", "llama.cpp-assisted-3"' if is_here() else ""
+    rows = measured(tmp_path, PAIR.format(rivals=rivals))
+    assert {name: row["tokens_per_s"]["n"] for name, row in rows.items() if name != "hf"} == dict.fromkeys(
+        rows.keys() - {"hf"}, 2
+    )
+    assert rows["hf"]["tokens_per_s"]["n"] == 1
+    assert {row["equal_prefix"] for name, row in rows.items() if not name.startswith("llama")} == {1.0}
+    assert "transformers" in rows["hf"]["peer"]["library"] and rows["plain"]["peer"] is None
+    passes = rows["plain"]["passes"]
+    assert set(passes["pass_ms"]) == {"ours", "draft"} | ({"llama.cpp", "llama.cpp's draft"} if rivals else set())
+    assert all(taken > 0 for by_rows in passes["pass_ms"].values() for taken in by_rows.values())
+    assert 0 < passes["agreement"] <= 1
+    plain = rows["plain"]["tokens_per_s"]["median"]
+    assert rows["continuous"]["ideal_tokens_per_s"] == pytest.approx(plain * passes["gain"])

@@ -111,3 +111,46 @@ def test_the_count_gives_the_most_useful_rows_per_second_over_any_dip() -> None:
     assert dear.best_count([1.0, 0.99]) == 1
     assert dear.best_count([0.5, 0.6]) == 2
     assert curve_of((1, 1.0), (8, 1.0)).best_count([1.0, 0.01, 0.0]) == 3, "free rows are welcome, whatever they are"
+
+
+PRIOR = ((1, 1.0), (2, 1.2), (4, 1.6), (8, 3.0))
+
+
+def test_a_prior_is_believed_before_anything_is_measured() -> None:
+    curve = CostCurve(PRIOR)
+    assert [curve.seconds(rows) for rows, _ in PRIOR] == [seconds for _, seconds in PRIOR]
+    assert curve.reach == 16
+    assert curve.knows(3) and not curve.knows(9)
+    assert CostCurve(((1, 1.0), (2, 2.0), (4, 4.0))).best_count([1.0, 0.9, 0.8]) == 1, "rows are dear, without a trial"
+
+
+def test_measurements_replace_a_prior() -> None:
+    curve = CostCurve(PRIOR)
+    for _ in range(12):
+        curve.observe(4, 3.0)
+    assert curve.seconds(4) == pytest.approx(3.0, rel=0.02)
+
+
+def test_on_a_busy_machine_what_is_not_measured_is_late_alike() -> None:
+    curve = CostCurve(PRIOR)
+    for _ in range(30):
+        curve.observe(1, 2.0)
+        curve.observe(4, 3.2)
+    assert [curve.seconds(rows) for rows, _ in PRIOR] == pytest.approx([2.0, 2.4, 3.2, 6.0], rel=0.05)
+    assert curve.best_count([1.0, 0.9]) == CostCurve(PRIOR).best_count([1.0, 0.9])
+
+
+def test_a_forgotten_measurement_gives_way_to_the_prior() -> None:
+    curve = CostCurve(PRIOR)
+    curve.observe(8, 6.0)
+    for _ in range(300):
+        curve.observe(1, 1.0)
+    assert curve.seconds(8) == pytest.approx(3.0, rel=0.05)
+
+
+def test_another_stage_s_time_does_not_lower_the_prior_of_the_slowest() -> None:
+    curve = CostCurve(PRIOR)
+    curve.expect(4, 0.8)
+    assert curve.seconds(4) == 1.6
+    curve.expect(4, 2.0)
+    assert curve.seconds(4) == 2.0

@@ -14,6 +14,7 @@ from pipeinfer.core.messages import Advance, Body, Close, DraftOrder, Nodes, Pro
 from pipeinfer.core.ports import GREEDY, Abandon, Command, Compute, Computed, Received, Sampling, Send
 from pipeinfer.core.slots import attended, visible_slots
 from speculation.drafter.machine import MOST_FAULTY, Drafter
+from speculation.schedules.cost_curve import CostCurve
 from speculation.schedules.policy import Policy
 from speculation.trees.tree import Tree
 
@@ -185,6 +186,18 @@ def test_an_order_after_the_last_position_of_use_is_done_at_once(passes: int) ->
     assert len(evaluated(told.order(passes))) == 17, "what it has not seen yet"
     assert nodes(told.computed()) == [([], True)]
     assert nodes(told.order(passes)) == [([], True)]
+
+
+def test_a_pass_reaches_the_root_whatever_rows_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass over tokens above the root alone would find nothing, and the next one as little, for ever."""
+    monkeypatch.setattr(CostCurve, "best_count", lambda curve, useful: min(1, len(useful)))
+    told = Told(govern=True)
+    assert evaluated(told.order(1)) == [7]
+    told.computed([(4, 0.9)])
+    told.accept(4, 5, 6)
+    commands = told.order(1)
+    assert evaluated(commands) == [4, 5, 6]
+    assert compute_of(commands).rows == (2,), "the root is among them"
 
 
 def test_the_end_of_the_request_ends_the_order() -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from speculation.schedules.governor import HYSTERESIS, SPELL_TOKENS, STAKE, Gear, Governor
+from speculation.schedules.governor import HYSTERESIS, SMALL_STAKE, SPELL_TOKENS, STAKE, Gear, Governor
 
 TRIP_S = 8.0
 
@@ -130,3 +130,49 @@ def test_where_ranks_share_cores_it_comes_back_from_many_runs() -> None:
             governor.returned(4, 1.0, TRIP_S, carries_root=index % 2 == 0)
             governor.accepted(1, now)
         assert governor.gear.runs == runs
+
+
+ROWS_1 = ((1, 1.0), (8, 8.0))
+
+
+def informed(pays: bool = True, plain_s: float = TRIP_S) -> Governor:
+    """A governor that knows what a token of plain decoding takes, before the first one."""
+    return Governor(8, prior=ROWS_1, plain_s=plain_s, pays=pays)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_bad_draft_costs_three_tokens_at_most_in_each_of_few_trials(seed: int) -> None:
+    cost_s = {0: TRIP_S, 1: 2 * TRIP_S, 2: 2 * TRIP_S, 4: 2 * TRIP_S, 8: 2 * TRIP_S}
+    _, spent, _ = drive(informed(), cost_s, 64, random.Random(seed))
+    assert 1 <= spent[8] <= SMALL_STAKE + 3
+    _, spent, _ = drive(informed(), cost_s, 256, random.Random(seed))
+    assert spent[8] <= 2 * (SMALL_STAKE + 3), "the next trial comes later"
+
+
+@pytest.mark.parametrize("plain_s", [0.5 * TRIP_S, TRIP_S, 1.5 * TRIP_S])
+def test_a_good_draft_is_found_good_at_once_by_any_prediction(plain_s: float) -> None:
+    cost_s = {0: TRIP_S, 1: 6.0, 2: 5.0, 4: 4.0, 8: 4.0}
+    _, spent, _ = drive(informed(plain_s=plain_s), cost_s, 512, random.Random(3))
+    assert spent[0] <= 4 * SPELL_TOKENS
+    assert spent[8] > 300
+
+
+def test_without_a_prospect_decoding_starts_plain_and_tries_later() -> None:
+    governor = informed(pays=False)
+    assert governor.gear == Gear(0)
+    cost_s = {0: TRIP_S, 1: 4.0, 2: 4.0, 4: 4.0, 8: 4.0}
+    _, spent, _ = drive(governor, cost_s, 256, random.Random(1))
+    assert spent == {0: 256, 1: 0, 2: 0, 4: 0, 8: 0}
+    _, spent, _ = drive(governor, cost_s, 512, random.Random(1), now=256 * TRIP_S)
+    assert spent[8] > 300, "the prediction was wrong, and that was found out"
+
+
+def test_plain_decoding_is_tried_first_where_it_is_seen_to_be_faster() -> None:
+    """Good at first, bad from then on."""
+    governor, rng = informed(), random.Random(2)
+    good = {0: TRIP_S, 1: 4.0, 2: 4.0, 4: 4.0, 8: 4.0}
+    now, _, _ = drive(governor, good, 4 * SPELL_TOKENS, rng)
+    bad = dict.fromkeys(good, 1.2 * TRIP_S) | {0: TRIP_S}
+    _, spent, notes = drive(governor, bad, 12 * SPELL_TOKENS, rng, row_cost=0.0, now=now)
+    assert "probe 0 rows" in notes[0]
+    assert spent[0] > 6 * SPELL_TOKENS

@@ -92,7 +92,7 @@ def test_an_unknown_name_is_refused_with_those_there_are() -> None:
         ("kv_heads = 4", "kv_heads = 5", "shape.kv_heads must divide the 32 heads"),
         ("gated = true", "gated = 1", "shape.gated must be true or false"),
         ("bits = 4.86", "bits = -4.86", "weights.bits must be a positive number"),
-        ('dtype = "fp32"', 'dtype = "fp8"', "arithmetic.dtype must be fp32 or bf16, not 'fp8'"),
+        ('dtype = "fp32"', 'dtype = "fp8"', "arithmetic.dtype must be fp32 or bf16 or fp16, not 'fp8'"),
         ("[kv_cache]", "[unknown]", "unknown is unknown"),
         ("[weights]", "[arithmetic2]", "arithmetic2 is unknown"),
         ("title", "name", "name is unknown"),

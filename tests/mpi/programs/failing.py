@@ -22,12 +22,12 @@ SPEC = EmulatedSpec(layers=8)
 
 
 class RaisingShard(EmulatedShard):
-    """Fails in its tenth pass."""
+    """Fails in its tenth pass, those aside that are made after loading, whose activations are blank."""
 
     passes = 0
 
     def forward(self, batch: Batch, hidden: Any) -> Generator[float, None, Any]:
-        RaisingShard.passes += 1
+        RaisingShard.passes += bool(hidden.any())
         if RaisingShard.passes == 10:
             raise RuntimeError("the tenth pass fails")
         return super().forward(batch, hidden)

@@ -33,14 +33,15 @@ def main(path: str) -> None:
 
 
 def decode(comm: Any, words: dict[str, Any], requests: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """On the head of ``comm``: each request's tokens, and what they cost together."""
+    """On the head of ``comm``: each request's tokens with their log-probabilities, and what they cost together."""
     with Engine(**words, comm=comm, timeout_s=300.0) as engine:
         if engine is None:
             return None
         done = [engine.generate(**request | {"sampling": Sampling(**request["sampling"])}) for request in requests]
     costs = {name: sum(answer.metrics[name] for answer in done) for name in ("runs", "cancelled_runs")}
     lengths = [answer.metrics["accept_length"] for answer in done]
-    return {"tokens": [answer.tokens for answer in done], **costs, "accept_length": sum(lengths) / len(lengths)}
+    said = {"tokens": [answer.tokens for answer in done], "logprobs": [answer.logprobs for answer in done]}
+    return {**said, **costs, "accept_length": sum(lengths) / len(lengths)}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,141 @@
+/* The output head: the best token of a row, and the embedding of a tied model. */
+#ifndef HEAD_H
+#define HEAD_H
+
+#include "linear.h"
+#include "noise.h"
+#include "norms.h"
+
+enum { HEAD_BLOCK = 256 }; /* columns of a block of logits */
+
+static void embed(const struct linear *linear, const int64_t *tokens, int32_t count, float *x) {
+    const int64_t line = LINE[linear->format], panel = (linear->k + 1) / 2 * line;
+    for (int row = 0; row < count; row++) {
+        const char *w = (const char *)linear->weights + tokens[row] / PANEL * panel;
+        int lane = (int)(tokens[row] % PANEL);
+        for (int k = 0; k < linear->k; k++) {
+            const char *pair = w + k / 2 * line;
+            x[(int64_t)row * linear->k + k] =
+                linear->format == BF16 || linear->format == DOT
+                    ? from_bits((uint32_t)((const uint16_t *)pair)[2 * lane + k % 2] << 16)
+                : linear->format == HALF ? half_to_float(((const uint16_t *)pair)[PANEL * (k % 2) + lane])
+                                         : ((const float *)pair)[PANEL * (k % 2) + lane];
+        }
+    }
+}
+
+struct head_job {
+    const struct head *head;
+    const float *x;
+    float *normed, *logits;
+    int count, blocks, ld;
+    struct best *best;
+};
+
+struct scores {
+    float *values;
+    int first;
+};
+
+static void finish_scores(void *to, const struct linear *linear, const float *tile, int row, int column, int columns) {
+    struct scores *scores = to;
+    for (int c = 0; c < columns; c += LANES)
+        v_store(scores->values + row * HEAD_BLOCK + column - scores->first + c, biased(linear, tile, column, c));
+}
+
+/* The highest of `count` logits, the first of equal ones; the sum of e^(logit - highest), not a number where a logit is
+ * infinite or none. Whole lanes beyond `count` are written. */
+static struct best highest_of(float *logits, int first, int count) {
+    int most = 0, whole = ceiling(count, LANES) * LANES;
+    vf total = v_zero();
+    for (int c = 1; c < count; c++)
+        if (logits[c] > logits[most]) most = c;
+    vf highest = v_set1(logits[most]);
+    for (int c = count; c < whole; c++) logits[c] = 0.0f;
+    for (int c = 0; c < whole; c += LANES) {
+        float each[LANES];
+        vf these = v_load(logits + c);
+        v_store(each, v_exp(v_sub(these, highest)));
+        for (int i = count - c; i < LANES; i++) each[i] = 0.0f;
+        total = v_add(total, v_load(each));
+    }
+    return (struct best){logits[most], logits[most], logits[most], v_sum(total), first + most};
+}
+
+/* The token with the highest logit / temperature + noise. A token's noise is made only where it could win: noise g is
+ * above b with probability 1 - e^(-e^-b), which is less than e^-b. */
+static void draw_from(const float *logits, int first, int count, const struct head *head, int64_t position,
+                      struct best *best) {
+    float scaled[HEAD_BLOCK] = {0}, chance[HEAD_BLOCK];
+    uint64_t words[HEAD_BLOCK];
+    for (int c = 0; c < count; c++) scaled[c] = logits[c] / head->temperature;
+    for (int c = 0; c < count; c += 4) philox((uint64_t)(first + c) / 4 + 1, (uint64_t)position, head->seed, words + c);
+    int known = best->token - first; /* with the highest logit: what it scores is a bound for the others */
+    double least = (double)scaled[known] + gumbel(uniform(words[known]));
+    best->score = least;
+    for (int c = 0; c < count; c += LANES)
+        v_store(chance + c, v_mul(v_set1(1.01f), v_exp(v_sub(v_load(scaled + c), v_set1((float)least)))));
+    for (int c = 0; c < count; c++) {
+        double u = uniform(words[c]);
+        if (1.0 - u > (double)chance[c]) continue;
+        double score = (double)scaled[c] + gumbel(u);
+        if (score > best->score || (score == best->score && first + c < best->token))
+            best->score = score, best->token = first + c, best->logit = logits[c];
+    }
+}
+
+static void head_phase(void *argument, int phase, int chunk, int thread) {
+    struct head_job *job = argument;
+    const struct head *head = job->head;
+    const struct linear *linear = head->linear;
+    if (phase == 0) {
+        norm(job->x + (int64_t)chunk * linear->k, head->norm, linear->k, head->eps,
+             job->normed + (int64_t)chunk * job->ld);
+        return;
+    }
+    float values[BLOCK_ROWS * HEAD_BLOCK] __attribute__((aligned(64)));
+    int first = chunk * HEAD_BLOCK, count = head->limit - first < HEAD_BLOCK ? head->limit - first : HEAD_BLOCK;
+    struct cut cut = {ceiling(first + count, PANEL), HEAD_BLOCK / PANEL};
+    struct scores scores = {values, first};
+    for (int m = 0; m < job->count; m += BLOCK_ROWS) {
+        int rows = job->count - m < BLOCK_ROWS ? job->count - m : BLOCK_ROWS;
+        multiply_chunk(linear, &cut, chunk, job->normed + (int64_t)m * job->ld, job->ld, rows, finish_scores, &scores);
+        for (int row = m; row < m + rows; row++) {
+            float *logits = values + (row - m) * HEAD_BLOCK;
+            struct best *best = job->best + (int64_t)row * job->blocks + chunk;
+            if (job->logits) memcpy(job->logits + (int64_t)row * head->limit + first, logits, (size_t)count * 4);
+            *best = highest_of(logits, first, count);
+            if (head->temperature > 0.0f) draw_from(logits, first, count, head, head->positions[row], best);
+        }
+    }
+}
+
+/* The blocks of a row in order: the best of all, and the sum of e^(logit - highest). */
+static struct chosen combine(const struct best *found, int blocks) {
+    struct best best = found[0];
+    float highest = found[0].highest;
+    struct chosen chosen = {0};
+    for (int block = 1; block < blocks; block++) {
+        if (found[block].score > best.score) best = found[block];
+        highest = found[block].highest > highest ? found[block].highest : highest;
+    }
+    for (int block = 0; block < blocks; block++) {
+        float factor[LANES];
+        v_store(factor, v_exp(v_set1(found[block].highest - highest)));
+        double part = (double)found[block].total * (double)factor[0];
+        chosen.total = chosen.total + part;
+    }
+    chosen.token = best.token, chosen.logit = best.logit, chosen.highest = highest;
+    return chosen;
+}
+
+static void choose(const struct head *head, const float *x, int32_t count, float *normed, struct best *blocks,
+                   struct chosen *chosen, float *logits) {
+    struct head_job work = {.head = head, .x = x, .normed = normed, .logits = logits, .count = count, .best = blocks};
+    work.blocks = ceiling(head->limit, HEAD_BLOCK), work.ld = ceiling(head->linear->k, PANEL) * PANEL;
+    struct job job = {2, {count, work.blocks}, head_phase, &work};
+    pool_run(&job);
+    for (int row = 0; row < count; row++) chosen[row] = combine(blocks + (int64_t)row * work.blocks, work.blocks);
+}
+
+#endif

@@ -1,0 +1,94 @@
+/* What is handed to the kernels, and the table of kernels that each instruction set has. The sizes and order of all
+ * members are repeated in stages/kernels/library.py. */
+#ifndef KERNELS_H
+#define KERNELS_H
+
+#include <stdint.h>
+
+enum {
+    BF16,
+    HALF,
+    FLOAT,
+    DOT
+}; /* formats of weights, the first three also of keys and values. DOT is BF16 whose products are
+      taken by an instruction for pairs of bf16, of activations that are rounded to it */
+enum { LEAVES = 8 }; /* parts of a sum, combined by a binary tree */
+enum { PANEL = 16 }; /* output columns of a panel of weights */
+
+/* y = x W^T + bias. Panels of 16 columns lie one after the other; in a panel, for each pair of k, a line: 16 dwords
+ * with w[k] low and w[k + 1] high (BF16), or 16 w[k] and 16 w[k + 1]. Missing columns and an odd k are filled with
+ * zeros. A sum over k is 8 chains of fused multiply-adds, from cuts[i] to cuts[i + 1], each in order of k. */
+struct linear {
+    const void *weights;
+    const float *bias; /* NULL, or whole panels */
+    int32_t format, columns, k, cuts[LEAVES + 1];
+};
+
+struct layer {
+    const float *attention_norm, *mlp_norm, *query_norm, *key_norm; /* the last two: NULL, or [head_dim] */
+    struct linear qkv, output, gate_up, down;                       /* gate_up: panels of gate and up take turns */
+    void *keys, *values;                                            /* [kv_heads][capacity][stride] */
+};
+
+struct model {
+    int32_t hidden, heads, kv_heads, head_dim, stride, inner, capacity, kv_format;
+    float eps, scale;
+    const float *rotations; /* [capacity][head_dim]: cosines, then sines, of head_dim / 2 */
+};
+
+/* The rows of a pass. Row r attends to the first prefix[r] slots of canonical[sequence[r]], then to those of ancestors
+ * between ends[r - 1] and ends[r]. */
+struct rows {
+    int32_t count;
+    const int64_t *slots, *positions, *sequence, *prefix, *ancestors, *ends;
+    const int64_t *const *canonical;
+    float *x;      /* [count][hidden]: what enters a layer, then what leaves it */
+    float *normed; /* scratch: [count][hidden], then [count][inner], queries ..., each row padded to whole panels */
+    float *wide, *mixed, *partial;
+    int64_t partial_size; /* floats of `partial` that each thread has */
+    int32_t threads;      /* for so many */
+    int32_t *faults;      /* [count]: set to `layer` + 1 where it is 0 and numbers are not finite */
+    int32_t layer;
+};
+
+/* An output head, and how it chooses: the highest logit, or by noise where `temperature` is not 0 (see noise.h). */
+struct head {
+    const struct linear *linear;
+    const float *norm;
+    const int64_t *positions; /* [rows], of the tokens that are drawn */
+    uint64_t seed;
+    float eps, temperature;
+    int32_t limit; /* no token from here on */
+};
+
+/* Of a row and a block of columns. */
+struct best {
+    double score;
+    float logit, highest, total; /* the best token's, the highest, the sum of e^(logit - highest) */
+    int32_t token;
+};
+
+/* Of a row. */
+struct chosen {
+    double total;
+    int64_t token;
+    float logit, highest;
+};
+
+struct kernels {
+    const char *name;
+    int32_t has_dot;
+    void (*linear)(const struct linear *linear, const float *x, int64_t ldx, int32_t rows, float *y, int64_t ldy);
+    void (*layer)(const struct model *model, const struct layer *layer, struct rows *rows);
+    /* Attention alone: the queries of rows->wide [count][heads * head_dim], rotated, over slots that are written;
+     * rows->mixed of the same shape. Of `layer` it reads the keys and values. */
+    void (*attention)(const struct model *model, const struct layer *layer, struct rows *rows);
+    /* What to choose after `count` rows of x [count][hidden]; logits [count][limit] where they are wanted. */
+    void (*head)(const struct head *head, const float *x, int32_t count, float *normed, struct best *blocks,
+                 struct chosen *chosen, float *logits);
+    void (*embed)(const struct linear *linear, const int64_t *tokens, int32_t count, float *x);
+    double (*read)(const void *memory, int64_t nbytes);
+    double (*multiply)(int64_t steps, float seed);
+};
+
+#endif

@@ -1,0 +1,276 @@
+"""Some consecutive layers of a Llama-family decoder on the C kernels (stages/kernels/native).
+
+A row has the same bits in any company: whatever rows are computed with it, in whichever slots, by any number of
+threads and on any instruction set with fused multiply-add. Activations are float32 everywhere; weights, keys and values
+are stored in the shard's dtype. A row reads the slots of its own list alone: nothing that another slot holds reaches
+it."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Generator, Sequence
+from ctypes import addressof
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeinfer.core.ports import GREEDY, Batch, Payload, SampledToken, SamplingInputs
+from pipeinfer.core.slots import slots_of
+from stages.checkpoint.checkpoint import EMBEDDING, HEAD, NORM, Weights, layer_tensors
+from stages.checkpoint.spec import ModelSpec
+from stages.kernels.library import BEST_NBYTES, CHOSEN, LEAVES, PANEL, CHead, CLayer, CModel, CRows, Library, library
+from stages.kernels.linear import FORMATS, Linear, padded
+from stages.kernels.sampling import changes_nothing
+from stages.kernels.top_tokens import top_tokens
+from stages.models.rope import inverse_frequencies
+
+Chosen = npt.NDArray[np.void]
+POSITIONS, HEAD_BLOCK = 256, 256
+"""As in native/kernels.c: positions of a chunk of attention, and columns of a block of logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer: what the kernels are given, and the tensors that it points to."""
+
+    c: CLayer
+    linears: tuple[Linear, ...]
+    tensors: tuple[Tensor, ...]
+
+
+class _Scratch:
+    """Memory of a pass of up to ``rows`` rows by ``threads`` threads."""
+
+    def __init__(self, model: CModel, layers: Sequence[_Layer], rows: int, threads: int) -> None:
+        self.rows, self.threads = rows, threads
+        wide = max((max(padded(layer.c.qkv.columns), padded(layer.c.down.k)) for layer in layers), default=PANEL)
+        queries = model.heads // model.kv_heads
+        chunks = -(-model.capacity // POSITIONS)
+        self.partial_size = chunks * queries * (2 + model.stride) + queries * model.stride
+        self.normed = torch.zeros((rows, padded(model.hidden)))
+        self.wide = torch.zeros((rows, wide))
+        self.mixed = torch.zeros((rows, padded(model.heads * model.head_dim)))
+        self.partial = torch.zeros(threads * self.partial_size)
+
+
+class KernelShard:
+    """Layers ``layers`` of a model: a ShardModel. The first shard embeds, the last one chooses tokens."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layers: list[_Layer],
+        ends: dict[str, Tensor | Linear],
+        kv: Tensor,
+        first_layer: int,
+        vocabulary: int | None,
+    ) -> None:
+        """``ends`` holds what the shard has of EMBEDDING, NORM and HEAD. Use ``load``."""
+        lib = library()
+        assert lib is not None
+        self.faults: dict[int, int] = {}
+        self._lib: Library = lib
+        self._spec, self._layers, self._kv, self._first_layer = spec, layers, kv, first_layer
+        self._embedding, self._norm, self._head = ends.get(EMBEDDING), ends.get(NORM), ends.get(HEAD)
+        self._limit = spec.vocab_size if vocabulary is None else min(vocabulary, spec.vocab_size)
+        frequencies, factor = inverse_frequencies(spec.rope, spec.head_dim, spec.context)
+        capacity, stride = kv.shape[3:]
+        self._rotations = torch.empty((capacity, spec.head_dim))
+        frequencies = frequencies.contiguous()
+        lib.binary.pipeinfer_rotations(
+            frequencies.data_ptr(), spec.head_dim // 2, factor, capacity, self._rotations.data_ptr()
+        )
+        sizes = spec.hidden_size, spec.head_count, spec.kv_head_count, spec.head_dim
+        rest = stride, spec.intermediate_size, capacity, FORMATS[kv.dtype]
+        self._c = CModel(*sizes, *rest, spec.norm_eps, spec.head_dim**-0.5, self._rotations.data_ptr())
+        self._scratch = _Scratch(self._c, layers, 1, 1)
+
+    @classmethod
+    def load(
+        cls,
+        spec: ModelSpec,
+        checkpoint: Weights,
+        layers: range,
+        dtype: torch.dtype,
+        capacity: int,
+        vocabulary: int | None = None,
+    ) -> KernelShard:
+        """Read the shard's weights, layer by layer, and set up ``capacity`` zeroed slots. Raises CheckpointError.
+
+        ``vocabulary``: of a draft, how many tokens its target has rows for. It chooses none beyond those, and embeds
+        tokens beyond its own rows as its last one."""
+        with torch.inference_mode():
+            shape = (len(layers), 2, spec.kv_head_count, capacity, padded(spec.head_dim))
+            kv = torch.zeros(shape, dtype=dtype)
+            packed = []
+            for index, layer in enumerate(layers):
+                names = layer_tensors(spec, layer)
+                wide = [name for name, shape in names.items() if len(shape) == 1]  # norms and biases stay float32
+                read = checkpoint.read(names.keys() - wide, dtype) | checkpoint.read(wide, torch.float32)
+                packed.append(_pack(spec, {name.split(".", 3)[3]: tensor for name, tensor in read.items()}, kv[index]))
+            ends = _read_ends(spec, checkpoint, layers, dtype)
+            return cls(spec, packed, ends, kv, layers.start, vocabulary)
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes of weights that this shard holds resident; a tied embedding held once counts once."""
+        held = [tensor for layer in self._layers for tensor in layer.tensors]
+        held += [linear.packed for layer in self._layers for linear in layer.linears]
+        ends = [end.packed if isinstance(end, Linear) else end for end in (self._embedding, self._norm, self._head)]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in (*held, *ends) if tensor is not None}.values())
+
+    @torch.inference_mode()
+    def clear(self, slots: int) -> None:
+        """Make the first ``slots`` slots what they were after loading."""
+        self._kv[:, :, :, :slots].zero_()
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, hidden: Payload | None) -> Generator[float, None, Payload]:
+        """Run the layers on ``batch``; ``hidden``, float32 [rows, hidden_size], is None for the shard that embeds and
+        is left as it is. Yields 0.0 after each layer; returns float32 [rows, hidden_size]."""
+        self.faults = {}
+        count = len(batch.slots)
+        x = self._enter(batch, hidden)
+        if count > self._scratch.rows or self._lib.threads > self._scratch.threads:
+            most = max(count, self._scratch.rows)
+            self._scratch = _Scratch(self._c, self._layers, most, self._lib.threads)
+        scratch, faults = self._scratch, np.zeros(count, np.int32)
+        canonical = [slots_of(ranges) for ranges in batch.canonical]
+        lists = (ctypes.c_void_p * len(canonical))(*[slots.ctypes.data for slots in canonical])
+        given = batch.slots, batch.positions, batch.sequence, batch.prefix, batch.ancestors, batch.ancestor_ends
+        arrays = [np.ascontiguousarray(array, np.int64) for array in given]  # which live until the pass has ended
+        rows = CRows(
+            count,
+            *[array.ctypes.data for array in arrays],
+            addressof(lists),
+            *[tensor.data_ptr() for tensor in (x, scratch.normed, scratch.wide, scratch.mixed, scratch.partial)],
+            scratch.partial_size,
+            scratch.threads,
+            faults.ctypes.data,
+        )
+        model, place = addressof(self._c), addressof(rows)
+        for index, layer in enumerate(self._layers, self._first_layer):
+            rows.layer = index
+            self._lib.kernels.layer(model, addressof(layer.c), place)
+            yield 0.0
+        if faults.any():
+            self.faults = {row: layer - 1 for row, layer in enumerate(faults.tolist()) if layer}
+        return x
+
+    def _enter(self, batch: Batch, hidden: Payload | None) -> Tensor:
+        """The first layer's input, float32 [rows, hidden_size], for the layers to write to."""
+        if hidden is not None:
+            return torch.as_tensor(hidden).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        assert self._embedding is not None, "only the first shard can embed"
+        tokens = torch.from_numpy(batch.tokens)
+        if int(tokens.max()) >= self._spec.vocab_size:
+            tokens = tokens.clamp_max(self._spec.vocab_size - 1)
+        if isinstance(self._embedding, Tensor):
+            return F.embedding(tokens, self._embedding).float()
+        x = torch.empty((len(tokens), self._spec.hidden_size))
+        tokens = tokens.contiguous()
+        self._lib.kernels.embed(addressof(self._embedding.c), tokens.data_ptr(), len(tokens), x.data_ptr())
+        return x
+
+    @torch.inference_mode()
+    def sample(
+        self, hidden: Payload, rows: Sequence[int], count: int, draw: SamplingInputs | None = None
+    ) -> list[list[SampledToken]]:
+        """See ShardModel; ``hidden``: [*, hidden_size]. Of equal tokens the lowest, as argmax has it."""
+        assert isinstance(self._norm, Tensor) and isinstance(self._head, Linear), "only the last shard can choose"
+        if not rows:
+            return []
+        x = torch.as_tensor(hidden, dtype=torch.float32)[list(rows)].contiguous()
+        is_fused = count == 1 and _is_fused(draw)
+        logits = None if is_fused else torch.empty((len(rows), self._limit))
+        chosen = self._choose(x, draw if is_fused else None, logits)
+        with np.errstate(invalid="ignore"):
+            log_totals = chosen["highest"] + np.log(chosen["total"]).astype(np.float32)
+        if logits is None:
+            found = zip(chosen["token"].tolist(), (chosen["logit"] - log_totals).tolist(), strict=True)
+            choices = [[choice] if math.isfinite(choice[1]) else [] for choice in found]
+        else:
+            choices = top_tokens(logits, count, draw, torch.from_numpy(log_totals)[:, None])
+        for row in [row for row, found in zip(rows, choices, strict=True) if not found]:
+            self.faults.setdefault(row, self._spec.layer_count)
+        return choices
+
+    def _choose(self, x: Tensor, draw: SamplingInputs | None, logits: Tensor | None) -> Chosen:
+        """What ``draw`` draws after each row of ``x``: CHOSEN [rows]. Writes ``logits`` where they are given."""
+        assert isinstance(self._norm, Tensor) and isinstance(self._head, Linear)
+        count = len(x)
+        normed = torch.zeros((count, padded(self._spec.hidden_size)))
+        blocks = np.empty((count, -(-self._limit // HEAD_BLOCK) * BEST_NBYTES), np.uint8)
+        chosen = np.zeros(count, CHOSEN)
+        positions = np.zeros(count, np.int64) if draw is None else np.ascontiguousarray(draw.positions)
+        by = (0, 0.0) if draw is None else (draw.sampling.seed, draw.sampling.temperature)
+        head = CHead(addressof(self._head.c), self._norm.data_ptr(), positions.ctypes.data, by[0], self._spec.norm_eps)
+        head.temperature, head.limit = by[1], self._limit
+        place = None if logits is None else logits.data_ptr()
+        scratch = normed.data_ptr(), blocks.ctypes.data
+        self._lib.kernels.head(addressof(head), x.data_ptr(), count, *scratch, chosen.ctypes.data, place)
+        return chosen
+
+
+def _is_fused(draw: SamplingInputs | None) -> bool:
+    """Whether the kernel draws by itself: the highest logit, or by temperature alone."""
+    if draw is None or changes_nothing(draw.sampling):
+        return True
+    only = replace(draw.sampling, temperature=0.0, seed=0)
+    return only == GREEDY and not draw.is_guess
+
+
+def _pack(spec: ModelSpec, read: dict[str, Tensor], kv: Tensor) -> _Layer:
+    """One layer's tensors, by their names within the layer, as the kernels take them."""
+
+    def joined(names: Sequence[str], kind: str) -> list[Tensor] | None:
+        found = [read.pop(f"{name}.{kind}", None) for name in names]
+        return None if found[0] is None else [tensor for tensor in found if tensor is not None]
+
+    def linear(name: str, cuts: Sequence[int] | None = None) -> Linear:
+        bias = read.pop(f"{name}.bias", None)
+        return Linear.pack(read.pop(f"{name}.weight"), bias, cuts)
+
+    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    weights, biases = joined(qkv, "weight"), joined(qkv, "bias")
+    assert weights is not None
+    heads = spec.head_count
+    by_heads = [spec.head_dim * (heads * leaf // LEAVES) for leaf in range(LEAVES + 1)] if heads >= LEAVES else None
+    gate_up = ("mlp.gate_proj", "mlp.up_proj")
+    gates, gate_biases = joined(gate_up, "weight"), joined(gate_up, "bias")
+    assert gates is not None
+    linears = (
+        Linear.pack(torch.cat(weights), None if biases is None else torch.cat(biases)),
+        linear("self_attn.o_proj", by_heads),
+        Linear.interleaved(gates, gate_biases),
+        linear("mlp.down_proj"),
+    )
+    names = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+    norms = [read[f"{name}.weight"].float() if f"{name}.weight" in read else None for name in names]
+    addresses = [None if norm is None else norm.data_ptr() for norm in norms]
+    c = CLayer(*addresses, *[linear.c for linear in linears], *[states.data_ptr() for states in kv])
+    held = [*norms, *[linear.bias for linear in linears]]
+    return _Layer(c, linears, tuple(tensor for tensor in held if tensor is not None))
+
+
+def _read_ends(
+    spec: ModelSpec, checkpoint: Weights, layers: range, dtype: torch.dtype
+) -> dict[str, Tensor | Linear]:
+    """The embedding for the first shard, norm and head for the last; a tied matrix that both need is packed once."""
+    ends: dict[str, Tensor | Linear] = {}
+    stored = {end: checkpoint.stored_name(end) if spec.tied else end for end in (EMBEDDING, HEAD)}
+    head, embedding = None, None
+    if layers.stop == spec.layer_count:
+        head = checkpoint.read([stored[HEAD]], dtype)[stored[HEAD]]
+        ends[NORM] = checkpoint.read([NORM], torch.float32)[NORM]
+        ends[HEAD] = Linear.pack(head)
+    if layers.start == 0:
+        embedding = checkpoint.read([stored[EMBEDDING]], dtype)[stored[EMBEDDING]]
+        is_one = spec.tied and head is not None and torch.equal(embedding, head)
+        ends[EMBEDDING] = ends[HEAD] if is_one else embedding
+    return ends
