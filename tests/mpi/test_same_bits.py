@@ -27,7 +27,7 @@ CASES = [
     *(Case(ranks, policy) for policy in RIVALS for ranks in ((1, 2, 3, 4) if FULL else (3,))),
     Case(3, settings=("govern=false", "prefill_chunk=5")),
 ]
-COUNT = 24 if FULL else 20
+COUNT = 24 if FULL else 12
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
