@@ -23,7 +23,8 @@ pytestmark = [
 PLAIN = Case(1, "plain")
 CASES = [
     *(Case(ranks, "plain") for ranks in ((2, 3, 4) if FULL else (4,))),
-    *(Case(ranks, settings=settings) for ranks in (1, 2, 3, 4) for settings in ((), ("govern=false",))),
+    *(Case(ranks, settings=("govern=false",)) for ranks in (1, 2, 3, 4)),
+    *(Case(ranks) for ranks in ((1, 2, 3, 4) if FULL else (3,))),
     *(Case(ranks, policy) for policy in RIVALS for ranks in ((1, 2, 3, 4) if FULL else (3,))),
     Case(3, settings=("govern=false", "prefill_chunk=5")),
 ]
