@@ -240,12 +240,12 @@ def load(cleared: Cleared, world: World | None, rendezvous: Rendezvous | None = 
             config.draft_dtypes,
             config.numerics,
         )
-    cache = _cache(cleared, world) if are_of_use(Policy(**config.policy)) else None
+    cache = _cache(cleared, world, threads) if are_of_use(Policy(**config.policy)) else None
     return Job(config, cleared.plan, cleared.context, pair, world, rendezvous=rendezvous, cache=cache)
 
 
-def _cache(cleared: Cleared, world: World | None) -> PassCache:
-    """Pass times of jobs like this one."""
+def _cache(cleared: Cleared, world: World | None, threads: int) -> PassCache:
+    """Pass times of jobs like this one, whose ranks have ``threads`` threads."""
     import torch
 
     config = cleared.config
@@ -254,7 +254,7 @@ def _cache(cleared: Cleared, world: World | None) -> PassCache:
         "dtypes": [config.dtype, *config.draft_dtypes],
         "numerics": config.numerics,
         "isa": str(getattr(library(), "isa", "") if cleared.has_kernels else torch.backends.cpu.get_cpu_capability()),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "ranks": world.size if world else 1,
         "forced": bool(config.forced_acceptance),
     }

@@ -68,9 +68,9 @@ _SORTED = """int64_t sorted[4096];
     }
     list.canonical = sorted, list.prefix = list.count;
     """ + _LIST
-_FMA = "sum[m][p] = v_fma(v_set1(x[m * ldx + 2 * k + 1]), high, sum[m][p]);"
+_FMA = "sum[m][p] = v_fma(v_set1(x[m * ldx + 2 * k + 1]), high, sum[m][p])"
 _PARTED = "v_add(v_mul(v_set1(x[m * ldx + 2 * k + 1]), high), sum[m][p])"
-_NOT_FUSED = _FMA.replace("= ", f"= M == {{}} && P == {{}} ? {_PARTED} : ")
+_NOT_FUSED = _FMA.replace("= ", f"= M == {{}} && sizeof sum[0] / sizeof(vf) == {{}} ? {_PARTED} : ")
 
 _COUNT = "int first = chunk * POSITIONS, count = list.count - first"
 _TAIL = "sum = v_fma(v_load(tail), v_load(tail), sum);"

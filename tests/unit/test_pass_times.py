@@ -186,3 +186,16 @@ def test_real_shards_are_as_before() -> None:
     for shard in (first, last._shard):  # type: ignore[attr-defined]
         assert not torch.count_nonzero(shard._all_kv if hasattr(shard, "_all_kv") else shard._kv)
     assert np.count_nonzero(last._speaker._kv) == 0  # type: ignore[attr-defined]
+
+
+def test_other_threads_are_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch import job
+    from launch.preflight import clear
+    from pipeinfer.core.config import Config
+
+    monkeypatch.setenv("PIPEINFER_CACHE", "on")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cleared = clear(Config(), 1)
+    job._cache(cleared, None, 1).write([(1, 0.5)], ENOUGH, layers=[0, 8])
+    assert job._cache(cleared, None, 1).read(layers=[0, 8]) == ([(1, 0.5)], ENOUGH)
+    assert job._cache(cleared, None, 2).read(layers=[0, 8]) == ([], 0)

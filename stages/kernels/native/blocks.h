@@ -9,7 +9,7 @@ enum {
     GROUP = 4,            /* panels that are worked on together */
     TILE = GROUP * PANEL, /* columns of a tile of results */
     BLOCK_ROWS = 40,      /* rows of a tile */
-    AHEAD = 1024,         /* bytes of a panel that are prefetched */
+    AHEAD = 4096,         /* bytes that are prefetched, of all panels together */
 };
 
 static int ceiling(int a, int b) { return (a + b - 1) / b; }
@@ -27,8 +27,18 @@ static const int LINE[] = {LINE_BF16, LINE_HALF, LINE_FLOAT, LINE_BF16};
 
 typedef void block_of(const float *x, int64_t ldx, const char *w, int64_t panel, float *tile, int pairs);
 
+/* What one line of weights adds to the sums of M rows: two multiply-adds each, in order of k. */
+#define ADD_LINE(F, M)                                                                                                 \
+    vf low = LOW_##F(line);                                                                                            \
+    for (int m = 0; m < M; m++) sum[m][p] = v_fma(v_set1(x[m * ldx + 2 * k]), low, sum[m][p]);                         \
+    vf high = HIGH_##F(line);                                                                                          \
+    for (int m = 0; m < M; m++) sum[m][p] = v_fma(v_set1(x[m * ldx + 2 * k + 1]), high, sum[m][p])
+#define ADD_BF16(M) ADD_LINE(BF16, M)
+#define ADD_HALF(M) ADD_LINE(HALF, M)
+#define ADD_FLOAT(M) ADD_LINE(FLOAT, M)
+
 /* tile[M][P * 16] = x[M][2 * pairs] times P panels. */
-#define FMA_BLOCK(F, M, P)                                                                                             \
+#define BLOCK(F, M, P)                                                                                                 \
     static void block_##F##_##M##_##P(const float *x, int64_t ldx, const char *w, int64_t panel, float *tile,          \
                                       int pairs) {                                                                     \
         vf sum[M][P];                                                                                                  \
@@ -38,15 +48,11 @@ typedef void block_of(const float *x, int64_t ldx, const char *w, int64_t panel,
             for (int p = 0; p < P; p++) {                                                                              \
                 const char *line = w + p * panel + (int64_t)k * LINE_##F;                                              \
                 for (int part = 0; part < LINE_##F; part += 64) v_prefetch(line + AHEAD / P + part);                   \
-                vf low = LOW_##F(line);                                                                                \
-                for (int m = 0; m < M; m++) sum[m][p] = v_fma(v_set1(x[m * ldx + 2 * k]), low, sum[m][p]);             \
-                vf high = HIGH_##F(line);                                                                              \
-                for (int m = 0; m < M; m++) sum[m][p] = v_fma(v_set1(x[m * ldx + 2 * k + 1]), high, sum[m][p]);        \
+                ADD_##F(M);                                                                                            \
             }                                                                                                          \
         for (int m = 0; m < M; m++)                                                                                    \
             for (int p = 0; p < P; p++) v_store(tile + m * TILE + p * PANEL, sum[m][p]);                               \
     }
-#define BLOCK FMA_BLOCK
 #define BLOCKS(F)                                                                                                      \
     BLOCK(F, 1, 1)                                                                                                     \
     BLOCK(F, 1, 2) BLOCK(F, 1, 4) BLOCK(F, 2, 1) BLOCK(F, 2, 2) BLOCK(F, 3, 1) BLOCK(F, 4, 1) BLOCK(F, 5, 1)
@@ -56,8 +62,8 @@ typedef void block_of(const float *x, int64_t ldx, const char *w, int64_t panel,
     BLOCK(F, 2, 4)                                                                                                     \
     BLOCK(F, 3, 2)                                                                                                     \
     BLOCK(F, 3, 4)                                                                                                     \
-    BLOCK(F, 4, 2) BLOCK(F, 4, 4) BLOCK(F, 5, 2) BLOCK(F, 5, 4) BLOCK(F, 6, 1) BLOCK(F, 6, 2) BLOCK(F, 8, 1)           \
-        BLOCK(F, 8, 2)
+    BLOCK(F, 4, 2)                                                                                                     \
+    BLOCK(F, 4, 4) BLOCK(F, 5, 2) BLOCK(F, 5, 4) BLOCK(F, 6, 1) BLOCK(F, 6, 2) BLOCK(F, 8, 1) BLOCK(F, 8, 2)
 WIDE_BLOCKS(BF16)
 WIDE_BLOCKS(HALF)
 WIDE_BLOCKS(FLOAT)
@@ -88,26 +94,11 @@ static const int SPLIT[] = {0, 1, 2, 3, 4, 5, 4, 5, 4, 5, 5, 5, 4, 5};
 #endif
 #if defined(__AVX512BF16__)
 #define HAS_DOT 1
-#define DOT_BLOCK(F, M, P)                                                                                             \
-    static void block_##F##_##M##_##P(const float *x, int64_t ldx, const char *w, int64_t panel, float *tile,          \
-                                      int pairs) {                                                                     \
-        vf sum[M][P];                                                                                                  \
-        for (int m = 0; m < M; m++)                                                                                    \
-            for (int p = 0; p < P; p++) sum[m][p] = v_zero();                                                          \
-        for (int k = 0; k < pairs; k++)                                                                                \
-            for (int p = 0; p < P; p++) {                                                                              \
-                const char *line = w + p * panel + (int64_t)k * LINE_BF16;                                             \
-                v_prefetch(line + AHEAD / P);                                                                          \
-                __m512bh both = (__m512bh)_mm512_loadu_si512(line);                                                    \
-                for (int m = 0; m < M; m++)                                                                            \
-                    sum[m][p] =                                                                                        \
-                        _mm512_dpbf16_ps(sum[m][p], both, (__m512bh)_mm512_set1_epi32((int)bits_of(x[m * ldx + k])));  \
-            }                                                                                                          \
-        for (int m = 0; m < M; m++)                                                                                    \
-            for (int p = 0; p < P; p++) v_store(tile + m * TILE + p * PANEL, sum[m][p]);                               \
-    }
-#undef BLOCK
-#define BLOCK DOT_BLOCK
+#define LINE_DOT LINE_BF16
+#define ADD_DOT(M)                                                                                                     \
+    __m512bh both = (__m512bh)_mm512_loadu_si512(line);                                                                \
+    for (int m = 0; m < M; m++)                                                                                        \
+    sum[m][p] = _mm512_dpbf16_ps(sum[m][p], both, (__m512bh)_mm512_set1_epi32((int)bits_of(x[m * ldx + k])))
 WIDE_BLOCKS(DOT)
 #else
 #define HAS_DOT 0

@@ -17,6 +17,13 @@ static void check_row(struct layer_job *job, int row) {
     if (rows->faults[row]) memset(x, 0, (size_t)hidden * 4);
 }
 
+static void norm_rows(struct layer_job *job, const float *weight, int begin, int end) {
+    int hidden = job->model->hidden;
+    for (int row = begin; row < end; row++)
+        norm(job->rows->x + (int64_t)row * hidden, weight, hidden, job->model->eps,
+             job->rows->normed + row * job->ld_hidden);
+}
+
 static void layer_phase(void *argument, int phase, int chunk, int thread) {
     struct layer_job *job = argument;
     const struct model *model = job->model;
@@ -25,11 +32,7 @@ static void layer_phase(void *argument, int phase, int chunk, int thread) {
     int begin = chunk * job->row_step, end = begin + job->row_step < rows->count ? begin + job->row_step : rows->count;
     struct target x = {rows->x, model->hidden}, wide = {rows->wide, job->ld_qkv}, inner = {rows->wide, job->ld_inner};
     switch (phase) {
-    case 0:
-        for (int row = begin; row < end; row++)
-            norm(rows->x + (int64_t)row * model->hidden, layer->attention_norm, model->hidden, model->eps,
-                 rows->normed + row * job->ld_hidden);
-        break;
+    case 0: norm_rows(job, layer->attention_norm, begin, end); break;
     case 1:
         multiply_chunk(&layer->qkv, &job->qkv, chunk, rows->normed, job->ld_hidden, rows->count, finish_store, &wide);
         break;
@@ -44,11 +47,7 @@ static void layer_phase(void *argument, int phase, int chunk, int thread) {
     case 4:
         multiply_chunk(&layer->output, &job->output, chunk, rows->mixed, job->ld_mixed, rows->count, finish_add, &x);
         break;
-    case 5:
-        for (int row = begin; row < end; row++)
-            norm(rows->x + (int64_t)row * model->hidden, layer->mlp_norm, model->hidden, model->eps,
-                 rows->normed + row * job->ld_hidden);
-        break;
+    case 5: norm_rows(job, layer->mlp_norm, begin, end); break;
     case 6:
         multiply_chunk(&layer->gate_up, &job->gate_up, chunk, rows->normed, job->ld_hidden, rows->count, finish_gated,
                        &inner);

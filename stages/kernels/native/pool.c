@@ -157,8 +157,8 @@ EXPORT void pipeinfer_share(int32_t *busy, int cores) {
     pool.cores = cores;
 }
 
-/* The life of thread `thread` (from 1 on): help for ever, and sleep while jobs are cut for fewer threads. There is one of
- * each number, whoever starts it: it has memory of its own in a job. */
+/* The life of thread `thread` (from 1 on): help for ever, and sleep while jobs are cut for fewer threads. There is one
+ * of each number, whoever starts it: it has memory of its own in a job. */
 EXPORT void pipeinfer_help(int thread) {
     static _Atomic int is_there[MAX_THREADS];
     if (thread < 1 || thread >= MAX_THREADS || atomic_exchange(&is_there[thread], 1)) return;
