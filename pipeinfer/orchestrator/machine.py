@@ -377,7 +377,7 @@ class Orchestrator:
             commands.append(Note(decided))
         runs, rows = self._flight.losses(session.tree.root, outcome.died)
         commands += self._cancel(runs, rows, session)
-        return commands + list(self._sources.advance(outcome.accepted, restarts))
+        return commands + list(self._sources.advance(outcome.accepted, restarts, self._schedule.guesses))
 
     def _cancel(self, runs: list[InFlight], rows: list[Cancelled], session: Session) -> list[Command]:
         """Advise the stages to skip ``runs``, and ``rows`` of others."""

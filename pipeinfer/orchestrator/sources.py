@@ -55,6 +55,8 @@ class _Served:
     names: dict[int, dict[int, Node]]
     awaited: set[int] = field(default_factory=set)  # drafters that still work on an order
     found: list[Node] = field(default_factory=list)  # by that order
+    untold: list[Node] = field(default_factory=list)  # accepted, of which the sources know nothing yet
+    restart: bool = False  # whether guesses begin anew with what is untold
 
 
 class Sources:
@@ -130,11 +132,12 @@ class Sources:
         served = self._served
         if served is None:
             return []
+        sends = self._tell(served) if order.passes else []
         if order.passes not in (0, UNLIMITED):
             served.awaited, served.found = set(self._drafters), []
             self._look_up(served)  # what was thrown away for this order is guessed again
         message = DraftOrder(served.sequence, order.restart, order.passes, order.draft_batch, order.cutoff)
-        return [self._send_to(drafter, message) for drafter in self._drafters]
+        return sends + [self._send_to(drafter, message) for drafter in self._drafters]
 
     def grow(self, source: int, message: Nodes) -> list[Node] | None:
         """Take the nodes of drafter ``source`` into the tree; what hangs on a dead branch is left out.
@@ -191,20 +194,33 @@ class Sources:
                 outcomes = [(child.rank, child.claim, child.token == node.choice) for child in children]
                 self.calibrations[source].learn(outcomes)
 
-    def advance(self, accepted: Sequence[Node], restart: bool) -> list[Send]:
-        """Pass the accepted tokens on to all sources; with ``restart`` guesses begin anew."""
+    def advance(self, accepted: Sequence[Node], restart: bool, wanted: bool) -> list[Send]:
+        """Take the accepted tokens; with ``restart`` guesses begin anew. Unless guesses are ``wanted`` now, the sources
+        hear of these tokens when one is ordered: an event per token costs more than a short pass may take."""
         served = self._served
         if served is None:
             return []
-        tokens = tuple(node.token for node in accepted)
-        message = Advance(served.sequence, accepted[0].position, restart, tokens)
-        sends = []
         for drafter in self._drafters:
             served.names[drafter].update((accepted_name(node.position), node) for node in accepted)
-            sends.append(self._send_to(drafter, message))
+        served.untold += accepted
+        served.restart |= restart
+        return self._tell(served) if wanted else []
+
+    def _tell(self, served: _Served) -> list[Send]:
+        """Pass what is untold on to all sources."""
+        untold, restart = served.untold, served.restart
+        served.untold, served.restart = [], False
+        if not untold:
+            return []
+        tokens = tuple(node.token for node in untold)
+        sends = []
+        for drafter in self._drafters:
+            for start in range(0, len(tokens), MAX_ROWS):
+                part = tokens[start : start + MAX_ROWS]
+                sends.append(self._send_to(drafter, Advance(served.sequence, untold[start].position, restart, part)))
             sends += self._teach(drafter)
         if self._lookup is not None:
-            self._lookup.extend([node.token for node in accepted])
+            self._lookup.extend(tokens)
             self._look_up(served)
         return sends
 

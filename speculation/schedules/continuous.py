@@ -47,6 +47,11 @@ class Continuous:
             self._delay = Alternation(pass_s, right) if placement == "alone" else LaunchDelay(pass_s)
         self._ordered: int | None = None  # leaves per draft pass in the last standing order
 
+    @property
+    def guesses(self) -> bool:
+        """See Schedule."""
+        return self._governor is None or self._governor.gear.rows > 0
+
     def opened(self) -> None:
         """See Schedule."""
         self._ordered = None
@@ -73,15 +78,14 @@ class Continuous:
             return None
         if 0 < gear.runs <= now.in_flight:
             return None
-        if governor is None:
-            nodes = choose_rows(now.tree, self._policy, now.room)
-            return Launch(nodes) if nodes else None
         if delay and delay.is_on(now.now):
             return None
-        rows = max(1, gear.rows)
-        nodes = choose_rows(now.tree, self._policy, now.room if gear.rows else 0, rows, governor.curve)
-        if nodes and rows > 1 and delay:
-            step = delay.instead(Offer(now.tree, nodes, governor.curve, rows, draft_batch, now.now))
+        if not self.guesses or governor is None:
+            nodes = choose_rows(now.tree, self._policy, now.room if governor is None else 0)
+            return Launch(nodes) if nodes else None
+        nodes = choose_rows(now.tree, self._policy, now.room, gear.rows, governor.curve)
+        if nodes and gear.rows > 1 and delay:
+            step = delay.instead(Offer(now.tree, nodes, governor.curve, gear.rows, draft_batch, now.now))
             if step:
                 now.tree.give_back(nodes)
                 return step

@@ -126,7 +126,8 @@ class CostCurve:
 
     def seconds(self, rows: int) -> float:
         """T(rows); 0 while nothing is measured."""
-        return self._table(rows)[rows - 1] if self._known else 0.0
+        measured = self._seconds.get(rows)  # what the table says too, but it would have to be made
+        return measured if measured is not None else self._table(rows)[rows - 1] if self._known else 0.0
 
     def _table(self, rows: int) -> list[float]:
         """T(1), T(2), ..., at least up to ``rows``; something must be measured."""
@@ -168,7 +169,7 @@ class CostCurve:
     def best_count(self, useful: Sequence[float]) -> int:
         """The number of rows that maximises useful rows per second. ``useful``: the rows' probabilities, in launch
         order. Of several equally good numbers the largest."""
-        if not self._known or not useful:
+        if not self._known or len(useful) < 2:
             return len(useful)
         rates = [total / seconds for total, seconds in zip(accumulate(useful), self._table(len(useful)), strict=False)]
         return len(rates) - rates[::-1].index(max(rates))

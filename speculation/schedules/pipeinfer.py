@@ -33,6 +33,8 @@ from speculation.trees.tree import Node
 class PipeInfer:
     """See Schedule; ``defers_results`` makes results wait for drafting and for the first stage."""
 
+    guesses = True
+
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self.opened()

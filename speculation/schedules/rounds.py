@@ -29,6 +29,8 @@ class _Phase(enum.Enum):
 class Rounds:
     """One round after another; see Schedule."""
 
+    guesses = True
+
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._phase = _Phase.VERIFYING

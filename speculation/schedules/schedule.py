@@ -69,6 +69,11 @@ Step = Launch | Order | Wait
 class Schedule(Protocol):
     """Decides the next step."""
 
+    @property
+    def guesses(self) -> bool:
+        """Whether the next runs may carry guesses. While they may not, nobody looks for any."""
+        ...
+
     def opened(self) -> None:
         """A new request begins; its prompt is in flight."""
         ...

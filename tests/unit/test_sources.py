@@ -62,13 +62,13 @@ class Served:
         nodes = tuple(DraftNode(*row, math.log(0.5)) for row in rows)
         return self.sources.grow(source, Nodes(sequence, 4, ends, nodes))
 
-    def accept(self, *tokens: int, restart: bool = False) -> list[Send]:
+    def accept(self, *tokens: int, restart: bool = False, wanted: bool = True) -> list[Send]:
         heirs = []
         for token in tokens:
             self.tree.root.choice = token
             self.sources.verified(self.tree.root)
             heirs.append(self.tree.advance(token)[0])
-        return self.sources.advance(heirs, restart)
+        return self.sources.advance(heirs, restart, wanted)
 
     def paths(self, node: Node | None = None) -> dict[int, Any]:
         """The tree below the root as tokens in tokens."""
@@ -101,6 +101,18 @@ def test_each_drafter_has_names_of_its_own() -> None:
     served.grow(FIRST, (1, 1, ROOT), (2, 2, 1))
     served.grow(SECOND, (3, 1, ROOT), (4, 2, 1))
     assert served.paths() == {1: {2: {}}, 3: {4: {}}}
+
+
+def test_while_no_guess_is_wanted_drafters_hear_nothing_and_then_all_at_once() -> None:
+    served = Served((FIRST,), most=3 * MAX_ROWS, prompt_lookup=4)
+    tokens = tuple(5 + index % 3 for index in range(MAX_ROWS + 1))
+    assert all(served.accept(token, wanted=False) == [] for token in tokens)
+    assert served.sources.order(Order(0)) == [say(FIRST, DraftOrder(1, False, 0, 0, 0.0))]
+    assert served.paths() == {}, "nobody has looked the text up either"
+    told = [send.message.body for send in served.sources.order(Order(1))]
+    assert told[:2] == [Advance(1, 5, False, tokens[:MAX_ROWS]), Advance(1, 5 + MAX_ROWS, False, tokens[MAX_ROWS:])]
+    assert isinstance(told[2], DraftOrder) and served.paths()
+    assert served.accept(9) == [say(FIRST, Advance(1, 6 + MAX_ROWS, False, (9,)))]
 
 
 def test_what_two_have_found_is_one_node_of_the_first() -> None:
@@ -207,7 +219,7 @@ def test_the_end_is_told_to_all() -> None:
     said = served.sources.close(1)
     assert kinds(said) == [(Close, FIRST), (Close, SECOND)]
     assert {send.message.body for send in said} == {Close(1)}
-    assert served.sources.advance([], False) == []
+    assert served.sources.advance([], False, True) == []
 
 
 def test_only_a_drafter_of_which_something_was_learnt_is_told() -> None:
