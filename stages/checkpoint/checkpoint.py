@@ -6,7 +6,7 @@ loaded; torch is imported by ``read``, and to open pickled weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -100,8 +100,11 @@ class Weights(Protocol):
         """The tensor that stands for ``name``, an end of a tied model."""
         ...
 
-    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """These tensors and no others, as ``dtype``, in memory of their own. Raises CheckpointError."""
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype, slices: Mapping[str, tuple[slice, ...]] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """These tensors and no others, as ``dtype``, in memory of their own; ``slices``: what of each, if not all of
+        them whole. Raises CheckpointError."""
         ...
 
 
@@ -163,8 +166,10 @@ class Checkpoint:
         if spec.tied and HEAD in self.tensors:
             refuse_unlike(self.tensors[HEAD], (spec.vocab_size, spec.hidden_size))
 
-    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Read these tensors and no others, as ``dtype``, in memory of their own. Raises CheckpointError."""
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype, slices: Mapping[str, tuple[slice, ...]] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """See Weights."""
         wanted: dict[Path, dict[str, str]] = {}  # by file: our names by stored names
         for name in names:
             if name not in self.tensors:
@@ -175,7 +180,8 @@ class Checkpoint:
             with reading(path), opened(path, by_stored) as windows:
                 for stored, window in windows:
                     # Without the copy the tensor would stay a window on the mapped file.
-                    read[by_stored[stored]] = window[...].to(dtype, copy=True)
+                    name = by_stored[stored]
+                    read[name] = window[slices[name] if slices else ...].to(dtype, copy=True)
         return read
 
 

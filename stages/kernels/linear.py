@@ -28,6 +28,11 @@ def even_cuts(inputs: int, unit: int = 2) -> list[int]:
     return [min(inputs, unit * (units * leaf // LEAVES)) for leaf in range(LEAVES + 1)]
 
 
+def default_cuts(inputs: int) -> list[int]:
+    """Cuts of the sums over ``inputs`` where nothing else asks for others."""
+    return even_cuts(inputs, PANEL if inputs >= LEAVES * PANEL else 2)
+
+
 def padded(count: int) -> int:
     """``count`` rounded up to whole panels."""
     return -(-count // PANEL) * PANEL
@@ -69,8 +74,7 @@ class Linear:
             if bias is not None and biases is not None:
                 _fill(bias.view(-1, turns, PANEL)[:, turn], biases[turn])
         total = outputs if turns == 1 else padded(outputs) * turns
-        unit = PANEL if inputs >= LEAVES * PANEL else 2
-        return cls(lib, packed, bias, total, inputs, cuts or even_cuts(inputs, unit))
+        return cls(lib, packed, bias, total, inputs, cuts or default_cuts(inputs))
 
     @property
     def nbytes(self) -> int:

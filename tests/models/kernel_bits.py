@@ -55,8 +55,8 @@ class RandomWeights:
     def stored_name(self, name: str) -> str:
         return name if name in self.shapes else {HEAD: EMBEDDING, EMBEDDING: HEAD}[name]
 
-    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
-        return {name: self._tensor(name).to(dtype) for name in names}
+    def read(self, names: Iterable[str], dtype: torch.dtype, slices: Any = None) -> dict[str, Tensor]:
+        return {name: self._tensor(name)[slices[name] if slices else ...].to(dtype).clone() for name in names}
 
     def _tensor(self, name: str) -> Tensor:
         shape, digest = self.shapes[name], hashlib.sha256(f"{self.seed} {name}".encode()).digest()
@@ -194,8 +194,9 @@ def push(shards: Sequence[KernelShard], batch: Batch, bad: Sequence[int] = (), h
 
 def logits_of(shard: KernelShard, hidden: Tensor) -> tuple[Tensor, list[int]]:
     """All logits of some rows, and the best token of each."""
-    logits = torch.empty((len(hidden), shard._limit))
-    return logits, shard._choose(hidden.contiguous(), None, logits)["token"].tolist()
+    chosen, logits = shard.choose(hidden.contiguous(), None, 2)
+    assert logits is not None
+    return logits, chosen["token"].tolist()
 
 
 def say(shard: KernelShard, hidden: Tensor, rows: Sequence[int], positions: Sequence[int], kind: str) -> Any:

@@ -2,6 +2,7 @@
 #ifndef ATTENTION_H
 #define ATTENTION_H
 
+#include "exchange.h"
 #include "linear.h"
 #include "norms.h"
 
@@ -45,6 +46,7 @@ struct layer_job {
     const struct layer *layer;
     struct rows *rows;
     struct cut qkv, output, gate_up, down;
+    struct exchange added[2]; /* of `output` and `down`, in a group */
     int row_step;
     int64_t ld_hidden, ld_qkv, ld_mixed, ld_inner;
 };

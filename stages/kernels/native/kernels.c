@@ -24,13 +24,42 @@ static void norm_rows(struct layer_job *job, const float *weight, int begin, int
              job->rows->normed + row * job->ld_hidden);
 }
 
+/* Add to x what `linear` makes of `from`: alone, by windows, or as one of the parts that others have written. */
+static void multiply_and_add(struct layer_job *job, int half, int chunk, const float *from, int64_t ld) {
+    struct rows *rows = job->rows;
+    const struct linear *linear = half ? &job->layer->down : &job->layer->output;
+    const struct cut *cut = half ? &job->down : &job->output;
+    struct target x = {rows->x, job->model->hidden};
+    if (!rows->group) {
+        multiply_chunk(linear, cut, chunk, from, ld, rows->count, finish_add, &x);
+    } else if (rows->parts) {
+        struct target part = {rows->parts + rows->group->rank * rows->count * job->ld_hidden, job->ld_hidden};
+        multiply_chunk(linear, cut, chunk, from, ld, rows->count, finish_part, &part);
+    } else {
+        exchange_chunk(&job->added[half], chunk, from, ld, x.y, x.ld);
+    }
+}
+
+/* Where the parts of all ranks have been brought together: add them. */
+static void add_brought(struct layer_job *job, int half, int begin, int end) {
+    struct rows *rows = job->rows;
+    if (!rows->parts) return;
+    for (int row = begin; row < end; row++) {
+        const float *parts[MOST_RANKS];
+        for (int rank = 0; rank < rows->group->size; rank++)
+            parts[rank] = rows->parts + ((int64_t)rank * rows->count + row) * job->ld_hidden;
+        add_parts(half ? &job->layer->down : &job->layer->output, parts, rows->group->size, 0, job->model->hidden,
+                  rows->x + (int64_t)row * job->model->hidden);
+    }
+}
+
 static void layer_phase(void *argument, int phase, int chunk, int thread) {
     struct layer_job *job = argument;
     const struct model *model = job->model;
     const struct layer *layer = job->layer;
     struct rows *rows = job->rows;
     int begin = chunk * job->row_step, end = begin + job->row_step < rows->count ? begin + job->row_step : rows->count;
-    struct target x = {rows->x, model->hidden}, wide = {rows->wide, job->ld_qkv}, inner = {rows->wide, job->ld_inner};
+    struct target wide = {rows->wide, job->ld_qkv}, inner = {rows->wide, job->ld_inner};
     switch (phase) {
     case 0: norm_rows(job, layer->attention_norm, begin, end); break;
     case 1:
@@ -44,19 +73,61 @@ static void layer_phase(void *argument, int phase, int chunk, int thread) {
         attend(job, chunk / model->kv_heads, chunk % model->kv_heads, partial);
         break;
     }
-    case 4:
-        multiply_chunk(&layer->output, &job->output, chunk, rows->mixed, job->ld_mixed, rows->count, finish_add, &x);
+    case 4: multiply_and_add(job, 0, chunk, rows->mixed, job->ld_mixed); break;
+    case 5:
+        add_brought(job, 0, begin, end);
+        norm_rows(job, layer->mlp_norm, begin, end);
         break;
-    case 5: norm_rows(job, layer->mlp_norm, begin, end); break;
     case 6:
         multiply_chunk(&layer->gate_up, &job->gate_up, chunk, rows->normed, job->ld_hidden, rows->count, finish_gated,
                        &inner);
         break;
-    case 7:
-        multiply_chunk(&layer->down, &job->down, chunk, rows->wide, job->ld_inner, rows->count, finish_add, &x);
-        break;
+    case 7: multiply_and_add(job, 1, chunk, rows->wide, job->ld_inner); break;
     default:
+        add_brought(job, 1, begin, end);
         for (int row = begin; row < end; row++) check_row(job, row);
+    }
+}
+
+/* Do the phases from `first` to before `end`. */
+static void run_phases(struct layer_job *work, const struct job *whole, int first, int end) {
+    struct job job = *whole;
+    for (int phase = 0; phase < job.phases; phase++)
+        if (phase < first || phase >= end) job.chunks[phase] = 0;
+    pool_run(&job);
+}
+
+/* An exchange of more rows than a slot has: block by block. */
+static void run_exchange(struct layer_job *work, struct job *whole, int half, int step) {
+    struct rows *rows = work->rows;
+    const struct linear *linear = half ? &work->layer->down : &work->layer->output;
+    int phase = half ? 7 : 4, most = rows->group->most_rows;
+    for (int begin = 0; begin < rows->count; begin += most) {
+        int count = rows->count - begin < most ? rows->count - begin : most;
+        work->added[half] = next_exchange(rows->group, linear, step, begin, count);
+        whole->chunks[phase] = 2 * work->added[half].tiles;
+        run_phases(work, whole, phase, phase + 1);
+    }
+}
+
+static void run_in_group(struct layer_job *work, struct job *job) {
+    struct rows *rows = work->rows;
+    const struct layer *layer = work->layer;
+    if (rows->parts) { /* the calls end after the phases 4, 7 and 8 */
+        const int first[] = {0, 5, 8, 9};
+        run_phases(work, job, first[rows->call], first[rows->call + 1]);
+    } else if (rows->count <= rows->group->most_rows) {
+        work->added[0] = next_exchange(rows->group, &layer->output, layer->output_tile, 0, rows->count);
+        work->added[1] = next_exchange(rows->group, &layer->down, layer->down_tile, 0, rows->count);
+        job->chunks[4] = 2 * work->added[0].tiles;
+        job->chunks[7] = 2 * work->added[1].tiles;
+        pool_run(job);
+    } else {
+        run_phases(work, job, 0, 4);
+        run_exchange(work, job, 0, layer->output_tile);
+        run_phases(work, job, 5, 7);
+        run_exchange(work, job, 1, layer->down_tile);
+        run_phases(work, job, 8, 9);
     }
 }
 
@@ -75,7 +146,10 @@ static void layer(const struct model *model, const struct layer *layer, struct r
     work.output = cut(&layer->output, 1, job.chunks + 4);
     work.gate_up = cut(&layer->gate_up, 2, job.chunks + 6);
     work.down = cut(&layer->down, 1, job.chunks + 7);
-    pool_run(&job);
+    if (rows->group)
+        run_in_group(&work, &job);
+    else
+        pool_run(&job);
 }
 
 static void attention_phase(void *argument, int phase, int chunk, int thread) {
@@ -95,5 +169,5 @@ static void attention(const struct model *model, const struct layer *layer, stru
 #define TABLE_NAME(VARIANT) TABLE_NAME_OF(VARIANT)
 #define TEXT_OF(VARIANT) #VARIANT
 #define TEXT(VARIANT) TEXT_OF(VARIANT)
-const struct kernels TABLE_NAME(VARIANT) = {TEXT(VARIANT), HAS_DOT, linear,   layer,   attention,
-                                            choose,        embed,   read_all, multiply};
+const struct kernels TABLE_NAME(VARIANT) = {TEXT(VARIANT), HAS_DOT,         linear, layer,    attention, choose, embed,
+                                            choose_among,  choose_in_group, spread, read_all, multiply};

@@ -28,6 +28,7 @@ struct layer {
     const float *attention_norm, *mlp_norm, *query_norm, *key_norm; /* the last two: NULL, or [head_dim] */
     struct linear qkv, output, gate_up, down;                       /* gate_up: panels of gate and up take turns */
     void *keys, *values;                                            /* [kv_heads][capacity][stride] */
+    int32_t output_tile, down_tile; /* panels of a tile of an exchange, where a group computes the layer */
 };
 
 struct model {
@@ -49,6 +50,11 @@ struct rows {
     int32_t threads;      /* for so many */
     int32_t *faults;      /* [count]: set to `layer` + 1 where it is 0 and numbers are not finite */
     int32_t layer;
+    /* Where a group computes the layer: by windows, or, if `parts` is not NULL, in three calls, between which the caller
+     * brings together what each rank has written to parts[rank][count][hidden, padded]. */
+    struct group *group;
+    float *parts;
+    int32_t call;
 };
 
 /* An output head, and how it chooses: the highest logit, or by noise where `temperature` is not 0 (see noise.h). */
@@ -59,6 +65,7 @@ struct head {
     uint64_t seed;
     float eps, temperature;
     int32_t limit; /* no token from here on */
+    int32_t first; /* token, of the linear layer's columns: a multiple of 256 */
 };
 
 /* Of a row and a block of columns. */
@@ -87,6 +94,12 @@ struct kernels {
     void (*head)(const struct head *head, const float *x, int32_t count, float *normed, struct best *blocks,
                  struct chosen *chosen, float *logits);
     void (*embed)(const struct linear *linear, const int64_t *tokens, int32_t count, float *x);
+    void (*choose_among)(const struct best *const *found, const int32_t *blocks, int32_t parts, int32_t count,
+                         struct best *scratch, struct chosen *chosen);
+    void (*choose_in_group)(const struct head *head, struct group *group, const float *x, int32_t count, float *normed,
+                            const int32_t *blocks, const int32_t *limits, struct best *scratch, struct chosen *chosen,
+                            float *logits);
+    void (*spread)(struct group *group, const int32_t *owners, int32_t count, int32_t hidden, float *x);
     double (*read)(const void *memory, int64_t nbytes);
     double (*multiply)(int64_t steps, float seed);
 };

@@ -1,0 +1,147 @@
+"""How the layers of a model are split among the ranks of a group, so that they compute what one rank alone computes.
+
+A linear layer is split by columns where its outputs are (queries, keys and values by heads; gate and up), and by rows
+where its inputs are (output, down), at the cuts of its sums' 8 chains (stages/kernels/linear.py): rank r of N has the
+chains from 8 r / N to 8 (r + 1) / N. With 1, 2, 4 or 8 ranks each has whole subtrees of a sum, and the bits are the
+same for all of these; with other numbers they are another sum's. Embedding and head are split by tokens, in whole
+blocks of the head's kernel. Where ranks are more than key and value heads, several hold the same head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from pipeinfer.core.errors import refuse
+from stages.checkpoint.checkpoint import EMBEDDING, HEAD, Weights
+from stages.checkpoint.spec import ModelSpec
+from stages.kernels.library import HEAD_BLOCK, LEAVES
+from stages.kernels.linear import default_cuts
+
+if TYPE_CHECKING:
+    import torch
+
+Slices = tuple[slice, ...]
+
+
+def output_cuts(spec: ModelSpec) -> list[int]:
+    """Cuts of the sums over attention's outputs: between heads where there are enough."""
+    heads, size = spec.head_count, spec.head_dim
+    if heads < LEAVES:
+        return default_cuts(heads * size)
+    return [size * (heads * leaf // LEAVES) for leaf in range(LEAVES + 1)]
+
+
+def down_cuts(spec: ModelSpec) -> list[int]:
+    """Cuts of the sums over the MLP's inner activations."""
+    return default_cuts(spec.intermediate_size)
+
+
+def token_ranges(vocabulary: int, size: int) -> list[range]:
+    """The tokens of each rank's part of embedding and head."""
+    blocks = -(-vocabulary // HEAD_BLOCK)
+    cuts = [min(vocabulary, HEAD_BLOCK * (blocks * rank // size)) for rank in range(size + 1)]
+    return [range(cuts[rank], cuts[rank + 1]) for rank in range(size)]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The part of rank ``rank`` of ``size`` of a model like ``spec``."""
+
+    spec: ModelSpec
+    rank: int = 0
+    size: int = 1
+
+    def _between(self, cuts: list[int]) -> range:
+        return range(cuts[LEAVES * self.rank // self.size], cuts[LEAVES * (self.rank + 1) // self.size])
+
+    @property
+    def heads(self) -> range:
+        """Heads of queries. Raises UserError if a rank would have none or a part of one."""
+        inputs, size = self._between(output_cuts(self.spec)), self.spec.head_dim
+        if not inputs or inputs.start % size or inputs.stop % size:
+            self._refuse(f"{self.spec.head_count} heads")
+        return range(inputs.start // size, inputs.stop // size)
+
+    @property
+    def kv_heads(self) -> range:
+        """Heads of keys and values that those queries need. Raises UserError where they share them unevenly."""
+        heads, shared = self.heads, self.spec.head_count // self.spec.kv_head_count
+        found = range(heads.start // shared, -(-heads.stop // shared))
+        if len(found) > 1 and (heads.start % shared or heads.stop % shared):
+            self._refuse(f"{self.spec.kv_head_count} key and value heads")
+        return found
+
+    @property
+    def inner(self) -> range:
+        """Inner activations of the MLP. Raises UserError if a rank would have none."""
+        found = self._between(down_cuts(self.spec))
+        if not found:
+            self._refuse(f"{self.spec.intermediate_size} inner activations")
+        return found
+
+    def _refuse(self, what: str) -> None:
+        refuse(f"--tp {self.size}: {what} cannot be split among {self.size} ranks", "use 2, 4 or a divisor of the heads")
+
+    @property
+    def tokens(self) -> range:
+        """Tokens of the embedding and the head."""
+        return token_ranges(self.spec.vocab_size, self.size)[self.rank]
+
+    @property
+    def local(self) -> ModelSpec:
+        """A model with as many heads and inner activations as this part."""
+        sizes = {"head_count": len(self.heads), "kv_head_count": len(self.kv_heads)}
+        return replace(self.spec, **sizes, intermediate_size=len(self.inner))
+
+    def cuts(self, whole: list[int]) -> list[int]:
+        """The cuts of this part's inputs; chains of other ranks are empty."""
+        mine = self._between(whole)
+        return [min(max(cut, mine.start), mine.stop) - mine.start for cut in whole]
+
+    def slices(self, name: str) -> Slices:
+        """What of the tensor ``name`` this part has."""
+        if name in (EMBEDDING, HEAD):
+            return (_slice(self.tokens),)
+        linear, _, kind = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")
+        if not linear.endswith(("self_attn", "mlp")) or "norm" in kind:
+            return (slice(None),)
+        size = self.spec.head_dim
+        if kind == "q_proj":
+            return (_slice(self.heads, size),)
+        if kind in ("k_proj", "v_proj"):
+            return (_slice(self.kv_heads, size),)
+        if kind in ("gate_proj", "up_proj"):
+            return (_slice(self.inner),)
+        if name.endswith(".bias"):
+            return (slice(None),)  # added once, to the sum of all parts
+        return (slice(None), _slice(self.heads, size) if kind == "o_proj" else _slice(self.inner))
+
+
+def _slice(part: range, size: int = 1) -> slice:
+    return slice(part.start * size, part.stop * size)
+
+
+class SplitWeights:
+    """The part of ``weights`` that ``split`` has; see Weights."""
+
+    def __init__(self, weights: Weights, split: Split) -> None:
+        self._weights, self._split = weights, split
+
+    def stored_name(self, name: str) -> str:
+        """See Weights."""
+        return self._weights.stored_name(name)
+
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype, slices: Mapping[str, Slices] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """See Weights."""
+        names = list(names)
+        return self._weights.read(names, dtype, {name: self._split.slices(name) for name in names})
+
+
+def refuse_unsplittable(spec: ModelSpec, size: int) -> None:
+    """Raise UserError where ``size`` ranks cannot split a model like ``spec``."""
+    for rank in range(size):
+        _ = Split(spec, rank, size).local
