@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.cores import refuse_threads
-from pipeinfer.core.config import AUTO, DEFAULT_CONTEXT, DTYPES, NUMERICS, Config, resolve_dtype
+from pipeinfer.core.config import AUTO, DEFAULT_CONTEXT, DTYPES, FUSED, NUMERICS, Config, resolve_dtype
 from pipeinfer.core.errors import refuse
 from pipeinfer.placement.roles import Plan, assign
 from pipeinfer.runtime.trace import refuse_unwritable
@@ -17,9 +17,11 @@ from stages.checkpoint.checkpoint import Checkpoint, Weights
 from stages.checkpoint.folder import model_folder, plain
 from stages.checkpoint.random_weights import RandomCheckpoint
 from stages.checkpoint.spec import FAMILIES, ModelSpec, architecture_of, is_llama_family
+from stages.kernels.group import MOST_RANKS
 from stages.kernels.library import library, reason
 from stages.models.forced import FORCED_TOKENS
 from stages.models.generic_spec import GenericSpec
+from stages.models.split import refuse_unsplittable
 
 Model = tuple[ModelSpec | GenericSpec, Weights]
 
@@ -68,9 +70,11 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
     else:
         for place in models:
             _same_vocabulary(config.target_directory, place)
-    plan = assign(ranks, spec.layer_count, len(places), spec.head_in_layers)
+    plan = assign(ranks, spec.layer_count, len(places), spec.head_in_layers, config.tp, config.stages)
     drafts = [models[place] for place in places]
     has_kernels = library() is not None if has_kernels is None else has_kernels
+    if config.tp > 1:
+        _refuse_group(config, spec, has_kernels)
     resolved = _resolved(config, target, drafts, has_kernels)
     note = "" if has_kernels else _note(config, target, drafts)
     return Cleared(resolved, target, drafts, plan, context, has_kernels, note)
@@ -82,8 +86,21 @@ def _refuse_words(config: Config) -> None:
     for dtype in (config.dtype, *config.draft_dtypes):
         if dtype not in choices:
             refuse(f"unknown dtype {dtype!r}", f"use one of {', '.join(choices)}")
+    if config.fused not in FUSED:
+        refuse(f"unknown --fused {config.fused}", f"use one of {', '.join(FUSED)}")
+    if not 1 <= config.tp <= MOST_RANKS:
+        refuse(f"--tp {config.tp}", f"use 1 to {MOST_RANKS} ranks for a stage")
     if config.numerics not in NUMERICS:
         refuse(f"unknown numerics {config.numerics!r}", f"use one of {', '.join(NUMERICS)}")
+
+
+def _refuse_group(config: Config, spec: ModelSpec | GenericSpec, has_kernels: bool) -> None:
+    """A target that ranks of a group cannot share."""
+    if not has_kernels:
+        refuse(f"--tp {config.tp} without the library of decode kernels", f"leave it out ({reason()})")
+    if not isinstance(spec, ModelSpec):
+        refuse(f"--tp {config.tp}: no group can share {config.target}", f"use a model of {', '.join(FAMILIES)}")
+    refuse_unsplittable(spec, config.tp)
 
 
 def _resolved(config: Config, target: Model, drafts: list[Model], has_kernels: bool) -> Config:

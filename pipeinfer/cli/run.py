@@ -110,6 +110,14 @@ def add_computing(group: Any) -> None:
     group.add_argument(
         "--threads", type=int, metavar="N", help="threads of each rank (default: its share of the cores it may use)"
     )
+    group.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share each stage (default 1)")
+    group.add_argument("--stages", type=int, metavar="S", help="refuse any other number of stages")
+    group.add_argument(
+        "--fused",
+        default="auto",
+        metavar="auto|on|off",
+        help="exchanges of --tp ranks: fused with the kernels, or bulk collectives (default: what is faster)",
+    )
 
 
 def add_sampling(group: Any) -> None:
@@ -208,6 +216,9 @@ def open_engine(args: argparse.Namespace, check: Callable[[Engine], object], **m
         dtype=args.dtype,
         numerics=args.numerics,
         threads=args.threads,
+        tp=args.tp,
+        stages=args.stages,
+        fused=args.fused,
         context=args.context,
         calibration=args.calibration,
         check=check,
@@ -288,18 +299,22 @@ def note(text: str) -> None:
 def describe(completion: Completion) -> str:
     """Policy, ranks and sizes, in one line."""
     config, ranks = completion.config, completion.ranks
-    stages = sum(rank["layers"] is not None for rank in ranks)
+    stages = len({tuple(rank["layers"]) for rank in ranks if rank["layers"] is not None})
     forced = ",".join(f"{share:g}" for share in config["forced_acceptance"])
     hosts = len({rank["host"] for rank in ranks})
     dtypes = "/".join(dict.fromkeys((config["dtype"], *config["draft_dtypes"])))
     threads = " or ".join(str(number) for number in sorted({rank["threads"] for rank in ranks}))
     return (
         f"{f'meaningless text, acceptance forced to {forced}; ' if forced else ''}"
-        f"policy {config['policy']['name']}, {dtypes}, {len(ranks)} ranks on {hosts} hosts, {stages} stages, "
-        f"{threads} threads a rank; "
+        f"policy {config['policy']['name']}, {dtypes}, {len(ranks)} ranks on {hosts} hosts, "
+        f"{stages} stages{_shared(config['tp'])}, {threads} threads a rank; "
         f"{len(completion.prompt_tokens)} prompt tokens, {len(completion.tokens)} new, "
         f"ended by {completion.finish_reason}{_drawn(config['sampling'])}"
     )
+
+
+def _shared(tp: int) -> str:
+    return f" of {tp} ranks" if tp > 1 else ""
 
 
 def _drawn(sampling: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.preflight import Cleared, clear
 from launch.signals import end_in_order
-from pipeinfer.core.config import AUTO, BUILTIN, NUMERICS, Config, ModelName, draft_names, model_name
+from pipeinfer.core.config import AUTO, BUILTIN, FUSED, NUMERICS, Config, ModelName, draft_names, model_name
 from pipeinfer.core.errors import UserError, exit_code, refuse
 from pipeinfer.core.ports import Sampling
 from pipeinfer.engine.answer import Completion, Handle, HeadJob
@@ -77,6 +77,9 @@ class Engine:
         random_weights: bool = False,
         numerics: str = NUMERICS[0],
         threads: int | None = None,
+        tp: int = 1,
+        stages: int | None = None,
+        fused: str = FUSED[0],
         check: Callable[[Engine], object] | None = None,
     ) -> None:
         self._job: Job | None = None  # of a rank that serves
@@ -93,8 +96,10 @@ class Engine:
             knobs, file = read_policy(name, settings).settings(), None if trace is None else _name(trace)
             known = {} if calibration is None else read_calibrations(_name(calibration))
             shares = forced_acceptance if isinstance(forced_acceptance, Sequence) else (forced_acceptance,)
-            more = (known, tuple(map(float, shares)), random_weights, numerics, threads)
-            return Config(named, drafts, knobs, dtype, context, timeout_s, file, *more)
+            forced = tuple(map(float, shares))
+            config = Config(named, drafts, knobs, dtype, context, timeout_s, file, known, forced)
+            config = replace(config, random_weights=random_weights, numerics=numerics, threads=threads)
+            return replace(config, tp=tp, stages=stages, fused=fused)
 
         def prepare() -> Cleared:
             if ranks not in (None, size):
@@ -226,7 +231,7 @@ class Engine:
         assert self._builder is not None
         built = self._builder.build(prompt, max_new_tokens, ignore_eos, False, sampling, stop)
         config = replace(self.config, policy=PLAIN.settings(), drafts=(), context=self.context, trace=None)
-        config = replace(config, draft_dtypes=())
+        config = replace(config, draft_dtypes=(), tp=1, stages=None)
         job = LocalJob(load_job(clear(config, 1)), is_threaded=False)
         try:
             return Handle(job, built.request, self._builder.reader(built), Completion()).result().tokens

@@ -105,6 +105,7 @@ class Group:
         self.can_fuse, self.can_bring = bool(windows), channel is not None
         self.is_fused = self.can_fuse
         self.choice: Callable[[int], bool] | None = None  # by the number of rows; None: always
+        self.parts: list[Any] = []  # this rank's of all shards that the group shares, in the same order on all ranks
         self.exchanges = {"fused": 0, "bulk": 0}
         self.c = CGroup(rank, self.size, MOST_ROWS, 0, 1000 * spin_us, int(1e9 * timeout_s), slot, TWO_SHOT)
         self._timeout_s = timeout_s

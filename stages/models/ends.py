@@ -73,30 +73,30 @@ def _choose(
 ) -> None:
     count, kernels, rank = len(x), lib.kernels, group.rank if group else 0
     normed = torch.zeros((count, padded(x.shape[1])))
-    given = addressof(head), x.data_ptr(), count, normed.data_ptr()
+    rows = x.data_ptr(), count, normed.data_ptr()
     if group is None:
         best = np.empty((count, blocks[0] * BEST_NBYTES), np.uint8)
-        kernels.head(*given, best.ctypes.data, chosen.ctypes.data, None if logits is None else logits.data_ptr())
+        wanted = None if logits is None else logits.data_ptr()
+        kernels.head(addressof(head), *rows, best.ctypes.data, chosen.ctypes.data, wanted)
         return
     of_ranks, scratch = np.array(blocks, np.int32), np.empty(sum(blocks) * BEST_NBYTES, np.uint8)
     if group.is_fused:
         sizes = of_ranks.ctypes.data, np.array(limits, np.int32)
         wanted = None if logits is None else logits.data_ptr()
-        given = addressof(head), addressof(group.c), x.data_ptr(), count, normed.data_ptr()
-        kernels.choose_in_group(
-            *given, sizes[0], sizes[1].ctypes.data, scratch.ctypes.data, chosen.ctypes.data, wanted
-        )
+        out = scratch.ctypes.data, chosen.ctypes.data, wanted
+        kernels.choose_in_group(addressof(head), addressof(group.c), *rows, sizes[0], sizes[1].ctypes.data, *out)
         group.check()
         group.exchanges["fused"] += 1
         return
     best = np.zeros((group.size, count * max(blocks) * BEST_NBYTES), np.uint8)
     found = torch.zeros((group.size, count * max(limits)))
     place = None if logits is None else found[rank].data_ptr()
-    kernels.head(*given, best[rank].ctypes.data, None, place)
+    kernels.head(addressof(head), *rows, best[rank].ctypes.data, None, place)
     group.bring(best)
     if logits is not None:
         group.bring(found.numpy())
         parts = [part[: count * limit].view(count, limit) for part, limit in zip(found, limits, strict=True)]
         torch.cat(parts, 1, out=logits)
     places = (ctypes.c_void_p * group.size)(*[part.ctypes.data for part in best])
-    kernels.choose_among(addressof(places), of_ranks.ctypes.data, group.size, count, scratch.ctypes.data, chosen.ctypes.data)
+    of_all = of_ranks.ctypes.data, group.size, count, scratch.ctypes.data, chosen.ctypes.data
+    kernels.choose_among(addressof(places), *of_all)

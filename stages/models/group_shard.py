@@ -20,10 +20,11 @@ from stages.models.kernel_shard import KernelShard
 
 
 class GroupShard:
-    """The leader's ``shard``, number ``index`` of those that the group has; see ShardModel."""
+    """This rank's part, ``shard``, of the next model that ``group`` shares. The leader uses it; see ShardModel."""
 
-    def __init__(self, shard: KernelShard, group: Group, index: int) -> None:
-        self._shard, self._group, self._index = shard, group, index
+    def __init__(self, shard: KernelShard, group: Group) -> None:
+        self._shard, self._group, self._index = shard, group, len(group.parts)
+        group.parts.append(shard)
         self._last: Payload | None = None  # what the last pass returned; the others have it too
 
     @property
@@ -74,13 +75,12 @@ class GroupShard:
 
 
 @torch.inference_mode()
-def follow(group: Group, shards: Sequence[KernelShard]) -> None:
-    """On the other ranks: do what the leader says until it says ``end``. ``shards``: this rank's parts, in the leader's
-    order."""
-    last: list[Tensor | None] = [None] * len(shards)
+def follow(group: Group) -> None:
+    """On the other ranks: do what the leader says until it says ``end``."""
+    last: list[Tensor | None] = [None] * len(group.parts)
     while (command := group.hear()) != "end":
         name, index, *given = command
-        shard = shards[index]
+        shard: KernelShard = group.parts[index]
         if name == "clear":
             shard.clear(*given)
         elif name == "forward":

@@ -14,7 +14,6 @@ from ctypes import addressof
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +23,7 @@ from pipeinfer.core.slots import slots_of
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, NORM, Weights, layer_tensors
 from stages.checkpoint.spec import ModelSpec
 from stages.kernels.group import Group, tile_panels
-from stages.kernels.library import CHOSEN, PANEL, CHead, CLayer, CModel, CRows, Library, library
+from stages.kernels.library import PANEL, CHead, CLayer, CModel, CRows, Library, library
 from stages.kernels.linear import FORMATS, Linear, padded
 from stages.kernels.sampling import changes_nothing
 from stages.kernels.top_tokens import top_tokens

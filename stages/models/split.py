@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pipeinfer.core.errors import refuse
+from pipeinfer.core.errors import UserError, refuse
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, Weights
 from stages.checkpoint.spec import ModelSpec
 from stages.kernels.library import HEAD_BLOCK, LEAVES
@@ -82,7 +82,7 @@ class Split:
         return found
 
     def _refuse(self, what: str) -> None:
-        refuse(f"--tp {self.size}: {what} cannot be split among {self.size} ranks", "use 2, 4 or a divisor of the heads")
+        refuse(f"--tp {self.size}: {what} cannot be split among {self.size} ranks", "use a divisor of the heads")
 
     @property
     def tokens(self) -> range:
@@ -92,8 +92,8 @@ class Split:
     @property
     def local(self) -> ModelSpec:
         """A model with as many heads and inner activations as this part."""
-        sizes = {"head_count": len(self.heads), "kv_head_count": len(self.kv_heads)}
-        return replace(self.spec, **sizes, intermediate_size=len(self.inner))
+        heads, kv_heads, inner = len(self.heads), len(self.kv_heads), len(self.inner)
+        return replace(self.spec, head_count=heads, kv_head_count=kv_heads, intermediate_size=inner)
 
     def cuts(self, whole: list[int]) -> list[int]:
         """The cuts of this part's inputs; chains of other ranks are empty."""
@@ -139,6 +139,15 @@ class SplitWeights:
         """See Weights."""
         names = list(names)
         return self._weights.read(names, dtype, {name: self._split.slices(name) for name in names})
+
+
+def can_split(spec: ModelSpec, size: int) -> bool:
+    """Whether ``size`` ranks can split a model like ``spec``."""
+    try:
+        refuse_unsplittable(spec, size)
+    except UserError:
+        return False
+    return True
 
 
 def refuse_unsplittable(spec: ModelSpec, size: int) -> None:

@@ -66,22 +66,22 @@ def grouped(world: World, size: int, fused: bool, two_shot: int | None = None) -
     for group in groups:
         if two_shot is not None:
             group.c.two_shot_floats = two_shot
-    parts = [load_part(world, group) for group in groups]
+    shards = [[GroupShard(part, group) for part in load_part(world, group)] for group in groups]
     errors: list[BaseException] = []
 
-    def run(group: Group, shards: list[KernelShard]) -> None:
+    def run(group: Group) -> None:
         try:
-            follow(group, shards)
+            follow(group)
         except BaseException as error:
             errors.append(error)
             for one in groups:
                 one.abort()
 
-    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in zip(groups, parts, strict=True)][1:]
+    threads = [threading.Thread(target=run, args=(group,), daemon=True) for group in groups[1:]]
     for thread in threads:
         thread.start()
     try:
-        yield [GroupShard(shard, groups[0], index) for index, shard in enumerate(parts[0])]
+        yield shards[0]
         groups[0].tell("end")
     except BaseException:
         groups[0].abort()

@@ -1,0 +1,91 @@
+"""The group of a rank (``--tp``): ranks that follow each other, whose memory windows MPI makes where they share a host.
+
+It imports no MPI: ``mpi`` is the module mpi4py.MPI, ``world`` the job's communicator."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from launch.backoff import Backoff
+from pipeinfer.core.errors import StallError, refuse
+from stages.kernels.group import Bytes, Group, window_nbytes
+from stages.kernels.library import SPIN_US, library
+
+POLLS = 2000
+"""Tests of an operation before the first sleep: it mostly ends within microseconds."""
+
+
+class MpiChannel:
+    """The ranks of ``peers``, a communicator that belongs to it; see stages.kernels.group.Channel."""
+
+    def __init__(self, peers: Any, names: list[str], timeout_s: float, spins: bool) -> None:
+        self._peers, self._names, self._timeout_s, self._polls = peers, names, timeout_s, POLLS if spins else 1
+
+    def broadcast(self, data: bytes) -> bytes:
+        """See Channel."""
+        leads = self._peers.Get_rank() == 0
+        size = np.array([len(data)], np.int64)
+        self._finish(self._peers.Ibcast(size), is_patient=not leads)
+        buffer = np.frombuffer(data, np.uint8).copy() if leads else np.empty(int(size[0]), np.uint8)
+        self._finish(self._peers.Ibcast(buffer))
+        return data if leads else buffer.tobytes()
+
+    def bring(self, parts: npt.NDArray[Any]) -> None:
+        """See Channel."""
+        mine = parts[self._peers.Get_rank()].copy()
+        self._finish(self._peers.Iallgather(mine, parts))
+
+    def _finish(self, request: Any, is_patient: bool = False) -> None:
+        """Wait for ``request``; raise StallError where the others do not come, unless they may take any time."""
+        until, backoff = time.monotonic() + self._timeout_s, Backoff()
+        while True:
+            for _ in range(self._polls):
+                if request.Test():
+                    return
+            if self._timeout_s and not is_patient and time.monotonic() > until:
+                mine = self._names[self._peers.Get_rank()]
+                others = ", ".join(name for name in self._names if name != mine)
+                raise StallError(f"{mine} waited {self._timeout_s:g} s for {others} of its group")
+            backoff.wait()
+
+
+def make_group(
+    world: Any, mpi: Any, size: int, member: int | None, slot: int, fused: str, timeout_s: float, spins: bool
+) -> Group | None:
+    """This rank's group of ``size`` ranks; None for a rank in no group, whose ``member`` is None. ``member``: its
+    number within the group. ``slot``: see stages.kernels.group.slot_nbytes; ``fused``: see Config. Collective.
+
+    Raises UserError where exchanges cannot be fused and are to be."""
+    rank = world.Get_rank()
+    peers = world.Split(mpi.UNDEFINED if member is None else rank - member, rank)
+    lib = library()
+    if member is None:
+        return None
+    assert lib is not None, "groups compute on the kernels"
+    node = peers.Split_type(mpi.COMM_TYPE_SHARED)
+    share_host = node.Get_size() == size
+    node.Free()
+    names = [f"rank {rank - member + index}" for index in range(size)]
+    if fused == "on" and not share_host:
+        refuse(f"--fused on, but {names[0]} to {names[-1]} are on several hosts", "use --fused auto, or a smaller --tp")
+    windows = _windows(peers, mpi, size, window_nbytes(slot)) if share_host and fused != "off" else []
+    channel = MpiChannel(peers, names, timeout_s, spins)
+    return Group(lib, member, names, windows, slot, channel, SPIN_US if spins else 0, timeout_s)
+
+
+_kept: list[Any] = []
+
+
+def _windows(peers: Any, mpi: Any, size: int, nbytes: int) -> list[Bytes]:
+    """A window of each rank's, zeroed, for the rest of the process: a rank may read what another one no longer needs.
+    Collective."""
+    window = mpi.Win.Allocate_shared(nbytes, 1, comm=peers)
+    _kept.append(window)
+    found = [np.frombuffer(window.Shared_query(rank)[0], np.uint8) for rank in range(size)]
+    found[peers.Get_rank()][:] = 0
+    peers.Barrier()
+    return found
