@@ -156,10 +156,10 @@ class Job:
 
     def _follow(self) -> None:
         """Compute what the leader of the group says, until it releases this rank."""
-        from stages.models.group_shard import follow
+        from stages.models.group_shard import Follower
 
         assert self._group is not None
-        follow(self._group)
+        self._group.follow(Follower(self._group).handle)
 
     def _release(self) -> None:
         """As a leader: end ``_follow`` on the other ranks of the group."""

@@ -144,6 +144,11 @@ class Group:
             self._moved += len(part)
             self._publish(WRITTEN, self._moved)
 
+    def follow(self, handle: Callable[[Any], bool]) -> None:
+        """On the others: do with ``handle`` what the leader says, until that says no."""
+        while handle(self.hear()):
+            pass
+
     def hear(self) -> Any:
         """On the others: the leader's next command, whenever it comes."""
         if self._ring is None:

@@ -8,47 +8,90 @@ exchange is left without a partner. A rank that only follows has no machine and 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from pipeinfer.core.errors import LocalProtocolError
 from pipeinfer.core.ports import Batch, Payload, SampledToken, SamplingInputs
-from stages.kernels.group import Group
-from stages.models.kernel_shard import KernelShard
+
+
+class Part(Protocol):
+    """One rank's part of a shard: a ShardModel, whose activations are numpy arrays or tensors, and ``choose``."""
+
+    faults: dict[int, int]
+
+    @property
+    def weight_nbytes(self) -> int:
+        """See ShardModel."""
+        ...
+
+    def forward(self, batch: Batch, hidden: Payload | None) -> Generator[float, None, Payload]:
+        """See ShardModel."""
+        ...
+
+    def sample(
+        self, hidden: Payload, rows: Sequence[int], count: int, draw: SamplingInputs | None = None
+    ) -> list[list[SampledToken]]:
+        """See ShardModel; on the leader, with ``choose`` on the others."""
+        ...
+
+    def choose(self, x: Payload, draw: SamplingInputs | None, count: int) -> object:
+        """This rank's share of choosing after the rows ``x``."""
+        ...
+
+    def clear(self, slots: int) -> None:
+        """See ShardModel."""
+        ...
+
+
+class Team(Protocol):
+    """The group, as far as its leader commands it: stages.kernels.group.Group, or an emulated one.
+
+    ``parts``: this rank's of all shards that the group shares, in the same order on all ranks. ``is_fused``: by which
+    path the next exchanges go."""
+
+    parts: list[Any]
+    is_fused: bool
+
+    def fuses(self, rows: int) -> bool:
+        """Which path a pass of ``rows`` rows is to take."""
+        ...
+
+    def tell(self, command: object) -> None:
+        """What all others are to do next."""
+        ...
 
 
 class GroupShard:
-    """This rank's part, ``shard``, of the next model that ``group`` shares. The leader uses it; see ShardModel."""
+    """This rank's ``part`` of the next shard that ``group`` shares. The leader uses it; see ShardModel."""
 
-    def __init__(self, shard: KernelShard, group: Group) -> None:
-        self._shard, self._group, self._index = shard, group, len(group.parts)
-        group.parts.append(shard)
+    def __init__(self, part: Part, group: Team) -> None:
+        self._part, self._group, self._index = part, group, len(group.parts)
         self._last: Payload | None = None  # what the last pass returned; the others have it too
+        group.parts.append(part)
 
     @property
     def faults(self) -> dict[int, int]:
         """See ShardModel."""
-        return self._shard.faults
+        return self._part.faults
 
     @property
     def weight_nbytes(self) -> int:
         """Bytes of weights that this rank holds."""
-        return self._shard.weight_nbytes
+        return self._part.weight_nbytes
 
     def clear(self, slots: int) -> None:
         """See ShardModel."""
         self._group.tell(("clear", self._index, slots))
-        self._shard.clear(slots)
+        self._part.clear(slots)
 
     def forward(self, batch: Batch, hidden: Payload | None) -> Generator[float, None, Payload]:
         """See ShardModel."""
         group = self._group
-        given = None if hidden is None else torch.as_tensor(hidden, dtype=torch.float32).numpy()
         group.is_fused = group.fuses(len(batch.slots))
-        group.tell(("forward", self._index, group.is_fused, batch, given))
-        passes, is_over = self._shard.forward(batch, hidden), False
+        group.tell(("forward", self._index, group.is_fused, batch, None if hidden is None else np.asarray(hidden)))
+        passes, is_over = self._part.forward(batch, hidden), False
         try:
             while True:
                 group.tell("layer")
@@ -67,43 +110,50 @@ class GroupShard:
     ) -> list[list[SampledToken]]:
         """See ShardModel."""
         if rows:
-            x: Any = list(rows)
-            if hidden is not self._last:
-                x = torch.as_tensor(hidden, dtype=torch.float32)[x].numpy()
-            self._group.tell(("choose", self._index, x, count, draw))
-        return self._shard.sample(hidden, rows, count, draw)
+            x = None if hidden is self._last else np.asarray(hidden)[list(rows)]
+            self._group.tell(("choose", self._index, x, list(rows), draw, count))
+        return self._part.sample(hidden, rows, count, draw)
 
 
-@torch.inference_mode()
-def follow(group: Group) -> None:
-    """On the other ranks: do what the leader says until it says ``end``."""
-    last: list[Tensor | None] = [None] * len(group.parts)
-    while (command := group.hear()) != "end":
-        name, index, *given = command
-        shard: KernelShard = group.parts[index]
-        if name == "clear":
-            shard.clear(*given)
-        elif name == "forward":
-            group.is_fused, batch, hidden = given
-            last[index] = _follow_pass(group, shard, batch, hidden)
+class Follower:
+    """What a rank that follows in ``group`` does, command by command."""
+
+    def __init__(self, group: Team) -> None:
+        self._group = group
+        self._passes: Generator[float, None, Payload] | None = None  # the pass under way
+        self._of = 0  # which part makes it
+        self._last: dict[int, Payload] = {}  # what each part's last pass returned
+
+    def handle(self, command: Any) -> bool:
+        """Do what the leader says. Returns whether more will come."""
+        if command == "end":
+            return False
+        if command == "layer":
+            self._compute()
+        elif command == "stop":
+            self._stop()
         else:
-            rows, count, draw = given
-            x = torch.from_numpy(rows) if isinstance(rows, np.ndarray) else _rows(last[index], rows)
-            shard.choose(x.contiguous(), draw, count)
+            name, index, *given = command
+            if name == "forward":
+                self._stop()
+                self._group.is_fused, batch, hidden = given
+                self._passes, self._of = self._group.parts[index].forward(batch, hidden), index
+            elif name == "clear":
+                self._group.parts[index].clear(*given)
+            else:
+                x, rows, draw, count = given
+                self._group.parts[index].choose(self._last[index][rows] if x is None else x, draw, count)
+        return True
 
-
-def _rows(hidden: Tensor | None, rows: list[int]) -> Tensor:
-    assert hidden is not None, "choices come after a pass"
-    return hidden[rows]
-
-
-def _follow_pass(group: Group, shard: KernelShard, batch: Batch, hidden: Any) -> Tensor | None:
-    passes = shard.forward(batch, hidden)
-    while group.hear() == "layer":
+    def _compute(self) -> None:
+        if self._passes is None:
+            raise LocalProtocolError("a layer of no pass")
         try:
-            next(passes)
+            next(self._passes)
         except StopIteration as done:
-            found: Tensor = done.value
-            return found
-    passes.close()
-    return None
+            self._last[self._of], self._passes = done.value, None
+
+    def _stop(self) -> None:
+        if self._passes is not None:
+            self._passes.close()
+        self._passes = None

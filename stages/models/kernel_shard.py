@@ -226,8 +226,7 @@ class KernelShard:
         assert isinstance(self._norm, Tensor) and isinstance(self._head, Linear), "only the last shard can choose"
         if not rows:
             return []
-        x = torch.as_tensor(hidden, dtype=torch.float32)[list(rows)].contiguous()
-        chosen, logits = self.choose(x, draw, count)
+        chosen, logits = self.choose(hidden[list(rows)], draw, count)
         with np.errstate(invalid="ignore"):
             log_totals = chosen["highest"] + np.log(chosen["total"]).astype(np.float32)
         if logits is None:
@@ -239,10 +238,12 @@ class KernelShard:
             self.faults.setdefault(row, self._spec.layer_count)
         return choices
 
-    def choose(self, x: Tensor, draw: SamplingInputs | None, count: int) -> tuple[Chosen, Tensor | None]:
+    @torch.inference_mode()
+    def choose(self, x: Payload, draw: SamplingInputs | None, count: int) -> tuple[Chosen, Tensor | None]:
         """What ``draw`` draws after each row of ``x`` [rows, hidden_size]; the logits, where more is wanted than the
         kernel draws by itself. In a group all ranks do this, and the leader has the result."""
         assert isinstance(self._norm, Tensor) and isinstance(self._head, Linear)
+        x = torch.as_tensor(x, dtype=torch.float32).contiguous()
         is_fused = count == 1 and _is_fused(draw)
         positions = np.zeros(len(x), np.int64) if draw is None else np.ascontiguousarray(draw.positions)
         by = (draw.sampling.seed, draw.sampling.temperature) if is_fused and draw else (0, 0.0)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from stages.kernels.group import Group, slot_nbytes, window_nbytes
 from stages.kernels.library import Library, library
-from stages.models.group_shard import GroupShard, follow
+from stages.models.group_shard import Follower, GroupShard
 from stages.models.kernel_shard import KernelShard
 from tests.models.kernel_bits import World, forgotten
 
@@ -71,7 +71,7 @@ def grouped(world: World, size: int, fused: bool, two_shot: int | None = None) -
 
     def run(group: Group) -> None:
         try:
-            follow(group)
+            group.follow(Follower(group).handle)
         except BaseException as error:
             errors.append(error)
             for one in groups:
