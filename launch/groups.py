@@ -20,9 +20,11 @@ POLLS = 2000
 
 
 class MpiChannel:
-    """The ranks of ``peers``, a communicator that belongs to it; see stages.kernels.group.Channel."""
+    """The ranks of ``peers``, a communicator that belongs to it; see stages.kernels.group.Channel. ``in_place``: MPI's
+    name for a buffer that is both sent and received."""
 
-    def __init__(self, peers: Any, names: list[str], timeout_s: float, spins: bool) -> None:
+    def __init__(self, peers: Any, in_place: Any, names: list[str], timeout_s: float, spins: bool) -> None:
+        self._in_place = in_place
         self._peers, self._names, self._timeout_s, self._polls = peers, names, timeout_s, POLLS if spins else 1
 
     def broadcast(self, data: bytes) -> bytes:
@@ -38,6 +40,10 @@ class MpiChannel:
         """See Channel."""
         mine = parts[self._peers.Get_rank()].copy()
         self._finish(self._peers.Iallgather(mine, parts))
+
+    def add_up(self, numbers: npt.NDArray[np.float32]) -> None:
+        """Add up ``numbers`` of all ranks in place, in an order of MPI's own: for benchmarks. Collective."""
+        self._finish(self._peers.Iallreduce(self._in_place, numbers))
 
     def _finish(self, request: Any, is_patient: bool = False) -> None:
         """Wait for ``request``; raise StallError where the others do not come, unless they may take any time."""
@@ -73,7 +79,7 @@ def make_group(
     if fused == "on" and not share_host:
         refuse(f"--fused on, but {names[0]} to {names[-1]} are on several hosts", "use --fused auto, or a smaller --tp")
     windows = _windows(peers, mpi, size, window_nbytes(slot)) if share_host and fused != "off" else []
-    channel = MpiChannel(peers, names, timeout_s, spins)
+    channel = MpiChannel(peers, mpi.IN_PLACE, names, timeout_s, spins)
     return Group(lib, member, names, windows, slot, channel, SPIN_US if spins else 0, timeout_s)
 
 

@@ -107,6 +107,11 @@ class World:
         politely(self.comm.Ibcast(number), meanwhile)
         return int(number[0])
 
+    def slowest(self, seconds: float) -> float:
+        """The largest number of all ranks. Collective; nobody sleeps meanwhile."""
+        found: float = self.comm.allreduce(seconds, MPI.MAX)
+        return found
+
     def meet(self, meanwhile: Callable[[], object]) -> None:
         """Wait until all ranks are here, and call ``meanwhile`` now and then."""
         politely(self.comm.Ibarrier(), meanwhile)

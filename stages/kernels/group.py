@@ -63,6 +63,10 @@ class Channel(Protocol):
         """parts[r] of every rank r, to every rank. Collective."""
         ...
 
+    def add_up(self, numbers: npt.NDArray[np.float32]) -> None:
+        """The sum over all ranks, in place and in any order. Collective."""
+        ...
+
 
 def slot_nbytes(hidden_sizes: Sequence[int], vocabularies: Sequence[int]) -> int:
     """Bytes of a slot for models of these sizes: rows of an exchange, or a row's logits."""
@@ -101,7 +105,7 @@ class Group:
         timeout_s: float = 0.0,
     ) -> None:
         self._lib, self.rank, self.size, self._names = lib, rank, len(names), names
-        self._windows, self._channel = windows, channel
+        self._windows, self.channel = windows, channel
         self.can_fuse, self.can_bring = bool(windows), channel is not None
         self.is_fused = self.can_fuse
         self.choice: Callable[[int], bool] | None = None  # by the number of rows; None: always
@@ -128,8 +132,8 @@ class Group:
         """On the leader: what all others are to do next."""
         data = pickle.dumps(command, protocol=5)
         if self._ring is None:
-            assert self._channel is not None
-            self._channel.broadcast(data)
+            assert self.channel is not None
+            self.channel.broadcast(data)
             return
         data = len(data).to_bytes(8, "little") + data
         while data:
@@ -152,8 +156,8 @@ class Group:
     def hear(self) -> Any:
         """On the others: the leader's next command, whenever it comes."""
         if self._ring is None:
-            assert self._channel is not None
-            return pickle.loads(self._channel.broadcast(b""))
+            assert self.channel is not None
+            return pickle.loads(self.channel.broadcast(b""))
         return pickle.loads(self._take(int.from_bytes(self._take(8), "little")))
 
     def _take(self, nbytes: int) -> bytearray:
@@ -184,9 +188,9 @@ class Group:
 
     def bring(self, parts: npt.NDArray[Any]) -> None:
         """In bulk: parts[r] of every rank r, to all ranks."""
-        assert self._channel is not None
+        assert self.channel is not None
         self.exchanges["bulk"] += 1
-        self._channel.bring(parts)
+        self.channel.bring(parts)
 
     def check(self) -> None:
         """Raise StallError if a rank was late in the exchanges so far."""

@@ -24,6 +24,8 @@ ISA_VARIABLE = "PIPEINFER_ISA"
 """Environment variable: the instruction set to use instead of the best one, or ``none`` for torch."""
 LEAVES = 8
 PANEL = 16
+OUTPUT, DOWN, PHASES = 4, 7, 9
+"""Phases of a layer, as in native/kernels.h."""
 HEAD_BLOCK = 256
 """Columns of a block of logits."""
 SPIN_US = 100
@@ -86,9 +88,10 @@ class CRows(ctypes.Structure):
         ("threads", c_int32),
         ("faults", c_void_p),
         ("layer", c_int32),
+        ("first", c_int32),
+        ("end", c_int32),
         ("group", c_void_p),
         ("parts", c_void_p),
-        ("call", c_int32),
     )
 
 

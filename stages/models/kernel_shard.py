@@ -12,6 +12,7 @@ import math
 from collections.abc import Generator, Sequence
 from ctypes import addressof
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -23,13 +24,13 @@ from pipeinfer.core.slots import slots_of
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, NORM, Weights, layer_tensors
 from stages.checkpoint.spec import ModelSpec
 from stages.kernels.group import Group, tile_panels
-from stages.kernels.library import PANEL, CHead, CLayer, CModel, CRows, Library, library
+from stages.kernels.library import DOWN, OUTPUT, PANEL, PHASES, CHead, CLayer, CModel, CRows, Library, library
 from stages.kernels.linear import FORMATS, Linear, padded
 from stages.kernels.sampling import changes_nothing
 from stages.kernels.top_tokens import top_tokens
 from stages.models.ends import Chosen, choose, spread
 from stages.models.rope import inverse_frequencies
-from stages.models.split import Split, SplitWeights, down_cuts, output_cuts
+from stages.models.split import Split, SplitWeights, down_cuts, output_cuts, part_of
 
 POSITIONS = 256
 """As in native/attention.h: positions of a chunk of attention."""
@@ -164,7 +165,7 @@ class KernelShard:
             faults.ctypes.data,
         )
         for index, layer in enumerate(self._layers, self._first_layer):
-            rows.layer = index
+            rows.layer, rows.first, rows.end = index, 0, PHASES
             self._compute(layer, rows)
             yield 0.0
         if faults.any():
@@ -184,9 +185,9 @@ class KernelShard:
         else:
             parts = self._scratch.parts[: group.size * rows.count * padded(self._c.hidden)]
             rows.parts = parts.data_ptr()
-            for rows.call in range(3):
+            for rows.first, rows.end in pairwise((0, OUTPUT + 1, DOWN + 1, PHASES)):
                 self._lib.kernels.layer(*given)
-                if rows.call < 2:
+                if rows.end < PHASES:
                     group.bring(parts.view(group.size, -1).numpy())
         group.check()
 
@@ -280,9 +281,9 @@ def _pack(split: Split, read: dict[str, Tensor], kv: Tensor) -> _Layer:
     assert gates is not None
     linears = (
         Linear.pack(torch.cat(weights), None if biases is None else torch.cat(biases)),
-        linear("self_attn.o_proj", split.cuts(output_cuts(spec))),
+        linear("self_attn.o_proj", part_of(output_cuts(spec), split.rank, split.size)[1]),
         Linear.interleaved(gates, gate_biases),
-        linear("mlp.down_proj", split.cuts(down_cuts(spec))),
+        linear("mlp.down_proj", part_of(down_cuts(spec), split.rank, split.size)[1]),
     )
     names = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
     norms = [read[f"{name}.weight"].float() if f"{name}.weight" in read else None for name in names]

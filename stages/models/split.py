@@ -45,6 +45,13 @@ def token_ranges(vocabulary: int, size: int) -> list[range]:
     return [range(cuts[rank], cuts[rank + 1]) for rank in range(size)]
 
 
+def part_of(whole: list[int], rank: int, size: int) -> tuple[range, list[int]]:
+    """Which inputs rank ``rank`` of ``size`` has of those that ``whole`` cuts, and their own cuts: chains of other ranks
+    are empty."""
+    mine = range(whole[LEAVES * rank // size], whole[LEAVES * (rank + 1) // size])
+    return mine, [min(max(cut, mine.start), mine.stop) - mine.start for cut in whole]
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """The part of rank ``rank`` of ``size`` of a model like ``spec``."""
@@ -53,13 +60,10 @@ class Split:
     rank: int = 0
     size: int = 1
 
-    def _between(self, cuts: list[int]) -> range:
-        return range(cuts[LEAVES * self.rank // self.size], cuts[LEAVES * (self.rank + 1) // self.size])
-
     @property
     def heads(self) -> range:
         """Heads of queries. Raises UserError if a rank would have none or a part of one."""
-        inputs, size = self._between(output_cuts(self.spec)), self.spec.head_dim
+        inputs, size = part_of(output_cuts(self.spec), self.rank, self.size)[0], self.spec.head_dim
         if not inputs or inputs.start % size or inputs.stop % size:
             self._refuse(f"{self.spec.head_count} heads")
         return range(inputs.start // size, inputs.stop // size)
@@ -76,7 +80,7 @@ class Split:
     @property
     def inner(self) -> range:
         """Inner activations of the MLP. Raises UserError if a rank would have none."""
-        found = self._between(down_cuts(self.spec))
+        found = part_of(down_cuts(self.spec), self.rank, self.size)[0]
         if not found:
             self._refuse(f"{self.spec.intermediate_size} inner activations")
         return found
@@ -94,11 +98,6 @@ class Split:
         """A model with as many heads and inner activations as this part."""
         heads, kv_heads, inner = len(self.heads), len(self.kv_heads), len(self.inner)
         return replace(self.spec, head_count=heads, kv_head_count=kv_heads, intermediate_size=inner)
-
-    def cuts(self, whole: list[int]) -> list[int]:
-        """The cuts of this part's inputs; chains of other ranks are empty."""
-        mine = self._between(whole)
-        return [min(max(cut, mine.start), mine.stop) - mine.start for cut in whole]
 
     def slices(self, name: str) -> Slices:
         """What of the tensor ``name`` this part has."""

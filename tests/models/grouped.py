@@ -41,6 +41,12 @@ class Threads:
             parts[rank] = part
         self._barrier.wait(WAIT_S)
 
+    def add_up(self, numbers: npt.NDArray[Any]) -> None:
+        everybody = np.zeros((self._barrier.parties, *numbers.shape), numbers.dtype)
+        everybody[self._rank] = numbers
+        self.bring(everybody)
+        numbers[...] = everybody.sum(0)
+
 
 def make_groups(size: int, slot: int, fused: bool, timeout_s: float = WAIT_S, spin_us: int = 50) -> list[Group]:
     """The groups of ``size`` ranks that are threads of this process."""

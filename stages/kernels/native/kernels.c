@@ -53,6 +53,13 @@ static void add_brought(struct layer_job *job, int half, int begin, int end) {
     }
 }
 
+static void begin_exchange(struct layer_job *work, struct job *job, int half, int begin, int count) {
+    const struct layer *layer = work->layer;
+    int step = half ? layer->down_tile : layer->output_tile;
+    work->added[half] = next_exchange(work->rows->group, half ? &layer->down : &layer->output, step, begin, count);
+    job->chunks[half ? DOWN : OUTPUT] = 2 * work->added[half].tiles;
+}
+
 static void layer_phase(void *argument, int phase, int chunk, int thread) {
     struct layer_job *job = argument;
     const struct model *model = job->model;
@@ -73,7 +80,7 @@ static void layer_phase(void *argument, int phase, int chunk, int thread) {
         attend(job, chunk / model->kv_heads, chunk % model->kv_heads, partial);
         break;
     }
-    case 4: multiply_and_add(job, 0, chunk, rows->mixed, job->ld_mixed); break;
+    case OUTPUT: multiply_and_add(job, 0, chunk, rows->mixed, job->ld_mixed); break;
     case 5:
         add_brought(job, 0, begin, end);
         norm_rows(job, layer->mlp_norm, begin, end);
@@ -82,74 +89,68 @@ static void layer_phase(void *argument, int phase, int chunk, int thread) {
         multiply_chunk(&layer->gate_up, &job->gate_up, chunk, rows->normed, job->ld_hidden, rows->count, finish_gated,
                        &inner);
         break;
-    case 7: multiply_and_add(job, 1, chunk, rows->wide, job->ld_inner); break;
+    case DOWN: multiply_and_add(job, 1, chunk, rows->wide, job->ld_inner); break;
     default:
         add_brought(job, 1, begin, end);
         for (int row = begin; row < end; row++) check_row(job, row);
     }
 }
 
-/* Do the phases from `first` to before `end`. */
-static void run_phases(struct layer_job *work, const struct job *whole, int first, int end) {
+/* Do the phases from `first` to before `end` that the rows are to go through. */
+static void run_phases(const struct rows *rows, const struct job *whole, int first, int end) {
     struct job job = *whole;
     for (int phase = 0; phase < job.phases; phase++)
-        if (phase < first || phase >= end) job.chunks[phase] = 0;
+        if (phase < first || phase >= end || phase < rows->first || phase >= rows->end) job.chunks[phase] = 0;
     pool_run(&job);
 }
 
 /* An exchange of more rows than a slot has: block by block. */
-static void run_exchange(struct layer_job *work, struct job *whole, int half, int step) {
+static void run_exchange(struct layer_job *work, struct job *job, int phase) {
     struct rows *rows = work->rows;
-    const struct linear *linear = half ? &work->layer->down : &work->layer->output;
-    int phase = half ? 7 : 4, most = rows->group->most_rows;
+    int half = phase == DOWN, most = rows->group->most_rows;
+    if (phase < rows->first || phase >= rows->end) return;
     for (int begin = 0; begin < rows->count; begin += most) {
-        int count = rows->count - begin < most ? rows->count - begin : most;
-        work->added[half] = next_exchange(rows->group, linear, step, begin, count);
-        whole->chunks[phase] = 2 * work->added[half].tiles;
-        run_phases(work, whole, phase, phase + 1);
+        begin_exchange(work, job, half, begin, rows->count - begin < most ? rows->count - begin : most);
+        run_phases(rows, job, phase, phase + 1);
     }
 }
 
 static void run_in_group(struct layer_job *work, struct job *job) {
     struct rows *rows = work->rows;
-    const struct layer *layer = work->layer;
-    if (rows->parts) { /* the calls end after the phases 4, 7 and 8 */
-        const int first[] = {0, 5, 8, 9};
-        run_phases(work, job, first[rows->call], first[rows->call + 1]);
-    } else if (rows->count <= rows->group->most_rows) {
-        work->added[0] = next_exchange(rows->group, &layer->output, layer->output_tile, 0, rows->count);
-        work->added[1] = next_exchange(rows->group, &layer->down, layer->down_tile, 0, rows->count);
-        job->chunks[4] = 2 * work->added[0].tiles;
-        job->chunks[7] = 2 * work->added[1].tiles;
-        pool_run(job);
-    } else {
-        run_phases(work, job, 0, 4);
-        run_exchange(work, job, 0, layer->output_tile);
-        run_phases(work, job, 5, 7);
-        run_exchange(work, job, 1, layer->down_tile);
-        run_phases(work, job, 8, 9);
+    if (rows->count > rows->group->most_rows) {
+        run_phases(rows, job, 0, OUTPUT);
+        run_exchange(work, job, OUTPUT);
+        run_phases(rows, job, OUTPUT + 1, DOWN);
+        run_exchange(work, job, DOWN);
+        run_phases(rows, job, DOWN + 1, PHASES);
+        return;
     }
+    for (int half = 0; half < 2; half++) {
+        int phase = half ? DOWN : OUTPUT;
+        if (phase >= rows->first && phase < rows->end) begin_exchange(work, job, half, 0, rows->count);
+    }
+    run_phases(rows, job, 0, PHASES);
 }
 
 static void layer(const struct model *model, const struct layer *layer, struct rows *rows) {
     struct layer_job work = {.model = model, .layer = layer, .rows = rows};
-    struct job job = {9, {0}, layer_phase, &work, rows->threads};
+    struct job job = {PHASES, {0}, layer_phase, &work, rows->threads};
     int threads = pool_threads();
     work.row_step = rows->count < 2 * threads ? rows->count : ceiling(rows->count, 2 * threads);
     work.ld_hidden = ceiling(model->hidden, PANEL) * PANEL;
     work.ld_qkv = ceiling(layer->qkv.columns, PANEL) * PANEL;
     work.ld_mixed = ceiling(layer->output.k, PANEL) * PANEL;
     work.ld_inner = ceiling(layer->gate_up.columns, 2 * PANEL) * PANEL;
-    for (int phase = 0; phase < 9; phase++) job.chunks[phase] = ceiling(rows->count, work.row_step);
+    for (int phase = 0; phase < PHASES; phase++) job.chunks[phase] = ceiling(rows->count, work.row_step);
     work.qkv = cut(&layer->qkv, 1, job.chunks + 1);
     job.chunks[3] = rows->count * model->kv_heads;
-    work.output = cut(&layer->output, 1, job.chunks + 4);
+    work.output = cut(&layer->output, 1, job.chunks + OUTPUT);
     work.gate_up = cut(&layer->gate_up, 2, job.chunks + 6);
-    work.down = cut(&layer->down, 1, job.chunks + 7);
-    if (rows->group)
+    work.down = cut(&layer->down, 1, job.chunks + DOWN);
+    if (rows->group && !rows->parts)
         run_in_group(&work, &job);
     else
-        pool_run(&job);
+        run_phases(rows, &job, 0, PHASES);
 }
 
 static void attention_phase(void *argument, int phase, int chunk, int thread) {

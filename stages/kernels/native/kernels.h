@@ -14,6 +14,11 @@ enum {
       taken by an instruction for pairs of bf16, of activations that are rounded to it */
 enum { LEAVES = 8 }; /* parts of a sum, combined by a binary tree */
 enum { PANEL = 16 }; /* output columns of a panel of weights */
+enum {
+    OUTPUT = 4, /* phases of a layer: attention's output is added, */
+    DOWN = 7,   /* the MLP's is, */
+    PHASES = 9, /* and how many there are */
+};
 
 /* y = x W^T + bias. Panels of 16 columns lie one after the other; in a panel, for each pair of k, a line: 16 dwords
  * with w[k] low and w[k + 1] high (BF16), or 16 w[k] and 16 w[k + 1]. Missing columns and an odd k are filled with
@@ -50,11 +55,11 @@ struct rows {
     int32_t threads;      /* for so many */
     int32_t *faults;      /* [count]: set to `layer` + 1 where it is 0 and numbers are not finite */
     int32_t layer;
-    /* Where a group computes the layer: by windows, or, if `parts` is not NULL, in three calls, between which the caller
-     * brings together what each rank has written to parts[rank][count][hidden, padded]. */
+    int32_t first, end;   /* the phases of the layer that are to be done: PHASES for all */
+    /* Where a group computes the layer: by windows, or, if `parts` is not NULL, in calls that end with the phases OUTPUT
+     * and DOWN, after which the caller brings together what each rank has put into parts[rank][count][hidden, padded]. */
     struct group *group;
     float *parts;
-    int32_t call;
 };
 
 /* An output head, and how it chooses: the highest logit, or by noise where `temperature` is not 0 (see noise.h). */
