@@ -45,6 +45,8 @@ from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import Placement
 from stages.kernels.group import slot_nbytes
 from stages.kernels.library import library
+from stages.models.group_shard import Follower
+from stages.models.path_trial import choose_path
 
 if TYPE_CHECKING:
     from launch.mpi import World
@@ -68,6 +70,7 @@ class RankFacts:
     layers: list[int] | None  # first and last, of its stage
     weight_nbytes: int
     threads: int
+    exchanges: str = ""  # of a group: how they go
 
 
 class Job:
@@ -113,12 +116,8 @@ class Job:
                 found = measured(job_spec, plan[rank], self._shards, pair, cache)
         if rendezvous is not None:
             rendezvous.wait(Backoff().wait)
-        if group is not None and are_of_use(job_spec.policy):  # by exchanges, that the heartbeats of loading would meet
-            if self._follows:
-                self._follow()
-            else:
-                found = measured(job_spec, plan[rank], self._shards, pair, cache)
-                self._release()
+        if group is not None:  # exchanges of MPI's would meet the heartbeats of loading
+            found = self._try_group(job_spec, plan[rank], pair, cache)
         if are_of_use(job_spec.policy):
             job_spec = JobSpec.of(job_spec.numbers() | agreed(found, world))
         self._trace = _open_trace(config, plan, job_spec, rank) if config.trace is not None else None
@@ -146,8 +145,27 @@ class Job:
     def _gather(self, roles: tuple[Role, ...], rank: int, weight_nbytes: int) -> list[dict[str, Any]]:
         layers = next(([role.layers.start, role.layers.stop - 1] for role in roles if role.layers), None)
         threads = self._world.threads if self._world else alone(self._config.threads)
-        facts = RankFacts(rank, socket.gethostname(), [role.name for role in roles], layers, weight_nbytes, threads)
+        names, exchanges = [role.name for role in roles], self._group.paths if self._group else ""
+        facts = RankFacts(rank, socket.gethostname(), names, layers, weight_nbytes, threads, exchanges)
         return self._world.gather(asdict(facts)) if self._world else [asdict(facts)]
+
+    def _try_group(
+        self, job_spec: JobSpec, roles: tuple[Role, ...], pair: Pair, cache: PassCache | None
+    ) -> dict[str, Any]:
+        """Choose how exchanges go, and measure passes where that is of use. Collective among the group's ranks."""
+        found: dict[str, Any] = {"stages": [], "drafts": []}
+        if self._follows:
+            self._follow()
+            return found
+        assert self._group is not None
+        stage = next(role for role in roles if role.layers is not None)
+        if self._config.fused == "auto" and self._group.can_fuse:
+            blank = pair.blank if stage.layers and stage.layers.start else None
+            choose_path(self._group, self._shards[stage.address], sum(job_spec.slots), blank)
+        if are_of_use(job_spec.policy):
+            found = measured(job_spec, roles, self._shards, pair, cache)
+        self._release()
+        return found
 
     @property
     def _follows(self) -> bool:
@@ -156,8 +174,6 @@ class Job:
 
     def _follow(self) -> None:
         """Compute what the leader of the group says, until it releases this rank."""
-        from stages.models.group_shard import Follower
-
         assert self._group is not None
         self._group.follow(Follower(self._group).handle)
 

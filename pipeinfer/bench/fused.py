@@ -5,10 +5,10 @@
 
 Each is measured five ways: the product alone (``compute_us``), the collective alone (``comm_us``), one after the other
 (``bulk_us``; the same bits as fused), fused (``fused_us``), and with MPI's own sum instead of ours (``mpi_us``, other
-bits). Weights are bf16 and come from memory: copies of a matrix take turns. Ways take turns too, forth and back; a time
-is the slowest rank's. ``ratio``: the median of bulk / fused over all turns, and between ``low`` and ``high`` in 95 of 100
-draws of as many turns. ``path``: what the selector takes, by turns of its own before, and ``auto_ratio``: bulk / that.
-``ceiling``: bulk / (bulk - comm), if all communication were hidden.
+bits). Weights are bf16 and come from memory: copies of a matrix take turns. Ways take turns too, forth and back; a
+time is the slowest rank's. ``ratio``: the median of bulk / fused over all turns; it is between ``low`` and ``high`` in
+95 of 100 draws of as many turns. ``path``: what the selector takes, by turns of its own before; ``auto_ratio``: bulk /
+that. ``ceiling``: bulk / (bulk - comm), if all communication were hidden.
 """
 
 from __future__ import annotations
@@ -150,7 +150,9 @@ class Argmax:
         return {"compute": compute, "comm": lambda: channel.bring(shared), "bulk": bulk, "mpi": bulk, "fused": fused}
 
 
-def measure(world: World, ranks: int, all_hidden: Sequence[int] = HIDDEN, all_rows: Sequence[int] = ROWS) -> Iterator[Row]:
+def measure(
+    world: World, ranks: int, all_hidden: Sequence[int] = HIDDEN, all_rows: Sequence[int] = ROWS
+) -> Iterator[Row]:
     """All rows, on the head; on other ranks the same without content. Collective."""
     lib = library()
     assert lib is not None

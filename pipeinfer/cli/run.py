@@ -307,14 +307,15 @@ def describe(completion: Completion) -> str:
     return (
         f"{f'meaningless text, acceptance forced to {forced}; ' if forced else ''}"
         f"policy {config['policy']['name']}, {dtypes}, {len(ranks)} ranks on {hosts} hosts, "
-        f"{stages} stages{_shared(config['tp'])}, {threads} threads a rank; "
+        f"{stages} stages{_shared(config['tp'], ranks)}, {threads} threads a rank; "
         f"{len(completion.prompt_tokens)} prompt tokens, {len(completion.tokens)} new, "
         f"ended by {completion.finish_reason}{_drawn(config['sampling'])}"
     )
 
 
-def _shared(tp: int) -> str:
-    return f" of {tp} ranks" if tp > 1 else ""
+def _shared(tp: int, ranks: list[dict[str, Any]]) -> str:
+    exchanges = "; ".join(sorted({rank["exchanges"] for rank in ranks if rank["exchanges"]}))
+    return f" of {tp} ranks (exchanges {exchanges})" if tp > 1 else ""
 
 
 def _drawn(sampling: dict[str, Any]) -> str:

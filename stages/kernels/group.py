@@ -108,7 +108,7 @@ class Group:
         self._windows, self.channel = windows, channel
         self.can_fuse, self.can_bring = bool(windows), channel is not None
         self.is_fused = self.can_fuse
-        self.choice: Callable[[int], bool] | None = None  # by the number of rows; None: always
+        self.path = {0: self.is_fused}
         self.parts: list[Any] = []  # this rank's of all shards that the group shares, in the same order on all ranks
         self.exchanges = {"fused": 0, "bulk": 0}
         self.c = CGroup(rank, self.size, MOST_ROWS, 0, 1000 * spin_us, int(1e9 * timeout_s), slot, TWO_SHOT)
@@ -121,7 +121,16 @@ class Group:
 
     def fuses(self, rows: int) -> bool:
         """Whether a pass of ``rows`` rows goes through the windows."""
-        return self.can_fuse and (self.choice is None or self.choice(rows))
+        known = max((known for known in self.path if known <= rows), default=min(self.path))
+        return self.can_fuse and self.path[known]
+
+    @property
+    def paths(self) -> str:
+        """Which paths exchanges take, in words."""
+        taken = {rows: ("bulk", "fused")[is_fused and self.can_fuse] for rows, is_fused in sorted(self.path.items())}
+        if len(set(taken.values())) == 1:
+            return next(iter(taken.values()))
+        return ", ".join(f"{path} from {max(1, rows)} rows on" for rows, path in taken.items())
 
     @property
     def slot_nbytes(self) -> int:

@@ -49,10 +49,11 @@ class Team(Protocol):
     """The group, as far as its leader commands it: stages.kernels.group.Group, or an emulated one.
 
     ``parts``: this rank's of all shards that the group shares, in the same order on all ranks. ``is_fused``: by which
-    path the next exchanges go."""
+    path the next exchanges go; ``path``: which one passes of so many rows take, from each number of rows on."""
 
     parts: list[Any]
     is_fused: bool
+    path: dict[int, bool]
 
     def fuses(self, rows: int) -> bool:
         """Which path a pass of ``rows`` rows is to take."""

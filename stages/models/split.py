@@ -46,8 +46,8 @@ def token_ranges(vocabulary: int, size: int) -> list[range]:
 
 
 def part_of(whole: list[int], rank: int, size: int) -> tuple[range, list[int]]:
-    """Which inputs rank ``rank`` of ``size`` has of those that ``whole`` cuts, and their own cuts: chains of other ranks
-    are empty."""
+    """Which inputs rank ``rank`` of ``size`` has of those that ``whole`` cuts, and their own cuts: the chains of other
+    ranks are empty."""
     mine = range(whole[LEAVES * rank // size], whole[LEAVES * (rank + 1) // size])
     return mine, [min(max(cut, mine.start), mine.stop) - mine.start for cut in whole]
 
