@@ -189,10 +189,11 @@ class Group:
         looks = int(1e6 * self._timeout_s / LOOK_US)
         while code := self._lib.binary.pipeinfer_group_wait(addressof(self.c), rank, place, least, LOOK_US):
             looks -= 1
-            if code == 1 or not (is_patient or looks > 0 or not self._timeout_s):
-                self.c.late = self.c.late or 1 + rank
-                self.check()
-                raise StallError(f"{self._names[self.rank]} was told that the job ends")
+            if code == 2 and (is_patient or looks > 0 or not self._timeout_s):
+                continue
+            self.c.late = self.c.late or (1 + rank if code == 2 else 0)
+            self.check()
+            raise StallError(f"{self._names[self.rank]} was told that the job ends")
         return int(self._windows[rank][place : place + 8].view(np.uint64)[0])
 
     def bring(self, parts: npt.NDArray[Any]) -> None:

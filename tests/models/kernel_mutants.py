@@ -23,6 +23,7 @@ NO_PORTABLE = """#include "kernels.h"
 const struct kernels pipeinfer_kernels_portable = {"portable"};
 """
 """What stands for the kernels that no test of a mutant uses."""
+PARTS = ("kernels.c", "absent.c", "dispatch.c", "pool.c", "group.c")
 WORLDS = 40
 """In how many worlds a fault is looked for."""
 
@@ -148,6 +149,7 @@ class Builder:
         self._compile("absent.c", "")
         self._compile("dispatch.c", "-DHAVE_avx2")
         self._compile("pool.c", "")
+        self._compile("group.c", "")
 
     def _compile(self, name: str, more: str, into: str = "") -> Path:
         assert COMPILER is not None
@@ -159,7 +161,7 @@ class Builder:
     def build(self, mutant: KernelMutant | None = None) -> Path:
         """The library's path, with a fault or without one."""
         assert COMPILER is not None
-        parts = {name: self.folder / f"{name}.o" for name in ("kernels.c", "absent.c", "dispatch.c", "pool.c")}
+        parts = {name: self.folder / f"{name}.o" for name in PARTS}
         out = self.folder / f"{mutant.name if mutant else 'sound'}.so"
         if mutant is not None:
             sources, text = (self.folder / "native").glob("*.[ch]"), mutant.edits[0][0]
@@ -172,6 +174,16 @@ class Builder:
             parts[changed] = self._compile(changed, VARIANT if changed == "kernels.c" else "", mutant.name)
             path.write_text(sound)
         subprocess.run([COMPILER, "-shared", *parts.values(), "-o", out], check=True)
+        return out
+
+
+    def rebuild(self) -> Path:
+        """The library of what the sources in ``folder`` have become."""
+        assert COMPILER is not None
+        made = [self._compile("kernels.c", VARIANT, "new"), self._compile("group.c", "", "new")]
+        made += [self.folder / f"{name}.o" for name in PARTS if name not in ("kernels.c", "group.c")]
+        out = self.folder / "changed.so"
+        subprocess.run([COMPILER, "-shared", *made, "-o", out], check=True)
         return out
 
 

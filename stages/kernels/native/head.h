@@ -169,7 +169,10 @@ static void choose_in_group(const struct head *head, struct group *group, const 
     find_best(head, x, count, normed, (struct best *)group_slot(group, group->rank, 0, epoch),
               logits ? group_slot(group, group->rank, 1, epoch) : NULL);
     group_publish(group, group_flag(group, group->rank, 0, epoch, 0), epoch);
-    if (group->rank) return;
+    if (group->rank) { /* until the first rank has read them: nobody may come two exchanges ahead of another */
+        group_wait(group, 0, group_flag(group, 0, 0, epoch, 1), epoch);
+        return;
+    }
     int64_t ld = 0, first = 0;
     for (int rank = 0; rank < group->size; rank++) {
         if (group_wait(group, rank, group_flag(group, rank, 0, epoch, 0), epoch)) return;
@@ -181,6 +184,7 @@ static void choose_in_group(const struct head *head, struct group *group, const 
         for (int row = 0; row < count; row++)
             memcpy(logits + row * ld + first, group_slot(group, rank, 1, epoch) + (int64_t)row * limits[rank],
                    (size_t)limits[rank] * 4);
+    group_publish(group, group_flag(group, 0, 0, epoch, 1), epoch);
 }
 
 /* Rows of x [count][hidden] that ranks of a group have: owners[row] has row `row`; then all have all. */
