@@ -1,0 +1,65 @@
+"""Stages that several ranks share: the bits of one rank, over real ranks, windows and collectives, on more ranks than
+cores; a rank that stops or dies ends the job by name.
+
+With PIPEINFER_MATRIX=full: more prompts and every policy on every group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeinfer.core.ports import Sampling
+from stages.kernels.library import library
+from tests.mpi.matrix import FULL, RIVALS, TIMEOUT_S, Asked, Case, Task, decode, prompts_for
+from tests.models.tiny import make_tiny_pair
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(TIMEOUT_S),
+    pytest.mark.skipif(library() is None, reason="groups compute on the kernels"),
+]
+
+COUNT = 16
+FREE = ("govern=false",)
+POLICIES = (*((policy, ()) for policy in ("plain", *RIVALS)), ("continuous", FREE))
+BF16 = [
+    Case(2, tp=2, settings=FREE, fused="on"),  # one group, which drafts as well
+    Case(3, tp=2, settings=FREE),  # a drafter of its own
+    Case(4, tp=2, settings=FREE),  # two groups, the first drafts as well
+    Case(2, tp=2, settings=FREE, fused="off"),
+    Case(4, "plain", tp=4),
+    Case(8, tp=8, settings=FREE),
+    Case(8, "sync-tree", tp=4),
+]
+FP32 = [Case(2, "pipeinfer", tp=2), Case(4, tp=4, settings=FREE), Case(8, "plain", tp=8, fused="off")]
+
+
+def check(cases: Sequence[Case], dtype: str, where: Path, mpi: str = "openmpi") -> None:
+    """Tokens and log-probabilities of all ``cases`` are those of plain decoding on one rank."""
+    prompts = prompts_for(cases[0].target)[: 20 if FULL else 1]
+    requests = [Asked(prompt, COUNT) for prompt in prompts]
+    requests += [Asked(prompt, COUNT, Sampling(0.8, seed=seed)) for seed, prompt in enumerate(prompts)]
+    requests += [Asked(prompts[0], 4, Sampling(0.7, top_p=0.9, seed=3))]
+    plain = Case(1, "plain", target=cases[0].target)
+    tasks: list[Task] = [(replace(case, dtype=dtype), requests) for case in (plain, *cases)]
+    truth, *others = decode(tasks, where)
+    for case, said in zip(cases, others, strict=True):
+        assert said.tokens == truth.tokens, case
+        assert said.logprobs == truth.logprobs, case
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_bits_are_those_of_one_rank(dtype: str, tmp_path: Path) -> None:
+    cases = BF16 if dtype == "bf16" else FP32
+    if FULL:
+        cases = [Case(8, policy, settings, tp=tp) for tp in (2, 4, 8) for policy, settings in POLICIES] + cases
+    check(cases, dtype, tmp_path)
+
+
+def test_a_draft_that_can_be_split_is(tmp_path: Path) -> None:
+    target, draft = make_tiny_pair(tmp_path, "LlamaForCausalLM")
+    pair = {"target": str(target), "draft": str(draft)}
+    check([Case(2, tp=2, settings=FREE, **pair), Case(4, tp=4, settings=FREE, **pair)], "bf16", tmp_path)
