@@ -13,6 +13,8 @@ import pytest
 
 from pipeinfer.core.ports import Sampling
 from stages.kernels.library import library
+from tests.faults.matrix import Case as Fault
+from tests.faults.matrix import end
 from tests.mpi.matrix import FULL, RIVALS, TIMEOUT_S, Asked, Case, Task, decode, prompts_for
 from tests.models.tiny import make_tiny_pair
 
@@ -63,3 +65,18 @@ def test_a_draft_that_can_be_split_is(tmp_path: Path) -> None:
     target, draft = make_tiny_pair(tmp_path, "LlamaForCausalLM")
     pair = {"target": str(target), "draft": str(draft)}
     check([Case(2, tp=2, settings=FREE, **pair), Case(4, tp=4, settings=FREE, **pair)], "bf16", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["exception", "exit", "sigterm"])
+def test_a_rank_that_follows_and_fails_ends_the_job(kind: str) -> None:
+    fault = Fault("run", "spawned" if kind == "exception" else "mpirun", 1, "following", kind)
+    ending = end(fault, more=("--tp", "2", "--policy", "plain"))
+    assert not ending.fault(fault), ending.said
+
+
+@pytest.mark.parametrize("fused", ["on", "off"])
+def test_a_rank_that_follows_and_is_stopped_is_named(fused: str) -> None:
+    fault = Fault("run", "mpirun", 1, "following", "freeze")
+    ending = end(fault, more=("--tp", "2", "--policy", "plain", "--fused", fused, "--timeout", "3"))
+    assert ending.code == 3, ending.said
+    assert [line for line in ending.ours if "rank 0 waited 3 s for rank 1 of its group" in line], ending.said
