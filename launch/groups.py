@@ -24,12 +24,12 @@ class MpiChannel:
     name for a buffer that is both sent and received."""
 
     def __init__(self, peers: Any, in_place: Any, names: list[str], timeout_s: float, spins: bool) -> None:
-        self._in_place = in_place
+        self._member, self._in_place = peers.Get_rank(), in_place
         self._peers, self._names, self._timeout_s, self._polls = peers, names, timeout_s, POLLS if spins else 1
 
     def broadcast(self, data: bytes) -> bytes:
         """See Channel."""
-        leads = self._peers.Get_rank() == 0
+        leads = not self._member
         size = np.array([len(data)], np.int64)
         self._finish(self._peers.Ibcast(size), is_patient=not leads)
         buffer = np.frombuffer(data, np.uint8).copy() if leads else np.empty(int(size[0]), np.uint8)
@@ -38,7 +38,7 @@ class MpiChannel:
 
     def bring(self, parts: npt.NDArray[Any]) -> None:
         """See Channel."""
-        mine = parts[self._peers.Get_rank()].copy()
+        mine = parts[self._member].copy()
         self._finish(self._peers.Iallgather(mine, parts))
 
     def add_up(self, numbers: npt.NDArray[np.float32]) -> None:
@@ -53,7 +53,7 @@ class MpiChannel:
                 if request.Test():
                     return
             if self._timeout_s and not is_patient and time.monotonic() > until:
-                mine = self._names[self._peers.Get_rank()]
+                mine = self._names[self._member]
                 others = ", ".join(name for name in self._names if name != mine)
                 raise StallError(f"{mine} waited {self._timeout_s:g} s for {others} of its group")
             backoff.wait()

@@ -170,7 +170,7 @@ class Job:
     @property
     def _follows(self) -> bool:
         """Whether another rank leads this one's group."""
-        return self._group is not None and self._group.rank > 0
+        return self._group is not None and not self._group.leads
 
     def _follow(self) -> None:
         """Compute what the leader of the group says, until it releases this rank."""

@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from stages.kernels.cuts import default_cuts, part_of
 from stages.kernels.group import Group, slot_nbytes, tile_panels
 from stages.kernels.library import OUTPUT, CHead, CLayer, CModel, CRows, Library, library
-from stages.kernels.linear import Linear, default_cuts, padded
+from stages.kernels.linear import Linear, padded
 from stages.models.ends import choose
-from stages.models.split import part_of, token_ranges
+from stages.models.split import token_ranges
 
 if TYPE_CHECKING:
     from launch.mpi import World

@@ -48,8 +48,9 @@ class Engine:
     used. policy: ``plain`` (the default of one rank without a draft), ``continuous`` or a TOML file with a policy's
     knobs; settings: changes to it, as ``knob=value``. dtype: of weights and KV slots: ``auto`` for what each
     checkpoint says, or ``fp32``, ``bf16`` or ``fp16``. numerics: ``portable`` for the same bits on every processor, or
-    ``fast``. threads: of each rank (default: its fair share of the cores). context: most tokens of a request. comm: an
-    mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may move before the job gives up
+    ``fast``. threads: of each rank (default: its fair share of the cores). tp: ranks that share each stage; stages: how
+    many there have to be; fused: how ranks of a stage exchange activations, ``auto``, ``on`` or ``off``. context: most
+    tokens of a request. comm: an mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may move before the job gives up
     and says who waits for whom. trace: a file name; each rank N writes all that its roles are told and command to
     ``<trace>.rankN``, for ``pipeinfer replay``. calibration: a file that ``pipeinfer calibrate`` wrote.
     forced_acceptance: the probability that a draft's first choice is right, or those of its first, second, ...: the
@@ -96,9 +97,8 @@ class Engine:
             knobs, file = read_policy(name, settings).settings(), None if trace is None else _name(trace)
             known = {} if calibration is None else read_calibrations(_name(calibration))
             shares = forced_acceptance if isinstance(forced_acceptance, Sequence) else (forced_acceptance,)
-            forced = tuple(map(float, shares))
-            config = Config(named, drafts, knobs, dtype, context, timeout_s, file, known, forced)
-            config = replace(config, random_weights=random_weights, numerics=numerics, threads=threads)
+            more = known, tuple(map(float, shares)), random_weights, numerics, threads
+            config = Config(named, drafts, knobs, dtype, context, timeout_s, file, *more)
             return replace(config, tp=tp, stages=stages, fused=fused)
 
         def prepare() -> Cleared:

@@ -106,8 +106,7 @@ class Group:
     ) -> None:
         self._lib, self.rank, self.size, self._names = lib, rank, len(names), names
         self._windows, self.channel = windows, channel
-        self.can_fuse, self.can_bring = bool(windows), channel is not None
-        self.is_fused = self.can_fuse
+        self.can_fuse = self.is_fused = bool(windows)
         self.path = {0: self.is_fused}
         self.parts: list[Any] = []  # this rank's of all shards that the group shares, in the same order on all ranks
         self.exchanges = {"fused": 0, "bulk": 0}
@@ -118,6 +117,11 @@ class Group:
         self._ring = windows[0][DATA + SLOTS * slot :][:RING] if windows else None
         self._moved = 0  # bytes of commands written or read
         self._others = [other for other in range(self.size) if other]
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank tells the others what to do."""
+        return not self.rank
 
     def fuses(self, rows: int) -> bool:
         """Whether a pass of ``rows`` rows goes through the windows."""

@@ -1,7 +1,4 @@
-"""Linear layers of the C library: packed weights, and the order of their sums.
-
-A sum over the inputs is 8 chains of fused multiply-adds, each in order of the inputs, combined by a binary tree. The
-cuts between the chains are the tensor's own, so that ranks which hold some of the chains can give the same sums."""
+"""Linear layers of the C library: packed weights."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stages.kernels.arena import Arena
+from stages.kernels.cuts import default_cuts
 from stages.kernels.library import LEAVES, PANEL, CLinear, Library, library
 
 FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -20,17 +18,6 @@ DOT = 3
 """The format of bfloat16 weights that are multiplied by pairs of bfloat16."""
 
 ARENA = Arena()
-
-
-def even_cuts(inputs: int, unit: int = 2) -> list[int]:
-    """Cuts of ``inputs`` into 8 parts of about the same size, multiples of ``unit`` (even): 9 numbers."""
-    units = -(-inputs // unit)
-    return [min(inputs, unit * (units * leaf // LEAVES)) for leaf in range(LEAVES + 1)]
-
-
-def default_cuts(inputs: int) -> list[int]:
-    """Cuts of the sums over ``inputs`` where nothing else asks for others."""
-    return even_cuts(inputs, PANEL if inputs >= LEAVES * PANEL else 2)
 
 
 def padded(count: int) -> int:

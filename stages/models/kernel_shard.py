@@ -23,6 +23,7 @@ from pipeinfer.core.ports import GREEDY, Batch, Payload, SampledToken, SamplingI
 from pipeinfer.core.slots import slots_of
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, NORM, Weights, layer_tensors
 from stages.checkpoint.spec import ModelSpec
+from stages.kernels.cuts import part_of
 from stages.kernels.group import Group, tile_panels
 from stages.kernels.library import DOWN, OUTPUT, PANEL, PHASES, CHead, CLayer, CModel, CRows, Library, library
 from stages.kernels.linear import FORMATS, Linear, padded
@@ -30,7 +31,7 @@ from stages.kernels.sampling import changes_nothing
 from stages.kernels.top_tokens import top_tokens
 from stages.models.ends import Chosen, choose, spread
 from stages.models.rope import inverse_frequencies
-from stages.models.split import Split, SplitWeights, down_cuts, output_cuts, part_of
+from stages.models.split import Split, SplitWeights, down_cuts, output_cuts
 
 POSITIONS = 256
 """As in native/attention.h: positions of a chunk of attention."""

@@ -1,7 +1,7 @@
 """How the layers of a model are split among the ranks of a group, so that they compute what one rank alone computes.
 
 A linear layer is split by columns where its outputs are (queries, keys and values by heads; gate and up), and by rows
-where its inputs are (output, down), at the cuts of its sums' 8 chains (stages/kernels/linear.py): rank r of N has the
+where its inputs are (output, down), at the cuts of its sums' 8 chains (stages/kernels/cuts.py): rank r of N has the
 chains from 8 r / N to 8 (r + 1) / N. With 1, 2, 4 or 8 ranks each has whole subtrees of a sum, and the bits are the
 same for all of these; with other numbers they are another sum's. Embedding and head are split by tokens, in whole
 blocks of the head's kernel. Where ranks are more than key and value heads, several hold the same head.
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from pipeinfer.core.errors import UserError, refuse
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, Weights
 from stages.checkpoint.spec import ModelSpec
+from stages.kernels.cuts import default_cuts, part_of
 from stages.kernels.library import HEAD_BLOCK, LEAVES
-from stages.kernels.linear import default_cuts
 
 if TYPE_CHECKING:
     import torch
@@ -43,13 +43,6 @@ def token_ranges(vocabulary: int, size: int) -> list[range]:
     blocks = -(-vocabulary // HEAD_BLOCK)
     cuts = [min(vocabulary, HEAD_BLOCK * (blocks * rank // size)) for rank in range(size + 1)]
     return [range(cuts[rank], cuts[rank + 1]) for rank in range(size)]
-
-
-def part_of(whole: list[int], rank: int, size: int) -> tuple[range, list[int]]:
-    """Which inputs rank ``rank`` of ``size`` has of those that ``whole`` cuts, and their own cuts: the chains of other
-    ranks are empty."""
-    mine = range(whole[LEAVES * rank // size], whole[LEAVES * (rank + 1) // size])
-    return mine, [min(max(cut, mine.start), mine.stop) - mine.start for cut in whole]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from pipeinfer.core.ports import Sampling
 from stages.kernels.library import library
 from tests.faults.matrix import Case as Fault
 from tests.faults.matrix import end
-from tests.mpi.matrix import FULL, RIVALS, TIMEOUT_S, Asked, Case, Task, decode, prompts_for
 from tests.models.tiny import make_tiny_pair
+from tests.mpi.matrix import FULL, RIVALS, TIMEOUT_S, Asked, Case, Task, decode, prompts_for
 
 pytestmark = [
     pytest.mark.slow,

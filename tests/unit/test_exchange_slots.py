@@ -14,8 +14,8 @@ import pytest
 
 @dataclass(frozen=True)
 class Step:
-    """``kind``: begin to write, write (the flag is there), read or wait: of ``rank``'s part (shot 0), result (shot 1) or
-    word that it has read all (shot 2), in exchange ``epoch``."""
+    """``kind``: begin to write, write (the flag is there), read or wait: of a part (shot 0), a result (shot 1) or a
+    word that all is read (shot 2), of ``rank``, in exchange ``epoch``."""
 
     kind: str
     rank: int
