@@ -1,4 +1,5 @@
-"""Some consecutive layers of a Llama-family decoder on the C kernels (stages/kernels/native).
+"""Some consecutive layers of a Llama-family decoder, or of a Mixtral or Qwen3-MoE, on the C kernels
+(stages/kernels/native).
 
 A row has the same bits in any company: whatever rows are computed with it, in whichever slots, by any number of
 threads and on any instruction set with fused multiply-add. Activations are float32 everywhere; weights, keys and values
@@ -21,12 +22,25 @@ from torch import Tensor
 
 from pipeinfer.core.ports import GREEDY, Batch, Payload, SampledToken, SamplingInputs
 from pipeinfer.core.slots import slots_of
-from stages.checkpoint.checkpoint import EMBEDDING, HEAD, NORM, Weights, layer_tensors
+from stages.checkpoint.checkpoint import EMBEDDING, HEAD, NORM, Weights, dense_tensors
 from stages.checkpoint.spec import ModelSpec
-from stages.kernels.library import BEST_NBYTES, CHOSEN, LEAVES, PANEL, CHead, CLayer, CModel, CRows, Library, library
+from stages.kernels.library import (
+    BEST_NBYTES,
+    CHOSEN,
+    LEAVES,
+    PANEL,
+    CHead,
+    CLayer,
+    CLinear,
+    CModel,
+    CRows,
+    Library,
+    library,
+)
 from stages.kernels.linear import FORMATS, Linear, padded
 from stages.kernels.sampling import changes_nothing
 from stages.kernels.top_tokens import top_tokens
+from stages.models.experts import Experts
 from stages.models.rope import inverse_frequencies
 
 Chosen = npt.NDArray[np.void]
@@ -69,6 +83,7 @@ class KernelShard:
         kv: Tensor,
         first_layer: int,
         vocabulary: int | None,
+        experts: Experts | None,
     ) -> None:
         """``ends`` holds what the shard has of EMBEDDING, NORM and HEAD. Use ``load``."""
         lib = library()
@@ -76,6 +91,7 @@ class KernelShard:
         self.faults: dict[int, int] = {}
         self._lib: Library = lib
         self._spec, self._layers, self._kv, self._first_layer = spec, layers, kv, first_layer
+        self._experts = experts
         self._embedding, self._norm, self._head = ends.get(EMBEDDING), ends.get(NORM), ends.get(HEAD)
         self._limit = spec.vocab_size if vocabulary is None else min(vocabulary, spec.vocab_size)
         frequencies, factor = inverse_frequencies(spec.rope, spec.head_dim, spec.context)
@@ -109,18 +125,20 @@ class KernelShard:
             kv = torch.zeros(shape, dtype=dtype)
             packed = []
             for index, layer in enumerate(layers):
-                names = layer_tensors(spec, layer)
+                names = dense_tensors(spec, layer)
                 wide = [name for name, shape in names.items() if len(shape) == 1]  # norms and biases stay float32
                 read = checkpoint.read(names.keys() - wide, dtype) | checkpoint.read(wide, torch.float32)
                 packed.append(_pack(spec, {name.split(".", 3)[3]: tensor for name, tensor in read.items()}, kv[index]))
             ends = _read_ends(spec, checkpoint, layers, dtype)
-            return cls(spec, packed, ends, kv, layers.start, vocabulary)
+            experts = Experts.load(spec, checkpoint, layers, dtype)
+            return cls(spec, packed, ends, kv, layers.start, vocabulary, experts)
 
     @property
     def weight_nbytes(self) -> int:
         """Bytes of weights that this shard holds resident; a tied embedding held once counts once."""
         held = [tensor for layer in self._layers for tensor in layer.tensors]
         held += [linear.packed for layer in self._layers for linear in layer.linears]
+        held += self._experts.packed if self._experts is not None else []
         ends = [end.packed if isinstance(end, Linear) else end for end in (self._embedding, self._norm, self._head)]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in (*held, *ends) if tensor is not None}.values())
 
@@ -157,6 +175,8 @@ class KernelShard:
         for index, layer in enumerate(self._layers, self._first_layer):
             rows.layer = index
             self._lib.kernels.layer(model, addressof(layer.c), place)
+            if self._experts is not None:
+                self._experts.run(index - self._first_layer, model, rows)
             yield 0.0
         if faults.any():
             self.faults = {row: layer - 1 for row, layer in enumerate(faults.tolist()) if layer}
@@ -243,19 +263,17 @@ def _pack(spec: ModelSpec, read: dict[str, Tensor], kv: Tensor) -> _Layer:
     by_heads = [spec.head_dim * (heads * leaf // LEAVES) for leaf in range(LEAVES + 1)] if heads >= LEAVES else None
     gate_up = ("mlp.gate_proj", "mlp.up_proj")
     gates, gate_biases = joined(gate_up, "weight"), joined(gate_up, "bias")
-    assert gates is not None
-    linears = (
-        Linear.pack(torch.cat(weights), None if biases is None else torch.cat(biases)),
-        linear("self_attn.o_proj", by_heads),
-        Linear.interleaved(gates, gate_biases),
-        linear("mlp.down_proj"),
-    )
+    qkv_linear = Linear.pack(torch.cat(weights), None if biases is None else torch.cat(biases))
+    linears = [qkv_linear, linear("self_attn.o_proj", by_heads)]
+    if gates is not None:  # else the layer has experts
+        linears += [Linear.interleaved(gates, gate_biases), linear("mlp.down_proj")]
     names = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
     norms = [read[f"{name}.weight"].float() if f"{name}.weight" in read else None for name in names]
     addresses = [None if norm is None else norm.data_ptr() for norm in norms]
-    c = CLayer(*addresses, *[linear.c for linear in linears], *[states.data_ptr() for states in kv])
+    given = [*[linear.c for linear in linears], *[CLinear()] * (4 - len(linears))]
+    c = CLayer(*addresses, *given, *[states.data_ptr() for states in kv])
     held = [*norms, *[linear.bias for linear in linears]]
-    return _Layer(c, linears, tuple(tensor for tensor in held if tensor is not None))
+    return _Layer(c, tuple(linears), tuple(tensor for tensor in held if tensor is not None))
 
 
 def _read_ends(

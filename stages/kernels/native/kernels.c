@@ -5,17 +5,8 @@
  * position, in chunks of fixed size. */
 #include "attention.h"
 #include "head.h"
+#include "moe.h"
 #include "roofs.h"
-
-/* A row that is not finite is noted, and goes on as zeros. */
-static void check_row(struct layer_job *job, int row) {
-    struct rows *rows = job->rows;
-    int hidden = job->model->hidden, is_finite = 1;
-    float *x = rows->x + (int64_t)row * hidden;
-    for (int i = 0; i < hidden; i++) is_finite &= (bits_of(x[i]) & 0x7f800000) != 0x7f800000;
-    if (!is_finite) fault(rows, row);
-    if (rows->faults[row]) memset(x, 0, (size_t)hidden * 4);
-}
 
 static void norm_rows(struct layer_job *job, const float *weight, int begin, int end) {
     int hidden = job->model->hidden;
@@ -73,8 +64,12 @@ static void layer(const struct model *model, const struct layer *layer, struct r
     work.qkv = cut(&layer->qkv, 1, job.chunks + 1);
     job.chunks[3] = rows->count * model->kv_heads;
     work.output = cut(&layer->output, 1, job.chunks + 4);
-    work.gate_up = cut(&layer->gate_up, 2, job.chunks + 6);
-    work.down = cut(&layer->down, 1, job.chunks + 7);
+    if (layer->gate_up.columns) {
+        work.gate_up = cut(&layer->gate_up, 2, job.chunks + 6);
+        work.down = cut(&layer->down, 1, job.chunks + 7);
+    } else {
+        job.phases = 6; /* `experts` does the rest */
+    }
     pool_run(&job);
 }
 
@@ -96,4 +91,4 @@ static void attention(const struct model *model, const struct layer *layer, stru
 #define TEXT_OF(VARIANT) #VARIANT
 #define TEXT(VARIANT) TEXT_OF(VARIANT)
 const struct kernels TABLE_NAME(VARIANT) = {TEXT(VARIANT), HAS_DOT, linear,   layer,   attention,
-                                            choose,        embed,   read_all, multiply};
+                                            choose,        embed,   read_all, multiply, experts};

@@ -26,7 +26,8 @@ struct linear {
 
 struct layer {
     const float *attention_norm, *mlp_norm, *query_norm, *key_norm; /* the last two: NULL, or [head_dim] */
-    struct linear qkv, output, gate_up, down;                       /* gate_up: panels of gate and up take turns */
+    struct linear qkv, output, gate_up, down;                       /* gate_up: panels of gate and up take turns; no
+                                                                       columns where a layer has experts */
     void *keys, *values;                                            /* [kv_heads][capacity][stride] */
 };
 
@@ -49,6 +50,25 @@ struct rows {
     int32_t threads;      /* for so many */
     int32_t *faults;      /* [count]: set to `layer` + 1 where it is 0 and numbers are not finite */
     int32_t layer;
+};
+
+/* The experts of a layer. Those from `first` on and before `end` are here: gate_up[0] and down[0] are of `first`. */
+struct experts {
+    const struct linear *router, *gate_up, *down;
+    int32_t count, first, end;
+    int32_t chosen;        /* how many a row has */
+    int32_t is_normalised; /* whether a row's weights are divided by their sum */
+};
+
+/* Which experts the rows of a pass have, and what those made of them: memory of a pass. Output `row * chosen + k` is that
+ * of the row's k-th best expert. */
+struct routes {
+    float *scores;  /* [count of rows][count of experts in whole panels] */
+    float *weights; /* [outputs] */
+    int32_t *expert, *members; /* [outputs]: of each its expert; the outputs that are computed here, expert by expert */
+    int32_t *starts, *active;  /* [count of experts + 2], where each one's members begin; [count], those with members */
+    float *gathered, *inner;   /* [outputs][hidden] and [outputs][inner] in whole panels, in the order of members */
+    float *outputs;            /* [outputs][hidden] in whole panels */
 };
 
 /* An output head, and how it chooses: the highest logit, or by noise where `temperature` is not 0 (see noise.h). */
@@ -89,6 +109,9 @@ struct kernels {
     void (*embed)(const struct linear *linear, const int64_t *tokens, int32_t count, float *x);
     double (*read)(const void *memory, int64_t nbytes);
     double (*multiply)(int64_t steps, float seed);
+    /* What follows `layer` in a layer with experts: adds to rows->x what they make of rows->normed. */
+    void (*experts)(const struct model *model, const struct experts *experts, const struct routes *routes,
+                    struct rows *rows);
 };
 
 #endif
