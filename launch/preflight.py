@@ -58,13 +58,14 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
         refuse(f"policy {policy.name} needs a draft model", "give one with --draft DIR, or use --policy plain")
     if config.context < 0:
         refuse(f"--context {config.context}", "ask for at least one token, or for 0: what the target was made for")
+    has_kernels = library() is not None if has_kernels is None else has_kernels
     read = _random_model if config.random_weights else _model
-    target = read(config.target_directory, config.context or DEFAULT_CONTEXT)
+    target = read(config.target_directory, config.context or DEFAULT_CONTEXT, has_kernels)
     spec, _ = target
     if config.context > spec.context:
         refuse(f"--context {config.context}, but the target was made for {spec.context} tokens", "ask for fewer")
     context = config.context or min(spec.context, DEFAULT_CONTEXT)
-    models = {place: read(place, context) for place in dict.fromkeys(places)}
+    models = {place: read(place, context, has_kernels) for place in dict.fromkeys(places)}
     if config.forced_acceptance:
         _refuse_few_tokens(config.target_directory, {config.target_directory: target, **models})
     else:
@@ -72,7 +73,6 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
             _same_vocabulary(config.target_directory, place)
     plan = assign(ranks, spec.layer_count, len(places), spec.head_in_layers, config.tp, config.stages)
     drafts = [models[place] for place in places]
-    has_kernels = library() is not None if has_kernels is None else has_kernels
     if config.tp > 1:
         _refuse_group(config, spec, has_kernels)
     resolved = _resolved(config, target, drafts, has_kernels)
@@ -149,7 +149,7 @@ def _refuse_few_tokens(target_directory: Path, models: dict[Path, Model]) -> Non
             refuse(f"{place}: a vocabulary of {spec.vocab_size} tokens", f"forced acceptance needs {needed} here")
 
 
-def _random_model(directory: Path, context: int) -> Model:
+def _random_model(directory: Path, context: int, has_kernels: bool) -> Model:
     model_folder(directory)
     if not is_llama_family(directory):
         able = ", ".join(FAMILIES)
@@ -158,15 +158,17 @@ def _random_model(directory: Path, context: int) -> Model:
     spec = ModelSpec.read(directory)
     if _is_windowed(spec, context):
         refuse(f"{directory}: no random weights are made for windows of {spec.window} tokens", "ask for less --context")
+    if spec.experts is not None and not has_kernels:
+        refuse(f"{directory}: random weights of experts need the C kernels ({reason()})", "use a model without experts")
     return spec, RandomCheckpoint(spec)
 
 
-def _model(directory: Path, context: int) -> Model:
+def _model(directory: Path, context: int, has_kernels: bool) -> Model:
     """The model in ``directory``, to be served with at most ``context`` tokens."""
     if not is_llama_family(directory):  # the only case that loads torch: such a model has to be looked at
         return _generic(directory)
     spec = ModelSpec.read(directory)
-    if _is_windowed(spec, context):
+    if _is_windowed(spec, context) or (spec.experts is not None and not has_kernels):
         return _generic(directory)
     checkpoint = Checkpoint(directory)
     checkpoint.validate(spec)

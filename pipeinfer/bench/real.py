@@ -25,7 +25,8 @@ from pipeinfer.core.metrics import percentile
 from pipeinfer.core.ports import RequestStats, Sampling
 from pipeinfer.costs.paths import BENCHMARKS
 from pipeinfer.engine.engine import Engine
-from stages.checkpoint.spec import FAMILIES, architecture_of, stored_dtype
+from stages.checkpoint.spec import ModelSpec, is_llama_family, stored_dtype
+from stages.kernels.library import library
 
 if TYPE_CHECKING:
     from launch.mpi import World
@@ -116,11 +117,16 @@ def _passes(
     if not here.draft:
         return {}
     pair = (model_directory(here.target, "target"), model_directory(here.draft, "draft"))
-    if not all(architecture_of(folder) in FAMILIES for folder in pair):
+    if not all(map(_has_own_shard, pair)):
         return {}
     known = measure_pair(*pair, dtype, threads, prompts[0], found[ours][0].tokens, beside)
     plain = percentile([one.speed for one in found["plain"]], 0.5) if "plain" in found else None
     return {"passes": known, "ideal_tokens_per_s": plain and plain * known["gain"]}
+
+
+def _has_own_shard(folder: Path) -> bool:
+    """Whether a shard of ours, and not transformers' code, computes the model in ``folder``."""
+    return is_llama_family(folder) and (library() is not None or ModelSpec.read(folder).experts is None)
 
 
 @contextmanager

@@ -49,10 +49,11 @@ class Engine:
     knobs; settings: changes to it, as ``knob=value``. dtype: of weights and KV slots: ``auto`` for what each
     checkpoint says, or ``fp32``, ``bf16`` or ``fp16``. numerics: ``portable`` for the same bits on every processor, or
     ``fast``. threads: of each rank (default: its fair share of the cores). tp: ranks that share each stage; stages: how
-    many there have to be; fused: how ranks of a stage exchange activations, ``auto``, ``on`` or ``off``. context: most
-    tokens of a request. comm: an mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may move before the job gives up
-    and says who waits for whom. trace: a file name; each rank N writes all that its roles are told and command to
-    ``<trace>.rankN``, for ``pipeinfer replay``. calibration: a file that ``pipeinfer calibrate`` wrote.
+    many there have to be; fused: how those ranks exchange activations, ``auto``, ``on`` or ``off``. context: most
+    tokens of a request. comm: an mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may
+    move before the job gives up and says who waits for whom. trace: a file name; each rank N writes all that its roles
+    are told and command to ``<trace>.rankN``, for ``pipeinfer replay``. calibration: a file that ``pipeinfer
+    calibrate`` wrote.
     forced_acceptance: the probability that a draft's first choice is right, or those of its first, second, ...: the
     models compute as always, but the tokens mean nothing and are shown as numbers, and no token ends a text.
     random_weights: with it, the directories need only a config.json; without a tokenizer a prompt is its bytes.

@@ -25,7 +25,7 @@ from stages.checkpoint.folder import (
 from stages.checkpoint.names import llama_name, refuse_collisions, unwrapped
 from stages.checkpoint.pickle_file import open_pickle, read_pickle
 from stages.checkpoint.safetensors_file import FLOAT_NBYTES, StoredTensor, read_header
-from stages.checkpoint.spec import ModelSpec
+from stages.checkpoint.spec import ExpertSpec, ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,33 @@ MAX_NAME = 200  # characters of a file's name; file systems have 255 bytes
 
 def layer_tensors(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of one layer's tensors."""
+    tensors = dense_tensors(spec, layer)
+    if spec.experts is not None:
+        tensors[router_name(spec.experts, layer)] = (spec.experts.count, spec.hidden_size)
+        for expert in range(spec.experts.count):
+            tensors |= expert_tensors(spec, layer, expert)
+    return tensors
+
+
+def router_name(experts: ExpertSpec, layer: int) -> str:
+    """The matrix by which a layer's rows choose experts: [experts, hidden_size]."""
+    return f"model.layers.{layer}.{experts.block}.gate.weight"
+
+
+def expert_tensors(spec: ModelSpec, layer: int, expert: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of an expert's matrices: gate, up, down."""
+    experts, hidden, inner = spec.experts, spec.hidden_size, spec.intermediate_size
+    assert experts is not None
+    prefix = f"model.layers.{layer}.{experts.block}.experts.{expert}."
+    return {
+        f"{prefix}{experts.gate}.weight": (inner, hidden),
+        f"{prefix}{experts.up}.weight": (inner, hidden),
+        f"{prefix}{experts.down}.weight": (hidden, inner),
+    }
+
+
+def dense_tensors(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of one layer's tensors but for its experts' and their router's."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
     queries, keys = spec.head_count * spec.head_dim, spec.kv_head_count * spec.head_dim
     linears = {
@@ -46,10 +73,13 @@ def layer_tensors(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj": (keys, hidden, spec.qkv_bias),
         "self_attn.v_proj": (keys, hidden, spec.qkv_bias),
         "self_attn.o_proj": (hidden, queries, spec.output_bias),
-        "mlp.gate_proj": (inner, hidden, spec.mlp_bias),
-        "mlp.up_proj": (inner, hidden, spec.mlp_bias),
-        "mlp.down_proj": (hidden, inner, spec.mlp_bias),
     }
+    if spec.experts is None:
+        linears |= {
+            "mlp.gate_proj": (inner, hidden, spec.mlp_bias),
+            "mlp.up_proj": (inner, hidden, spec.mlp_bias),
+            "mlp.down_proj": (hidden, inner, spec.mlp_bias),
+        }
     prefix = f"model.layers.{layer}."
     tensors: dict[str, tuple[int, ...]] = {
         f"{prefix}input_layernorm.weight": (hidden,),

@@ -95,6 +95,26 @@ class CRows(ctypes.Structure):
     )
 
 
+class CExperts(ctypes.Structure):
+    """``struct experts``."""
+
+    _fields_ = (
+        ("router", c_void_p),
+        ("gate_up", c_void_p),
+        ("down", c_void_p),
+        *((name, c_int32) for name in ("count", "first", "end", "chosen", "is_normalised")),
+    )
+
+
+class CRoutes(ctypes.Structure):
+    """``struct routes``."""
+
+    _fields_ = tuple(
+        (name, c_void_p)
+        for name in ("scores", "weights", "expert", "members", "starts", "active", "gathered", "inner", "outputs")
+    )
+
+
 class CHead(ctypes.Structure):
     """``struct head``."""
 
@@ -132,6 +152,7 @@ class Table(ctypes.Structure):
         ("spread", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int32, c_int32, c_void_p)),
         ("read", ctypes.CFUNCTYPE(c_double, c_void_p, c_int64)),
         ("multiply", ctypes.CFUNCTYPE(c_double, c_int64, c_float)),
+        ("experts", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_void_p)),
     )
 
 

@@ -1,4 +1,5 @@
-"""Some consecutive layers of a Llama-family decoder on the C kernels (stages/kernels/native).
+"""Some consecutive layers of a Llama-family decoder, or of a Mixtral or Qwen3-MoE, on the C kernels
+(stages/kernels/native).
 
 A row has the same bits in any company: whatever rows are computed with it, in whichever slots, by any number of
 threads and on any instruction set with fused multiply-add. Activations are float32 everywhere; weights, keys and values
@@ -21,15 +22,28 @@ from torch import Tensor
 
 from pipeinfer.core.ports import GREEDY, Batch, Payload, SampledToken, SamplingInputs
 from pipeinfer.core.slots import slots_of
-from stages.checkpoint.checkpoint import EMBEDDING, HEAD, NORM, Weights, layer_tensors
+from stages.checkpoint.checkpoint import EMBEDDING, HEAD, NORM, Weights, dense_tensors
 from stages.checkpoint.spec import ModelSpec
 from stages.kernels.cuts import part_of
 from stages.kernels.group import Group, tile_panels
-from stages.kernels.library import DOWN, OUTPUT, PANEL, PHASES, CHead, CLayer, CModel, CRows, Library, library
+from stages.kernels.library import (
+    DOWN,
+    OUTPUT,
+    PANEL,
+    PHASES,
+    CHead,
+    CLayer,
+    CLinear,
+    CModel,
+    CRows,
+    Library,
+    library,
+)
 from stages.kernels.linear import FORMATS, Linear, padded
 from stages.kernels.sampling import changes_nothing
 from stages.kernels.top_tokens import top_tokens
 from stages.models.ends import Chosen, choose, spread
+from stages.models.experts import Experts
 from stages.models.rope import inverse_frequencies
 from stages.models.split import Split, SplitWeights, down_cuts, output_cuts
 
@@ -74,6 +88,7 @@ class KernelShard:
         first_layer: int,
         vocabulary: int | None,
         group: Group | None,
+        experts: Experts | None,
     ) -> None:
         """``ends`` holds what the shard has of EMBEDDING, NORM and HEAD. Use ``load``."""
         lib = library()
@@ -81,6 +96,7 @@ class KernelShard:
         self.faults: dict[int, int] = {}
         self._lib: Library = lib
         self._spec, self._layers, self._kv, self._first_layer = spec, layers, kv, first_layer
+        self._experts = experts
         self._embedding, self._norm, self._head = ends.get(EMBEDDING), ends.get(NORM), ends.get(HEAD)
         self._limit = spec.vocab_size if vocabulary is None else min(vocabulary, spec.vocab_size)
         frequencies, factor = inverse_frequencies(spec.rope, spec.head_dim, spec.context)
@@ -121,18 +137,20 @@ class KernelShard:
             kv = torch.zeros(shape, dtype=dtype)
             packed = []
             for index, layer in enumerate(layers):
-                names = layer_tensors(spec, layer)
+                names = dense_tensors(spec, layer)
                 wide = [name for name, shape in names.items() if len(shape) == 1]  # norms and biases stay float32
                 read = checkpoint.read(names.keys() - wide, dtype) | checkpoint.read(wide, torch.float32)
                 packed.append(_pack(split, {name.split(".", 3)[3]: tensor for name, tensor in read.items()}, kv[index]))
             ends = _read_ends(spec, checkpoint, layers, dtype)
-            return cls(spec, packed, ends, kv, layers.start, vocabulary, group)
+            experts = Experts.load(spec, checkpoint, layers, dtype, split.rank, split.size)
+            return cls(spec, packed, ends, kv, layers.start, vocabulary, group, experts)
 
     @property
     def weight_nbytes(self) -> int:
         """Bytes of weights that this shard holds resident; a tied embedding held once counts once."""
         held = [tensor for layer in self._layers for tensor in layer.tensors]
         held += [linear.packed for layer in self._layers for linear in layer.linears]
+        held += self._experts.packed if self._experts is not None else []
         ends = [end.packed if isinstance(end, Linear) else end for end in (self._embedding, self._norm, self._head)]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in (*held, *ends) if tensor is not None}.values())
 
@@ -168,6 +186,8 @@ class KernelShard:
         for index, layer in enumerate(self._layers, self._first_layer):
             rows.layer, rows.first, rows.end = index, 0, PHASES
             self._compute(layer, rows)
+            if self._experts is not None:
+                self._experts.run(index - self._first_layer, addressof(self._c), rows, self._group)
             yield 0.0
         if faults.any():
             self.faults = {row: layer - 1 for row, layer in enumerate(faults.tolist()) if layer}
@@ -279,22 +299,23 @@ def _pack(split: Split, read: dict[str, Tensor], kv: Tensor) -> _Layer:
     assert weights is not None
     gate_up = ("mlp.gate_proj", "mlp.up_proj")
     gates, gate_biases = joined(gate_up, "weight"), joined(gate_up, "bias")
-    assert gates is not None
-    linears = (
+    linears = [
         Linear.pack(torch.cat(weights), None if biases is None else torch.cat(biases)),
         linear("self_attn.o_proj", part_of(output_cuts(spec), split.rank, split.size)[1]),
-        Linear.interleaved(gates, gate_biases),
-        linear("mlp.down_proj", part_of(down_cuts(spec), split.rank, split.size)[1]),
-    )
+    ]
+    if gates is not None:  # else the layer has experts
+        down = linear("mlp.down_proj", part_of(down_cuts(spec), split.rank, split.size)[1])
+        linears += [Linear.interleaved(gates, gate_biases), down]
     names = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
     norms = [read[f"{name}.weight"].float() if f"{name}.weight" in read else None for name in names]
     addresses = [None if norm is None else norm.data_ptr() for norm in norms]
-    c = CLayer(*addresses, *[linear.c for linear in linears], *[states.data_ptr() for states in kv])
+    given = [*[linear.c for linear in linears], *[CLinear()] * (4 - len(linears))]
+    c = CLayer(*addresses, *given, *[states.data_ptr() for states in kv])
     sizes = spec.head_count * spec.head_dim, spec.intermediate_size
     tiles = [tile_panels(spec.hidden_size, -(-size // split.size), kv.element_size()) for size in sizes]
     c.output_tile, c.down_tile = tiles
     held = [*norms, *[linear.bias for linear in linears]]
-    return _Layer(c, linears, tuple(tensor for tensor in held if tensor is not None))
+    return _Layer(c, tuple(linears), tuple(tensor for tensor in held if tensor is not None))
 
 
 def _read_ends(

@@ -34,9 +34,12 @@ def load_llama(
     vocabulary: int | None = None,
     device: str = "cpu",
 ) -> KernelShard | LlamaShard:
-    """The shard of ``layers`` of a model of the Llama family: on the kernels if they can be had, else in torch."""
+    """The shard of ``layers`` of a model of the Llama family: on the kernels if they can be had, else in torch. Raises
+    UserError for a model with experts where torch would compute."""
     if library() is not None and device == "cpu":
         return KernelShard.load(spec, weights, layers, dtype, capacity, vocabulary)
+    if spec.experts is not None:
+        refuse(f"{spec.architecture} has experts, which need the C kernels", "use a device and a host that have them")
     return LlamaShard.load(spec, weights, layers, dtype, capacity, device, vocabulary)
 
 

@@ -72,7 +72,10 @@ class Split:
 
     @property
     def inner(self) -> range:
-        """Inner activations of the MLP. Raises UserError if a rank would have none."""
+        """Inner activations of the MLP; of experts, which are spread whole, all. Raises UserError if a rank would have
+        none."""
+        if self.spec.experts is not None:
+            return range(self.spec.intermediate_size)
         found = part_of(down_cuts(self.spec), self.rank, self.size)[0]
         if not found:
             self._refuse(f"{self.spec.intermediate_size} inner activations")

@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -352,10 +352,16 @@ def check_case(world: World, shards: list[KernelShard], lib: Library, sets: Sequ
             company.free.insert(dice.randrange(len(company.free) + 1), slot)
 
 
-def check_world(seed: int, cases: int, truth: Library | None = None, lib: Library | None = None) -> str:
+def check_world(
+    seed: int,
+    cases: int,
+    truth: Library | None = None,
+    lib: Library | None = None,
+    draw: Callable[[int], World] = draw_world,
+) -> str:
     """Some cases of a world; ``truth``: the library that says what a row is alone, ``lib``: the one that computes it in
     company; the library in use, if nothing else is given. Returns a digest of the world's logits."""
-    world = draw_world(seed)
+    world = draw(seed)
     found = [each or library() for each in (truth, lib)]
     assert found[0] is not None and found[1] is not None, "there is no library of kernels"
     is_before = [(each.threads, each.isa) for each in found]

@@ -55,6 +55,16 @@ static void fault(struct rows *rows, int row) {
     if (!rows->faults[row]) rows->faults[row] = rows->layer + 1;
 }
 
+/* A row that is not finite is noted, and goes on as zeros. */
+static void check_row(struct layer_job *job, int row) {
+    struct rows *rows = job->rows;
+    int hidden = job->model->hidden, is_finite = 1;
+    float *x = rows->x + (int64_t)row * hidden;
+    for (int i = 0; i < hidden; i++) is_finite &= (bits_of(x[i]) & 0x7f800000) != 0x7f800000;
+    if (!is_finite) fault(rows, row);
+    if (rows->faults[row]) memset(x, 0, (size_t)hidden * 4);
+}
+
 /* Norm, rotate and write the heads of a row. */
 static void place_row(struct layer_job *job, int row) {
     const struct model *model = job->model;

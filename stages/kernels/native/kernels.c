@@ -5,17 +5,8 @@
  * position, in chunks of fixed size. */
 #include "attention.h"
 #include "head.h"
+#include "moe.h"
 #include "roofs.h"
-
-/* A row that is not finite is noted, and goes on as zeros. */
-static void check_row(struct layer_job *job, int row) {
-    struct rows *rows = job->rows;
-    int hidden = job->model->hidden, is_finite = 1;
-    float *x = rows->x + (int64_t)row * hidden;
-    for (int i = 0; i < hidden; i++) is_finite &= (bits_of(x[i]) & 0x7f800000) != 0x7f800000;
-    if (!is_finite) fault(rows, row);
-    if (rows->faults[row]) memset(x, 0, (size_t)hidden * 4);
-}
 
 static void norm_rows(struct layer_job *job, const float *weight, int begin, int end) {
     int hidden = job->model->hidden;
@@ -108,7 +99,7 @@ static void run_phases(const struct rows *rows, const struct job *whole, int fir
 static void run_exchange(struct layer_job *work, struct job *job, int phase) {
     struct rows *rows = work->rows;
     int half = phase == DOWN, most = rows->group->most_rows;
-    if (phase < rows->first || phase >= rows->end) return;
+    if (phase < rows->first || phase >= rows->end || phase >= job->phases) return;
     for (int begin = 0; begin < rows->count; begin += most) {
         begin_exchange(work, job, half, begin, rows->count - begin < most ? rows->count - begin : most);
         run_phases(rows, job, phase, phase + 1);
@@ -127,7 +118,7 @@ static void run_in_group(struct layer_job *work, struct job *job) {
     }
     for (int half = 0; half < 2; half++) {
         int phase = half ? DOWN : OUTPUT;
-        if (phase >= rows->first && phase < rows->end) begin_exchange(work, job, half, 0, rows->count);
+        if (phase >= rows->first && phase < rows->end && phase < job->phases) begin_exchange(work, job, half, 0, rows->count);
     }
     run_phases(rows, job, 0, PHASES);
 }
@@ -145,8 +136,12 @@ static void layer(const struct model *model, const struct layer *layer, struct r
     work.qkv = cut(&layer->qkv, 1, job.chunks + 1);
     job.chunks[3] = rows->count * model->kv_heads;
     work.output = cut(&layer->output, 1, job.chunks + OUTPUT);
-    work.gate_up = cut(&layer->gate_up, 2, job.chunks + 6);
-    work.down = cut(&layer->down, 1, job.chunks + DOWN);
+    if (layer->gate_up.columns) {
+        work.gate_up = cut(&layer->gate_up, 2, job.chunks + 6);
+        work.down = cut(&layer->down, 1, job.chunks + DOWN);
+    } else {
+        job.phases = OUTPUT + 2; /* `experts` does the rest */
+    }
     if (rows->group && !rows->parts)
         run_in_group(&work, &job);
     else
@@ -171,4 +166,4 @@ static void attention(const struct model *model, const struct layer *layer, stru
 #define TEXT_OF(VARIANT) #VARIANT
 #define TEXT(VARIANT) TEXT_OF(VARIANT)
 const struct kernels TABLE_NAME(VARIANT) = {TEXT(VARIANT), HAS_DOT,         linear, layer,    attention, choose, embed,
-                                            choose_among,  choose_in_group, spread, read_all, multiply};
+                                            choose_among,  choose_in_group, spread, read_all, multiply,  experts};

@@ -31,7 +31,8 @@ struct linear {
 
 struct layer {
     const float *attention_norm, *mlp_norm, *query_norm, *key_norm; /* the last two: NULL, or [head_dim] */
-    struct linear qkv, output, gate_up, down;                       /* gate_up: panels of gate and up take turns */
+    struct linear qkv, output, gate_up, down;                       /* gate_up: panels of gate and up take turns; no
+                                                                       columns where a layer has experts */
     void *keys, *values;                                            /* [kv_heads][capacity][stride] */
     int32_t output_tile, down_tile; /* panels of a tile of an exchange, where a group computes the layer */
 };
@@ -60,6 +61,25 @@ struct rows {
      * and DOWN, after which the caller brings together what each rank has put into parts[rank][count][hidden, padded]. */
     struct group *group;
     float *parts;
+};
+
+/* The experts of a layer. Those from `first` on and before `end` are here: gate_up[0] and down[0] are of `first`. */
+struct experts {
+    const struct linear *router, *gate_up, *down;
+    int32_t count, first, end;
+    int32_t chosen;        /* how many a row has */
+    int32_t is_normalised; /* whether a row's weights are divided by their sum */
+};
+
+/* Which experts the rows of a pass have, and what those made of them: memory of a pass. Output `row * chosen + k` is that
+ * of the row's k-th best expert. */
+struct routes {
+    float *scores;  /* [count of rows][count of experts in whole panels] */
+    float *weights; /* [outputs] */
+    int32_t *expert, *members; /* [outputs]: of each its expert; the outputs that are computed here, expert by expert */
+    int32_t *starts, *active;  /* [count of experts + 2], where each one's members begin; [count], those with members */
+    float *gathered, *inner;   /* [outputs][hidden] and [outputs][inner] in whole panels, in the order of members */
+    float *outputs;            /* [outputs][hidden] in whole panels */
 };
 
 /* An output head, and how it chooses: the highest logit, or by noise where `temperature` is not 0 (see noise.h). */
@@ -107,6 +127,9 @@ struct kernels {
     void (*spread)(struct group *group, const int32_t *owners, int32_t count, int32_t hidden, float *x);
     double (*read)(const void *memory, int64_t nbytes);
     double (*multiply)(int64_t steps, float seed);
+    /* What follows `layer` in a layer with experts: adds to rows->x what they make of rows->normed. */
+    void (*experts)(const struct model *model, const struct experts *experts, const struct routes *routes,
+                    struct rows *rows);
 };
 
 #endif
