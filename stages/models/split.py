@@ -99,19 +99,17 @@ class Split:
         """What of the tensor ``name`` this part has."""
         if name in (EMBEDDING, HEAD):
             return (_slice(self.tokens),)
-        linear, _, kind = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")
-        if not linear.endswith(("self_attn", "mlp")) or "norm" in kind:
+        spec, (kind, what) = self.spec, name.rsplit(".", 2)[1:]
+        heads = {"q_proj": self.heads, "k_proj": self.kv_heads, "v_proj": self.kv_heads, "o_proj": self.heads}
+        if ".self_attn." in name and kind in heads:
+            part, is_output = _slice(heads[kind], spec.head_dim), kind == "o_proj"
+        elif spec.experts is None and kind in ("gate_proj", "up_proj", "down_proj"):
+            part, is_output = _slice(self.inner), kind == "down_proj"
+        else:  # norms, and experts, which are spread whole
             return (slice(None),)
-        size = self.spec.head_dim
-        if kind == "q_proj":
-            return (_slice(self.heads, size),)
-        if kind in ("k_proj", "v_proj"):
-            return (_slice(self.kv_heads, size),)
-        if kind in ("gate_proj", "up_proj"):
-            return (_slice(self.inner),)
-        if name.endswith(".bias"):
-            return (slice(None),)  # added once, to the sum of all parts
-        return (slice(None), _slice(self.heads, size) if kind == "o_proj" else _slice(self.inner))
+        if not is_output:
+            return (part,)
+        return (slice(None), part) if what == "weight" else (slice(None),)  # a bias is added to the sum of all parts
 
 
 def _slice(part: range, size: int = 1) -> slice:

@@ -155,16 +155,16 @@ SIZES = (2, 4, 8)
 
 
 def check_groups(
-    seed: int, lib: Library, cases: int = 2, sizes: Sequence[int] = SIZES, truth: Library | None = None
+    seed: int, lib: Library, cases: int = 2, sizes: Sequence[int] = SIZES, world: World | None = None
 ) -> int:
-    """Raises AssertionError where the bits of a world's rows on a group are not those on one rank, by ``truth``.
-    Returns how many groups there were."""
-    world, dice, count = draw_world(seed, long_texts=seed % 4 == 0), random.Random(f"groups {seed}"), 0
+    """Raises AssertionError where the bits of a world's rows on a group are not those on one rank. ``world``: if it
+    is not the one of ``seed``. Returns how many groups there were."""
+    world = world or draw_world(seed, long_texts=seed % 4 == 0)
+    dice, count = random.Random(f"groups {seed}"), 0
     sizes = [size for size in sizes if can_split(world.spec, size)]
     if not sizes:
         return 0
-    alone = truth or lib
-    learn(world, load(world, alone), alone, alone.isa)
+    learn(world, load(world, lib), lib, lib.isa)
     for size in sizes:
         for how in (How(size), How(size, two_shot=1), How(size, fused=False)):
             how = How(size, how.fused, how.two_shot, spin_us=dice.choice((0, 50)))

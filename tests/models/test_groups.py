@@ -20,6 +20,7 @@ from stages.kernels.library import library
 from stages.models.kernel_shard import KernelShard
 from stages.models.path_trial import choose_path
 from stages.models.split import Split, can_split, refuse_unsplittable
+from tests.models.expert_bits import draw_expert_world
 from tests.models.group_mutants import FAULTS, Planted, build
 from tests.models.grouped import How, check_groups, grouped, make_groups
 from tests.models.kernel_bits import World, draw_world, learn, load
@@ -54,6 +55,14 @@ def test_bits_are_those_of_one_rank(seed: int) -> None:
     """Fused in one shot and in two, and in bulk; slots are full of what is not a number until they are written."""
     assert SOUND is not None
     check_groups(seed, SOUND)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_experts_that_are_spread_give_the_bits_of_one_rank(seed: int) -> None:
+    """Also where nobody chooses some of them, and where every row chooses the same."""
+    assert SOUND is not None
+    check_groups(seed, SOUND, sizes=(2, 4, 8), world=draw_expert_world(seed))
 
 
 @pytest.mark.slow
