@@ -36,10 +36,14 @@ class MpiChannel:
         self._finish(self._peers.Ibcast(buffer))
         return data if leads else buffer.tobytes()
 
-    def bring(self, parts: npt.NDArray[Any]) -> None:
+    def start(self, parts: npt.NDArray[Any]) -> Any:
         """See Channel."""
         mine = parts[self._member].copy()
-        self._finish(self._peers.Iallgather(mine, parts))
+        return self._peers.Iallgather(mine, parts), mine
+
+    def finish(self, started: Any) -> None:
+        """See Channel."""
+        self._finish(started[0])
 
     def add_up(self, numbers: npt.NDArray[np.float32]) -> None:
         """Add up ``numbers`` of all ranks in place, in an order of MPI's own: for benchmarks. Collective."""

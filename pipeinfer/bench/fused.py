@@ -101,8 +101,8 @@ class AllReduce:
         channel, shared, one = group.channel, parts.numpy(), mine.numpy()
         return {
             "compute": compute,
-            "comm": lambda: channel.bring(shared),
-            "bulk": lambda: bulk(lambda: channel.bring(shared)),
+            "comm": lambda: group.bring(shared),
+            "bulk": lambda: bulk(lambda: group.bring(shared)),
             "mpi": lambda: bulk(lambda: channel.add_up(one)),
             "fused": lambda: run(OUTPUT, OUTPUT + 2, next(layers), is_bulk=False),
         }
@@ -143,12 +143,12 @@ class Argmax:
 
         def bulk() -> None:
             compute()
-            channel.bring(shared)
+            group.bring(shared)
             best()
 
         assert group.channel is not None
-        channel, shared = group.channel, parts.numpy()
-        return {"compute": compute, "comm": lambda: channel.bring(shared), "bulk": bulk, "mpi": bulk, "fused": fused}
+        shared = parts.numpy()
+        return {"compute": compute, "comm": lambda: group.bring(shared), "bulk": bulk, "mpi": bulk, "fused": fused}
 
 
 def measure(

@@ -59,8 +59,12 @@ class Channel(Protocol):
         """The leader's ``data``, on every rank. Collective."""
         ...
 
-    def bring(self, parts: npt.NDArray[Any]) -> None:
-        """parts[r] of every rank r, to every rank. Collective."""
+    def start(self, parts: npt.NDArray[Any]) -> Any:
+        """Begin to bring parts[r] of every rank r to every rank. Collective; returns what ``finish`` is to be given."""
+        ...
+
+    def finish(self, started: Any) -> None:
+        """Wait until those parts are there."""
         ...
 
     def add_up(self, numbers: npt.NDArray[np.float32]) -> None:
@@ -115,6 +119,7 @@ class Group:
         for index, window in enumerate(windows):
             self.c.windows[index] = window.ctypes.data
         self._ring = windows[0][DATA + SLOTS * slot :][:RING] if windows else None
+        self._under_way: dict[int, Any] = {}  # collectives
         self._moved = 0  # bytes of commands written or read
         self._others = [other for other in range(self.size) if other]
 
@@ -202,9 +207,19 @@ class Group:
 
     def bring(self, parts: npt.NDArray[Any]) -> None:
         """In bulk: parts[r] of every rank r, to all ranks."""
+        self.start(0, parts)
+        self.finish(0)
+
+    def start(self, index: int, parts: npt.NDArray[Any]) -> None:
+        """Begin to bring ``parts`` together, as the ``index``-th of those that are under way."""
         assert self.channel is not None
         self.exchanges["bulk"] += 1
-        self.channel.bring(parts)
+        self._under_way[index] = self.channel.start(parts)
+
+    def finish(self, index: int) -> None:
+        """Wait for the parts that ``start`` was called with."""
+        assert self.channel is not None
+        self.channel.finish(self._under_way.pop(index))
 
     def check(self) -> None:
         """Raise StallError if a rank was late in the exchanges so far."""

@@ -13,7 +13,6 @@ import math
 from collections.abc import Generator, Sequence
 from ctypes import addressof
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -27,8 +26,6 @@ from stages.checkpoint.spec import ModelSpec
 from stages.kernels.cuts import part_of
 from stages.kernels.group import Group, tile_panels
 from stages.kernels.library import (
-    DOWN,
-    OUTPUT,
     PANEL,
     PHASES,
     CHead,
@@ -42,6 +39,7 @@ from stages.kernels.library import (
 from stages.kernels.linear import FORMATS, Linear, padded
 from stages.kernels.sampling import changes_nothing
 from stages.kernels.top_tokens import top_tokens
+from stages.models.bulk import compute_in_bulk
 from stages.models.ends import Chosen, choose, spread
 from stages.models.experts import Experts
 from stages.models.rope import inverse_frequencies
@@ -204,12 +202,9 @@ class KernelShard:
             self._lib.kernels.layer(*given)
             group.exchanges["fused"] += 2
         else:
-            parts = self._scratch.parts[: group.size * rows.count * padded(self._c.hidden)]
-            rows.parts = parts.data_ptr()
-            for rows.first, rows.end in pairwise((0, OUTPUT + 1, DOWN + 1, PHASES)):
-                self._lib.kernels.layer(*given)
-                if rows.end < PHASES:
-                    group.bring(parts.view(group.size, -1).numpy())
+            scratch = self._scratch
+            strides = scratch.wide.shape[1], scratch.mixed.shape[1]
+            compute_in_bulk(self._lib, group, self._c, layer.c, rows, strides, scratch.parts)
         group.check()
 
     def _enter(self, batch: Batch, hidden: Payload | None) -> Tensor:

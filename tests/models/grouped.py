@@ -42,17 +42,20 @@ class Threads:
         self._barrier.wait(WAIT_S)
         return found
 
-    def bring(self, parts: npt.NDArray[Any]) -> None:
+    def start(self, parts: npt.NDArray[Any]) -> None:
         self._board[self._rank] = parts[self._rank].copy()
         self._barrier.wait(WAIT_S)
         for rank, part in enumerate(self._board):
             parts[rank] = part
         self._barrier.wait(WAIT_S)
 
+    def finish(self, started: None) -> None:
+        pass
+
     def add_up(self, numbers: npt.NDArray[Any]) -> None:
         everybody = np.zeros((self._barrier.parties, *numbers.shape), numbers.dtype)
         everybody[self._rank] = numbers
-        self.bring(everybody)
+        self.start(everybody)
         numbers[...] = everybody.sum(0)
 
 
