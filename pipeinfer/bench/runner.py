@@ -26,7 +26,7 @@ CONFIG = (
     "dtype", "prompt_tokens", "tokens", "set", "claims", "burst",
 )  # fmt: skip
 """What a fingerprint's digest of the configuration is made of."""
-OF_GROUPS = ("tp", "efficiency")
+OF_GROUPS = ("tp", "fused", "efficiency")
 """The same, where ranks share stages."""
 
 
@@ -67,7 +67,7 @@ def _emulate(
     from pipeinfer.bench.emulated import emulate
 
     found: dict[Contender, list[Sample]] = {one: [] for one in contenders}
-    with world.part(here.point.leaders) as part:
+    with world.part(here.point.processes("emulated")) as part:
         if part is not None:
             for seed in range(repeats):
                 for one in contenders:

@@ -29,8 +29,8 @@ class Point:
     inflate), ``shaped`` for a pair of 620M and 99M weights (see shaped_pair); an acceptance is forced upon them,
     weights may be random. ``prompt_tokens``: 0 for prompts as they come. ``set``: changes to every policy that drafts,
     as ``knob=value``. ``dtype``, ``numerics`` and ``threads`` (of a rank; 0 for its fair share): see Engine. ``tp``:
-    ranks that share a stage, and ``efficiency``: the share of ``tp`` times a rank's speed that they have together
-    before exchanges; emulated and simulated only."""
+    ranks that share a stage; ``fused``, of real ones: how they exchange activations, see Engine; ``efficiency``, of
+    others: the share of ``tp`` times a rank's speed that they have together before exchanges."""
 
     ranks: int = 0
     top1: float = 0.0
@@ -52,12 +52,13 @@ class Point:
     threads: int = 0
     set: tuple[str, ...] = ()
     tp: int = 1
+    fused: str = "auto"
     efficiency: float = 0.9
 
-    @property
-    def leaders(self) -> int:
-        """Ranks that have a role: a drafter's, and one of each group."""
-        return (self.ranks - 1) // self.tp + 1
+    def processes(self, execution: str) -> int:
+        """Ranks of the job: all, but where groups are emulated only those with a role: a drafter's, and one of each
+        group."""
+        return self.ranks if execution == "real" else (self.ranks - 1) // self.tp + 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,9 +139,9 @@ def measure(suite: Suite, args: argparse.Namespace, world: Any) -> None:
     from pipeinfer.bench.report import Report
     from pipeinfer.bench.runner import run_emulated, run_real
 
-    fitting = tuple(point for point in suite.points if point.leaders <= world.size)
+    fitting = tuple(point for point in suite.points if point.processes(suite.execution) <= world.size)
     if not fitting:
-        most = min(point.leaders for point in suite.points)
+        most = min(point.processes(suite.execution) for point in suite.points)
         refuse(f"{suite.name} needs {most} ranks, and there are {world.size}", "start more, or choose with --ranks")
     report = Report(suite, args.json, args.out) if world.is_head else None
     if report is not None and len(fitting) < len(suite.points):
@@ -161,8 +161,6 @@ def wanted(args: argparse.Namespace) -> Suite:
     given = ("ranks", "tokens", "prompts", *REAL_ONLY)
     changes = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     suite = replace(suite, execution=args.execution or suite.execution)
-    if suite.execution == "real" and any(point.tp > 1 for point in suite.points):
-        refuse(f"{suite.name} has groups of ranks, which are not measured on real weights", "use --simulate")
     for name in REAL_ONLY:
         if name in changes and suite.execution != "real":
             refuse(f"--{name} without real weights", f"nothing computes in {suite.execution} suites; use --real")
@@ -210,7 +208,7 @@ def start(suite: Suite, argv: list[str]) -> int:
     """Start the ranks that ``suite`` needs on this machine, each with the command line ``argv``."""
     from launch.mpiexec import start_again
 
-    ranks = max(point.leaders for point in suite.points)
+    ranks = max(point.processes(suite.execution) for point in suite.points)
     if not ranks:
         refuse(f"{suite.name} does not say how many ranks", "choose with --ranks, or start it with mpirun or srun")
     return start_again(ranks, argv)

@@ -136,7 +136,8 @@ class Follower:
         else:
             name, index, *given = command
             if name == "forward":
-                self._stop()
+                if self._passes is not None:
+                    raise LocalProtocolError("a pass begins before the last one has ended")
                 self._group.is_fused, batch, hidden = given
                 self._passes, self._of = self._group.parts[index].forward(batch, hidden), index
             elif name == "clear":

@@ -33,9 +33,9 @@ def test_a_table_stands_for_all_combinations_of_its_lists(tmp_path: Path) -> Non
 def test_stages_are_groups_where_ranks_share_them(tmp_path: Path) -> None:
     text = "[[points]]\nstages = [2, 4]\ntp = [1, 2]\n[[points]]\nranks = 9\ntp = [1, 2, 4]\n"
     points = read_suite(str(suite_of(text, tmp_path))).points
-    found = [(point.ranks, point.tp, point.leaders) for point in points[:4]]
+    found = [(point.ranks, point.tp, point.processes("emulated")) for point in points[:4]]
     assert found == [(3, 1, 3), (5, 2, 3), (5, 1, 5), (9, 2, 5)]
-    assert [(point.ranks, point.leaders) for point in points[4:]] == [(9, 9), (9, 5), (9, 3)]
+    assert [(point.ranks, point.processes("emulated")) for point in points[4:]] == [(9, 9), (9, 5), (9, 3)]
 
 
 @pytest.mark.parametrize(
