@@ -21,7 +21,6 @@ from stages.kernels.group import MOST_RANKS
 from stages.kernels.library import library, reason
 from stages.models.forced import FORCED_TOKENS
 from stages.models.generic_spec import GenericSpec
-from stages.models.split import refuse_unsplittable
 
 Model = tuple[ModelSpec | GenericSpec, Weights]
 
@@ -100,6 +99,8 @@ def _refuse_group(config: Config, spec: ModelSpec | GenericSpec, has_kernels: bo
         refuse(f"--tp {config.tp} without the library of decode kernels", f"leave it out ({reason()})")
     if not isinstance(spec, ModelSpec):
         refuse(f"--tp {config.tp}: no group can share {config.target}", f"use a model of {', '.join(FAMILIES)}")
+    from stages.models.split import refuse_unsplittable  # loads torch
+
     refuse_unsplittable(spec, config.tp)
 
 
