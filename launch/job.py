@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from launch.backoff import Backoff
+from launch.backoff import LONGEST_S, Backoff
 from launch.compute_threads import start_threads
 from launch.cores import alone
 from launch.driver import Driver
@@ -115,7 +115,7 @@ class Job:
             if group is None and are_of_use(job_spec.policy):
                 found = measured(job_spec, plan[rank], self._shards, pair, cache)
         if rendezvous is not None:
-            rendezvous.wait(Backoff().wait)
+            rendezvous.wait(Backoff(long_s=LONGEST_S).wait)
         if group is not None:  # exchanges of MPI's would meet the heartbeats of loading
             found = self._try_group(job_spec, plan[rank], pair, cache)
         if are_of_use(job_spec.policy):

@@ -20,6 +20,7 @@ mpi4py.rc.thread_level = "serialized"  # several threads, one at a time; must be
 from mpi4py import MPI  # noqa: E402
 
 from launch import transport  # noqa: E402
+from launch.backoff import LONGEST_S  # noqa: E402
 from launch.compute_threads import thread_count  # noqa: E402
 from launch.cores import Cores, usable_cores  # noqa: E402
 from launch.failure import report  # noqa: E402
@@ -104,7 +105,7 @@ class World:
     def agree(self, verdict: int, meanwhile: Callable[[], object] = int) -> int:
         """The head's ``verdict``, on every rank; who waits for it calls ``meanwhile`` now and then."""
         number = np.array([verdict], np.int64)
-        politely(self.comm.Ibcast(number), meanwhile)
+        politely(self.comm.Ibcast(number), meanwhile, long_s=LONGEST_S)  # ranks that load need the cores
         return int(number[0])
 
     def slowest(self, seconds: float) -> float:
@@ -151,7 +152,7 @@ class World:
         """Every rank's ``facts`` (JSON), on the head; elsewhere an empty list."""
         text = json.dumps(facts).encode()
         sizes = np.empty(self.size, np.int64)
-        politely(self.comm.Iallgather(np.array([len(text)], np.int64), sizes))
+        politely(self.comm.Iallgather(np.array([len(text)], np.int64), sizes), long_s=LONGEST_S)
         mine = np.zeros(sizes.max(), np.uint8)
         mine[: len(text)] = np.frombuffer(text, np.uint8)
         everybody = np.empty((self.size, len(mine)), np.uint8)

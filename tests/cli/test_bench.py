@@ -74,7 +74,6 @@ def test_rows_as_a_table_and_as_json(suite: str, tmp_path: Path) -> None:
         ),
         (["real-pair", "--target", "builtin"], "--target without --draft"),
         (["throughput", "--draft", "builtin"], "--draft builtin with a suite that is emulated"),
-        (["groups", "--real"], "groups of ranks"),
         (["throughput", "--repeats", "0"], "--repeats 0"),
         (["throughput", "--ranks", "0"], "--ranks 0"),
         (["throughput", "--out", "/dev/null/there", "--simulate"], "cannot be made"),
