@@ -13,8 +13,11 @@ import numpy.typing as npt
 from launch.backoff import Backoff
 from pipeinfer.core.errors import StallError, refuse
 from stages.kernels.group import Bytes, Group, window_nbytes
-from stages.kernels.library import SPIN_US, library
+from stages.kernels.library import library
 
+SPIN_US = 1000
+"""How long a thread spins that waits for another rank, if each has a core of its own: as long as what the leader does
+between two passes."""
 POLLS = 2000
 """Tests of an operation before the first sleep: it mostly ends within microseconds."""
 
