@@ -72,7 +72,7 @@ def make_group(
     """This rank's group of ``size`` ranks; None for a rank in no group, whose ``member`` is None. ``member``: its
     number within the group. ``slot``: see stages.kernels.group.slot_nbytes; ``fused``: see Config. Collective.
 
-    Raises UserError where exchanges cannot be fused and are to be."""
+    Raises UserError on the first rank where exchanges cannot be fused and are to be."""
     rank = world.Get_rank()
     peers = world.Split(mpi.UNDEFINED if member is None else rank - member, rank)
     lib = library()
@@ -83,22 +83,33 @@ def make_group(
     share_host = node.Get_size() == size
     node.Free()
     names = [f"rank {rank - member + index}" for index in range(size)]
-    if fused == "on" and not share_host:
+    if fused == "on" and not share_host and not member:  # the others are ended with the job
         refuse(f"--fused on, but {names[0]} to {names[-1]} are on several hosts", "use --fused auto, or a smaller --tp")
-    windows = _windows(peers, mpi, size, window_nbytes(slot)) if share_host and fused != "off" else []
+    windows = _Windows(peers, mpi, size, window_nbytes(slot)) if share_host and fused != "off" else None
     channel = MpiChannel(peers, mpi.IN_PLACE, names, timeout_s, spins)
-    return Group(lib, member, names, windows, slot, channel, SPIN_US if spins else 0, timeout_s)
+    views = windows.views if windows else []
+    group = Group(lib, member, names, views, slot, channel, SPIN_US if spins else 0, timeout_s)
+
+    def close() -> None:
+        if windows is not None:
+            windows.free()
+        peers.Free()
+
+    group.on_close = close
+    return group
 
 
-_kept: list[Any] = []
+class _Windows:
+    """A window of each of the ``size`` ranks of ``peers``, of ``nbytes`` zeroed bytes. Both methods are collective."""
 
+    def __init__(self, peers: Any, mpi: Any, size: int, nbytes: int) -> None:
+        self._window = mpi.Win.Allocate_shared(nbytes, 1, comm=peers)
+        self.views: list[Bytes] = [
+            np.frombuffer(self._window.Shared_query(rank)[0], np.uint8) for rank in range(size)
+        ]
+        self.views[peers.Get_rank()][:] = 0
+        peers.Barrier()
 
-def _windows(peers: Any, mpi: Any, size: int, nbytes: int) -> list[Bytes]:
-    """A window of each rank's, zeroed, for the rest of the process: a rank may read what another one no longer needs.
-    Collective."""
-    window = mpi.Win.Allocate_shared(nbytes, 1, comm=peers)
-    _kept.append(window)
-    found = [np.frombuffer(window.Shared_query(rank)[0], np.uint8) for rank in range(size)]
-    found[peers.Get_rank()][:] = 0
-    peers.Barrier()
-    return found
+    def free(self) -> None:
+        """No rank uses a view any more."""
+        self._window.Free()

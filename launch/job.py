@@ -248,6 +248,8 @@ class Job:
     def kill(self) -> None:
         """Release this process's resources of the job, models included."""
         self._shards.clear()
+        if self._group is not None:
+            self._group.parts.clear()
         self._driver.close()
         if self._trace is not None:
             self._trace.close()
@@ -260,6 +262,8 @@ class Job:
             self._transport.close()
             sent = self._world.gather({"messages": self._transport.messages, "nbytes": self._transport.nbytes})
             self.traffic = (sum(rank["messages"] for rank in sent), sum(rank["nbytes"] for rank in sent))
+            if self._group is not None:
+                self._group.close()
         self.kill()
 
 
@@ -336,11 +340,12 @@ def _say_once(note: str) -> None:
 
 
 def _open_trace(config: Config, plan: Plan, job_spec: JobSpec, rank: int) -> TraceWriter:
-    layers = next(([role.layers.start, role.layers.stop] for role in plan[rank] if role.layers), None)
+    roles = [role for role in plan[rank] if not role.part]  # who only follows has no machine, and no events
+    layers = next(([role.layers.start, role.layers.stop] for role in roles if role.layers), None)
     header = Header(
         rank,
         len(plan),
-        [role.address for role in plan[rank]],
+        [role.address for role in roles],
         job_spec.numbers(),
         asdict(config),
         layers,

@@ -116,6 +116,7 @@ class Group:
         self.exchanges = {"fused": 0, "bulk": 0}
         self.c = CGroup(rank, self.size, MOST_ROWS, 0, 1000 * spin_us, int(1e9 * timeout_s), slot, TWO_SHOT)
         self._timeout_s = timeout_s
+        self.on_close: Callable[[], None] | None = None
         for index, window in enumerate(windows):
             self.c.windows[index] = window.ctypes.data
         self._ring = windows[0][DATA + SLOTS * slot :][:RING] if windows else None
@@ -226,6 +227,12 @@ class Group:
         if self.c.late:
             late, mine = self._names[self.c.late - 1], self._names[self.rank]
             raise StallError(f"{mine} waited {self._timeout_s:g} s for {late} of its group (--timeout allows more)")
+
+    def close(self) -> None:
+        """Release what the group holds: memory of shards and windows. Collective, after the last command."""
+        self.parts.clear()
+        if self.on_close is not None:
+            self.on_close()
 
     def abort(self) -> None:
         """End all waits of all ranks in windows, at once and for ever."""
