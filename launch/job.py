@@ -285,10 +285,10 @@ def load(cleared: Cleared, world: World | None, rendezvous: Rendezvous | None = 
         cores = world.cores if world else None
         if config.tp > 1 and cores is not None:  # the ranks of a group compute at the same time
             cores = replace(cores, count=cores.fair, busy=None)
-        threads = start_threads(config.threads, cores, cleared.has_kernels)
+        threads = start_threads(config.threads, cores)
         if world is not None:
             world.threads = threads
-        torch.set_num_threads(1 if cleared.has_kernels else threads)
+        torch.set_num_threads(threads if library() is None else 1)
         pair = CheckpointPair(
             cleared.target,
             cleared.drafts,
@@ -323,7 +323,7 @@ def _cache(cleared: Cleared, world: World | None, threads: int) -> PassCache:
         "models": [model_digest(place) for place in (config.target_directory, *config.draft_directories)],
         "dtypes": [config.dtype, *config.draft_dtypes],
         "numerics": config.numerics,
-        "isa": str(getattr(library(), "isa", "") if cleared.has_kernels else torch.backends.cpu.get_cpu_capability()),
+        "isa": kernels.isa if (kernels := library()) else str(torch.backends.cpu.get_cpu_capability()),
         "threads": threads,
         "ranks": world.size if world else 1,
         "tp": [config.tp, config.fused],

@@ -30,15 +30,14 @@ Model = tuple[ModelSpec | GenericSpec, Weights]
 class Cleared:
     """A job that may start: the models' specs and checked weights, the plan, and the context it serves.
 
-    ``config``: with every dtype resolved. ``has_kernels``: whether every rank has the kernel library. ``note``: what
-    its user should know of the dtypes, in one line; empty for nothing."""
+    ``config``: with every dtype resolved. ``note``: what its user should know of the dtypes, in one line; empty for
+    nothing."""
 
     config: Config
     target: Model
     drafts: list[Model]  # drafter by drafter
     plan: Plan
     context: int
-    has_kernels: bool
     note: str = ""
 
 
@@ -77,7 +76,7 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
         _refuse_group(config, spec, has_kernels)
     resolved = _resolved(config, target, drafts, has_kernels)
     note = "" if has_kernels else _note(config, target, drafts)
-    return Cleared(resolved, target, drafts, plan, context, has_kernels, note)
+    return Cleared(resolved, target, drafts, plan, context, note)
 
 
 def _refuse_words(config: Config) -> None:
