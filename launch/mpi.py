@@ -90,7 +90,7 @@ class World:
     def group(self, size: int, member: int | None, slot: int, fused: str, timeout_s: float) -> Group | None:
         """This rank's group: see make_group. Collective."""
         spins = self.cores.sharers <= self.cores.count
-        return make_group(self.comm, MPI, size, member, slot, fused, timeout_s, spins)
+        return make_group(self.comm, MPI, size, member, slot, fused, timeout_s, spins, self.may_thread)
 
     def rendezvous(self, timeout_s: float) -> Rendezvous:
         """Watch the ranks from now until all are ready. Collective."""

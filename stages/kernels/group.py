@@ -59,8 +59,9 @@ class Channel(Protocol):
         """The leader's ``data``, on every rank. Collective."""
         ...
 
-    def start(self, parts: npt.NDArray[Any]) -> Any:
-        """Begin to bring parts[r] of every rank r to every rank. Collective; returns what ``finish`` is to be given."""
+    def start(self, parts: npt.NDArray[Any], meanwhile: bool = False) -> Any:
+        """Begin to bring parts[r] of every rank r to every rank; with ``meanwhile`` while the caller does other things.
+        Collective; returns what ``finish`` is to be given."""
         ...
 
     def finish(self, started: Any) -> None:
@@ -211,11 +212,11 @@ class Group:
         self.start(0, parts)
         self.finish(0)
 
-    def start(self, index: int, parts: npt.NDArray[Any]) -> None:
-        """Begin to bring ``parts`` together, as the ``index``-th of those that are under way."""
+    def start(self, index: int, parts: npt.NDArray[Any], meanwhile: bool = False) -> None:
+        """Begin to bring ``parts`` together, as the ``index``-th of those that are under way; see Channel."""
         assert self.channel is not None
         self.exchanges["bulk"] += 1
-        self._under_way[index] = self.channel.start(parts)
+        self._under_way[index] = self.channel.start(parts, meanwhile)
 
     def finish(self, index: int) -> None:
         """Wait for the parts that ``start`` was called with."""

@@ -16,7 +16,7 @@ from stages.kernels.group import Group
 from stages.kernels.library import DOWN, OUTPUT, PHASES, CLayer, CModel, CRows, Library
 from stages.kernels.linear import padded
 
-BLOCKS, LEAST_ROWS = 4, 32
+BLOCKS, LEAST_ROWS = 3, 32
 """Blocks of a pass, where each has so many rows at least: each reads all weights."""
 
 
@@ -45,7 +45,7 @@ def compute_in_bulk(
             if first > OUTPUT:
                 group.finish(index)
             run(block, first, last + 1, view)
-            group.start(index, view.numpy())
+            group.start(index, view.numpy(), meanwhile=count > 1)
         first = last + 1
     for index, (block, view) in enumerate(zip(blocks, views, strict=True)):
         group.finish(index)

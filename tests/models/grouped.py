@@ -42,7 +42,7 @@ class Threads:
         self._barrier.wait(WAIT_S)
         return found
 
-    def start(self, parts: npt.NDArray[Any]) -> None:
+    def start(self, parts: npt.NDArray[Any], meanwhile: bool = False) -> None:
         self._board[self._rank] = parts[self._rank].copy()
         self._barrier.wait(WAIT_S)
         for rank, part in enumerate(self._board):
