@@ -126,9 +126,9 @@ FOLD = _mutant(
 EXPERTS = [
     _mutant(
         "outputs_of_experts_are_added_in_another_order",
-        "sum = v_fma(v_set1(weights[k]), v_load(outputs + k * ld + i), sum);",
+        "sum = v_fma(v_set1(weights[k]), v_load(job->from[owner_of(job, expert[k])] + first + k * ld + i), sum);",
         "{ int turn = job->of.rows->count > 2 ? chosen - 1 - k : k;"
-        " sum = v_fma(v_set1(weights[turn]), v_load(outputs + turn * ld + i), sum); }",
+        " sum = v_fma(v_set1(weights[turn]), v_load(job->from[0] + first + turn * ld + i), sum); }",
     ),
     _mutant(
         "an_expert_has_no_more_than_four_rows",
