@@ -14,7 +14,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from types import TracebackType
@@ -163,6 +163,16 @@ class Engine:
         """Each rank's host, roles, layers, weight bytes and threads, as the head knows them."""
         return self._open().ranks
 
+    @property
+    def is_threaded(self) -> bool:
+        """Whether other threads than the one that opened the engine may wait for answers (some MPI allow none)."""
+        return self._open().is_threaded
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What has ended the job early, if something has; an engine that is idle learns it here."""
+        return None if self._head is None else self._head.failure
+
     def _open(self) -> HeadJob:
         if self._head is None:
             raise UserError("only an open engine on the head rank decodes; the others serve")
@@ -243,6 +253,17 @@ class Engine:
         """The prompt's tokens. Raises UserError for a prompt that cannot be served."""
         assert self._builder is not None
         return self._builder.tokenize(prompt, max_new_tokens, chat)
+
+    def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens of a conversation under the tokenizer's chat template, up to where the assistant answers. Each
+        message has a ``role`` and a ``content``. Raises UserError where there is no template, or it takes them not."""
+        assert self._builder is not None
+        return self._builder.tokenize_chat(messages)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ``tokens``, special tokens left out."""
+        assert self._builder is not None
+        return self._builder.decode(tokens)
 
     def serve(self) -> None:
         """On the other ranks of an MPI job: work until the head closes; where that fails, all ranks end."""
