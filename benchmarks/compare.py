@@ -26,7 +26,7 @@ from scipy import stats
 SURE = 0.05
 PLACE = (
     "suite", "execution", "policy", "ranks", "acceptance", "draft_time", "hardware", "target", "draft", "dtype",
-    "prompt_tokens", "tokens", "set", "claims", "burst",
+    "prompt_tokens", "tokens", "set", "claims", "burst", "tp", "fused", "efficiency",
 )  # fmt: skip
 """What makes two rows comparable."""
 

@@ -27,10 +27,11 @@ class Clock(Protocol):
 
 
 class Backoff:
-    """The time between polls without progress: 20 us, growing by half to 100 us, and to 1 ms after five seconds."""
+    """The time between polls without progress: 20 us, growing by half to ``long_s``, and to 1 ms after five seconds."""
 
-    def __init__(self, clock: Clock = time) -> None:
+    def __init__(self, clock: Clock = time, long_s: float = LONG_S) -> None:
         self._clock = clock
+        self._long_s = long_s
         _wake_on_time()
         self.reset()
 
@@ -43,7 +44,7 @@ class Backoff:
         """How long to sleep now, in seconds."""
         now, delay_s = self._clock.monotonic(), self._delay_s
         self._quiet_since = self._quiet_since or now
-        self._delay_s = min(1.5 * delay_s, LONG_S if now - self._quiet_since < QUIET_S else LONGEST_S)
+        self._delay_s = min(1.5 * delay_s, self._long_s if now - self._quiet_since < QUIET_S else LONGEST_S)
         return delay_s
 
     def wait(self) -> None:

@@ -20,10 +20,11 @@ def thread_count(asked: int | None, cores: Cores | None, has_kernels: bool) -> i
     return asked or asked_threads() or usable
 
 
-def start_threads(asked: int | None, cores: Cores | None, has_kernels: bool) -> int:
-    """Start the kernels' threads, if they are to be used. Returns how many threads this rank has: see thread_count."""
-    threads, kernels = thread_count(asked, cores, has_kernels), library()
-    if has_kernels and kernels is not None:
+def start_threads(asked: int | None, cores: Cores | None) -> int:
+    """Start the kernels' threads, if there are kernels. Returns how many threads this rank has: see thread_count."""
+    kernels = library()
+    threads = thread_count(asked, cores, kernels is not None)
+    if kernels is not None:
         shared = cores.busy if cores is not None else None
         owns = cores is None or threads <= cores.fair
         kernels.set_threads(threads, SPIN_US if owns else 0)

@@ -19,11 +19,13 @@ from pipeinfer.core.errors import refuse
 @dataclass(frozen=True, slots=True)
 class Cores:
     """The cores of a rank. ``count``: how many it may use; ``fair``: its share of them among the ranks of the host;
-    ``busy``: memory with an int32 for the threads at work on them, if ranks share them (see shared_cores.py)."""
+    ``busy``: memory with an int32 for the threads at work on them, if ranks share them (see shared_cores.py);
+    ``sharers``: how many ranks may use them."""
 
     count: int
     fair: int
     busy: mmap.mmap | None = None
+    sharers: int = 1
 
 
 ROOT = Path("/")

@@ -102,6 +102,11 @@ class LocalJob:
         """See Job."""
         return self._job.traffic
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What has ended the job early, if something has."""
+        return self._requests.failure
+
     def _lead(self) -> None:
         try:
             self._head.lead()

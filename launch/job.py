@@ -6,11 +6,11 @@ import socket
 import time
 from collections import deque
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from launch.backoff import Backoff
+from launch.backoff import LONGEST_S, Backoff
 from launch.compute_threads import start_threads
 from launch.cores import alone
 from launch.driver import Driver
@@ -36,19 +36,23 @@ from pipeinfer.core.ports import (
 )
 from pipeinfer.core.version import __version__
 from pipeinfer.orchestrator.machine import Orchestrator
-from pipeinfer.placement.roles import Plan, Role, count, rank_of_role
+from pipeinfer.placement.roles import Plan, Role, count, group_of, rank_of_role
 from pipeinfer.runtime.executor import Executor
 from pipeinfer.runtime.job_spec import JobSpec
 from pipeinfer.runtime.shards import load_shards
 from pipeinfer.runtime.trace import Header, TraceWriter
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import Placement
+from stages.kernels.group import slot_nbytes
 from stages.kernels.library import library
+from stages.models.group_shard import Follower
+from stages.models.path_trial import choose_path
 
 if TYPE_CHECKING:
     from launch.mpi import World
     from launch.preflight import Cleared
     from launch.rendezvous import Rendezvous
+    from stages.kernels.group import Group
 
 SAVE_S = 1.0
 """How long a rank that has failed leaves the head's program to save what was decoded."""
@@ -66,11 +70,13 @@ class RankFacts:
     layers: list[int] | None  # first and last, of its stage
     weight_nbytes: int
     threads: int
+    exchanges: str = ""  # of a group: how they go
 
 
 class Job:
     """This rank's part of the job that ``config`` and ``plan`` describe; ``world`` is None for a rank that is alone.
 
+    ``group`` shares the rank's models with other ranks; one that does not lead it only follows.
     ``rendezvous`` watches the ranks while they load.
     ``cache`` has pass times of earlier jobs.
     ``link`` paces messages between ranks, and ``placement`` is what is supposed of them, for emulations. ``traffic``:
@@ -87,26 +93,31 @@ class Job:
         placement: Placement | None = None,
         rendezvous: Rendezvous | None = None,
         cache: PassCache | None = None,
+        group: Group | None = None,
     ) -> None:
         self._config = config
         self._world = world
+        self._group = group
         rank = world.rank if world else 0
+        one_rank_leads = all(rank_roles[0].part for rank_roles in plan[1:])
         job_spec = JobSpec(
             *count(plan),
             Policy(**config.policy),
             context,
             config.digest(),
             calibrations=config.calibrations,
-            placement=placement or (world.placement if world else "alone"),
+            placement=placement or (world.placement if world and not one_rank_leads else "alone"),
             draft_contexts=pair.draft_contexts,
         )
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {"stages": [], "drafts": []}
         with rendezvous.busy("loading") if rendezvous else nullcontext():
             self._shards = load_shards(job_spec, plan[rank], pair)
-            if are_of_use(job_spec.policy):
+            if group is None and are_of_use(job_spec.policy):
                 found = measured(job_spec, plan[rank], self._shards, pair, cache)
         if rendezvous is not None:
-            rendezvous.wait(Backoff().wait)
+            rendezvous.wait(Backoff(long_s=LONGEST_S).wait)
+        if group is not None:  # exchanges of MPI's would meet the heartbeats of loading
+            found = self._try_group(job_spec, plan[rank], pair, cache)
         if are_of_use(job_spec.policy):
             job_spec = JobSpec.of(job_spec.numbers() | agreed(found, world))
         self._trace = _open_trace(config, plan, job_spec, rank) if config.trace is not None else None
@@ -121,11 +132,12 @@ class Job:
             if not world.is_head:
                 world.before_abort = self._tell_head
         self._driver = Driver(rank_of_role(plan), self._transport)
-        machines = [job_spec.machine(role.address) for role in plan[rank]]
+        machines = [job_spec.machine(role.address) for role in plan[rank] if not role.part]
         self._orchestrator = next((machine for machine in machines if isinstance(machine, Orchestrator)), None)
         observer = self._trace.write if self._trace else None
         self._executor = Executor(machines, self._shards, self._driver, observer, clock=time.monotonic)
         self._driver.executor = self._executor
+        self._address = plan[rank][0].address
         self.ranks = self._gather(plan[rank], rank, sum(shard.weight_nbytes for shard in self._shards.values()))
         for address in self._executor.addresses:
             self._driver.deliver(address, Started())
@@ -133,8 +145,42 @@ class Job:
     def _gather(self, roles: tuple[Role, ...], rank: int, weight_nbytes: int) -> list[dict[str, Any]]:
         layers = next(([role.layers.start, role.layers.stop - 1] for role in roles if role.layers), None)
         threads = self._world.threads if self._world else alone(self._config.threads)
-        facts = RankFacts(rank, socket.gethostname(), [role.name for role in roles], layers, weight_nbytes, threads)
+        names, exchanges = [role.name for role in roles], self._group.paths if self._group else ""
+        facts = RankFacts(rank, socket.gethostname(), names, layers, weight_nbytes, threads, exchanges)
         return self._world.gather(asdict(facts)) if self._world else [asdict(facts)]
+
+    def _try_group(
+        self, job_spec: JobSpec, roles: tuple[Role, ...], pair: Pair, cache: PassCache | None
+    ) -> dict[str, Any]:
+        """Choose how exchanges go, and measure passes where that is of use. Collective among the group's ranks."""
+        found: dict[str, Any] = {"stages": [], "drafts": []}
+        if self._follows:
+            self._follow()
+            return found
+        assert self._group is not None
+        stage = next(role for role in roles if role.layers is not None)
+        if self._config.fused == "auto" and self._group.can_fuse:
+            blank = pair.blank if stage.layers and stage.layers.start else None
+            choose_path(self._group, self._shards[stage.address], sum(job_spec.slots), blank)
+        if are_of_use(job_spec.policy):
+            found = measured(job_spec, roles, self._shards, pair, cache)
+        self._release()
+        return found
+
+    @property
+    def _follows(self) -> bool:
+        """Whether another rank leads this one's group."""
+        return self._group is not None and not self._group.leads
+
+    def _follow(self) -> None:
+        """Compute what the leader of the group says, until it releases this rank."""
+        assert self._group is not None
+        self._group.follow(Follower(self._group).handle)
+
+    def _release(self) -> None:
+        """As a leader: end ``_follow`` on the other ranks of the group."""
+        if self._group is not None and not self._follows:
+            self._group.tell("end")
 
     def deliver(self, event: Event) -> None:
         """On the head: hand the orchestrator an event from outside."""
@@ -178,6 +224,8 @@ class Job:
 
     def serve(self) -> None:
         """On the other ranks: serve until the head closes."""
+        if self._follows:
+            self._follow()
         self._driver.run(lambda: self._executor.is_halted)
         self._end()
 
@@ -186,7 +234,7 @@ class Job:
         it ends the job as soon as it has."""
         assert self._transport is not None
         until, backoff = time.monotonic() + SAVE_S, Backoff()
-        self._driver.send(Send(Message(self._executor.addresses[0], ORCHESTRATOR, Failed(code))), 0.0)
+        self._driver.send(Send(Message(self._address, ORCHESTRATOR, Failed(code))), 0.0)
         while time.monotonic() < until:
             self._transport.poll()
             backoff.wait()
@@ -200,17 +248,22 @@ class Job:
     def kill(self) -> None:
         """Release this process's resources of the job, models included."""
         self._shards.clear()
+        if self._group is not None:
+            self._group.parts.clear()
         self._driver.close()
         if self._trace is not None:
             self._trace.close()
 
     def _end(self) -> None:
+        self._release()
         if self._transport is not None:
             assert self._world is not None
             self._world.before_abort = None
             self._transport.close()
             sent = self._world.gather({"messages": self._transport.messages, "nbytes": self._transport.nbytes})
             self.traffic = (sum(rank["messages"] for rank in sent), sum(rank["nbytes"] for rank in sent))
+            if self._group is not None:
+                self._group.close()
         self.kill()
 
 
@@ -223,15 +276,19 @@ def load(cleared: Cleared, world: World | None, rendezvous: Rendezvous | None = 
         kernels = library()
         if kernels is not None and not kernels.is_fused:
             _say_once("this processor has no fused multiply-add: kernels are slow, with other bits than elsewhere")
+    group = _group(cleared, world, rendezvous) if world is not None and config.tp > 1 else None
     with rendezvous.busy("loading") if rendezvous else nullcontext():
         import torch
 
         from stages.models.pair import CheckpointPair
 
-        threads = start_threads(config.threads, world.cores if world else None, cleared.has_kernels)
+        cores = world.cores if world else None
+        if config.tp > 1 and cores is not None:  # the ranks of a group compute at the same time
+            cores = replace(cores, count=cores.fair, busy=None)
+        threads = start_threads(config.threads, cores)
         if world is not None:
             world.threads = threads
-        torch.set_num_threads(1 if cleared.has_kernels else threads)
+        torch.set_num_threads(threads if library() is None else 1)
         pair = CheckpointPair(
             cleared.target,
             cleared.drafts,
@@ -239,9 +296,22 @@ def load(cleared: Cleared, world: World | None, rendezvous: Rendezvous | None = 
             config.forced_acceptance,
             config.draft_dtypes,
             config.numerics,
+            group,
         )
     cache = _cache(cleared, world, threads) if are_of_use(Policy(**config.policy)) else None
-    return Job(config, cleared.plan, cleared.context, pair, world, rendezvous=rendezvous, cache=cache)
+    return Job(config, cleared.plan, cleared.context, pair, world, rendezvous=rendezvous, cache=cache, group=group)
+
+
+def _group(cleared: Cleared, world: World, rendezvous: Rendezvous | None) -> Group | None:
+    """This rank's group. Collective."""
+    if rendezvous is not None:
+        world.meet(rendezvous.poll)
+    config = cleared.config
+    specs = [spec for spec, _ in (cleared.target, *cleared.drafts)]
+    slot = slot_nbytes([spec.hidden_size for spec in specs], [spec.vocab_size for spec in specs])
+    first, size = group_of(cleared.plan, world.rank)
+    member = world.rank - first if size > 1 else None
+    return world.group(size, member, slot, config.fused, config.timeout_s)
 
 
 def _cache(cleared: Cleared, world: World | None, threads: int) -> PassCache:
@@ -253,9 +323,10 @@ def _cache(cleared: Cleared, world: World | None, threads: int) -> PassCache:
         "models": [model_digest(place) for place in (config.target_directory, *config.draft_directories)],
         "dtypes": [config.dtype, *config.draft_dtypes],
         "numerics": config.numerics,
-        "isa": str(getattr(library(), "isa", "") if cleared.has_kernels else torch.backends.cpu.get_cpu_capability()),
+        "isa": kernels.isa if (kernels := library()) else str(torch.backends.cpu.get_cpu_capability()),
         "threads": threads,
         "ranks": world.size if world else 1,
+        "tp": [config.tp, config.fused],
         "forced": bool(config.forced_acceptance),
     }
     return PassCache(common)
@@ -269,11 +340,12 @@ def _say_once(note: str) -> None:
 
 
 def _open_trace(config: Config, plan: Plan, job_spec: JobSpec, rank: int) -> TraceWriter:
-    layers = next(([role.layers.start, role.layers.stop] for role in plan[rank] if role.layers), None)
+    roles = [role for role in plan[rank] if not role.part]  # who only follows has no machine, and no events
+    layers = next(([role.layers.start, role.layers.stop] for role in roles if role.layers), None)
     header = Header(
         rank,
         len(plan),
-        [role.address for role in plan[rank]],
+        [role.address for role in roles],
         job_spec.numbers(),
         asdict(config),
         layers,

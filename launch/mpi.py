@@ -20,9 +20,11 @@ mpi4py.rc.thread_level = "serialized"  # several threads, one at a time; must be
 from mpi4py import MPI  # noqa: E402
 
 from launch import transport  # noqa: E402
+from launch.backoff import LONGEST_S  # noqa: E402
 from launch.compute_threads import thread_count  # noqa: E402
 from launch.cores import Cores, usable_cores  # noqa: E402
 from launch.failure import report  # noqa: E402
+from launch.groups import make_group  # noqa: E402
 from launch.rendezvous import Rendezvous  # noqa: E402
 from launch.shared_cores import shared_count  # noqa: E402
 from launch.signals import end_undisturbed  # noqa: E402
@@ -30,6 +32,7 @@ from launch.transport import on_this_host, politely  # noqa: E402
 from launch.watch import here, name_of  # noqa: E402
 from pipeinfer.core.errors import exit_code, origin  # noqa: E402
 from speculation.schedules.schedule import Placement  # noqa: E402
+from stages.kernels.group import Group  # noqa: E402
 from stages.kernels.library import forgo, library  # noqa: E402
 
 Bytes = npt.NDArray[np.uint8]
@@ -55,7 +58,7 @@ def _share_of_cores(comm: MPI.Intracomm) -> tuple[Cores, bool]:
     count = usable_cores(len(mine))
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     busy = shared_count(node, node.Get_rank() == 0, frozenset(mine)) if node.Get_size() > 1 else None
-    cores = Cores(count, max(1, count // sharers), busy)
+    cores = Cores(count, max(1, count // sharers), busy, sharers)
     node.Free()
     return cores, comm.allreduce(sharers > OVERSUBSCRIBED * count, MPI.LOR)
 
@@ -84,6 +87,11 @@ class World:
         # Called with the exit code after a failure is reported and before all ranks are ended.
         self.before_abort: Callable[[int], None] | None = None
 
+    def group(self, size: int, member: int | None, slot: int, fused: str, timeout_s: float) -> Group | None:
+        """This rank's group: see make_group. Collective."""
+        spins = self.cores.sharers <= self.cores.count
+        return make_group(self.comm, MPI, size, member, slot, fused, timeout_s, spins, self.may_thread)
+
     def rendezvous(self, timeout_s: float) -> Rendezvous:
         """Watch the ranks from now until all are ready. Collective."""
         names = [name_of(rank, *where) for rank, where in enumerate(self.comm.allgather(here()))]
@@ -97,8 +105,17 @@ class World:
     def agree(self, verdict: int, meanwhile: Callable[[], object] = int) -> int:
         """The head's ``verdict``, on every rank; who waits for it calls ``meanwhile`` now and then."""
         number = np.array([verdict], np.int64)
-        politely(self.comm.Ibcast(number), meanwhile)
+        politely(self.comm.Ibcast(number), meanwhile, long_s=LONGEST_S)  # ranks that load need the cores
         return int(number[0])
+
+    def slowest(self, seconds: float) -> float:
+        """The largest number of all ranks. Collective; nobody sleeps meanwhile."""
+        found: float = self.comm.allreduce(seconds, MPI.MAX)
+        return found
+
+    def meet(self, meanwhile: Callable[[], object]) -> None:
+        """Wait until all ranks are here, and call ``meanwhile`` now and then."""
+        politely(self.comm.Ibarrier(), meanwhile)
 
     def rest(self) -> None:
         """Wait for ranks that still work; poll only every few milliseconds, to leave the cores to them."""
@@ -135,7 +152,7 @@ class World:
         """Every rank's ``facts`` (JSON), on the head; elsewhere an empty list."""
         text = json.dumps(facts).encode()
         sizes = np.empty(self.size, np.int64)
-        politely(self.comm.Iallgather(np.array([len(text)], np.int64), sizes))
+        politely(self.comm.Iallgather(np.array([len(text)], np.int64), sizes), long_s=LONGEST_S)
         mine = np.zeros(sizes.max(), np.uint8)
         mine[: len(text)] = np.frombuffer(text, np.uint8)
         everybody = np.empty((self.size, len(mine)), np.uint8)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.cores import refuse_threads
-from pipeinfer.core.config import AUTO, DEFAULT_CONTEXT, DTYPES, NUMERICS, Config, resolve_dtype
+from pipeinfer.core.config import AUTO, DEFAULT_CONTEXT, DTYPES, FUSED, NUMERICS, Config, resolve_dtype
 from pipeinfer.core.errors import refuse
 from pipeinfer.placement.roles import Plan, assign
 from pipeinfer.runtime.trace import refuse_unwritable
@@ -17,9 +17,11 @@ from stages.checkpoint.checkpoint import Checkpoint, Weights
 from stages.checkpoint.folder import model_folder, plain
 from stages.checkpoint.random_weights import RandomCheckpoint
 from stages.checkpoint.spec import FAMILIES, ModelSpec, architecture_of, is_llama_family
+from stages.kernels.group import MOST_RANKS
 from stages.kernels.library import library, reason
 from stages.models.forced import FORCED_TOKENS
 from stages.models.generic_spec import GenericSpec
+from stages.models.split import refuse_unsplittable
 
 Model = tuple[ModelSpec | GenericSpec, Weights]
 
@@ -28,15 +30,14 @@ Model = tuple[ModelSpec | GenericSpec, Weights]
 class Cleared:
     """A job that may start: the models' specs and checked weights, the plan, and the context it serves.
 
-    ``config``: with every dtype resolved. ``has_kernels``: whether every rank has the kernel library. ``note``: what
-    its user should know of the dtypes, in one line; empty for nothing."""
+    ``config``: with every dtype resolved. ``note``: what its user should know of the dtypes, in one line; empty for
+    nothing."""
 
     config: Config
     target: Model
     drafts: list[Model]  # drafter by drafter
     plan: Plan
     context: int
-    has_kernels: bool
     note: str = ""
 
 
@@ -56,24 +57,26 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
         refuse(f"policy {policy.name} needs a draft model", "give one with --draft DIR, or use --policy plain")
     if config.context < 0:
         refuse(f"--context {config.context}", "ask for at least one token, or for 0: what the target was made for")
+    has_kernels = library() is not None if has_kernels is None else has_kernels
     read = _random_model if config.random_weights else _model
-    target = read(config.target_directory, config.context or DEFAULT_CONTEXT)
+    target = read(config.target_directory, config.context or DEFAULT_CONTEXT, has_kernels)
     spec, _ = target
     if config.context > spec.context:
         refuse(f"--context {config.context}, but the target was made for {spec.context} tokens", "ask for fewer")
     context = config.context or min(spec.context, DEFAULT_CONTEXT)
-    models = {place: read(place, context) for place in dict.fromkeys(places)}
+    models = {place: read(place, context, has_kernels) for place in dict.fromkeys(places)}
     if config.forced_acceptance:
         _refuse_few_tokens(config.target_directory, {config.target_directory: target, **models})
     else:
         for place in models:
             _same_vocabulary(config.target_directory, place)
-    plan = assign(ranks, spec.layer_count, len(places), spec.head_in_layers)
+    plan = assign(ranks, spec.layer_count, len(places), spec.head_in_layers, config.tp, config.stages)
     drafts = [models[place] for place in places]
-    has_kernels = library() is not None if has_kernels is None else has_kernels
+    if config.tp > 1:
+        _refuse_group(config, spec, has_kernels)
     resolved = _resolved(config, target, drafts, has_kernels)
     note = "" if has_kernels else _note(config, target, drafts)
-    return Cleared(resolved, target, drafts, plan, context, has_kernels, note)
+    return Cleared(resolved, target, drafts, plan, context, note)
 
 
 def _refuse_words(config: Config) -> None:
@@ -82,8 +85,21 @@ def _refuse_words(config: Config) -> None:
     for dtype in (config.dtype, *config.draft_dtypes):
         if dtype not in choices:
             refuse(f"unknown dtype {dtype!r}", f"use one of {', '.join(choices)}")
+    if config.fused not in FUSED:
+        refuse(f"unknown --fused {config.fused}", f"use one of {', '.join(FUSED)}")
+    if not 1 <= config.tp <= MOST_RANKS:
+        refuse(f"--tp {config.tp}", f"use 1 to {MOST_RANKS} ranks for a stage")
     if config.numerics not in NUMERICS:
         refuse(f"unknown numerics {config.numerics!r}", f"use one of {', '.join(NUMERICS)}")
+
+
+def _refuse_group(config: Config, spec: ModelSpec | GenericSpec, has_kernels: bool) -> None:
+    """A target that ranks of a group cannot share."""
+    if not has_kernels:
+        refuse(f"--tp {config.tp} without the library of decode kernels", f"leave it out ({reason()})")
+    if not isinstance(spec, ModelSpec):
+        refuse(f"--tp {config.tp}: no group can share {config.target}", f"use a model of {', '.join(FAMILIES)}")
+    refuse_unsplittable(spec, config.tp)
 
 
 def _resolved(config: Config, target: Model, drafts: list[Model], has_kernels: bool) -> Config:
@@ -132,7 +148,7 @@ def _refuse_few_tokens(target_directory: Path, models: dict[Path, Model]) -> Non
             refuse(f"{place}: a vocabulary of {spec.vocab_size} tokens", f"forced acceptance needs {needed} here")
 
 
-def _random_model(directory: Path, context: int) -> Model:
+def _random_model(directory: Path, context: int, has_kernels: bool) -> Model:
     model_folder(directory)
     if not is_llama_family(directory):
         able = ", ".join(FAMILIES)
@@ -141,15 +157,17 @@ def _random_model(directory: Path, context: int) -> Model:
     spec = ModelSpec.read(directory)
     if _is_windowed(spec, context):
         refuse(f"{directory}: no random weights are made for windows of {spec.window} tokens", "ask for less --context")
+    if spec.experts is not None and not has_kernels:
+        refuse(f"{directory}: random weights of experts need the C kernels ({reason()})", "use a model without experts")
     return spec, RandomCheckpoint(spec)
 
 
-def _model(directory: Path, context: int) -> Model:
+def _model(directory: Path, context: int, has_kernels: bool) -> Model:
     """The model in ``directory``, to be served with at most ``context`` tokens."""
     if not is_llama_family(directory):  # the only case that loads torch: such a model has to be looked at
         return _generic(directory)
     spec = ModelSpec.read(directory)
-    if _is_windowed(spec, context):
+    if _is_windowed(spec, context) or (spec.experts is not None and not has_kernels):
         return _generic(directory)
     checkpoint = Checkpoint(directory)
     checkpoint.validate(spec)

@@ -75,6 +75,11 @@ class Requests:
         self._error: BaseException | None = None
         self.is_closing = False
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What has ended the job early, if something has."""
+        return self._error
+
     def open(self, on_output: OnOutput) -> int:
         """The number of a new request; ``on_output`` takes its output. Raises JobOver after ``close`` and ``fail``."""
         with self._lock:

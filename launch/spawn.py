@@ -162,6 +162,11 @@ class SpawnedJob:
         except BaseException as error:
             self._requests.fail(error, time.monotonic())
 
+    @property
+    def failure(self) -> BaseException | None:
+        """See LocalJob."""
+        return self._requests.failure
+
     def submit(self, request: Request, on_output: OnOutput) -> int:
         """See LocalJob."""
         number = self._requests.open(on_output)

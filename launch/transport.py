@@ -33,7 +33,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from launch.backoff import Backoff, Clock
+from launch.backoff import LONG_S, Backoff, Clock
 from launch.doorbell import Bell, Doorbell
 from pipeinfer.core.errors import LocalProtocolError
 from pipeinfer.core.messages import Message
@@ -321,9 +321,11 @@ class MpiTransport:
         self._bell.close()
 
 
-def politely(request: Handle, meanwhile: Callable[[], object] = int, clock: Clock = time) -> None:
-    """Wait for ``request`` with sleeps between polls; call ``meanwhile`` after each poll."""
-    backoff = Backoff(clock)
+def politely(
+    request: Handle, meanwhile: Callable[[], object] = int, clock: Clock = time, long_s: float = LONG_S
+) -> None:
+    """Wait for ``request`` with sleeps between polls, that grow to ``long_s``; call ``meanwhile`` after each poll."""
+    backoff = Backoff(clock, long_s)
     while not request.Test():
         meanwhile()
         backoff.wait()

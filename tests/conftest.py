@@ -11,6 +11,7 @@ from hypothesis import settings
 # Before torch is loaded. Ranks run so as well: on one thread the same row gives the same bits in most batch sizes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # ranks that wait inside Open MPI leave the cores to others
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PIPEINFER_CACHE"] = "off"  # each job measures for itself
 
@@ -27,7 +28,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the whole programs in tests/mpi run: pytest-mpi takes the folder's name for its mark and would skip them."""
+    """Slow tests first: short ones fill all cores at the end. And let the whole programs in tests/mpi run: pytest-mpi
+    takes the folder's name for its mark and would skip them."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
         if item.get_closest_marker("mpi") is None:
             item.own_markers = [mark for mark in item.own_markers if "--with-mpi" not in str(mark.kwargs.get("reason"))]

@@ -1,5 +1,5 @@
 """Suites emulated over MPI: ranks, messages, machines and tokens are real; models are chains of hashes, and stages and
-links are paced. Many ranks fit on few cores, as they mostly sleep."""
+links are paced. Many ranks fit on few cores, as they mostly sleep. The ranks of a group are one process."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from launch.head import LocalJob
 from launch.job import Job
 from pipeinfer.bench.contenders import Contender
 from pipeinfer.bench.sample import Sample, sample
-from pipeinfer.bench.scenario import Scenario
+from pipeinfer.bench.scenario import LATE, Scenario
 from pipeinfer.core.config import Config
 from pipeinfer.core.ports import RequestStats
 from pipeinfer.placement.roles import place, split_layers
-from stages.models.emulated import EmulatedPair, plain_tokens
+from stages.models.emulated import EmulatedPair, EmulatedShard, plain_tokens
+from stages.models.emulated_group import EmulatedGroup
 
 if TYPE_CHECKING:
     from launch.mpi import World
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
 def emulate(world: World, scenario: Scenario, contender: Contender, seed: int) -> Sample | None:
     """One request on the ranks of ``world``; its tokens are checked. None on ranks other than the head."""
     request, model, policy = scenario.request(seed), scenario.model(seed), contender.policy
-    pair = EmulatedPair(model, scenario.layer_s, scenario.draft_s)
+    tp = scenario.point.tp
+    make_stage = EmulatedGroup(tp, LATE, seed << 8 ^ world.rank).shard if tp > 1 else EmulatedShard
+    pair = EmulatedPair(model, scenario.layer_s, scenario.draft_s, make_stage)
     context = len(request.prompt) + request.max_new_tokens
     config = Config(policy=policy.settings())
     shares = split_layers(model.layers, scenario.shares(policy, contender.head_share))
-    plan = place(shares, drafters=int(policy.speculate))
+    plan = place(shares, int(policy.speculate), is_rank_0_shared=scenario.is_rank_0_shared(policy))
     link = scenario.link if scenario.point.hardware else None  # between ranks of one host the real ones will do
     job = Job(config, plan, context, pair, world, link, "spread")  # paced stages sleep
     if not world.is_head:

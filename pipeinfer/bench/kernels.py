@@ -36,7 +36,7 @@ ROUNDS = 7
 COLD_NBYTES = 128_000_000
 """Copies of a matrix have so many bytes together, and are two at least: caches of 32 MB hold none when it is needed."""
 SWEEP_S = 0.03
-"""A measurement is as many products in turn as take this long."""
+"""A measurement is as many products in turn as take this long, each copy several times if they are few."""
 ROOF_NBYTES = 512_000_000
 ROOF_STEPS = 1 << 22
 COLUMNS = {
@@ -140,7 +140,8 @@ def measure_linear(
 
 
 class Sweep:
-    """Calls that take turns, so that none finds in a cache what it needs; as many at a time as SWEEP_S holds."""
+    """Calls that take turns, so that none finds in a cache what it needs; as many at a time as SWEEP_S holds, which is
+    long beside what threads take to wake."""
 
     def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
         self._calls = cycle(calls)
@@ -149,7 +150,7 @@ class Sweep:
         middle = time.perf_counter()
         next(self._calls)()
         taken_s = min(middle - began, time.perf_counter() - middle)
-        self._count = max(1, min(len(calls), int(SWEEP_S / max(taken_s, 1e-9))))
+        self._count = max(1, int(SWEEP_S / max(taken_s, 1e-9)))
 
     def __call__(self) -> float:
         """Seconds of a call."""

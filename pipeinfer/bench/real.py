@@ -25,7 +25,8 @@ from pipeinfer.core.metrics import percentile
 from pipeinfer.core.ports import RequestStats, Sampling
 from pipeinfer.costs.paths import BENCHMARKS
 from pipeinfer.engine.engine import Engine
-from stages.checkpoint.spec import FAMILIES, architecture_of, stored_dtype
+from stages.checkpoint.spec import ModelSpec, is_llama_family, stored_dtype
+from stages.kernels.library import library
 
 if TYPE_CHECKING:
     from launch.mpi import World
@@ -116,11 +117,16 @@ def _passes(
     if not here.draft:
         return {}
     pair = (model_directory(here.target, "target"), model_directory(here.draft, "draft"))
-    if not all(architecture_of(folder) in FAMILIES for folder in pair):
+    if not all(map(_has_own_shard, pair)):
         return {}
     known = measure_pair(*pair, dtype, threads, prompts[0], found[ours][0].tokens, beside)
     plain = percentile([one.speed for one in found["plain"]], 0.5) if "plain" in found else None
     return {"passes": known, "ideal_tokens_per_s": plain and plain * known["gain"]}
+
+
+def _has_own_shard(folder: Path) -> bool:
+    """Whether a shard of ours, and not transformers' code, computes the model in ``folder``."""
+    return is_llama_family(folder) and (library() is not None or ModelSpec.read(folder).experts is None)
 
 
 @contextmanager
@@ -176,6 +182,8 @@ def measure_engine(
             dtype=point.dtype,
             numerics=point.numerics,
             threads=point.threads or None,
+            tp=point.tp,
+            fused=point.fused,
             comm=world.comm,
             forced_acceptance=point.acceptance or ((point.top1,) if point.top1 else ()),
             random_weights=point.random_weights,
@@ -188,7 +196,7 @@ def measure_engine(
             "settings": one.settings(),
             "dtype": engine.config.dtype,
             "threads": engine.ranks[0]["threads"],
-            "stages": len(holders),
+            "stages": len({tuple(rank["layers"]) for rank in holders}),
             "bytes_per_rank": max(rank["weight_nbytes"] for rank in holders),
             "weight_nbytes": sum(rank["weight_nbytes"] for rank in holders),
         })  # fmt: skip
@@ -248,6 +256,8 @@ def _facts(world: World, point: Point) -> dict[str, Any]:
         "dtype": resolve_dtype(point.dtype, stored_dtype(model_directory(point.target, "target")), world.has_kernels),
         "numerics": point.numerics,
         "threads": point.threads or world.threads,
+        "tp": point.tp if point.tp > 1 else None,
+        "fused": point.fused if point.tp > 1 else None,
         "prompt_tokens": point.prompt_tokens or None,
         "set": list(point.set),
         "claims": [],

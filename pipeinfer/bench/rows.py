@@ -16,8 +16,8 @@ MEDIANS = (
     "tokens_per_correction", "waste", "bubble", "cancel_latency_ms",
 )  # fmt: skip
 AXES = (
-    "hardware", "target", "draft", "ranks", "stages", "top1", "claims", "burst", "draft_time", "prompt_tokens",
-    "tokens", "dtype", "set",
+    "hardware", "target", "draft", "ranks", "stages", "tp", "fused", "efficiency", "top1", "claims", "burst",
+    "draft_time", "prompt_tokens", "tokens", "dtype", "set",
 )  # fmt: skip
 """What tells points apart in a table."""
 COLUMNS = {

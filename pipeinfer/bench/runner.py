@@ -26,6 +26,8 @@ CONFIG = (
     "dtype", "prompt_tokens", "tokens", "set", "claims", "burst",
 )  # fmt: skip
 """What a fingerprint's digest of the configuration is made of."""
+OF_GROUPS = ("tp", "fused", "efficiency")
+"""The same, where ranks share stages."""
 
 
 def run_simulated(suite: Suite, report: Report) -> None:
@@ -65,7 +67,7 @@ def _emulate(
     from pipeinfer.bench.emulated import emulate
 
     found: dict[Contender, list[Sample]] = {one: [] for one in contenders}
-    with world.part(here.point.ranks) as part:
+    with world.part(here.point.processes("emulated")) as part:
         if part is not None:
             for seed in range(repeats):
                 for one in contenders:
@@ -122,5 +124,6 @@ def with_ratios(rows: list[dict[str, Any]], mpi: str) -> list[dict[str, Any]]:
     plain = next((row["tokens_per_s"]["median"] for row in rows if row["policy"] == "plain"), None)
     for row in rows:
         row["ratio_to_plain"] = row["tokens_per_s"]["median"] / plain if plain else None
-        row["fingerprint"] = fingerprint({key: row[key] for key in CONFIG}, mpi)
+        groups = {key: row[key] for key in OF_GROUPS if row.get(key)}
+        row["fingerprint"] = fingerprint({key: row[key] for key in CONFIG} | groups, mpi)
     return rows

@@ -2,7 +2,16 @@
 emulation.
 
 Comparisons are at equal ranks. A policy that drafts leaves rank 0 to the orchestrator and the drafter; plain decoding
-uses that rank as a further stage, of fewer layers each.
+uses that rank as a further stage, of fewer layers each. Where ``tp`` ranks share a stage, that rank is too few for one
+more, and leads only.
+
+A group of N ranks computes a layer in
+
+    layer(r, N) = overhead + (layer(r) - overhead) / (N efficiency) + 2 exchange(r)
+    exchange(r) = EXCHANGE_S + r (N - 1) bytes / EXCHANGE_BANDWIDTH
+
+with r rows, of so many bytes of activations each, and the overhead of a layer that the hardware describes. The
+efficiency is the point's; ranks that share one memory have 1 / N at worst.
 """
 
 from __future__ import annotations
@@ -34,6 +43,13 @@ PROMPT_TOKENS = 16
 LOCAL_LINK = Link(delay_s=6e-4, bandwidth=5e9)
 """Between ranks of one host, where a point has no hardware: what a stage adds to a token of plain decoding where 9 to
 33 ranks share two cores. Most of this time is Python with cold caches."""
+EXCHANGE_S = 1e-5
+"""Seconds of an exchange of nothing, between the ranks of a host: assumed, some trips of a cache line and threads that
+wake."""
+EXCHANGE_BANDWIDTH = 1e10
+"""Bytes per second at which a rank reads what another has written: assumed, as between two sockets."""
+LATE = 0.1
+"""By up to this share of a layer each rank of a group is late: assumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +76,27 @@ class Roofline:
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """The pace of a layer that ``tp`` ranks share, where one alone has the pace ``alone``. ``overhead_s``: seconds that
+    are not divided; ``row_nbytes``: bytes of a row's activations."""
+
+    alone: Pace
+    tp: int
+    efficiency: float
+    overhead_s: float = 0.0
+    row_nbytes: int = 0
+
+    def __call__(self, rows: int, context: int) -> float:
+        """See Pace."""
+        shared_s = (self.alone(rows, context) - self.overhead_s) / (self.tp * self.efficiency)
+        exchange_s = EXCHANGE_S + rows * (self.tp - 1) * self.row_nbytes / EXCHANGE_BANDWIDTH
+        return self.overhead_s + shared_s + 2 * exchange_s
+
+
+@dataclass(frozen=True, slots=True)
 class Scenario:
-    """A point with its numbers. ``layer_s``: a target layer; ``draft_s``: a pass of the draft; both in seconds."""
+    """A point with its numbers. ``layer_s``: a target layer, of a whole group; ``draft_s``: a pass of the draft; both
+    in seconds."""
 
     point: Point
     acceptance: tuple[float, ...]
@@ -82,8 +117,12 @@ class Scenario:
         return self.point.prompt_tokens or PROMPT_TOKENS
 
     def stages(self, policy: Policy) -> int:
-        """Stages of ``policy``: all ranks but a drafter's."""
-        return max(1, self.point.ranks - policy.speculate)
+        """Stages of ``policy``: all ranks but a drafter's, or their groups."""
+        return max(1, (self.point.ranks - policy.speculate) // self.point.tp)
+
+    def is_rank_0_shared(self, policy: Policy) -> bool:
+        """Whether rank 0 has a role beside the orchestrator."""
+        return policy.speculate or self.point.tp == 1
 
     def shares(self, policy: Policy, head_share: float = 1.0) -> tuple[int, ...]:
         """Layers of each stage, as even as can be; the first one has ``head_share`` of what another has."""
@@ -123,6 +162,8 @@ class Scenario:
         found = {
             "ranks": point.ranks,
             "stages": stages,
+            "tp": point.tp if point.tp > 1 else None,
+            "efficiency": point.efficiency if point.tp > 1 else None,
             "acceptance": {"top1": self.acceptance[0], "ranks": list(self.acceptance)},
             "draft_time": self.draft_s(DRAFT_ROWS, self.context) / self.stage_s(CONTINUOUS, DRAFT_ROWS),
             "hardware": point.hardware or None,
@@ -138,7 +179,7 @@ class Scenario:
         }
         if self.costs is not None:
             slots = self.prompt_tokens + point.tokens + policy.most_guesses(stages)
-            found["bytes_per_rank"] = self.costs.stage_nbytes(max(self.shares(policy)), slots, ends=1)
+            found["bytes_per_rank"] = self.costs.stage_nbytes(max(self.shares(policy)), slots, ends=1) // point.tp
         return found
 
     def model(self, seed: int) -> EmulatedSpec:
@@ -156,12 +197,14 @@ def scenario(point: Point) -> Scenario:
     """What ``point`` means. Raises UserError where it says too little."""
     if point.ranks < 2:
         refuse(f"a point with {point.ranks} ranks", "say `stages` (at least 1) or `ranks` (at least 2) in the suite")
+    if (point.ranks - 1) % point.tp:
+        refuse(f"a point with {point.ranks} ranks and tp = {point.tp}", "use a rank more than the groups have")
     acceptance = point.acceptance or spread(point.top1)
     if not point.hardware:
         stages = point.ranks - 1
         each = max(3, round(LAYERS / stages))
         layer_s, draft_s = 1e-3 * point.stage_ms / each, 1e-3 * point.stage_ms * point.draft_time
-        return Scenario(point, acceptance, each * stages, Flat(layer_s), Flat(draft_s), LOCAL_LINK)
+        return Scenario(point, acceptance, each * stages, _shared(point, Flat(layer_s)), Flat(draft_s), LOCAL_LINK)
     if not point.target or not point.draft:
         refuse(f"a point with hardware {point.hardware} but no models", "name `target` and `draft` shapes in the suite")
     from pipeinfer.costs.hardware import read_hardware
@@ -172,5 +215,12 @@ def scenario(point: Point) -> Scenario:
     costs = Costs(hardware, target, read_shape(point.draft))
     if target.layers < point.ranks:
         refuse(f"{point.ranks} ranks for the {target.layers} layers of {point.target}", "use fewer ranks")
-    link = replace(hardware.link, row_nbytes=costs.activation_nbytes(1))
-    return Scenario(point, acceptance, target.layers, Roofline(costs, target.layers), costs.draft_s, link, costs)
+    row_nbytes = costs.activation_nbytes(1)
+    overhead_s = hardware.arithmetic[target.dtype].overhead_s
+    pace = _shared(point, Roofline(costs, target.layers), overhead_s, row_nbytes)
+    link = replace(hardware.link, row_nbytes=row_nbytes)
+    return Scenario(point, acceptance, target.layers, pace, costs.draft_s, link, costs)
+
+
+def _shared(point: Point, alone: Pace, overhead_s: float = 0.0, row_nbytes: int = 0) -> Pace:
+    return Shared(alone, point.tp, point.efficiency, overhead_s, row_nbytes) if point.tp > 1 else alone

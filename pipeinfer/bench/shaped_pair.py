@@ -19,7 +19,7 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -86,9 +86,11 @@ class PairWeights:
         """See Weights."""
         return self._random.stored_name(name)
 
-    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype, slices: Mapping[str, tuple[slice, ...]] | None = None
+    ) -> dict[str, torch.Tensor]:
         """See Weights."""
-        return {name: self.tensor(name).to(dtype) for name in names}
+        return {name: self.tensor(name)[slices[name] if slices else ...].to(dtype) for name in names}
 
     def tensor(self, name: str) -> torch.Tensor:
         """One of them, as it is stored."""

@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 from pipeinfer.bench.contenders import Contender, variants
 from pipeinfer.bench.sample import Sample, sample
-from pipeinfer.bench.scenario import Scenario
+from pipeinfer.bench.scenario import LATE, Scenario
 from pipeinfer.sim.world import World, WorldSpec
 from stages.models.emulated import plain_tokens
 
@@ -30,6 +30,9 @@ def simulate(scenario: Scenario, contender: Contender, seed: int) -> Sample:
         link=scenario.link,
         context=len(request.prompt) + request.max_new_tokens,
         priors=scenario.priors(policy),
+        drafter_beside_orchestrator=scenario.is_rank_0_shared(policy),
+        tp=scenario.point.tp,
+        late=LATE,
     )
     world = World(spec)
     (answer,) = world.run(MOST_EVENTS)

@@ -28,7 +28,9 @@ class Point:
     pass of the draft. Real: ``target`` and ``draft`` are models, ``builtin*300M`` for one as costly as that (see
     inflate), ``shaped`` for a pair of 620M and 99M weights (see shaped_pair); an acceptance is forced upon them,
     weights may be random. ``prompt_tokens``: 0 for prompts as they come. ``set``: changes to every policy that drafts,
-    as ``knob=value``. ``dtype``, ``numerics`` and ``threads`` (of a rank; 0 for its fair share): see Engine."""
+    as ``knob=value``. ``dtype``, ``numerics`` and ``threads`` (of a rank; 0 for its fair share): see Engine. ``tp``:
+    ranks that share a stage; ``fused``, of real ones: how they exchange activations, see Engine; ``efficiency``, of
+    others: the share of ``tp`` times a rank's speed that they have together before exchanges."""
 
     ranks: int = 0
     top1: float = 0.0
@@ -49,6 +51,14 @@ class Point:
     numerics: str = "portable"
     threads: int = 0
     set: tuple[str, ...] = ()
+    tp: int = 1
+    fused: str = "auto"
+    efficiency: float = 0.9
+
+    def processes(self, execution: str) -> int:
+        """Ranks of the job: all, but where groups are emulated only those with a role: a drafter's, and one of each
+        group."""
+        return self.ranks if execution == "real" else (self.ranks - 1) // self.tp + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +104,13 @@ def _suite(name: str, content: dict[str, Any]) -> Suite:
 
 
 def _points(table: dict[str, Any]) -> Iterator[Point]:
-    if "stages" in table:  # those that a drafter leaves
-        table = {"ranks": [stages + 1 for stages in _axis("stages", table["stages"])], **table}
-        del table["stages"]
+    has_stages = "stages" in table
+    if has_stages:
+        table = {"ranks": table["stages"], **{key: value for key, value in table.items() if key != "stages"}}
     _check_names(table, Point)
     for values in itertools.product(*(_axis(key, value) for key, value in table.items())):
-        yield checked(replace(Point(), **dict(zip(table, values, strict=True))))
+        point = checked(replace(Point(), **dict(zip(table, values, strict=True))))
+        yield replace(point, ranks=point.tp * point.ranks + 1) if has_stages else point  # a drafter has one more
 
 
 def _axis(key: str, value: Any) -> list[Any]:
@@ -126,6 +137,10 @@ def checked(point: Point) -> Point:
         numbers = value if isinstance(value, tuple) else (value,)
         if any(not isinstance(number, str) and number < 0 for number in numbers):
             raise ValueError(f"{knob.name} must not be negative, not {value!r}")
+    if point.tp < 1:
+        raise ValueError(f"tp must be 1 or more, not {point.tp}")
+    if not 0 < point.efficiency <= 1:
+        raise ValueError(f"efficiency must be above 0 and at most 1, not {point.efficiency}")
     if point.tokens < 2 or point.prompts < 1:
         raise ValueError("a point needs a prompt and two tokens at least")
     if point.top1 > 1 or sum(point.acceptance) > 1 + 1e-9:

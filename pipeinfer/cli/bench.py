@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipeinfer.bench.suite import Suite
 
 KERNELS = "kernels"
+EXCHANGES = "fused"
 """Takes the place of a suite: linears and passes on this process's cores, without ranks."""
 
 
@@ -63,6 +64,8 @@ def bench(args: argparse.Namespace) -> int:
     """Measure as ``args`` say."""
     if args.suite == KERNELS:
         return bench_kernels(args)
+    if args.suite == EXCHANGES:
+        return bench_exchanges(args)
     suite = wanted(args)
     launch = launched()
     if suite.execution == "simulated":
@@ -102,14 +105,43 @@ def bench_kernels(args: argparse.Namespace) -> int:
     return 0
 
 
+def bench_exchanges(args: argparse.Namespace) -> int:
+    """Measure the exchanges of a group of as many ranks as are asked for."""
+    launch, ranks = launched(), args.ranks or 2
+    if not 2 <= ranks <= 8:
+        refuse(f"--ranks {ranks}", "use 2 to 8 for a group")
+    if launch is None:
+        from launch.mpiexec import start_again
+
+        return start_again(ranks, args.argv)
+    from launch.mpi import World
+
+    world = World()
+    try:
+        if world.size != ranks:
+            refuse(f"{world.size} ranks for a group of {ranks}", "start as many, or choose with --ranks")
+        from pipeinfer.bench.fused import heading, line
+        from pipeinfer.bench.fused import measure as measure_exchanges
+
+        if world.is_head and not args.json:
+            print(heading(), flush=True)
+        for row in measure_exchanges(world, ranks):
+            if world.is_head:
+                print(json.dumps(row) if args.json else line(row), flush=True)
+    except BaseException as error:
+        world.fail(error)
+    world.close()
+    return 0
+
+
 def measure(suite: Suite, args: argparse.Namespace, world: Any) -> None:
     """Measure ``suite`` on the ranks of ``world``. Collective."""
     from pipeinfer.bench.report import Report
     from pipeinfer.bench.runner import run_emulated, run_real
 
-    fitting = tuple(point for point in suite.points if point.ranks <= world.size)
+    fitting = tuple(point for point in suite.points if point.processes(suite.execution) <= world.size)
     if not fitting:
-        most = min(point.ranks for point in suite.points)
+        most = min(point.processes(suite.execution) for point in suite.points)
         refuse(f"{suite.name} needs {most} ranks, and there are {world.size}", "start more, or choose with --ranks")
     report = Report(suite, args.json, args.out) if world.is_head else None
     if report is not None and len(fitting) < len(suite.points):
@@ -176,7 +208,7 @@ def start(suite: Suite, argv: list[str]) -> int:
     """Start the ranks that ``suite`` needs on this machine, each with the command line ``argv``."""
     from launch.mpiexec import start_again
 
-    ranks = max(point.ranks for point in suite.points)
+    ranks = max(point.processes(suite.execution) for point in suite.points)
     if not ranks:
         refuse(f"{suite.name} does not say how many ranks", "choose with --ranks, or start it with mpirun or srun")
     return start_again(ranks, argv)

@@ -78,7 +78,7 @@ def check(trace: Trace) -> int:
     except (*DAMAGE, MemoryError) as error:
         refuse(f"the first line of {trace.path} is damaged ({type(error).__name__}: {error})", "use another trace")
     retold = retell(machines, trace.steps())
-    said = f"{trace.path} ({names}): {retold.events} events, {retold.commands} commands identical"
+    said = f"{trace.path} ({names or 'follows'}): {retold.events} events, {retold.commands} commands identical"
     if retold.difference:
         maker = "" if header.version == __version__ else f" (the trace was made by version {header.version})"
         print(f"{said}; then {retold.difference}{maker}", flush=True)

@@ -44,17 +44,7 @@ def add_parser(commands: Any) -> None:
     what.add_argument("--ignore-eos", action="store_true", help="continue after an end-of-text token")
     add_sampling(parser.add_argument_group("sampling"))
     how = parser.add_argument_group("execution")
-    how.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (1 needs no MPI)")
-    how.add_argument(
-        "--policy",
-        metavar="NAME|FILE",
-        help="plain, continuous or a TOML file with a policy's knobs (default: continuous; plain on one rank without a "
-        "draft)",
-    )
-    how.add_argument(
-        "--set", action="append", default=[], metavar="KNOB=VALUE", help="change one knob of the policy (repeatable)"
-    )
-    how.add_argument("--calibration", metavar="FILE", help="start from a fit of `pipeinfer calibrate`")
+    add_execution(how)
     how.add_argument(
         "--forced-acceptance",
         type=probabilities,
@@ -69,14 +59,29 @@ def add_parser(commands: Any) -> None:
         help="with --forced-acceptance: the models' directories need only a config.json",
     )
     how.add_argument("--verify", action="store_true", help="also decode plainly in one process, and compare the tokens")
-    how.add_argument(
-        "--timeout", type=float, default=120.0, metavar="S", help="stop after S seconds without progress (0: never)"
-    )
-    how.add_argument(
-        "--trace", metavar="FILE", help="write each rank's events to FILE.rank0, ... (see `pipeinfer replay`)"
-    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text and table")
     parser.add_argument("--logprobs", action="store_true", help="with --json: add the tokens' log-probabilities")
+
+
+def add_execution(group: Any) -> None:
+    """Add the options that say how a job is executed to the parser's ``group``."""
+    group.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (1 needs no MPI)")
+    group.add_argument(
+        "--policy",
+        metavar="NAME|FILE",
+        help="plain, continuous or a TOML file with a policy's knobs (default: continuous; plain on one rank without a "
+        "draft)",
+    )
+    group.add_argument(
+        "--set", action="append", default=[], metavar="KNOB=VALUE", help="change one knob of the policy (repeatable)"
+    )
+    group.add_argument("--calibration", metavar="FILE", help="start from a fit of `pipeinfer calibrate`")
+    group.add_argument(
+        "--timeout", type=float, default=120.0, metavar="S", help="stop after S seconds without progress (0: never)"
+    )
+    group.add_argument(
+        "--trace", metavar="FILE", help="write each rank's events to FILE.rank0, ... (see `pipeinfer replay`)"
+    )
 
 
 def add_models(group: Any) -> None:
@@ -110,6 +115,14 @@ def add_computing(group: Any) -> None:
     group.add_argument(
         "--threads", type=int, metavar="N", help="threads of each rank (default: its share of the cores it may use)"
     )
+    group.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share each stage (default 1)")
+    group.add_argument("--stages", type=int, metavar="S", help="refuse any other number of stages")
+    group.add_argument(
+        "--fused",
+        default="auto",
+        metavar="auto|on|off",
+        help="exchanges of --tp ranks: fused with the kernels, or bulk collectives (default: what is faster)",
+    )
 
 
 def add_sampling(group: Any) -> None:
@@ -132,8 +145,7 @@ def add_sampling(group: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Decode as ``args`` say."""
     refuse_half_a_pair(args)
-    if args.timeout < 0:
-        refuse(f"--timeout {args.timeout:g}", "use seconds, or 0 to wait for ever")
+    refuse_no_timeout(args)
     if args.logprobs and not args.json:
         refuse("--logprobs without --json", "say both")
     from launch.collector import frozen
@@ -208,6 +220,9 @@ def open_engine(args: argparse.Namespace, check: Callable[[Engine], object], **m
         dtype=args.dtype,
         numerics=args.numerics,
         threads=args.threads,
+        tp=args.tp,
+        stages=args.stages,
+        fused=args.fused,
         context=args.context,
         calibration=args.calibration,
         check=check,
@@ -219,6 +234,12 @@ def refuse_half_a_pair(args: argparse.Namespace) -> None:
     """Refuse --draft without --target."""
     if args.draft and args.draft != ["none"] and not args.target:
         refuse("--draft without --target", "name both models, or neither for the built-in pair")
+
+
+def refuse_no_timeout(args: argparse.Namespace) -> None:
+    """Refuse a --timeout that is no time."""
+    if args.timeout < 0:
+        refuse(f"--timeout {args.timeout:g}", "use seconds, or 0 to wait for ever")
 
 
 def read_prompt(args: argparse.Namespace) -> Prompt:
@@ -288,18 +309,23 @@ def note(text: str) -> None:
 def describe(completion: Completion) -> str:
     """Policy, ranks and sizes, in one line."""
     config, ranks = completion.config, completion.ranks
-    stages = sum(rank["layers"] is not None for rank in ranks)
+    stages = len({tuple(rank["layers"]) for rank in ranks if rank["layers"] is not None})
     forced = ",".join(f"{share:g}" for share in config["forced_acceptance"])
     hosts = len({rank["host"] for rank in ranks})
     dtypes = "/".join(dict.fromkeys((config["dtype"], *config["draft_dtypes"])))
     threads = " or ".join(str(number) for number in sorted({rank["threads"] for rank in ranks}))
     return (
         f"{f'meaningless text, acceptance forced to {forced}; ' if forced else ''}"
-        f"policy {config['policy']['name']}, {dtypes}, {len(ranks)} ranks on {hosts} hosts, {stages} stages, "
-        f"{threads} threads a rank; "
+        f"policy {config['policy']['name']}, {dtypes}, {len(ranks)} ranks on {hosts} hosts, "
+        f"{stages} stages{_shared(config['tp'], ranks)}, {threads} threads a rank; "
         f"{len(completion.prompt_tokens)} prompt tokens, {len(completion.tokens)} new, "
         f"ended by {completion.finish_reason}{_drawn(config['sampling'])}"
     )
+
+
+def _shared(tp: int, ranks: list[dict[str, Any]]) -> str:
+    exchanges = "; ".join(sorted({rank["exchanges"] for rank in ranks if rank["exchanges"]}))
+    return f" of {tp} ranks (exchanges {exchanges})" if tp > 1 else ""
 
 
 def _drawn(sampling: dict[str, Any]) -> str:

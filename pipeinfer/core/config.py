@@ -21,6 +21,7 @@ AUTO = "auto"
 """The dtype of a job whose weights are held as their checkpoints store them."""
 STORED_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 NUMERICS = ("portable", "fast")
+FUSED = ("auto", "on", "off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,9 @@ class Config:
     ``random_weights``: the directories' weights are not read but made up (see stages.checkpoint.random_weights).
     ``dtype``: of weights; ``auto`` until preflight knows what the target's checkpoint says. ``draft_dtypes``: what
     preflight resolved for each draft; until then as ``dtype``. ``numerics``: ``portable`` for the same bits on every
-    processor, ``fast`` for those of this one. ``threads``: of each rank; None for its fair share of the cores."""
+    processor, ``fast`` for those of this one. ``threads``: of each rank; None for its fair share of the cores.
+    ``tp``: ranks that share a stage; ``stages``: how many there are to be, if that is said. ``fused``: whether their
+    exchanges are fused with the kernels, of FUSED."""
 
     target: str = BUILTIN
     drafts: tuple[str, ...] = (BUILTIN,)
@@ -51,6 +54,9 @@ class Config:
     numerics: str = NUMERICS[0]
     threads: int | None = None
     draft_dtypes: tuple[str, ...] = ()
+    tp: int = 1
+    stages: int | None = None
+    fused: str = "auto"
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Config:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pipeinfer.core.config import DTYPES, model_directory
+from pipeinfer.core.errors import refuse
 from pipeinfer.costs.paths import find
 from pipeinfer.costs.tables import Table
 from stages.checkpoint.spec import ModelSpec
@@ -119,7 +120,9 @@ def read_shape(name: str) -> Shape:
 
 
 def of_spec(spec: ModelSpec, name: str) -> Shape:
-    """The shape of a model of the Llama shard, in fp32."""
+    """The shape of a model of the Llama family, in fp32. Raises UserError for one with experts."""
+    if spec.experts is not None:
+        refuse(f"{name}: shapes have no experts", "name a model whose layers have one MLP each")
     return Shape(
         name=name,
         layers=spec.layer_count,

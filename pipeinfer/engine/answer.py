@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -48,6 +49,11 @@ class HeadJob(Protocol):
     @property
     def traffic(self) -> tuple[int, int]:
         """Messages and bytes between the ranks, once it is closed."""
+        ...
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What has ended it early, if something has."""
         ...
 
     def submit(self, request: Request, on_output: OnOutput) -> int:
@@ -219,7 +225,8 @@ class Handle:
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def listener() -> None:
-            loop.call_soon_threadsafe(changed.set)
+            with contextlib.suppress(RuntimeError):  # the loop has closed
+                loop.call_soon_threadsafe(changed.set)
 
         with self._changed:
             self._listeners.append(listener)

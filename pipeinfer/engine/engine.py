@@ -14,7 +14,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from types import TracebackType
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.preflight import Cleared, clear
 from launch.signals import end_in_order
-from pipeinfer.core.config import AUTO, BUILTIN, NUMERICS, Config, ModelName, draft_names, model_name
+from pipeinfer.core.config import AUTO, BUILTIN, FUSED, NUMERICS, Config, ModelName, draft_names, model_name
 from pipeinfer.core.errors import UserError, exit_code, refuse
 from pipeinfer.core.ports import Sampling
 from pipeinfer.engine.answer import Completion, Handle, HeadJob
@@ -48,10 +48,12 @@ class Engine:
     used. policy: ``plain`` (the default of one rank without a draft), ``continuous`` or a TOML file with a policy's
     knobs; settings: changes to it, as ``knob=value``. dtype: of weights and KV slots: ``auto`` for what each
     checkpoint says, or ``fp32``, ``bf16`` or ``fp16``. numerics: ``portable`` for the same bits on every processor, or
-    ``fast``. threads: of each rank (default: its fair share of the cores). context: most tokens of a request. comm: an
-    mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may move before the job gives up
-    and says who waits for whom. trace: a file name; each rank N writes all that its roles are told and command to
-    ``<trace>.rankN``, for ``pipeinfer replay``. calibration: a file that ``pipeinfer calibrate`` wrote.
+    ``fast``. threads: of each rank (default: its fair share of the cores). tp: ranks that share each stage; stages: how
+    many there have to be; fused: how those ranks exchange activations, ``auto``, ``on`` or ``off``. context: most
+    tokens of a request. comm: an mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may
+    move before the job gives up and says who waits for whom. trace: a file name; each rank N writes all that its roles
+    are told and command to ``<trace>.rankN``, for ``pipeinfer replay``. calibration: a file that ``pipeinfer
+    calibrate`` wrote.
     forced_acceptance: the probability that a draft's first choice is right, or those of its first, second, ...: the
     models compute as always, but the tokens mean nothing and are shown as numbers, and no token ends a text.
     random_weights: with it, the directories need only a config.json; without a tokenizer a prompt is its bytes.
@@ -77,6 +79,9 @@ class Engine:
         random_weights: bool = False,
         numerics: str = NUMERICS[0],
         threads: int | None = None,
+        tp: int = 1,
+        stages: int | None = None,
+        fused: str = FUSED[0],
         check: Callable[[Engine], object] | None = None,
     ) -> None:
         self._job: Job | None = None  # of a rank that serves
@@ -93,8 +98,9 @@ class Engine:
             knobs, file = read_policy(name, settings).settings(), None if trace is None else _name(trace)
             known = {} if calibration is None else read_calibrations(_name(calibration))
             shares = forced_acceptance if isinstance(forced_acceptance, Sequence) else (forced_acceptance,)
-            more = (known, tuple(map(float, shares)), random_weights, numerics, threads)
-            return Config(named, drafts, knobs, dtype, context, timeout_s, file, *more)
+            more = known, tuple(map(float, shares)), random_weights, numerics, threads
+            config = Config(named, drafts, knobs, dtype, context, timeout_s, file, *more)
+            return replace(config, tp=tp, stages=stages, fused=fused)
 
         def prepare() -> Cleared:
             if ranks not in (None, size):
@@ -156,6 +162,16 @@ class Engine:
     def ranks(self) -> list[dict[str, Any]]:
         """Each rank's host, roles, layers, weight bytes and threads, as the head knows them."""
         return self._open().ranks
+
+    @property
+    def is_threaded(self) -> bool:
+        """Whether other threads than the one that opened the engine may wait for answers (some MPI allow none)."""
+        return self._open().is_threaded
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What has ended the job early, if something has; an engine that is idle learns it here."""
+        return None if self._head is None else self._head.failure
 
     def _open(self) -> HeadJob:
         if self._head is None:
@@ -226,7 +242,7 @@ class Engine:
         assert self._builder is not None
         built = self._builder.build(prompt, max_new_tokens, ignore_eos, False, sampling, stop)
         config = replace(self.config, policy=PLAIN.settings(), drafts=(), context=self.context, trace=None)
-        config = replace(config, draft_dtypes=())
+        config = replace(config, draft_dtypes=(), tp=1, stages=None)
         job = LocalJob(load_job(clear(config, 1)), is_threaded=False)
         try:
             return Handle(job, built.request, self._builder.reader(built), Completion()).result().tokens
@@ -237,6 +253,17 @@ class Engine:
         """The prompt's tokens. Raises UserError for a prompt that cannot be served."""
         assert self._builder is not None
         return self._builder.tokenize(prompt, max_new_tokens, chat)
+
+    def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens of a conversation under the tokenizer's chat template, up to where the assistant answers. Each
+        message has a ``role`` and a ``content``. Raises UserError where there is no template, or it takes them not."""
+        assert self._builder is not None
+        return self._builder.tokenize_chat(messages)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ``tokens``, special tokens left out."""
+        assert self._builder is not None
+        return self._builder.decode(tokens)
 
     def serve(self) -> None:
         """On the other ranks of an MPI job: work until the head closes; where that fails, all ranks end."""

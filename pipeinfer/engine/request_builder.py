@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from launch.preflight import Cleared
 from pipeinfer.core.config import Config
-from pipeinfer.core.errors import refuse
+from pipeinfer.core.errors import UserError, refuse
 from pipeinfer.core.ports import Request, Sampling
 from pipeinfer.core.sampling import checked_stops, exact
 from pipeinfer.engine.generation import Generation, model_sampling
@@ -27,6 +27,10 @@ class BuiltRequest:
         """The settings as a Completion shows them: ``max_new_tokens``, ``sampling`` and ``stop``."""
         request = self.request
         return {"max_new_tokens": request.max_new_tokens, "sampling": asdict(request.sampling), "stop": self.stops}
+
+
+class ContextExceeded(UserError):
+    """Prompt and new tokens together are longer than the context."""
 
 
 class RequestBuilder:
@@ -83,8 +87,16 @@ class RequestBuilder:
         if max_new_tokens < 1:
             refuse(f"{max_new_tokens} new tokens", "ask for at least one")
         if len(tokens) + max_new_tokens > self.context:
-            refuse(
-                f"the prompt's {len(tokens)} tokens and {max_new_tokens} new ones exceed the context of {self.context}",
-                "shorten the prompt, ask for fewer tokens, or raise --context where the model allows it",
+            raise ContextExceeded(
+                f"the prompt's {len(tokens)} tokens and {max_new_tokens} new ones exceed the context of "
+                f"{self.context}; shorten the prompt, ask for fewer tokens, or raise --context where the model allows"
             )
         return tokens
+
+    def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens of a conversation; see Engine.tokenize_chat."""
+        return self._text.encode_messages(messages)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ``tokens``, special tokens left out."""
+        return self._text.decode(list(tokens))

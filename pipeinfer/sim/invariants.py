@@ -211,18 +211,26 @@ class Lively(Reader):
 def patience(spec: WorldSpec) -> float:
     """A bound on the virtual time between two tokens: the next one waits for what is in flight (a window of the slowest
     passes), then goes once through the pipeline; and the orchestrator may share its host with a draft's layer. Where
-    all share one host the drafters may have as many turns before as a run has rows."""
+    all share one host the drafters may have as many turns before as a run has rows. Ranks of a group may be late, and
+    exchanges take their time."""
     policy, link, model = spec.policy, spec.link, spec.model
     window = policy.most_runs(spec.stages)
     most_rows = max(policy.max_rows, policy.prefill_chunk)
-    passes = [spec.stage_s[index % len(spec.stage_s)] * (1 + spec.row_cost * most_rows) for index in range(spec.stages)]
+    drafted_rows = max(policy.draft_batch, policy.prefill_chunk)
+
+    def longest_s(pass_s: float, rows: int, layers: int) -> float:
+        return (pass_s * (1 + spec.row_cost * rows) + 2 * spec.exchange_s * layers) * (1 + spec.late)
+
+    layers = -(-model.layers // spec.stages)
+    passes = [longest_s(spec.stage_s[index % len(spec.stage_s)], most_rows, layers) for index in range(spec.stages)]
     # Activations of a row: 8 bytes. A result or a run may queue on the wire behind a window of others.
     message_s = (32 + 16 * (policy.max_rows + 2 * window * policy.max_rows + 8) + 24 * most_rows) / link.bandwidth
     hop = link.delay_s + 3 * link.jitter_s + (window + 1) * message_s
-    draft_layer = spec.draft_s / model.layers * (1 + spec.row_cost * max(policy.draft_batch, policy.prefill_chunk))
+    draft_pass = longest_s(spec.draft_s, drafted_rows, model.layers)
+    draft_layer = draft_pass / model.layers
     turns = spec.drafters * policy.max_rows if spec.placement == "alone" else 0
     ordered = {"rounds": policy.num_steps, "pipeinfer": policy.max_rows, "continuous": turns}[policy.schedule]
-    order_s = ordered * (spec.draft_s * (1 + spec.row_cost * max(policy.draft_batch, policy.prefill_chunk))) + 2 * hop
+    order_s = ordered * draft_pass + 2 * hop
     return 3 * order_s + sum(passes) + (window + RUNS_AHEAD) * max(passes) + (spec.stages + 3) * hop + 4 * draft_layer
 
 

@@ -57,8 +57,9 @@ class Report:
 def random_world(seed: int, schedule: str = "") -> WorldSpec:
     """The world that ``seed`` stands for, or the one of ``schedule`` that it stands for; in a third of them requests
     overlap: the next one is prefilled while the runs of the one before return. In half of them it is known what passes
-    cost, more or less."""
+    cost, more or less. In a quarter of them groups share the stages."""
     world = draw_world(random.Random(seed), seed, schedule)
+    world = draw_groups(random.Random(f"groups {seed}"), world)
     dice = random.Random(f"priors {seed}")
     if dice.random() < 0.5:
         world = replace(world, priors=draw_priors(dice, world))
@@ -114,6 +115,15 @@ def draw_priors(rng: random.Random, world: WorldSpec) -> Priors:
         return tuple((rows, seconds * math.exp(rng.gauss(0, error))) for rows, seconds in costs)
 
     return Priors(times(max(stages)), times(sum(stages)), times(world.draft_s) if rng.random() < 0.9 else ())
+
+
+def draw_groups(rng: random.Random, world: WorldSpec) -> WorldSpec:
+    """``world``, in a quarter of the draws with groups of ranks that may be late, and whose exchanges may cost as much
+    as layers. Tokens stay the same."""
+    if rng.random() >= 0.25:
+        return world
+    late, exchange_s = rng.choice((0.0, 0.1, 1.0)), rng.choice((0.0, 0.01, 0.5))
+    return replace(world, tp=rng.choice((2, 2, 3, 4, 8)), late=late, exchange_s=exchange_s)
 
 
 def _busy_world(rng: random.Random, seed: int) -> WorldSpec:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -35,9 +35,10 @@ from pipeinfer.core.ports import (
     Started,
     Submitted,
 )
+from pipeinfer.core.slots import batch_in_order
 from pipeinfer.core.wire import decode, encode
 from pipeinfer.orchestrator.machine import Orchestrator
-from pipeinfer.placement.roles import Plan, place, rank_of_role, split_layers
+from pipeinfer.placement.roles import Plan, Role, place, rank_of_role, split_layers
 from pipeinfer.runtime.executor import Executor
 from pipeinfer.runtime.job_spec import JobSpec
 from pipeinfer.runtime.shards import load_shards
@@ -45,7 +46,9 @@ from pipeinfer.sim.network import Network
 from speculation.schedules.cost_curve import NO_PRIORS, Priors
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import Placement
-from stages.models.emulated import EmulatedPair, EmulatedShard, EmulatedSpec, Pace, per_layer
+from stages.models.emulated import EmulatedPair, EmulatedShard, EmulatedSpec, Pace, finish, per_layer
+from stages.models.emulated_group import EmulatedGroup
+from stages.models.group_shard import GroupShard
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,8 @@ class WorldSpec:
     """Everything about a world. ``stage_s`` and ``draft_s``: seconds of one pass of a stage and of the draft model;
     or, where passes do not cost the same always, ``paces`` of one target layer and of a draft pass. Hosts are those of
     pipeinfer/placement/roles.py: one where ``placement`` is "alone", else the orchestrator and the first drafter share
-    theirs, if ``drafter_beside_orchestrator``."""
+    theirs, if ``drafter_beside_orchestrator``. A host with a stage may stand for the leader of a group of ``tp`` ranks;
+    the others have no roles."""
 
     seed: int
     policy: Policy
@@ -78,6 +82,9 @@ class WorldSpec:
     overlap: bool = False  # see JobSpec
     silent_s: float | None = None  # from when on drafters that have a host of their own send no more messages
     priors: Priors = NO_PRIORS  # what passes are said to take
+    tp: int = 1  # ranks of a group: they share a stage, and the drafts that its leader hosts
+    late: float = 0.0  # by up to this share of a layer each rank of a group may be late
+    exchange_s: float = 0.0  # what a group spends on each of the two exchanges of a layer
 
 
 @dataclass(slots=True)
@@ -193,10 +200,11 @@ class World:
         self.plan = make_plan(spec, pair.layers if pair is not None else spec.model.layers)
         self.home = rank_of_role(self.plan)
         self.hosts: list[Host] = []
-        pair = pair if pair is not None else WorldPair(spec)
         for index, roles in enumerate(self.plan):
             machines = [machine for machine in self.machines if self.home[machine.address] == index]
-            self.hosts.append(Host(self, index, machines, load_shards(make_job_spec(spec), roles, pair)))
+            shards = load_shards(make_job_spec(spec), roles, pair or world_pair(spec, index, roles))
+            warm_up(shard for shard in shards.values() if isinstance(shard, GroupShard))
+            self.hosts.append(Host(self, index, machines, shards))
 
     @property
     def orchestrator(self) -> Orchestrator:
@@ -303,20 +311,37 @@ def make_plan(spec: WorldSpec, layers: int) -> Plan:
 
 
 class WorldPair(EmulatedPair):
-    """The emulated models of ``spec``. Every stage has its own pace."""
+    """The emulated models of ``spec``, shared by the ranks of ``group``. Every stage has its own pace."""
 
-    def __init__(self, spec: WorldSpec) -> None:
-        passes = spec.paces or (_pace(0.0, spec.row_cost), _pace(spec.draft_s, spec.row_cost))
-        super().__init__(spec.model, *passes)
+    def __init__(self, spec: WorldSpec, group: EmulatedGroup | None = None) -> None:
+        make = EmulatedShard if group is None else group.shard
+        self._exchanges_s = 0.0 if group is None else 2 * spec.exchange_s  # of a layer
+        draft_s = _pace(spec.draft_s, spec.row_cost, self._exchanges_s * spec.model.layers)
+        super().__init__(spec.model, *(spec.paces or (_pace(0.0, spec.row_cost), draft_s)), make, make)
         self._paces: dict[range, Pace] = {}  # of one layer, by the layers of a stage
         for index, layers in enumerate(split_layers(spec.model.layers, spec.shares or [1] * spec.stages)):
-            stage_s = spec.stage_s[index % len(spec.stage_s)]
-            self._paces[layers] = spec.paces[0] if spec.paces else per_layer(_pace(stage_s, spec.row_cost), len(layers))
+            stage_s = _pace(spec.stage_s[index % len(spec.stage_s)], spec.row_cost, self._exchanges_s * len(layers))
+            self._paces[layers] = spec.paces[0] if spec.paces else per_layer(stage_s, len(layers))
 
-    def stage(self, layers: range, capacity: int) -> EmulatedShard:
+    def stage(self, layers: range, capacity: int) -> ShardModel:
         """See Pair."""
-        return EmulatedShard(self._spec, layers, capacity, self._paces[layers])
+        return self._make_stage(self._spec, layers, capacity, self._paces[layers])
 
 
-def _pace(pass_s: float, row_cost: float) -> Pace:
-    return lambda rows, context: pass_s * (1.0 + row_cost * (rows - 1))
+def world_pair(spec: WorldSpec, host: int, roles: Sequence[Role]) -> WorldPair:
+    """The emulated models of ``spec`` for one of its hosts, whose group shares them if it has a stage."""
+    if spec.tp == 1 or all(role.layers is None for role in roles):
+        return WorldPair(spec)
+    return WorldPair(spec, EmulatedGroup(spec.tp, spec.late, spec.seed << 8 ^ host))
+
+
+def warm_up(shards: Iterable[GroupShard]) -> None:
+    """What ranks do with their shards after loading, in short: a pass, a choice, and all slots as they were."""
+    for shard in shards:
+        batch = batch_in_order([0, 0])
+        shard.sample(finish(shard.forward(batch, None)), [1], 1)
+        shard.clear(len(batch.slots))
+
+
+def _pace(pass_s: float, row_cost: float, more_s: float = 0.0) -> Pace:
+    return lambda rows, context: pass_s * (1.0 + row_cost * (rows - 1)) + more_s

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -40,10 +40,16 @@ class Text:
         return self._encode(text, is_bare=False)
 
     def encode_chat(self, text: str) -> list[int]:
-        """The tokens of one user turn under the tokenizer's chat template, up to where the assistant answers."""
-        _refuse_no_unicode(text)
+        """The tokens of one user turn; see encode_messages."""
+        return self.encode_messages([{"role": "user", "content": text}])
+
+    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens of a conversation under the tokenizer's chat template, up to where the assistant answers. Each
+        message has a ``role`` and a ``content``."""
+        for message in messages:
+            _refuse_no_unicode(message["content"])
         refuse_no_template(self._directory)
-        return self._encode(render_chat(self._directory, self._full, text), is_bare=True)
+        return self._encode(render_chat(self._directory, self._full, messages), is_bare=True)
 
     @cached_property
     def _full(self) -> Any:
@@ -111,11 +117,11 @@ class Numbers(Text):
         _refuse_no_unicode(text)
         return list(text.encode()) if self._reads_bytes else super().encode(text)
 
-    def encode_chat(self, text: str) -> list[int]:
+    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """See Text."""
         if self._reads_bytes:
             refuse("a chat template needs a tokenizer", "leave out --chat")
-        return super().encode_chat(text)
+        return super().encode_messages(messages)
 
     def decode(self, tokens: list[int]) -> str:
         """The token ids, separated by blanks."""

@@ -170,7 +170,7 @@ def refuse_no_template(directory: Path) -> None:
     except (OSError, ValueError):
         return
     if not has_any:
-        refuse(f"the tokenizer in {directory} has no chat template", "leave out --chat")
+        refuse(f"the tokenizer in {directory} has no chat template", "leave out --chat (a server: use /v1/completions)")
 
 
 def same_tokens(one: Path, other: Path) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -187,13 +187,13 @@ def _open_plain(directory: Path) -> Plain | None:
     return Plain(library, library.token_to_id(config["eos_token"]) if config.get("eos_token") else None)
 
 
-def render_chat(directory: Path, tokenizer: Any, text: str) -> str:
-    """The prompt that ``tokenizer``'s chat template makes of one user turn, up to where the assistant answers."""
+def render_chat(directory: Path, tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """The prompt that ``tokenizer``'s chat template makes of ``messages`` (``role`` and ``content`` each), up to where
+    the assistant answers."""
     path = directory / ("chat_template.jinja" if (directory / "chat_template.jinja").is_file() else CONFIG)
     if not tokenizer.chat_template:
-        refuse(f"the tokenizer in {directory} has no chat template", "leave out --chat")
+        refuse(f"the tokenizer in {directory} has no chat template", "leave out --chat (a server: use /v1/completions)")
     if not isinstance(tokenizer.chat_template, str | dict):
         refuse(f"{path}: the chat template is no template but {tokenizer.chat_template!r:.40}", "leave out --chat")
-    turns = [{"role": "user", "content": text}]
     with blaming(f"{path}: the chat template cannot be used", "mend it, or leave out --chat"), quietly():
-        return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))

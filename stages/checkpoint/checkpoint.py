@@ -6,7 +6,7 @@ loaded; torch is imported by ``read``, and to open pickled weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,7 +25,7 @@ from stages.checkpoint.folder import (
 from stages.checkpoint.names import llama_name, refuse_collisions, unwrapped
 from stages.checkpoint.pickle_file import open_pickle, read_pickle
 from stages.checkpoint.safetensors_file import FLOAT_NBYTES, StoredTensor, read_header
-from stages.checkpoint.spec import ModelSpec
+from stages.checkpoint.spec import ExpertSpec, ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,33 @@ MAX_NAME = 200  # characters of a file's name; file systems have 255 bytes
 
 def layer_tensors(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of one layer's tensors."""
+    tensors = dense_tensors(spec, layer)
+    if spec.experts is not None:
+        tensors[router_name(spec.experts, layer)] = (spec.experts.count, spec.hidden_size)
+        for expert in range(spec.experts.count):
+            tensors |= expert_tensors(spec, layer, expert)
+    return tensors
+
+
+def router_name(experts: ExpertSpec, layer: int) -> str:
+    """The matrix by which a layer's rows choose experts: [experts, hidden_size]."""
+    return f"model.layers.{layer}.{experts.block}.gate.weight"
+
+
+def expert_tensors(spec: ModelSpec, layer: int, expert: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of an expert's matrices: gate, up, down."""
+    experts, hidden, inner = spec.experts, spec.hidden_size, spec.intermediate_size
+    assert experts is not None
+    prefix = f"model.layers.{layer}.{experts.block}.experts.{expert}."
+    return {
+        f"{prefix}{experts.gate}.weight": (inner, hidden),
+        f"{prefix}{experts.up}.weight": (inner, hidden),
+        f"{prefix}{experts.down}.weight": (hidden, inner),
+    }
+
+
+def dense_tensors(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of one layer's tensors but for its experts' and their router's."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
     queries, keys = spec.head_count * spec.head_dim, spec.kv_head_count * spec.head_dim
     linears = {
@@ -46,10 +73,13 @@ def layer_tensors(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj": (keys, hidden, spec.qkv_bias),
         "self_attn.v_proj": (keys, hidden, spec.qkv_bias),
         "self_attn.o_proj": (hidden, queries, spec.output_bias),
-        "mlp.gate_proj": (inner, hidden, spec.mlp_bias),
-        "mlp.up_proj": (inner, hidden, spec.mlp_bias),
-        "mlp.down_proj": (hidden, inner, spec.mlp_bias),
     }
+    if spec.experts is None:
+        linears |= {
+            "mlp.gate_proj": (inner, hidden, spec.mlp_bias),
+            "mlp.up_proj": (inner, hidden, spec.mlp_bias),
+            "mlp.down_proj": (hidden, inner, spec.mlp_bias),
+        }
     prefix = f"model.layers.{layer}."
     tensors: dict[str, tuple[int, ...]] = {
         f"{prefix}input_layernorm.weight": (hidden,),
@@ -100,8 +130,11 @@ class Weights(Protocol):
         """The tensor that stands for ``name``, an end of a tied model."""
         ...
 
-    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """These tensors and no others, as ``dtype``, in memory of their own. Raises CheckpointError."""
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype, slices: Mapping[str, tuple[slice, ...]] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """These tensors and no others, as ``dtype``, in memory of their own; ``slices``: what of each, if not all of
+        them whole. Raises CheckpointError."""
         ...
 
 
@@ -163,8 +196,10 @@ class Checkpoint:
         if spec.tied and HEAD in self.tensors:
             refuse_unlike(self.tensors[HEAD], (spec.vocab_size, spec.hidden_size))
 
-    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Read these tensors and no others, as ``dtype``, in memory of their own. Raises CheckpointError."""
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype, slices: Mapping[str, tuple[slice, ...]] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """See Weights."""
         wanted: dict[Path, dict[str, str]] = {}  # by file: our names by stored names
         for name in names:
             if name not in self.tensors:
@@ -175,7 +210,8 @@ class Checkpoint:
             with reading(path), opened(path, by_stored) as windows:
                 for stored, window in windows:
                     # Without the copy the tensor would stay a window on the mapped file.
-                    read[by_stored[stored]] = window[...].to(dtype, copy=True)
+                    name = by_stored[stored]
+                    read[name] = window[slices[name] if slices else ...].to(dtype, copy=True)
         return read
 
 

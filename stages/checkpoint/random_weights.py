@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -30,9 +30,12 @@ class RandomCheckpoint:
         """See Weights: a tied model has no head of its own."""
         return EMBEDDING if name == HEAD and HEAD not in self._ends else name
 
-    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype, slices: Mapping[str, tuple[slice, ...]] | None = None
+    ) -> dict[str, torch.Tensor]:
         """See Weights."""
-        return {name: random_tensor(name, self._shape(name), dtype) for name in names}
+        whole = {name: random_tensor(name, self._shape(name), dtype) for name in names}
+        return {name: tensor[slices[name]].clone() for name, tensor in whole.items()} if slices else whole
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name in self._ends:

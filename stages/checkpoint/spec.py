@@ -6,7 +6,7 @@ out, the default is the one transformers 5 takes for that family: the tokens hav
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +15,23 @@ from stages.checkpoint.folder import has_file, plain, printable, read_config, re
 
 CORRECT = "correct it or export the model again"
 LEAST, MOST = 1e-18, 2**31 - 1  # bounds of any number in a config; numbers beyond are damage
+MOST_EXPERTS = 1 << 16
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSpec:
+    """The experts that every layer has instead of an MLP: ``count`` of them, ``chosen`` by each row, whose weights are
+    divided by their sum if ``is_normalised``. ``block``: what holds the router ``gate`` and the ``experts`` in names
+    of tensors; ``gate``, ``up`` and ``down``: an expert's matrices."""
+
+    count: int
+    chosen: int
+    is_normalised: bool
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +47,23 @@ class _Family:
     mlp_bias: bool = False  # the config may ask for it
     qk_norm: bool = False
     eos_token: int | None = None
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    experts: ExpertSpec | None = None
 
 
+MIXTRAL_EXPERTS = ExpertSpec(8, 2, True, "block_sparse_moe", "w1", "w3", "w2")
 FAMILIES = {
     "LlamaForCausalLM": _Family("llama", attention_bias=True, mlp_bias=True, eos_token=2),
     "MistralForCausalLM": _Family("mistral", kv_head_count=8, eos_token=2),
     "Qwen2ForCausalLM": _Family("qwen2", kv_head_count=32, qkv_bias=True),
     "Qwen3ForCausalLM": _Family("qwen3", kv_head_count=32, head_dim=128, attention_bias=True, qk_norm=True),
+    "MixtralForCausalLM": _Family(
+        "mixtral", kv_head_count=8, eos_token=2, norm_eps=1e-5, rope_theta=1e6, experts=MIXTRAL_EXPERTS
+    ),
+    "Qwen3MoeForCausalLM": _Family(
+        "qwen3_moe", kv_head_count=4, attention_bias=True, qk_norm=True, experts=ExpertSpec(128, 8, False)
+    ),
 }
 
 
@@ -63,7 +89,8 @@ class RopeSpec:
 class ModelSpec:
     """One decoder's sizes and variants. ``context`` is max_position_embeddings: no position may reach it. ``window``:
     how many tokens a row sees in layers with a sliding window, itself included; None: always all. LlamaShard has no
-    windows, so it is for contexts no longer than that (0: for none)."""
+    windows, so it is for contexts no longer than that (0: for none). ``experts``: None where layers have one MLP each;
+    ``intermediate_size`` is that of an expert else."""
 
     architecture: str
     vocab_size: int
@@ -84,12 +111,14 @@ class ModelSpec:
     eos_tokens: tuple[int, ...]
     dtype: str | None  # the checkpoint's own, as "bfloat16"; None if it does not say
     window: int | None = None
+    experts: ExpertSpec | None = None
 
     @property
     def head_in_layers(self) -> float:
-        """Weights of the output head / weights of a layer."""
-        layer_size = 2 * self.head_dim * (self.head_count + self.kv_head_count) + 3 * self.intermediate_size
-        return self.vocab_size / layer_size
+        """Weights of the output head / weights of a layer, without experts that a row has not chosen."""
+        mlps, router = (1, 0) if self.experts is None else (self.experts.chosen, self.experts.count)
+        attention = 2 * self.head_dim * (self.head_count + self.kv_head_count)
+        return self.vocab_size / (attention + 3 * mlps * self.intermediate_size + router)
 
     @classmethod
     def read(cls, directory: str | Path) -> ModelSpec:
@@ -103,26 +132,28 @@ class ModelSpec:
         head_count = fields.count("num_attention_heads")
         kv_head_count, head_dim = _heads(fields, family, head_count)
         attention_bias = family.attention_bias and fields.flag("attention_bias")
+        experts, intermediate_size = _mlp(fields, family)
         return cls(
             architecture=architecture,
             vocab_size=fields.count("vocab_size"),
             hidden_size=fields.count("hidden_size"),
-            intermediate_size=fields.count("intermediate_size"),
+            intermediate_size=intermediate_size,
             layer_count=layer_count,
             head_count=head_count,
             kv_head_count=kv_head_count,
             head_dim=head_dim,
             context=context,
-            norm_eps=fields.number("rms_norm_eps", 1e-6, below=1),
+            norm_eps=fields.number("rms_norm_eps", family.norm_eps, below=1),
             tied=fields.flag("tie_word_embeddings"),
             qkv_bias=family.qkv_bias or attention_bias,
             output_bias=attention_bias,
             mlp_bias=family.mlp_bias and fields.flag("mlp_bias"),
             qk_norm=family.qk_norm,
-            rope=_rope(fields, context),
+            rope=_rope(fields, family, context),
             eos_tokens=eos_tokens(path, fields.get("eos_token_id", family.eos_token)),
             dtype=_dtype(fields),
             window=_window(fields, family, layer_count),
+            experts=experts,
         )
 
 
@@ -142,9 +173,12 @@ def stored_dtype(directory: str | Path) -> str | None:
 
 
 def is_llama_family(directory: str | Path) -> bool:
-    """Whether ModelSpec and LlamaShard are for the model in ``directory``; also for one that is missing or damaged,
-    for ModelSpec says so without loading torch."""
-    return architecture_of(directory) in {None, *FAMILIES}
+    """Whether ModelSpec is for the model in ``directory``; also for one that is missing or damaged, for ModelSpec says
+    so without loading torch."""
+    name = architecture_of(directory)
+    if name in FAMILIES and FAMILIES[name].model_type == "qwen3_moe":
+        return not _is_mixed(_Fields(*read_config(directory)))
+    return name in {None, *FAMILIES}
 
 
 class _Fields:
@@ -254,6 +288,11 @@ def _heads(fields: _Fields, family: _Family, head_count: int) -> tuple[int, int]
 
 def _window(fields: _Fields, family: _Family, layer_count: int) -> int | None:
     """See ModelSpec. Absent keys mean what they mean to transformers: a window of 4096 from the 28th layer on."""
+    if family.experts is not None:  # one window for all layers, or none
+        default = None if family.model_type == "mixtral" else 4096
+        is_on = family.model_type == "mixtral" or fields.flag("use_sliding_window")
+        given = is_on and fields.get("sliding_window", default) is not None
+        return fields.count("sliding_window", default) if given else None
     windowed = "sliding_attention" in (fields.get("layer_types") or [])
     if fields.get("layer_types") is not None:
         pass  # they decide, for Mistral, too: transformers takes it for Ministral then
@@ -270,7 +309,33 @@ def _window(fields: _Fields, family: _Family, layer_count: int) -> int | None:
     return fields.count("sliding_window", 4096) if given and fields.get("sliding_window", 4096) is not None else 0
 
 
-def _rope(fields: _Fields, context: int) -> RopeSpec:
+def _mlp(fields: _Fields, family: _Family) -> tuple[ExpertSpec | None, int]:
+    """The experts, if there are any, and the width of an MLP."""
+    usual = family.experts
+    if usual is None:
+        return None, fields.count("intermediate_size")
+    # transformers reads and writes either name of the count.
+    count = fields.count("num_experts" if "num_experts" in fields.content else "num_local_experts", usual.count)
+    chosen = fields.count("num_experts_per_tok", usual.chosen)
+    if count > MOST_EXPERTS:
+        refuse(f"{fields.path}: {count} experts", f"at most {MOST_EXPERTS} are supported")
+    if chosen > count:
+        refuse(f"{fields.path}: num_experts_per_tok is {chosen}, of {count} experts", CORRECT)
+    if family.model_type == "mixtral":
+        return replace(usual, count=count, chosen=chosen), fields.count("intermediate_size")
+    if _is_mixed(fields):
+        refuse(f"{fields.path}: some layers have no experts", "set mlp_only_layers to [] and decoder_sparse_step to 1")
+    is_normalised = fields.flag("norm_topk_prob", usual.is_normalised)
+    experts = replace(usual, count=count, chosen=chosen, is_normalised=is_normalised)
+    return experts, fields.count("moe_intermediate_size", 768)
+
+
+def _is_mixed(fields: _Fields) -> bool:
+    """Whether only some layers of a Qwen3-MoE have experts."""
+    return bool(fields.get("mlp_only_layers")) or fields.get("decoder_sparse_step", 1) != 1
+
+
+def _rope(fields: _Fields, family: _Family, context: int) -> RopeSpec:
     """Old keys (rope_theta, rope_scaling) and new ones (rope_parameters), in transformers' order of precedence."""
     key = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     rope = _Fields(fields.path, fields.get(key) or {}, f"{key}.")
@@ -282,7 +347,7 @@ def _rope(fields: _Fields, context: int) -> RopeSpec:
     for source in (rope, fields):
         if source.get("partial_rotary_factor") not in (None, 1):
             refuse(f"{fields.path}: partial_rotary_factor is not supported", "only models that rotate whole heads are")
-    theta = (rope if "rope_theta" in rope.content else fields).number("rope_theta", 10000.0)
+    theta = (rope if "rope_theta" in rope.content else fields).number("rope_theta", family.rope_theta)
     if theta <= 1:
         rope.bad("rope_theta", f"above 1, not {theta}")
     if kind == "default":

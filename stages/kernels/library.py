@@ -24,6 +24,10 @@ ISA_VARIABLE = "PIPEINFER_ISA"
 """Environment variable: the instruction set to use instead of the best one, or ``none`` for torch."""
 LEAVES = 8
 PANEL = 16
+OUTPUT, DOWN, PHASES = 4, 7, 9
+"""Phases of a layer, as in native/kernels.h."""
+HEAD_BLOCK = 256
+"""Columns of a block of logits."""
 SPIN_US = 100
 """How long a thread that has a core of its own waits for work before it sleeps, in microseconds."""
 
@@ -55,6 +59,8 @@ class CLayer(ctypes.Structure):
         ("down", CLinear),
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("output_tile", c_int32),
+        ("down_tile", c_int32),
     )
 
 
@@ -82,6 +88,30 @@ class CRows(ctypes.Structure):
         ("threads", c_int32),
         ("faults", c_void_p),
         ("layer", c_int32),
+        ("first", c_int32),
+        ("end", c_int32),
+        ("group", c_void_p),
+        ("parts", c_void_p),
+    )
+
+
+class CExperts(ctypes.Structure):
+    """``struct experts``."""
+
+    _fields_ = (
+        ("router", c_void_p),
+        ("gate_up", c_void_p),
+        ("down", c_void_p),
+        *((name, c_int32) for name in ("count", "first", "end", "chosen", "is_normalised")),
+    )
+
+
+class CRoutes(ctypes.Structure):
+    """``struct routes``."""
+
+    _fields_ = tuple(
+        (name, c_void_p)
+        for name in ("scores", "weights", "expert", "members", "starts", "active", "gathered", "inner", "outputs")
     )
 
 
@@ -96,6 +126,7 @@ class CHead(ctypes.Structure):
         ("eps", c_float),
         ("temperature", c_float),
         ("limit", c_int32),
+        ("first", c_int32),
     )
 
 
@@ -116,8 +147,12 @@ class Table(ctypes.Structure):
         ("attention", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p)),
         ("head", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int32, *(c_void_p,) * 4)),
         ("embed", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int32, c_void_p)),
+        ("choose_among", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int32, c_int32, c_void_p, c_void_p)),
+        ("choose_in_group", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_int32, *(c_void_p,) * 6)),
+        ("spread", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int32, c_int32, c_void_p)),
         ("read", ctypes.CFUNCTYPE(c_double, c_void_p, c_int64)),
         ("multiply", ctypes.CFUNCTYPE(c_double, c_int64, c_float)),
+        ("experts", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_void_p)),
     )
 
 
@@ -134,6 +169,10 @@ class Library:
         binary.pipeinfer_share.argtypes = (c_void_p, c_int)
         binary.pipeinfer_pack.argtypes = (c_void_p, *(c_int,) * 5, c_void_p)
         binary.pipeinfer_rotations.argtypes = (c_void_p, c_int, c_float, c_int, c_void_p)
+        binary.pipeinfer_group_wait.argtypes = (c_void_p, c_int, c_int64, c_uint64, c_int64)
+        binary.pipeinfer_group_publish.argtypes = (c_void_p, c_int64, c_uint64)
+        binary.pipeinfer_group_abort.argtypes = (c_void_p,)
+        binary.pipeinfer_group_publish.restype = binary.pipeinfer_group_abort.restype = None
         self.binary = binary
         self._tables: dict[str, Table] = {}
         while table := binary.pipeinfer_kernels(len(self._tables)):

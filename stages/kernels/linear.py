@@ -1,7 +1,4 @@
-"""Linear layers of the C library: packed weights, and the order of their sums.
-
-A sum over the inputs is 8 chains of fused multiply-adds, each in order of the inputs, combined by a binary tree. The
-cuts between the chains are the tensor's own, so that ranks which hold some of the chains can give the same sums."""
+"""Linear layers of the C library: packed weights."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stages.kernels.arena import Arena
+from stages.kernels.cuts import default_cuts
 from stages.kernels.library import LEAVES, PANEL, CLinear, Library, library
 
 FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -20,12 +18,6 @@ DOT = 3
 """The format of bfloat16 weights that are multiplied by pairs of bfloat16."""
 
 ARENA = Arena()
-
-
-def even_cuts(inputs: int, unit: int = 2) -> list[int]:
-    """Cuts of ``inputs`` into 8 parts of about the same size, multiples of ``unit`` (even): 9 numbers."""
-    units = -(-inputs // unit)
-    return [min(inputs, unit * (units * leaf // LEAVES)) for leaf in range(LEAVES + 1)]
 
 
 def padded(count: int) -> int:
@@ -69,8 +61,7 @@ class Linear:
             if bias is not None and biases is not None:
                 _fill(bias.view(-1, turns, PANEL)[:, turn], biases[turn])
         total = outputs if turns == 1 else padded(outputs) * turns
-        unit = PANEL if inputs >= LEAVES * PANEL else 2
-        return cls(lib, packed, bias, total, inputs, cuts or even_cuts(inputs, unit))
+        return cls(lib, packed, bias, total, inputs, cuts or default_cuts(inputs))
 
     @property
     def nbytes(self) -> int:

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeinfer.core.errors import LocalProtocolError
-from pipeinfer.core.ports import GREEDY, Batch, SampledToken, Sampling, SamplingInputs
+from pipeinfer.core.ports import GREEDY, Batch, SampledToken, Sampling, SamplingInputs, ShardModel
 from pipeinfer.core.slots import batch_in_order, visible_slots
 
 Words = npt.NDArray[np.uint64]
@@ -111,14 +111,8 @@ class EmulatedShard:
 
     def forward(self, batch: Batch, hidden: Words | None) -> Generator[float, None, Words]:
         """See ShardModel; ``hidden``: uint64 [rows]."""
-        if hidden is not None and len(hidden) != len(batch.tokens):
-            raise LocalProtocolError(f"activations of {len(hidden)} rows for a pass of {len(batch.tokens)}")
-        self.faults = {}
-        pace = self._layer_s(len(batch.tokens), int(batch.positions[-1]) + 1)
-        words = mix(batch.tokens.astype(np.uint64) + np.uint64(self._spec.seed)) if hidden is None else hidden
-        places = mix(batch.positions.astype(np.uint64) + np.uint64(0x9E3779B9))
-        visible = visible_slots(batch)
-        sees, span = visible.astype(np.uint64), visible.shape[1]
+        words, places, sees, pace = self._enter(batch, hidden)
+        span = sees.shape[1]
         at_once = max(1, len(self._layers) // DRAFT_RESTS) if self._is_draft else 1
         for first in range(0, len(self._layers), at_once):
             layers = range(first, min(first + at_once, len(self._layers)))
@@ -130,14 +124,27 @@ class EmulatedShard:
             yield pace * len(layers)  # the hashes were made within it
         return words
 
+    def _enter(self, batch: Batch, hidden: Words | None) -> tuple[Words, Words, Words, float]:
+        """Begin a pass: the words of its rows and of their positions, uint64 [rows]; 1 for every slot that a row sees,
+        uint64 [rows, span]; and the seconds of a layer."""
+        if hidden is not None and len(hidden) != len(batch.tokens):
+            raise LocalProtocolError(f"activations of {len(hidden)} rows for a pass of {len(batch.tokens)}")
+        self.faults = {}
+        pace = self._layer_s(len(batch.tokens), int(batch.positions[-1]) + 1)
+        words = mix(batch.tokens.astype(np.uint64) + np.uint64(self._spec.seed)) if hidden is None else hidden
+        places = mix(batch.positions.astype(np.uint64) + np.uint64(0x9E3779B9))
+        return words, places, visible_slots(batch).astype(np.uint64), pace
+
     def sample(
         self, hidden: Words, rows: Sequence[int], count: int, draw: SamplingInputs | None = None
     ) -> list[list[SampledToken]]:
         """See ShardModel; log-probabilities of a draft are what it believes, with or without noise."""
         wanted = hidden[list(rows)]
         self._note_faults(wanted, rows, self._spec.layers)
-        if draw is not None:
-            wanted = _stirred(wanted, draw)
+        return self._choices(wanted if draw is None else stirred(wanted, draw), count, draw)
+
+    def _choices(self, wanted: Words, count: int, draw: SamplingInputs | None) -> list[list[SampledToken]]:
+        """``count`` tokens after each of the rows whose words, stirred by ``draw``, are ``wanted``."""
         truths = (mix(wanted + np.uint64(1)) % np.uint64(self._spec.vocab)).tolist()
         if not self._is_draft:
             return [[(truth, 0.0)] for truth in truths]
@@ -174,7 +181,7 @@ def _lot(words: Words, salt: int) -> npt.NDArray[np.float64]:
     return lots
 
 
-def _stirred(words: Words, draw: SamplingInputs) -> Words:
+def stirred(words: Words, draw: SamplingInputs) -> Words:
     """``words`` [rows], changed by all that decides ``draw``; by nothing if it is greedy."""
     sampling = draw.sampling
     if sampling.temperature > 0:
@@ -201,25 +208,36 @@ def per_layer(pass_s: Pace, layers: int) -> Pace:
 
 class EmulatedPair:
     """An emulated target and its drafts, paced: seconds of one layer of the target and of one pass of a draft. The
-    drafts differ in which tokens they hold likely: each has the ranks of the first, rotated by its index."""
+    drafts differ in which tokens they hold likely: each has the ranks of the first, rotated by its index.
 
-    def __init__(self, spec: EmulatedSpec, layer_s: Pace, draft_s: Pace) -> None:
+    ``make_stage``, ``make_draft``: make the shards, with the arguments of EmulatedShard; a group's are split among its
+    ranks (see stages.models.emulated_group)."""
+
+    def __init__(
+        self,
+        spec: EmulatedSpec,
+        layer_s: Pace,
+        draft_s: Pace,
+        make_stage: Callable[..., ShardModel] = EmulatedShard,
+        make_draft: Callable[..., ShardModel] = EmulatedShard,
+    ) -> None:
         self._spec = spec
         self._layer_s = layer_s
         self._draft_s = draft_s
+        self._make_stage, self._make_draft = make_stage, make_draft
         self.layers = spec.layers
         self.draft_contexts: tuple[int, ...] = ()
 
-    def stage(self, layers: range, capacity: int) -> EmulatedShard:
+    def stage(self, layers: range, capacity: int) -> ShardModel:
         """See Pair."""
-        return EmulatedShard(self._spec, layers, capacity, self._layer_s)
+        return self._make_stage(self._spec, layers, capacity, self._layer_s)
 
-    def draft(self, index: int, capacity: int) -> EmulatedShard:
+    def draft(self, index: int, capacity: int) -> ShardModel:
         """See Pair."""
         layers, ranks = self._spec.layers, self._spec.ranks
         shift = index % len(ranks)
         spec = replace(self._spec, ranks=ranks[shift:] + ranks[:shift])
-        return EmulatedShard(spec, range(layers), capacity, per_layer(self._draft_s, layers), is_draft=True)
+        return self._make_draft(spec, range(layers), capacity, per_layer(self._draft_s, layers), is_draft=True)
 
     def pack(self, hidden: Words) -> npt.NDArray[np.uint8]:
         """See Pair."""

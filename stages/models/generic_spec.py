@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.checkpoint.checkpoint import Checkpoint, reading
 from stages.checkpoint.folder import AGAIN, plain, printable, read_config, refuse, said, shown
-from stages.checkpoint.spec import CORRECT, MOST, eos_tokens
+from stages.checkpoint.spec import CORRECT, MOST, MOST_EXPERTS, eos_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 LAYER_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 LAYER_COUNTS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}
-MOST_EXPERTS = 1 << 16
 USE_ANOTHER = "use a decoder-only model with plain attention layers"
 
 

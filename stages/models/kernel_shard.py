@@ -1,4 +1,5 @@
-"""Some consecutive layers of a Llama-family decoder on the C kernels (stages/kernels/native).
+"""Some consecutive layers of a Llama-family decoder, or of a Mixtral or Qwen3-MoE, on the C kernels
+(stages/kernels/native).
 
 A row has the same bits in any company: whatever rows are computed with it, in whichever slots, by any number of
 threads and on any instruction set with fused multiply-add. Activations are float32 everywhere; weights, keys and values
@@ -14,24 +15,38 @@ from ctypes import addressof
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeinfer.core.ports import GREEDY, Batch, Payload, SampledToken, SamplingInputs
 from pipeinfer.core.slots import slots_of
-from stages.checkpoint.checkpoint import EMBEDDING, HEAD, NORM, Weights, layer_tensors
+from stages.checkpoint.checkpoint import EMBEDDING, HEAD, NORM, Weights, dense_tensors
 from stages.checkpoint.spec import ModelSpec
-from stages.kernels.library import BEST_NBYTES, CHOSEN, LEAVES, PANEL, CHead, CLayer, CModel, CRows, Library, library
+from stages.kernels.cuts import part_of
+from stages.kernels.group import Group, tile_panels
+from stages.kernels.library import (
+    PANEL,
+    PHASES,
+    CHead,
+    CLayer,
+    CLinear,
+    CModel,
+    CRows,
+    Library,
+    library,
+)
 from stages.kernels.linear import FORMATS, Linear, padded
 from stages.kernels.sampling import changes_nothing
 from stages.kernels.top_tokens import top_tokens
+from stages.models.bulk import compute_in_bulk
+from stages.models.ends import Chosen, choose, spread
+from stages.models.experts import Experts
 from stages.models.rope import inverse_frequencies
+from stages.models.split import Split, SplitWeights, down_cuts, output_cuts
 
-Chosen = npt.NDArray[np.void]
-POSITIONS, HEAD_BLOCK = 256, 256
-"""As in native/kernels.c: positions of a chunk of attention, and columns of a block of logits."""
+POSITIONS = 256
+"""As in native/attention.h: positions of a chunk of attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +61,7 @@ class _Layer:
 class _Scratch:
     """Memory of a pass of up to ``rows`` rows by ``threads`` threads."""
 
-    def __init__(self, model: CModel, layers: Sequence[_Layer], rows: int, threads: int) -> None:
+    def __init__(self, model: CModel, layers: Sequence[_Layer], rows: int, threads: int, ranks: int) -> None:
         self.rows, self.threads = rows, threads
         wide = max((max(padded(layer.c.qkv.columns), padded(layer.c.down.k)) for layer in layers), default=PANEL)
         queries = model.heads // model.kv_heads
@@ -56,6 +71,7 @@ class _Scratch:
         self.wide = torch.zeros((rows, wide))
         self.mixed = torch.zeros((rows, padded(model.heads * model.head_dim)))
         self.partial = torch.zeros(threads * self.partial_size)
+        self.parts = torch.zeros(ranks * self.normed.numel())  # of every rank of a group
 
 
 class KernelShard:
@@ -69,6 +85,8 @@ class KernelShard:
         kv: Tensor,
         first_layer: int,
         vocabulary: int | None,
+        group: Group | None,
+        experts: Experts | None,
     ) -> None:
         """``ends`` holds what the shard has of EMBEDDING, NORM and HEAD. Use ``load``."""
         lib = library()
@@ -76,6 +94,7 @@ class KernelShard:
         self.faults: dict[int, int] = {}
         self._lib: Library = lib
         self._spec, self._layers, self._kv, self._first_layer = spec, layers, kv, first_layer
+        self._experts = experts
         self._embedding, self._norm, self._head = ends.get(EMBEDDING), ends.get(NORM), ends.get(HEAD)
         self._limit = spec.vocab_size if vocabulary is None else min(vocabulary, spec.vocab_size)
         frequencies, factor = inverse_frequencies(spec.rope, spec.head_dim, spec.context)
@@ -85,10 +104,13 @@ class KernelShard:
         lib.binary.pipeinfer_rotations(
             frequencies.data_ptr(), spec.head_dim // 2, factor, capacity, self._rotations.data_ptr()
         )
-        sizes = spec.hidden_size, spec.head_count, spec.kv_head_count, spec.head_dim
-        rest = stride, spec.intermediate_size, capacity, FORMATS[kv.dtype]
+        self._group = group
+        self._split = Split(spec, group.rank, group.size) if group else Split(spec)
+        local = self._split.local
+        sizes = local.hidden_size, local.head_count, local.kv_head_count, local.head_dim
+        rest = stride, local.intermediate_size, capacity, FORMATS[kv.dtype]
         self._c = CModel(*sizes, *rest, spec.norm_eps, spec.head_dim**-0.5, self._rotations.data_ptr())
-        self._scratch = _Scratch(self._c, layers, 1, 1)
+        self._scratch = _Scratch(self._c, layers, 1, 1, self._split.size)
 
     @classmethod
     def load(
@@ -99,28 +121,34 @@ class KernelShard:
         dtype: torch.dtype,
         capacity: int,
         vocabulary: int | None = None,
+        group: Group | None = None,
     ) -> KernelShard:
         """Read the shard's weights, layer by layer, and set up ``capacity`` zeroed slots. Raises CheckpointError.
 
+        ``group``: the ranks that share the shard; this one has its part of every layer.
         ``vocabulary``: of a draft, how many tokens its target has rows for. It chooses none beyond those, and embeds
         tokens beyond its own rows as its last one."""
         with torch.inference_mode():
-            shape = (len(layers), 2, spec.kv_head_count, capacity, padded(spec.head_dim))
+            split = Split(spec, group.rank, group.size) if group else Split(spec)
+            checkpoint = SplitWeights(checkpoint, split) if group else checkpoint
+            shape = (len(layers), 2, len(split.kv_heads), capacity, padded(spec.head_dim))
             kv = torch.zeros(shape, dtype=dtype)
             packed = []
             for index, layer in enumerate(layers):
-                names = layer_tensors(spec, layer)
+                names = dense_tensors(spec, layer)
                 wide = [name for name, shape in names.items() if len(shape) == 1]  # norms and biases stay float32
                 read = checkpoint.read(names.keys() - wide, dtype) | checkpoint.read(wide, torch.float32)
-                packed.append(_pack(spec, {name.split(".", 3)[3]: tensor for name, tensor in read.items()}, kv[index]))
+                packed.append(_pack(split, {name.split(".", 3)[3]: tensor for name, tensor in read.items()}, kv[index]))
             ends = _read_ends(spec, checkpoint, layers, dtype)
-            return cls(spec, packed, ends, kv, layers.start, vocabulary)
+            experts = Experts.load(spec, checkpoint, layers, dtype, split.rank, split.size)
+            return cls(spec, packed, ends, kv, layers.start, vocabulary, group, experts)
 
     @property
     def weight_nbytes(self) -> int:
         """Bytes of weights that this shard holds resident; a tied embedding held once counts once."""
         held = [tensor for layer in self._layers for tensor in layer.tensors]
         held += [linear.packed for layer in self._layers for linear in layer.linears]
+        held += self._experts.packed if self._experts is not None else []
         ends = [end.packed if isinstance(end, Linear) else end for end in (self._embedding, self._norm, self._head)]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in (*held, *ends) if tensor is not None}.values())
 
@@ -138,7 +166,7 @@ class KernelShard:
         x = self._enter(batch, hidden)
         if count > self._scratch.rows or self._lib.threads > self._scratch.threads:
             most = max(count, self._scratch.rows)
-            self._scratch = _Scratch(self._c, self._layers, most, self._lib.threads)
+            self._scratch = _Scratch(self._c, self._layers, most, self._lib.threads, self._split.size)
         scratch, faults = self._scratch, np.zeros(count, np.int32)
         canonical = [slots_of(ranges) for ranges in batch.canonical]
         lists = (ctypes.c_void_p * len(canonical))(*[slots.ctypes.data for slots in canonical])
@@ -153,14 +181,31 @@ class KernelShard:
             scratch.threads,
             faults.ctypes.data,
         )
-        model, place = addressof(self._c), addressof(rows)
         for index, layer in enumerate(self._layers, self._first_layer):
-            rows.layer = index
-            self._lib.kernels.layer(model, addressof(layer.c), place)
+            rows.layer, rows.first, rows.end = index, 0, PHASES
+            self._compute(layer, rows)
+            if self._experts is not None:
+                self._experts.run(index - self._first_layer, addressof(self._c), rows, self._group)
             yield 0.0
         if faults.any():
             self.faults = {row: layer - 1 for row, layer in enumerate(faults.tolist()) if layer}
         return x
+
+    def _compute(self, layer: _Layer, rows: CRows) -> None:
+        """One layer; in a group with all its ranks, fused or in bulk."""
+        group, given = self._group, (addressof(self._c), addressof(layer.c), addressof(rows))
+        if group is None:
+            self._lib.kernels.layer(*given)
+            return
+        rows.group = addressof(group.c)
+        if group.is_fused:
+            self._lib.kernels.layer(*given)
+            group.exchanges["fused"] += 2
+        else:
+            scratch = self._scratch
+            strides = scratch.wide.shape[1], scratch.mixed.shape[1]
+            compute_in_bulk(self._lib, group, self._c, layer.c, rows, strides, scratch.parts)
+        group.check()
 
     def _enter(self, batch: Batch, hidden: Payload | None) -> Tensor:
         """The first layer's input, float32 [rows, hidden_size], for the layers to write to."""
@@ -170,8 +215,21 @@ class KernelShard:
         tokens = torch.from_numpy(batch.tokens)
         if int(tokens.max()) >= self._spec.vocab_size:
             tokens = tokens.clamp_max(self._spec.vocab_size - 1)
+        if self._group is None:
+            return self._embed(tokens)
+        x = torch.zeros((len(tokens), self._spec.hidden_size))
+        first = self._split.tokens.start
+        mine = (tokens >= first) & (tokens < self._split.tokens.stop)
+        if mine.any():
+            x[mine] = self._embed(tokens[mine] - first)
+        spread(self._lib, self._group, self._spec.vocab_size, tokens.numpy(), x)
+        return x
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Float32 [tokens, hidden_size]; ``tokens`` as rows of this shard's embedding."""
         if isinstance(self._embedding, Tensor):
             return F.embedding(tokens, self._embedding).float()
+        assert self._embedding is not None, "only the first shard can embed"
         x = torch.empty((len(tokens), self._spec.hidden_size))
         tokens = tokens.contiguous()
         self._lib.kernels.embed(addressof(self._embedding.c), tokens.data_ptr(), len(tokens), x.data_ptr())
@@ -185,10 +243,7 @@ class KernelShard:
         assert isinstance(self._norm, Tensor) and isinstance(self._head, Linear), "only the last shard can choose"
         if not rows:
             return []
-        x = torch.as_tensor(hidden, dtype=torch.float32)[list(rows)].contiguous()
-        is_fused = count == 1 and _is_fused(draw)
-        logits = None if is_fused else torch.empty((len(rows), self._limit))
-        chosen = self._choose(x, draw if is_fused else None, logits)
+        chosen, logits = self.choose(hidden[list(rows)], draw, count)
         with np.errstate(invalid="ignore"):
             log_totals = chosen["highest"] + np.log(chosen["total"]).astype(np.float32)
         if logits is None:
@@ -200,21 +255,18 @@ class KernelShard:
             self.faults.setdefault(row, self._spec.layer_count)
         return choices
 
-    def _choose(self, x: Tensor, draw: SamplingInputs | None, logits: Tensor | None) -> Chosen:
-        """What ``draw`` draws after each row of ``x``: CHOSEN [rows]. Writes ``logits`` where they are given."""
+    @torch.inference_mode()
+    def choose(self, x: Payload, draw: SamplingInputs | None, count: int) -> tuple[Chosen, Tensor | None]:
+        """What ``draw`` draws after each row of ``x`` [rows, hidden_size]; the logits, where more is wanted than the
+        kernel draws by itself. In a group all ranks do this, and the leader has the result."""
         assert isinstance(self._norm, Tensor) and isinstance(self._head, Linear)
-        count = len(x)
-        normed = torch.zeros((count, padded(self._spec.hidden_size)))
-        blocks = np.empty((count, -(-self._limit // HEAD_BLOCK) * BEST_NBYTES), np.uint8)
-        chosen = np.zeros(count, CHOSEN)
-        positions = np.zeros(count, np.int64) if draw is None else np.ascontiguousarray(draw.positions)
-        by = (0, 0.0) if draw is None else (draw.sampling.seed, draw.sampling.temperature)
+        x = torch.as_tensor(x, dtype=torch.float32).contiguous()
+        is_fused = count == 1 and _is_fused(draw)
+        positions = np.zeros(len(x), np.int64) if draw is None else np.ascontiguousarray(draw.positions)
+        by = (draw.sampling.seed, draw.sampling.temperature) if is_fused and draw else (0, 0.0)
         head = CHead(addressof(self._head.c), self._norm.data_ptr(), positions.ctypes.data, by[0], self._spec.norm_eps)
-        head.temperature, head.limit = by[1], self._limit
-        place = None if logits is None else logits.data_ptr()
-        scratch = normed.data_ptr(), blocks.ctypes.data
-        self._lib.kernels.head(addressof(head), x.data_ptr(), count, *scratch, chosen.ctypes.data, place)
-        return chosen
+        head.temperature = by[1]
+        return choose(self._lib, self._group, head, self._spec.vocab_size, self._limit, x, with_logits=not is_fused)
 
 
 def _is_fused(draw: SamplingInputs | None) -> bool:
@@ -225,8 +277,9 @@ def _is_fused(draw: SamplingInputs | None) -> bool:
     return only == GREEDY and not draw.is_guess
 
 
-def _pack(spec: ModelSpec, read: dict[str, Tensor], kv: Tensor) -> _Layer:
-    """One layer's tensors, by their names within the layer, as the kernels take them."""
+def _pack(split: Split, read: dict[str, Tensor], kv: Tensor) -> _Layer:
+    """The part that ``split`` has of one layer's tensors, by their names within the layer, as the kernels take them."""
+    spec = split.spec
 
     def joined(names: Sequence[str], kind: str) -> list[Tensor] | None:
         found = [read.pop(f"{name}.{kind}", None) for name in names]
@@ -239,23 +292,25 @@ def _pack(spec: ModelSpec, read: dict[str, Tensor], kv: Tensor) -> _Layer:
     qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     weights, biases = joined(qkv, "weight"), joined(qkv, "bias")
     assert weights is not None
-    heads = spec.head_count
-    by_heads = [spec.head_dim * (heads * leaf // LEAVES) for leaf in range(LEAVES + 1)] if heads >= LEAVES else None
     gate_up = ("mlp.gate_proj", "mlp.up_proj")
     gates, gate_biases = joined(gate_up, "weight"), joined(gate_up, "bias")
-    assert gates is not None
-    linears = (
+    linears = [
         Linear.pack(torch.cat(weights), None if biases is None else torch.cat(biases)),
-        linear("self_attn.o_proj", by_heads),
-        Linear.interleaved(gates, gate_biases),
-        linear("mlp.down_proj"),
-    )
+        linear("self_attn.o_proj", part_of(output_cuts(spec), split.rank, split.size)[1]),
+    ]
+    if gates is not None:  # else the layer has experts
+        down = linear("mlp.down_proj", part_of(down_cuts(spec), split.rank, split.size)[1])
+        linears += [Linear.interleaved(gates, gate_biases), down]
     names = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
     norms = [read[f"{name}.weight"].float() if f"{name}.weight" in read else None for name in names]
     addresses = [None if norm is None else norm.data_ptr() for norm in norms]
-    c = CLayer(*addresses, *[linear.c for linear in linears], *[states.data_ptr() for states in kv])
+    given = [*[linear.c for linear in linears], *[CLinear()] * (4 - len(linears))]
+    c = CLayer(*addresses, *given, *[states.data_ptr() for states in kv])
+    sizes = spec.head_count * spec.head_dim, spec.intermediate_size
+    tiles = [tile_panels(spec.hidden_size, -(-size // split.size), kv.element_size()) for size in sizes]
+    c.output_tile, c.down_tile = tiles
     held = [*norms, *[linear.bias for linear in linears]]
-    return _Layer(c, linears, tuple(tensor for tensor in held if tensor is not None))
+    return _Layer(c, tuple(linears), tuple(tensor for tensor in held if tensor is not None))
 
 
 def _read_ends(

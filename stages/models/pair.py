@@ -13,11 +13,14 @@ from pipeinfer.core.errors import refuse
 from pipeinfer.core.ports import Payload, ShardModel
 from stages.checkpoint.checkpoint import Weights
 from stages.checkpoint.spec import ModelSpec
+from stages.kernels.group import Group
 from stages.kernels.library import library
 from stages.models.forced import ForcedShard
 from stages.models.generic_spec import GenericSpec
+from stages.models.group_shard import GroupShard
 from stages.models.kernel_shard import KernelShard
 from stages.models.llama import LlamaShard
+from stages.models.split import can_split
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,16 +34,20 @@ def load_llama(
     vocabulary: int | None = None,
     device: str = "cpu",
 ) -> KernelShard | LlamaShard:
-    """The shard of ``layers`` of a model of the Llama family: on the kernels if they can be had, else in torch."""
+    """The shard of ``layers`` of a model of the Llama family: on the kernels if they can be had, else in torch. Raises
+    UserError for a model with experts where torch would compute."""
     if library() is not None and device == "cpu":
         return KernelShard.load(spec, weights, layers, dtype, capacity, vocabulary)
+    if spec.experts is not None:
+        refuse(f"{spec.architecture} has experts, which need the C kernels", "use a device and a host that have them")
     return LlamaShard.load(spec, weights, layers, dtype, capacity, device, vocabulary)
 
 
 class CheckpointPair:
     """The models in ``target`` and ``drafts``, each a spec and where its weights are; see Pair. ``forced``: how often a
     draft's choices are right, if that is forced (see stages.models.forced). ``dtype``: of the target's weights;
-    ``draft_dtypes``: of each draft's, by default the same. ``numerics``: see Config.
+    ``draft_dtypes``: of each draft's, by default the same. ``numerics``: see Config. ``group``: of ranks
+    that share all models of this one.
 
     ``activations``: the dtype of what stages send each other."""
 
@@ -52,6 +59,7 @@ class CheckpointPair:
         forced: Sequence[float] = (),
         draft_dtypes: Sequence[str] = (),
         numerics: str = NUMERICS[0],
+        group: Group | None = None,
     ) -> None:
         self._target = target
         self._drafts = drafts
@@ -62,6 +70,7 @@ class CheckpointPair:
             kernels.numerics = numerics
             self.activations = torch.float32
         self._forced = forced
+        self._group = group
         self.layers = target[0].layer_count
         self.draft_contexts = tuple(spec.context for spec, _ in drafts)
 
@@ -108,6 +117,9 @@ class CheckpointPair:
         capacity: int,
         vocabulary: int | None,
     ) -> ShardModel:
+        if self._group is not None and isinstance(spec, ModelSpec) and can_split(spec, self._group.size):
+            part = KernelShard.load(spec, checkpoint, layers, dtype, capacity, vocabulary, self._group)
+            return GroupShard(part, self._group)
         if isinstance(spec, ModelSpec):
             return load_llama(spec, checkpoint, layers, dtype, capacity, vocabulary)
         from stages.models.generic import GenericShard  # transformers takes a second to import

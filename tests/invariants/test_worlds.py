@@ -13,7 +13,16 @@ from hypothesis import given, note
 from hypothesis import strategies as st
 
 from pipeinfer.core.ports import Command, Event
-from pipeinfer.sim.random_worlds import SCHEDULES, check_world, draw_world, first_failures, main, random_world, survey
+from pipeinfer.sim.random_worlds import (
+    SCHEDULES,
+    check_world,
+    draw_groups,
+    draw_world,
+    first_failures,
+    main,
+    random_world,
+    survey,
+)
 from pipeinfer.sim.world import Checker, World
 from stages.stage.machine import Stage
 from tests.invariants.mutants import MUTANTS
@@ -36,7 +45,7 @@ def test_a_hundred_worlds_of_each_schedule(schedule: str, part: int) -> None:
 
 @given(st.randoms(use_true_random=False), st.integers(0, 0xFFFF), st.sampled_from(("", *SCHEDULES)))
 def test_any_world(rng: random.Random, seed: int, schedule: str) -> None:
-    spec = draw_world(rng, seed, schedule)
+    spec = draw_groups(rng, draw_world(rng, seed, schedule))
     note(repr(spec))
     check_world(spec)
 
@@ -55,6 +64,18 @@ def test_advice_changes_time_and_never_tokens(seed: int, schedule: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_change_time_and_never_tokens(seed: int, schedule: str) -> None:
+    alone = replace(random_world(seed, schedule), aborts=(), closes_s=None, tp=1, late=0.0, exchange_s=0.0)
+    found = [World(replace(alone, tp=tp)).run() for tp in (1, 2, 3, 8)]
+    for answers in found[1:]:
+        assert [answer.emitted_at for answer in answers] == [answer.emitted_at for answer in found[0]], "nobody is late"
+    found += [World(replace(alone, tp=tp, late=1.0, exchange_s=0.1)).run() for tp in (2, 4)]
+    for answers in found[1:]:
+        assert [answer.tokens for answer in answers] == [answer.tokens for answer in found[0]]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_two_sequences_live_in_the_shards_of_some_worlds(schedule: str) -> None:
     """The next request is prefilled while the runs of the one before return, and its slots are in use until then."""
 
@@ -70,6 +91,15 @@ def test_two_sequences_live_in_the_shards_of_some_worlds(schedule: str) -> None:
     for seed in range(40):
         World(replace(random_world(seed, schedule), overlap=True, at_once=True), (living,)).run()
     assert living.most == 2
+
+
+def test_groups_are_drawn_after_all_else() -> None:
+    """Worlds without groups stay what they were, and groups share drafts as well as stages in some of the others."""
+    worlds = [random_world(seed) for seed in range(200)]
+    grouped = [world for world in worlds if world.tp > 1]
+    assert 30 < len(grouped) < 70
+    assert any(world.placement == "alone" and world.drafters and world.policy.speculate for world in grouped)
+    assert all((world.late, world.exchange_s) == (0.0, 0.0) for world in worlds if world.tp == 1)
 
 
 def test_a_seed_is_a_world() -> None:

@@ -33,7 +33,7 @@ from pipeinfer.sim.invariants import Advice, EndsOnce, Exact, Forced, InOrder
 from pipeinfer.sim.random_worlds import random_world
 from pipeinfer.sim.replay import Wire
 from pipeinfer.sim.slot_invariants import Replicas, Slots
-from pipeinfer.sim.world import Answer, Checker, WorldPair, WorldSpec, make_job_spec, make_plan
+from pipeinfer.sim.world import Answer, Checker, WorldSpec, make_job_spec, make_plan, world_pair
 from tests.invariants.simulated_mpi import NAMES, Bell, Library
 from tests.invariants.virtual_time import VirtualTime
 
@@ -207,7 +207,7 @@ class DrivenWorld:
         )
         driver = Driver(self.home, _Watched(transport, lambda message: self._see(message, time.monotonic())), time)
         machines = [machine for machine in self.machines if self.home[machine.address] == rank]
-        shards = load_shards(make_job_spec(self.spec), self.plan[rank], WorldPair(self.spec))
+        shards = load_shards(make_job_spec(self.spec), self.plan[rank], world_pair(self.spec, rank, self.plan[rank]))
         executor = Executor(machines, shards, driver, self._observe, clock=time.monotonic)
         self.hosts[rank].executor = driver.executor = executor
         for address in executor.addresses:
@@ -270,6 +270,7 @@ def random_driven_world(seed: int) -> tuple[WorldSpec, int]:
         placement=rng.choice(("spread", "oversubscribed")), aborts=(), closes_s=None, silent_s=None,
         drafters=min(spec.drafters, 2), requests=spec.requests[:2],
         stage_s=tuple(SCALE * pass_s for pass_s in spec.stage_s), draft_s=SCALE * spec.draft_s,
+        exchange_s=SCALE * spec.exchange_s,
     )  # fmt: skip
     return spec, rng.choice((1, 1500, 5000))
 

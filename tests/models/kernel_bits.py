@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,8 +55,8 @@ class RandomWeights:
     def stored_name(self, name: str) -> str:
         return name if name in self.shapes else {HEAD: EMBEDDING, EMBEDDING: HEAD}[name]
 
-    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
-        return {name: self._tensor(name).to(dtype) for name in names}
+    def read(self, names: Iterable[str], dtype: torch.dtype, slices: Any = None) -> dict[str, Tensor]:
+        return {name: self._tensor(name)[slices[name] if slices else ...].to(dtype).clone() for name in names}
 
     def _tensor(self, name: str) -> Tensor:
         shape, digest = self.shapes[name], hashlib.sha256(f"{self.seed} {name}".encode()).digest()
@@ -194,8 +194,9 @@ def push(shards: Sequence[KernelShard], batch: Batch, bad: Sequence[int] = (), h
 
 def logits_of(shard: KernelShard, hidden: Tensor) -> tuple[Tensor, list[int]]:
     """All logits of some rows, and the best token of each."""
-    logits = torch.empty((len(hidden), shard._limit))
-    return logits, shard._choose(hidden.contiguous(), None, logits)["token"].tolist()
+    chosen, logits = shard.choose(hidden.contiguous(), None, 2)
+    assert logits is not None
+    return logits, chosen["token"].tolist()
 
 
 def say(shard: KernelShard, hidden: Tensor, rows: Sequence[int], positions: Sequence[int], kind: str) -> Any:
@@ -351,10 +352,16 @@ def check_case(world: World, shards: list[KernelShard], lib: Library, sets: Sequ
             company.free.insert(dice.randrange(len(company.free) + 1), slot)
 
 
-def check_world(seed: int, cases: int, truth: Library | None = None, lib: Library | None = None) -> str:
+def check_world(
+    seed: int,
+    cases: int,
+    truth: Library | None = None,
+    lib: Library | None = None,
+    draw: Callable[[int], World] = draw_world,
+) -> str:
     """Some cases of a world; ``truth``: the library that says what a row is alone, ``lib``: the one that computes it in
     company; the library in use, if nothing else is given. Returns a digest of the world's logits."""
-    world = draw_world(seed)
+    world = draw(seed)
     found = [each or library() for each in (truth, lib)]
     assert found[0] is not None and found[1] is not None, "there is no library of kernels"
     is_before = [(each.threads, each.isa) for each in found]

@@ -9,12 +9,13 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stages.kernels.library import PATH, Library, library
-from tests.models.kernel_bits import check_world
+from tests.models.expert_bits import draw_expert_world
+from tests.models.kernel_bits import World, check_world, draw_world
 
 COMPILER = shutil.which("cc")
 FLAGS = "-std=gnu11 -O1 -ffp-contract=off -fno-math-errno -fvisibility=hidden -fPIC"
@@ -23,6 +24,7 @@ NO_PORTABLE = """#include "kernels.h"
 const struct kernels pipeinfer_kernels_portable = {"portable"};
 """
 """What stands for the kernels that no test of a mutant uses."""
+PARTS = ("kernels.c", "absent.c", "dispatch.c", "pool.c", "group.c")
 WORLDS = 40
 """In how many worlds a fault is looked for."""
 
@@ -121,6 +123,31 @@ FOLD = _mutant(
 )
 """A fault of an instruction set: in all company the same bits, but not those of other processors."""
 
+EXPERTS = [
+    _mutant(
+        "outputs_of_experts_are_added_in_another_order",
+        "sum = v_fma(v_set1(weights[k]), v_load(job->from[owner_of(job, expert[k])] + first + k * ld + i), sum);",
+        "{ int turn = job->of.rows->count > 2 ? chosen - 1 - k : k;"
+        " sum = v_fma(v_set1(weights[turn]), v_load(job->from[0] + first + turn * ld + i), sum); }",
+    ),
+    _mutant(
+        "an_expert_has_no_more_than_four_rows",
+        "int here = expert - job->experts->first;",
+        "int here = expert - job->experts->first; rows = rows < 4 ? rows : 4;",
+    ),
+    _mutant(
+        "equal_scores_go_to_the_last_expert_on_many_threads",
+        "scores[e] > scores[best])) best = e;",
+        "scores[e] > scores[best] || (pool_threads() > 1 && scores[e] == scores[best]))) best = e;",
+    ),
+    _mutant(
+        "weights_are_divided_by_a_sum_of_other_rows",
+        "weights[k] = weights[k] / sum;",
+        "weights[k] = weights[k] / (sum + (row ? weights[-1] * 0x1p-20f : 0.0f));",
+    ),
+]
+"""Faults of layers with experts that change bits by company, in every run."""
+
 RACES = [
     _mutant(
         "threads_share_their_scratch",
@@ -148,6 +175,7 @@ class Builder:
         self._compile("absent.c", "")
         self._compile("dispatch.c", "-DHAVE_avx2")
         self._compile("pool.c", "")
+        self._compile("group.c", "")
 
     def _compile(self, name: str, more: str, into: str = "") -> Path:
         assert COMPILER is not None
@@ -159,7 +187,7 @@ class Builder:
     def build(self, mutant: KernelMutant | None = None) -> Path:
         """The library's path, with a fault or without one."""
         assert COMPILER is not None
-        parts = {name: self.folder / f"{name}.o" for name in ("kernels.c", "absent.c", "dispatch.c", "pool.c")}
+        parts = {name: self.folder / f"{name}.o" for name in PARTS}
         out = self.folder / f"{mutant.name if mutant else 'sound'}.so"
         if mutant is not None:
             sources, text = (self.folder / "native").glob("*.[ch]"), mutant.edits[0][0]
@@ -175,6 +203,16 @@ class Builder:
         return out
 
 
+    def rebuild(self) -> Path:
+        """The library of what the sources in ``folder`` have become."""
+        assert COMPILER is not None
+        made = [self._compile("kernels.c", VARIANT, "new"), self._compile("group.c", "", "new")]
+        made += [self.folder / f"{name}.o" for name in PARTS if name not in ("kernels.c", "group.c")]
+        out = self.folder / "changed.so"
+        subprocess.run([COMPILER, "-shared", *made, "-o", out], check=True)
+        return out
+
+
 def opened_at(path: Path) -> Library:
     """The library there, which has AVX2 alone."""
     found = Library(ctypes.CDLL(str(path)))
@@ -182,11 +220,17 @@ def opened_at(path: Path) -> Library:
     return found
 
 
-def caught(lib: Library, truth: Library | None = None, worlds: Sequence[int] = range(WORLDS), cases: int = 6) -> str:
+def caught(
+    lib: Library,
+    truth: Library | None = None,
+    worlds: Sequence[int] = range(WORLDS),
+    cases: int = 6,
+    draw: Callable[[int], World] = draw_world,
+) -> str:
     """What a test says of the library ``lib``; nothing if its bits do not depend on company."""
     for seed in worlds:
         try:
-            check_world(seed, cases, truth or lib, lib)
+            check_world(seed, cases, truth or lib, lib, draw)
         except AssertionError as error:
             return str(error).partition("\n")[0]
     return ""
@@ -199,6 +243,9 @@ def main() -> None:
         for mutant in SUMS:
             worlds = range(mutant.first, mutant.first + WORLDS)
             print(f"{mutant.name}:", caught(opened_at(builder.build(mutant)), worlds=worlds) or "nothing", flush=True)
+        for mutant in EXPERTS:
+            found = caught(opened_at(builder.build(mutant)), draw=draw_expert_world)
+            print(f"{mutant.name}:", found or "nothing", flush=True)
         print(f"{FOLD.name}:", caught(opened_at(builder.build(FOLD)), library()) or "nothing", flush=True)
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.kernels.cuts import even_cuts
 from stages.kernels.library import Library, library
-from stages.kernels.linear import Linear, even_cuts
+from stages.kernels.linear import Linear
 from tests.models.kernel_bits import DTYPES, check_world, draw_world, same_as
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no library of kernels")

@@ -10,8 +10,20 @@ import pytest
 import torch
 
 from stages.kernels.library import Library, library
+from tests.models.expert_bits import draw_expert_world
 from tests.models.kernel_bits import check_world
-from tests.models.kernel_mutants import COMPILER, FOLD, RACES, SUMS, WORLDS, Builder, KernelMutant, caught, opened_at
+from tests.models.kernel_mutants import (
+    COMPILER,
+    EXPERTS,
+    FOLD,
+    RACES,
+    SUMS,
+    WORLDS,
+    Builder,
+    KernelMutant,
+    caught,
+    opened_at,
+)
 
 SOUND = library()
 pytestmark = [
@@ -45,6 +57,11 @@ def test_a_sum_that_depends_on_company_is_noticed(mutant: KernelMutant, builder:
     assert caught(opened_at(builder.build(mutant)), worlds=worlds), "no row had other bits"
 
 
+@pytest.mark.parametrize("mutant", EXPERTS, ids=lambda mutant: mutant.name)
+def test_experts_that_depend_on_company_are_noticed(mutant: KernelMutant, builder: Builder) -> None:
+    assert caught(opened_at(builder.build(mutant)), draw=draw_expert_world), "no row had other bits"
+
+
 def test_a_sum_that_depends_on_the_instruction_set_is_noticed(builder: Builder, sound: Library) -> None:
     lib = opened_at(builder.build(FOLD))
     assert not caught(lib, worlds=range(3)), "its own bits are the same in any company"
@@ -56,6 +73,7 @@ def test_another_build_has_the_same_bits(sound: Library) -> None:
     for seed in range(6):
         check_world(seed, 6, sound, sound)
         check_world(seed, 6, SOUND, sound)
+        check_world(seed, 6, SOUND, sound, draw_expert_world)
 
 
 def passes(path: Path, threads: int, spin_us: int) -> bool:

@@ -62,7 +62,8 @@ def test_a_sweep_goes_round() -> None:
     calls: list[int] = []
     sweep = Sweep([lambda index=index: calls.append(index) for index in range(3)])  # type: ignore[misc]
     assert calls == [0, 1]
-    assert sweep() >= 0 and calls == [0, 1, 2, 0, 1]
+    assert sweep() >= 0
+    assert calls == [index % 3 for index in range(len(calls))] and len(calls) > 3
 
 
 def test_contenders_take_turns_and_the_median_counts() -> None:

@@ -35,6 +35,13 @@ FALCON = BASE | {
 }
 GEMMA = {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 1, "initializer_range": 0.4}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MANY_EXPERTS = {
+    "num_experts": 9,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": True,
+    "intermediate_size": 999,  # of layers without experts, which there are not
+}
 LONG = {"rope_type": "longrope", "long_factor": [4.0] * 8, "short_factor": [1.5] * 8, "rope_theta": 10000.0}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT),
@@ -58,6 +65,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         SIZES | {"rope_parameters": LONG, "original_max_position_embeddings": 128},
     ),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", SIZES | EXPERTS),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", SIZES | MANY_EXPERTS | {"head_dim": 16}),
     "olmo": ("OlmoForCausalLM", "OlmoConfig", SIZES | {"clip_qkv": 2.0}),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", SIZES | {"initializer_range": 0.4}),
     "opt": (

@@ -51,6 +51,8 @@ class Case:
     draft: str | tuple[str, ...] = BUILTIN
     drafters: int | None = None
     dtype: str = "fp32"
+    tp: int = 1
+    fused: str = "auto"
 
     def words(self) -> dict[str, Any]:
         """The engine's keywords."""

@@ -39,7 +39,8 @@ def test_tokens_are_those_of_plain_decoding_under_the_same_forcing(policy: str) 
 
 @pytest.mark.parametrize(("acceptance", "least", "most"), [(1, 0.85, 1.0), (0, 0.0, 0.0)])
 def test_a_job_accepts_what_it_is_told_to(acceptance: int, least: float, most: float) -> None:
-    with Engine(ranks=2, settings=["prompt_lookup=0"], forced_acceptance=acceptance) as engine:
+    settings = ["prompt_lookup=0", "govern=false"]  # the governor may find plain decoding faster
+    with Engine(ranks=2, settings=settings, forced_acceptance=acceptance) as engine:
         assert engine is not None
         metrics = engine.generate(PROMPT, COUNT).metrics
     assert least <= metrics["acceptance_rate"] <= most

@@ -152,8 +152,10 @@ def test_a_job_that_breaks_ends_its_requests_and_takes_no_more(
     with opened(is_threaded, BreakingPair) as job:
         waiting: list[RequestOutput] = []
         job.submit(request(1, 150), waiting.append)
+        assert job.failure is None
         with pytest.raises(RuntimeError, match="the tenth pass fails"):
             job.decode(request(2))
+        assert isinstance(job.failure, RuntimeError)
         assert isinstance(waiting[-1].error, RuntimeError) and waiting[-1].reason == "error"
         assert tokens(waiting) == expected(request(1, 150))[: len(tokens(waiting))]
         with pytest.raises(JobOver, match="the job has ended"):

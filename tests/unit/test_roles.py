@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeinfer.core.addresses import ORCHESTRATOR, drafter_address, stage_address
 from pipeinfer.core.errors import UserError
-from pipeinfer.placement.roles import assign, count, place, rank_of_role, split_layers, stage_sizes
+from pipeinfer.placement.roles import assign, count, group_of, place, rank_of_role, split_layers, stage_sizes
 
 
 @given(st.integers(1, 200), st.data(), st.floats(0, 5))
@@ -82,3 +82,37 @@ def test_more_stages_than_layers_are_refused_with_the_number_that_works(drafters
     assign(most, 8, drafters)
     with pytest.raises(UserError, match=f"at most {most} ranks"):
         assign(most + 1, 8, drafters)
+
+
+def names(ranks: int, drafters: int, tp: int, stages: int | None = None) -> list[list[str]]:
+    return [[role.name for role in roles] for roles in assign(ranks, 8, drafters, tp=tp, stages=stages)]
+
+
+def test_groups_share_stages_and_a_drafter_may_have_a_rank_of_its_own() -> None:
+    assert names(5, drafters=1, tp=2) == [
+        ["orchestrator", "drafter 0"], ["stage 0"], ["part 1 of stage 0"], ["stage 1"], ["part 1 of stage 1"],
+    ]  # fmt: skip
+    assert names(4, drafters=2, tp=2) == [
+        ["orchestrator", "drafter 0"], ["stage 0"], ["part 1 of stage 0"], ["drafter 1"]
+    ]  # fmt: skip
+
+
+def test_without_ranks_for_drafters_the_first_group_shares_the_drafts() -> None:
+    assert names(4, drafters=1, tp=2) == [
+        ["orchestrator", "drafter 0", "stage 0"], ["part 1 of drafter 0", "part 1 of stage 0"],
+        ["stage 1"], ["part 1 of stage 1"],
+    ]  # fmt: skip
+    assert names(2, drafters=0, tp=2) == [["orchestrator", "stage 0"], ["part 1 of stage 0"]]
+
+
+def test_only_leaders_have_roles_that_others_send_to() -> None:
+    plan = assign(7, 8, drafters=1, tp=3)
+    assert rank_of_role(plan) == {ORCHESTRATOR: 0, drafter_address(0): 0, stage_address(0): 1, stage_address(1): 4}
+    assert count(plan) == (2, 1)
+    assert [group_of(plan, rank) for rank in range(7)] == [(0, 1), *[(1, 3)] * 3, *[(4, 3)] * 3]
+
+
+def test_the_number_of_stages_may_be_said() -> None:
+    assert names(4, drafters=1, tp=1, stages=3) == names(4, drafters=1, tp=1)
+    with pytest.raises(UserError, match="--stages 2, but 4 ranks make 3"):
+        assign(4, 8, drafters=1, stages=2)

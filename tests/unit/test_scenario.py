@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pipeinfer.bench.contenders import contender, ideal_speed, variants
 from pipeinfer.bench.ideal import VOID, best_chain, best_tree, ideal
-from pipeinfer.bench.scenario import scenario
+from pipeinfer.bench.scenario import EXCHANGE_BANDWIDTH, EXCHANGE_S, LATE, scenario
+from pipeinfer.bench.simulated import simulate
 from pipeinfer.bench.suite import Point
 from pipeinfer.core.errors import UserError
 from speculation.schedules.policy import CONTINUOUS, PLAIN
@@ -22,6 +25,38 @@ def test_plain_decoding_gets_the_drafter_s_rank(point: Point) -> None:
     assert (here.stages(PLAIN), here.stages(CONTINUOUS)) == (9, 8)
     assert sum(here.shares(PLAIN)) == sum(here.shares(CONTINUOUS)) == here.layers == 80
     assert here.trip_s(PLAIN, 1) == pytest.approx(here.trip_s(CONTINUOUS, 1), rel=5e-3), "only a hop more"
+
+
+@pytest.mark.parametrize("point", [FLAT, DESCRIBED])
+def test_groups_have_the_same_layers_on_the_same_ranks(point: Point) -> None:
+    alone, shared = scenario(point), scenario(replace(point, tp=2))
+    assert (shared.stages(PLAIN), shared.stages(CONTINUOUS)) == (4, 4), "the drafter's rank makes no group"
+    assert (shared.is_rank_0_shared(PLAIN), shared.is_rank_0_shared(CONTINUOUS)) == (False, True)
+    assert sum(shared.shares(CONTINUOUS)) == shared.layers == alone.layers
+    assert alone.facts(PLAIN)["tp"] is None
+    assert shared.facts(PLAIN)["tp"] == 2
+
+
+def test_a_group_computes_a_layer_in_a_part_of_the_time_and_exchanges_twice() -> None:
+    alone, shared = scenario(FLAT), scenario(replace(FLAT, tp=4, efficiency=0.75))
+    assert shared.layer_s(1, 9) == pytest.approx(alone.layer_s(1, 9) / (4 * 0.75) + 2 * EXCHANGE_S)
+    assert shared.draft_s(1, 9) == alone.draft_s(1, 9), "the drafter is in no group"
+    alone, shared = scenario(DESCRIBED), scenario(replace(DESCRIBED, tp=2))
+    few, many = (shared.layer_s(rows, 9) - alone.layer_s(rows, 9) / (2 * 0.9) for rows in (1, 101))
+    assert many - few == pytest.approx(2 * 100 * 8192 * 4 / EXCHANGE_BANDWIDTH, rel=1e-6)
+    assert few > 2 * EXCHANGE_S, "a layer's overhead is not divided"
+    ratio = shared.facts(CONTINUOUS)["bytes_per_rank"] / alone.facts(CONTINUOUS)["bytes_per_rank"]
+    assert ratio == pytest.approx(1.0, abs=0.1), "half of twice the layers, and of a head"
+
+
+@pytest.mark.parametrize("name", ["plain", "continuous"])
+def test_simulated_groups_say_the_same_in_about_the_time_of_closed_forms(name: str) -> None:
+    points = [replace(FLAT, ranks=5, tokens=16, tp=tp) for tp in (1, 2)]
+    alone, shared = (simulate(scenario(point), contender(name), 1) for point in points)
+    assert shared.tokens == alone.tokens
+    if name == "plain":
+        wanted_s = scenario(points[1]).trip_s(PLAIN, 1)
+        assert 1.0 < 1 / shared.speed / wanted_s < 1 + LATE, "each layer waits for the later rank"
 
 
 def test_the_head_may_have_a_smaller_share() -> None:
@@ -49,7 +84,7 @@ def test_described_times_are_those_of_reading_the_weights() -> None:
 
 @pytest.mark.parametrize(
     ("point", "word"),
-    [(Point(), "ranks"), (Point(ranks=3, hardware="h200"), "models"),
+    [(Point(), "ranks"), (Point(ranks=8, tp=2), "tp = 2"), (Point(ranks=3, hardware="h200"), "models"),
      (Point(ranks=99, hardware="dual-xeon-e5-1gbe", target="llama-2-70b", draft="tinyllama-1.1b"), "80 layers")],
 )  # fmt: skip
 def test_points_that_say_too_little_are_refused(point: Point, word: str) -> None:

@@ -30,6 +30,14 @@ def test_a_table_stands_for_all_combinations_of_its_lists(tmp_path: Path) -> Non
     assert [(point.ranks, point.acceptance) for point in points[4:]] == [(3, (0.5, 0.2)), (3, (0.1,))]
 
 
+def test_stages_are_groups_where_ranks_share_them(tmp_path: Path) -> None:
+    text = "[[points]]\nstages = [2, 4]\ntp = [1, 2]\n[[points]]\nranks = 9\ntp = [1, 2, 4]\n"
+    points = read_suite(str(suite_of(text, tmp_path))).points
+    found = [(point.ranks, point.tp, point.processes("emulated")) for point in points[:4]]
+    assert found == [(3, 1, 3), (5, 2, 3), (5, 1, 5), (9, 2, 5)]
+    assert [(point.ranks, point.processes("emulated")) for point in points[4:]] == [(9, 9), (9, 5), (9, 3)]
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [
@@ -40,6 +48,8 @@ def test_a_table_stands_for_all_combinations_of_its_lists(tmp_path: Path) -> Non
         ("[[points]]\nstages = 4\nacceptance = [0.9, 0.2]\n", "exceed 1"),
         ("[[points]]\nstages = 4\nstage_ms = -1\n", "stage_ms"),
         ("[[points]]\nstages = 4\ntokens = 1\n", "two tokens"),
+        ("[[points]]\nstages = 4\ntp = 0\n", "tp"),
+        ("[[points]]\nstages = 4\ntp = 2\nefficiency = 0\n", "efficiency"),
         ("repeats = 0\n[[points]]\nstages = 4\n", "repeat"),
         ("", "points"),
         ("[[points\n", "cannot be read"),

@@ -2,6 +2,7 @@
 #ifndef ATTENTION_H
 #define ATTENTION_H
 
+#include "exchange.h"
 #include "linear.h"
 #include "norms.h"
 
@@ -45,12 +46,23 @@ struct layer_job {
     const struct layer *layer;
     struct rows *rows;
     struct cut qkv, output, gate_up, down;
+    struct exchange added[2]; /* of `output` and `down`, in a group */
     int row_step;
     int64_t ld_hidden, ld_qkv, ld_mixed, ld_inner;
 };
 
 static void fault(struct rows *rows, int row) {
     if (!rows->faults[row]) rows->faults[row] = rows->layer + 1;
+}
+
+/* A row that is not finite is noted, and goes on as zeros. */
+static void check_row(struct layer_job *job, int row) {
+    struct rows *rows = job->rows;
+    int hidden = job->model->hidden, is_finite = 1;
+    float *x = rows->x + (int64_t)row * hidden;
+    for (int i = 0; i < hidden; i++) is_finite &= (bits_of(x[i]) & 0x7f800000) != 0x7f800000;
+    if (!is_finite) fault(rows, row);
+    if (rows->faults[row]) memset(x, 0, (size_t)hidden * 4);
 }
 
 /* Norm, rotate and write the heads of a row. */

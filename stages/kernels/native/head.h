@@ -2,6 +2,7 @@
 #ifndef HEAD_H
 #define HEAD_H
 
+#include "group.h"
 #include "linear.h"
 #include "noise.h"
 #include "norms.h"
@@ -104,8 +105,9 @@ static void head_phase(void *argument, int phase, int chunk, int thread) {
             float *logits = values + (row - m) * HEAD_BLOCK;
             struct best *best = job->best + (int64_t)row * job->blocks + chunk;
             if (job->logits) memcpy(job->logits + (int64_t)row * head->limit + first, logits, (size_t)count * 4);
-            *best = highest_of(logits, first, count);
-            if (head->temperature > 0.0f) draw_from(logits, first, count, head, head->positions[row], best);
+            *best = highest_of(logits, head->first + first, count);
+            if (head->temperature > 0.0f)
+                draw_from(logits, head->first + first, count, head, head->positions[row], best);
         }
     }
 }
@@ -129,13 +131,79 @@ static struct chosen combine(const struct best *found, int blocks) {
     return chosen;
 }
 
-static void choose(const struct head *head, const float *x, int32_t count, float *normed, struct best *blocks,
-                   struct chosen *chosen, float *logits) {
+/* The blocks that `count` rows have in this rank's part of the vocabulary. */
+static int find_best(const struct head *head, const float *x, int32_t count, float *normed, struct best *blocks,
+                     float *logits) {
     struct head_job work = {.head = head, .x = x, .normed = normed, .logits = logits, .count = count, .best = blocks};
     work.blocks = ceiling(head->limit, HEAD_BLOCK), work.ld = ceiling(head->linear->k, PANEL) * PANEL;
     struct job job = {2, {count, work.blocks}, head_phase, &work};
     pool_run(&job);
-    for (int row = 0; row < count; row++) chosen[row] = combine(blocks + (int64_t)row * work.blocks, work.blocks);
+    return work.blocks;
+}
+
+static void choose(const struct head *head, const float *x, int32_t count, float *normed, struct best *blocks,
+                   struct chosen *chosen, float *logits) {
+    int each = find_best(head, x, count, normed, blocks, logits);
+    if (!chosen) return;
+    for (int row = 0; row < count; row++) chosen[row] = combine(blocks + (int64_t)row * each, each);
+}
+
+/* `chosen` of all parts of the vocabulary, in their order: found[part] are [count][blocks[part]]. */
+static void choose_among(const struct best *const *found, const int32_t *blocks, int32_t parts, int32_t count,
+                         struct best *scratch, struct chosen *chosen) {
+    for (int row = 0; row < count; row++) {
+        int all = 0;
+        for (int part = 0; part < parts; all += blocks[part++])
+            memcpy(scratch + all, found[part] + (int64_t)row * blocks[part], (size_t)blocks[part] * sizeof *scratch);
+        chosen[row] = combine(scratch, all);
+    }
+}
+
+/* The same where the vocabulary is spread over a group: only the best of each block travel, and the logits where they
+ * are wanted, to the first rank's `logits`. `blocks`: of each rank. Each rank's part has `limits` tokens. */
+static void choose_in_group(const struct head *head, struct group *group, const float *x, int32_t count, float *normed,
+                            const int32_t *blocks, const int32_t *limits, struct best *scratch, struct chosen *chosen,
+                            float *logits) {
+    uint64_t epoch = ++group->epoch;
+    const struct best *found[MOST_RANKS];
+    find_best(head, x, count, normed, (struct best *)group_slot(group, group->rank, 0, epoch),
+              logits ? group_slot(group, group->rank, 1, epoch) : NULL);
+    group_publish(group, group_flag(group, group->rank, 0, epoch, 0), epoch);
+    if (group->rank) { /* until the first rank has read them: nobody may come two exchanges ahead of another */
+        group_wait(group, 0, group_flag(group, 0, 0, epoch, 1), epoch);
+        return;
+    }
+    int64_t ld = 0, first = 0;
+    for (int rank = 0; rank < group->size; rank++) {
+        if (group_wait(group, rank, group_flag(group, rank, 0, epoch, 0), epoch)) return;
+        found[rank] = (const struct best *)group_slot(group, rank, 0, epoch);
+        ld += limits[rank];
+    }
+    choose_among(found, blocks, group->size, count, scratch, chosen);
+    for (int rank = 0; logits && rank < group->size; first += limits[rank++])
+        for (int row = 0; row < count; row++)
+            memcpy(logits + row * ld + first, group_slot(group, rank, 1, epoch) + (int64_t)row * limits[rank],
+                   (size_t)limits[rank] * 4);
+    group_publish(group, group_flag(group, 0, 0, epoch, 1), epoch);
+}
+
+/* Rows of x [count][hidden] that ranks of a group have: owners[row] has row `row`; then all have all. */
+static void spread(struct group *group, const int32_t *owners, int32_t count, int32_t hidden, float *x) {
+    for (int begin = 0; begin < count; begin += group->most_rows) {
+        int end = begin + group->most_rows < count ? begin + group->most_rows : count;
+        uint64_t epoch = ++group->epoch;
+        float *mine = group_slot(group, group->rank, 0, epoch);
+        for (int row = begin; row < end; row++)
+            if (owners[row] == group->rank)
+                memcpy(mine + (int64_t)(row - begin) * hidden, x + (int64_t)row * hidden, (size_t)hidden * 4);
+        group_publish(group, group_flag(group, group->rank, 0, epoch, 0), epoch);
+        for (int rank = 0; rank < group->size; rank++)
+            if (group_wait(group, rank, group_flag(group, rank, 0, epoch, 0), epoch)) return;
+        for (int row = begin; row < end; row++)
+            if (owners[row] != group->rank)
+                memcpy(x + (int64_t)row * hidden,
+                       group_slot(group, owners[row], 0, epoch) + (int64_t)(row - begin) * hidden, (size_t)hidden * 4);
+    }
 }
 
 #endif

@@ -14,6 +14,11 @@ enum {
       taken by an instruction for pairs of bf16, of activations that are rounded to it */
 enum { LEAVES = 8 }; /* parts of a sum, combined by a binary tree */
 enum { PANEL = 16 }; /* output columns of a panel of weights */
+enum {
+    OUTPUT = 4, /* phases of a layer: attention's output is added, */
+    DOWN = 7,   /* the MLP's is, */
+    PHASES = 9, /* and how many there are */
+};
 
 /* y = x W^T + bias. Panels of 16 columns lie one after the other; in a panel, for each pair of k, a line: 16 dwords
  * with w[k] low and w[k + 1] high (BF16), or 16 w[k] and 16 w[k + 1]. Missing columns and an odd k are filled with
@@ -26,8 +31,10 @@ struct linear {
 
 struct layer {
     const float *attention_norm, *mlp_norm, *query_norm, *key_norm; /* the last two: NULL, or [head_dim] */
-    struct linear qkv, output, gate_up, down;                       /* gate_up: panels of gate and up take turns */
+    struct linear qkv, output, gate_up, down;                       /* gate_up: panels of gate and up take turns; no
+                                                                       columns where a layer has experts */
     void *keys, *values;                                            /* [kv_heads][capacity][stride] */
+    int32_t output_tile, down_tile; /* panels of a tile of an exchange, where a group computes the layer */
 };
 
 struct model {
@@ -49,6 +56,30 @@ struct rows {
     int32_t threads;      /* for so many */
     int32_t *faults;      /* [count]: set to `layer` + 1 where it is 0 and numbers are not finite */
     int32_t layer;
+    int32_t first, end;   /* the phases of the layer that are to be done: PHASES for all */
+    /* Where a group computes the layer: by windows, or, if `parts` is not NULL, in calls that end with the phases OUTPUT
+     * and DOWN, after which the caller brings together what each rank has put into parts[rank][count][hidden, padded]. */
+    struct group *group;
+    float *parts;
+};
+
+/* The experts of a layer. Those from `first` on and before `end` are here: gate_up[0] and down[0] are of `first`. */
+struct experts {
+    const struct linear *router, *gate_up, *down;
+    int32_t count, first, end;
+    int32_t chosen;        /* how many a row has */
+    int32_t is_normalised; /* whether a row's weights are divided by their sum */
+};
+
+/* Which experts the rows of a pass have, and what those made of them: memory of a pass. Output `row * chosen + k` is that
+ * of the row's k-th best expert. */
+struct routes {
+    float *scores;  /* [count of rows][count of experts in whole panels] */
+    float *weights; /* [outputs] */
+    int32_t *expert, *members; /* [outputs]: of each its expert; the outputs that are computed here, expert by expert */
+    int32_t *starts, *active;  /* [count of experts + 2], where each one's members begin; [count], those with members */
+    float *gathered, *inner;   /* [outputs][hidden] and [outputs][inner] in whole panels, in the order of members */
+    float *outputs;            /* [outputs][hidden] in whole panels */
 };
 
 /* An output head, and how it chooses: the highest logit, or by noise where `temperature` is not 0 (see noise.h). */
@@ -59,6 +90,7 @@ struct head {
     uint64_t seed;
     float eps, temperature;
     int32_t limit; /* no token from here on */
+    int32_t first; /* token, of the linear layer's columns: a multiple of 256 */
 };
 
 /* Of a row and a block of columns. */
@@ -87,8 +119,17 @@ struct kernels {
     void (*head)(const struct head *head, const float *x, int32_t count, float *normed, struct best *blocks,
                  struct chosen *chosen, float *logits);
     void (*embed)(const struct linear *linear, const int64_t *tokens, int32_t count, float *x);
+    void (*choose_among)(const struct best *const *found, const int32_t *blocks, int32_t parts, int32_t count,
+                         struct best *scratch, struct chosen *chosen);
+    void (*choose_in_group)(const struct head *head, struct group *group, const float *x, int32_t count, float *normed,
+                            const int32_t *blocks, const int32_t *limits, struct best *scratch, struct chosen *chosen,
+                            float *logits);
+    void (*spread)(struct group *group, const int32_t *owners, int32_t count, int32_t hidden, float *x);
     double (*read)(const void *memory, int64_t nbytes);
     double (*multiply)(int64_t steps, float seed);
+    /* What follows `layer` in a layer with experts: adds to rows->x what they make of rows->normed. */
+    void (*experts)(const struct model *model, const struct experts *experts, const struct routes *routes,
+                    struct rows *rows);
 };
 
 #endif

@@ -4,6 +4,7 @@
  * the lower. A thread that comes late holds the number of an ended job and can claim nothing. What waits spins for a
  * while and then sleeps on a futex; how long between jobs is what `pipeinfer_pool` was given. */
 #include "pool.h"
+#include "relax.h"
 
 #include <linux/futex.h>
 #include <stdatomic.h>
@@ -12,14 +13,6 @@
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
-
-#if defined(__x86_64__)
-#define RELAX() __builtin_ia32_pause()
-#elif defined(__aarch64__)
-#define RELAX() __asm__ volatile("yield")
-#else
-#define RELAX() (void)0
-#endif
 
 #define EXPORT __attribute__((visibility("default")))
 enum {

@@ -19,6 +19,7 @@ PLACES = {
     "checking": (("launch.preflight", "clear", 0), ("pipeinfer.cli.installation", "facts", 0)),
     "loading": (("launch.job", "load_shards", 0),),
     "serving": (("pipeinfer.runtime.executor", "Executor.step", 12),),
+    "following": (("stages.models.group_shard", "Follower.handle", 300),),  # on ranks that a group's leader commands
     "closing": (("launch.job", "Job._end", 0),),
 }
 """Where each phase is: a module, what in it is called, and how many calls go well."""

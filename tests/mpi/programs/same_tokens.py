@@ -14,6 +14,7 @@ from typing import Any
 
 from mpi4py import MPI
 
+from launch.backoff import LONGEST_S
 from launch.mpi import politely
 from pipeinfer import Engine, Sampling
 
@@ -29,7 +30,7 @@ def main(path: str) -> None:
                 with Path(order["answers"]).open("a") as file:
                     file.write(json.dumps(said) + "\n")
             part.Free()
-        politely(world.Ibarrier())
+        politely(world.Ibarrier(), long_s=LONGEST_S)
 
 
 def decode(comm: Any, words: dict[str, Any], requests: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server of `pipeinfer serve`. Needs the extra `serve` (starlette, uvicorn)."""

@@ -1,0 +1,102 @@
+"""Both ends of a model on the C kernels: the head, which chooses tokens, and the embedding of a group."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import addressof
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from stages.kernels.group import MOST_ROWS, Group
+from stages.kernels.library import BEST_NBYTES, CHOSEN, HEAD_BLOCK, CHead, Library
+from stages.kernels.linear import padded
+from stages.models.split import token_ranges
+
+Chosen = npt.NDArray[np.void]
+
+
+def spread(lib: Library, group: Group, vocabulary: int, tokens: npt.NDArray[np.int64], x: Tensor) -> None:
+    """Embedded rows from the ranks that have them to all: ``x``, float32 [tokens, hidden_size], has this rank's."""
+    stops = [part.stop for part in token_ranges(vocabulary, group.size)]
+    owners = np.searchsorted(stops, tokens, side="right").astype(np.int32)
+    if group.is_fused:
+        lib.kernels.spread(addressof(group.c), owners.ctypes.data, len(tokens), x.shape[1], x.data_ptr())
+        group.check()
+        group.exchanges["fused"] += 1
+        return
+    parts = torch.zeros((group.size, *x.shape))
+    parts[group.rank] = x
+    group.bring(parts.numpy())
+    x.copy_(parts[torch.from_numpy(owners).long(), torch.arange(len(tokens))])
+
+
+def choose(
+    lib: Library, group: Group | None, head: CHead, vocabulary: int, limit: int, x: Tensor, with_logits: bool
+) -> tuple[Chosen, Tensor | None]:
+    """What ``head`` chooses after each row of ``x`` [rows, hidden_size], CHOSEN [rows], and the logits [rows, limit] if
+    they are wanted. ``limit``: no token from here on. In a group the leader alone has them."""
+    size, rank = (group.size, group.rank) if group else (1, 0)
+    parts = token_ranges(vocabulary, size)
+    limits = [max(0, min(limit, part.stop) - part.start) for part in parts]
+    head.limit, head.first = limits[rank], parts[rank].start
+    chosen = np.zeros(len(x), CHOSEN)
+    logits = torch.empty((len(x), limit)) if with_logits else None
+    blocks = [-(-count // HEAD_BLOCK) for count in limits]
+    step = len(x) if group is None else min(MOST_ROWS, _rows_of_a_slot(group, blocks, limits, with_logits))
+    positions = head.positions
+    for start in range(0, len(x), step):
+        some = x[start : start + step]
+        head.positions = positions + 8 * start
+        found = logits[start : start + step] if logits is not None else None
+        _choose(lib, group, head, some, blocks, limits, chosen[start : start + step], found)
+    return chosen, logits
+
+
+def _rows_of_a_slot(group: Group, blocks: Sequence[int], limits: Sequence[int], with_logits: bool) -> int:
+    rows = group.slot_nbytes // (BEST_NBYTES * max(1, *blocks))
+    return max(1, min(rows, group.slot_nbytes // (4 * max(1, *limits))) if with_logits else rows)
+
+
+def _choose(
+    lib: Library,
+    group: Group | None,
+    head: CHead,
+    x: Tensor,
+    blocks: Sequence[int],
+    limits: Sequence[int],
+    chosen: Chosen,
+    logits: Tensor | None,
+) -> None:
+    count, kernels, rank = len(x), lib.kernels, group.rank if group else 0
+    normed = torch.zeros((count, padded(x.shape[1])))
+    rows = x.data_ptr(), count, normed.data_ptr()
+    if group is None:
+        best = np.empty((count, blocks[0] * BEST_NBYTES), np.uint8)
+        wanted = None if logits is None else logits.data_ptr()
+        kernels.head(addressof(head), *rows, best.ctypes.data, chosen.ctypes.data, wanted)
+        return
+    of_ranks, scratch = np.array(blocks, np.int32), np.empty(sum(blocks) * BEST_NBYTES, np.uint8)
+    if group.is_fused:
+        sizes = of_ranks.ctypes.data, np.array(limits, np.int32)
+        wanted = None if logits is None else logits.data_ptr()
+        out = scratch.ctypes.data, chosen.ctypes.data, wanted
+        kernels.choose_in_group(addressof(head), addressof(group.c), *rows, sizes[0], sizes[1].ctypes.data, *out)
+        group.check()
+        group.exchanges["fused"] += 1
+        return
+    best = np.zeros((group.size, count * max(blocks) * BEST_NBYTES), np.uint8)
+    found = torch.zeros((group.size, count * max(limits)))
+    place = None if logits is None else found[rank].data_ptr()
+    kernels.head(addressof(head), *rows, best[rank].ctypes.data, None, place)
+    group.bring(best)
+    if logits is not None:
+        group.bring(found.numpy())
+        parts = [part[: count * limit].view(count, limit) for part, limit in zip(found, limits, strict=True)]
+        torch.cat(parts, 1, out=logits)
+    places = (ctypes.c_void_p * group.size)(*[part.ctypes.data for part in best])
+    of_all = of_ranks.ctypes.data, group.size, count, scratch.ctypes.data, chosen.ctypes.data
+    kernels.choose_among(addressof(places), *of_all)

@@ -1,0 +1,280 @@
+"""`pipeinfer serve` as its clients see it: a process with ranks of its own, asked over HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import queue
+import re
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeinfer.core.config import BUILTIN, model_directory
+from tests.cli.run import ROOT, here, pipeinfer
+
+pytestmark = pytest.mark.slow
+HANG_S = 300.0
+PROMPT = "def read_lines(path):\n"
+KEY = "secret"
+TEMPLATE = "{% for m in messages %}# {{ m.role }}\n{{ m.content }}{% endfor %}"
+READY = re.compile(r"pipeinfer: (.*) is served at http://(127\.0\.0\.1:\d+)\n")
+
+
+class Client:
+    """Talks to the server at ``address``, which serves ``model``; ``process``: the server."""
+
+    def __init__(self, process: subprocess.Popen[str], model: str, address: str) -> None:
+        self.process, self.model, self.address = process, model, address
+
+    def open(self, path: str, body: Any = None, key: str | None = KEY) -> http.client.HTTPResponse:
+        """The answer's head; whoever closes it closes the connection."""
+        connection = http.client.HTTPConnection(self.address, timeout=HANG_S)
+        headers = {"Connection": "close"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request("GET" if body is None else "POST", path, data, headers)
+        return connection.getresponse()
+
+    def ask(self, path: str, body: Any = None, key: str | None = KEY) -> tuple[int, Any]:
+        with self.open(path, body, key) as response:
+            return response.status, json.loads(response.read())
+
+    def complete(self, prompt: Any = PROMPT, **more: Any) -> Any:
+        status, answer = self.ask("/v1/completions", {"prompt": prompt, "ignore_eos": True, **more})
+        assert status == 200, answer
+        return answer
+
+    def text(self, **more: Any) -> str:
+        return str(self.complete(**more)["choices"][0]["text"])
+
+
+def events(response: http.client.HTTPResponse) -> Iterator[Any]:
+    """The chunks of a stream up to its end, which must be as OpenAI has it."""
+    while (line := response.readline()) != b"data: [DONE]\n":
+        assert line.startswith(b"data: "), line
+        yield json.loads(line.removeprefix(b"data: "))
+        assert response.readline() == b"\n"
+
+
+def marked(mark: str) -> list[str]:
+    """The processes with ``mark`` in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append(process.name)
+        except OSError:
+            continue
+    return found
+
+
+def terminate(client: Client) -> None:
+    """Send SIGTERM while a request is served, and take the rest of the answer."""
+    body = {"prompt": PROMPT, "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with client.open("/v1/completions", body) as response:
+        chunks = events(response)
+        next(chunks)
+        client.process.terminate()
+        *_, last = chunks
+    assert last["choices"][0]["finish_reason"] == "length"
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[Client]:
+    """A server on a free port. At SIGTERM it lets the request under way end, exits with 0, and leaves no rank."""
+    mark = uuid.uuid4().hex
+    line = [sys.executable, "-m", "pipeinfer", "serve", "--port", "0", "--ranks", "2", *arguments]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PIPEINFER_API_KEY": KEY, "MARK": mark}
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with subprocess.Popen(line, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+
+        def read() -> None:
+            assert process.stderr is not None
+            for said in process.stderr:
+                lines.put(said)
+            lines.put("")
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        try:
+            said = []
+            while not (ready := READY.fullmatch((said or [""])[-1])):
+                said.append(lines.get(timeout=HANG_S))
+                assert said[-1], said
+            assert len(marked(mark)) >= 3
+            client = Client(process, ready[1], ready[2])
+            yield client
+            terminate(client)
+            assert process.wait(HANG_S) == 0
+            assert not marked(mark)
+        finally:
+            process.kill()
+            reader.join(HANG_S)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """The built-in pair with a chat template."""
+    target = tmp_path_factory.mktemp("models") / "chatty"
+    target.mkdir()
+    for path in model_directory(BUILTIN, "target").iterdir():
+        (target / path.name).symlink_to(path)
+    config = json.loads((target / "tokenizer_config.json").read_text())
+    (target / "tokenizer_config.json").unlink()
+    (target / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
+    draft = str(model_directory(BUILTIN, "draft"))
+    with serving("--target", str(target), "--draft", draft, "--grace", str(HANG_S)) as client:
+        yield client
+
+
+def test_answers_are_those_of_run(server: Client) -> None:
+    arguments = ["--prompt", PROMPT, "--max-new-tokens", "40", "--ignore-eos", "--json", "--logprobs"]
+    run = json.loads(pipeinfer("run", *arguments).stdout)
+    answer = server.complete(max_tokens=40, logprobs=0)
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (run["text"], "length")
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(run["logprobs"], abs=1e-3)
+    assert "".join(choice["logprobs"]["tokens"]) == run["text"]
+    length = len(run["prompt_tokens"])
+    assert answer["usage"] == {"prompt_tokens": length, "completion_tokens": 40, "total_tokens": length + 40}
+    assert (answer["object"], answer["model"]) == ("text_completion", "chatty")
+    assert server.text(prompt=run["prompt_tokens"], max_tokens=40) == run["text"]
+    assert server.complete()["usage"]["completion_tokens"] == 16
+
+
+def test_a_stream_adds_up_to_the_whole(server: Client) -> None:
+    whole = server.complete(max_tokens=60, logprobs=0)
+    body = {"prompt": PROMPT, "max_tokens": 60, "ignore_eos": True, "logprobs": 0}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    with server.open("/v1/completions", body) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        *chunks, last = events(response)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    (expected,) = whole["choices"]
+    assert len(chunks) > 5 and {chunk["id"] for chunk in chunks} == {last["id"]}
+    assert "".join(choice["text"] for choice in choices) == expected["text"]
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(chunks) - 1) + ["length"]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        assert [each for choice in choices for each in choice["logprobs"][name]] == expected["logprobs"][name]
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert all(chunk["usage"] is None for chunk in chunks)
+
+
+def test_a_chat(server: Client) -> None:
+    body = {"messages": [{"role": "user", "content": PROMPT}], "max_completion_tokens": 24, "ignore_eos": True}
+    status, answer = server.ask("/v1/chat/completions", body | {"logprobs": True, "model": "default"})
+    assert status == 200, answer
+    (choice,) = answer["choices"]
+    said = choice["message"]["content"]
+    assert (answer["object"], choice["message"]["role"], choice["finish_reason"]) == (
+        "chat.completion", "assistant", "length",
+    )  # fmt: skip
+    assert said == server.text(prompt=f"# user\n{PROMPT}", max_tokens=24)
+    content = choice["logprobs"]["content"]
+    assert len(content) == 24 and bytes(content[0]["bytes"]).decode() == content[0]["token"]
+    with server.open("/v1/chat/completions", body | {"stream": True}) as response:
+        first, *middle, last = (chunk["choices"][0] for chunk in events(response))
+    assert first["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(choice["delta"]["content"] for choice in middle) == said
+    assert (last["delta"], last["finish_reason"]) == ({}, "length")
+
+
+def test_seeds_repeat_and_stop_strings_stop(server: Client) -> None:
+    drawn = [server.text(max_tokens=24, temperature=0.9, seed=seed) for seed in (7, 7, 8)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    whole = server.text(max_tokens=40)
+    word = whole[20:24]
+    (choice,) = server.complete(max_tokens=40, stop=["never said", word])["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (whole[: whole.index(word)], "stop")
+
+
+def test_who_may_ask_and_what_exists(server: Client) -> None:
+    assert server.ask("/health", key=None)[0] == 200
+    for key in (None, "guess"):
+        for path, body in (("/v1/models", None), ("/v1/completions", {"prompt": "x"})):
+            status, answer = server.ask(path, body, key)
+            assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+    assert [model["id"] for model in server.ask("/v1/models")[1]["data"]] == ["chatty"]
+    assert [server.ask(f"/v1/models/{name}")[0] for name in ("chatty", "default", "other")] == [200, 200, 404]
+    status, answer = server.ask("/v1/completions", {"prompt": "x", "model": "other"})
+    assert (status, answer["error"]["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        (b"{", None, None),
+        ({"prompt": "x", "n": 2}, "n", None),
+        ({"prompt": ""}, "prompt", None),
+        ({"prompt": [99999]}, "prompt", None),
+        ({"prompt": "\ud800"}, "prompt", None),
+        ({"prompt": "x", "stop": ["a<|endoftext|>"]}, "stop", None),
+        ({"prompt": "x", "max_tokens": 5000}, "prompt", "context_length_exceeded"),
+        ({"prompt": "word " * 2000, "stream": True}, "prompt", "context_length_exceeded"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_served(server: Client, body: Any, param: str | None, code: str | None) -> None:
+    status, answer = server.ask("/v1/completions", body)
+    assert status == 400
+    error = answer["error"]
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+
+
+def test_a_client_that_leaves_holds_up_nobody(server: Client) -> None:
+    for stream in (True, False):
+        response = None
+        body = {"prompt": PROMPT, "max_tokens": 900, "ignore_eos": True, "stream": stream}
+        if stream:
+            response = server.open("/v1/completions", body)
+            next(events(response))
+            response.close()
+        else:
+            with socket.create_connection(server.address.split(":"), HANG_S) as wire:  # type: ignore[arg-type]
+                data = json.dumps(body)
+                head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+                wire.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n{data}".encode())
+        assert server.complete(max_tokens=4)["usage"]["completion_tokens"] == 4
+
+
+def test_two_at_once_are_both_answered(server: Client) -> None:
+    prompts = (PROMPT, "import os\n")
+    alone = [server.text(prompt=prompt, max_tokens=24) for prompt in prompts]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda prompt: server.text(prompt=prompt, max_tokens=24), prompts))
+    assert together == alone
+
+
+def test_without_the_extra_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "starlette", None)
+    done = here("serve")
+    assert done.returncode == 2
+    assert done.stderr == "pipeinfer: `pipeinfer serve` needs starlette; pip install 'pipeinfer[serve]'\n"
+
+
+def test_options_that_cannot_be() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for arguments, says in [
+            (["--port", port], "cannot listen there"),
+            (["--port", "70000"], "--port 70000"),
+            (["--max-queue", "0"], "--max-queue 0"),
+            (["--grace", "-1"], "--grace -1"),
+            (["--api-key", ""], "API key"),
+            (["--served-model-name", ""], "--served-model-name"),
+            (["--timeout", "-1"], "--timeout -1"),
+            (["--draft", "somewhere"], "--draft without --target"),
+        ]:
+            done = here("serve", *arguments)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+            assert says in done.stderr

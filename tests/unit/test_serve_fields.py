@@ -1,0 +1,153 @@
+"""The fields of a request to the server: what is read, and what is refused with the field's name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from pipeinfer.serve.errors import ApiError
+from pipeinfer.serve.fields import ApiRequest, parse
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def read(is_chat: bool = False, **fields: Any) -> ApiRequest:
+    default: dict[str, Any] = {"messages": HELLO} if is_chat else {"prompt": "x"}
+    return parse(json.dumps(default | fields).encode(), is_chat, ("mine", "default"))
+
+
+def error(is_chat: bool = False, **fields: Any) -> ApiError:
+    with pytest.raises(ApiError) as found:
+        read(is_chat, **fields)
+    return found.value
+
+
+def test_everything_at_once() -> None:
+    sampling = {"temperature": 1, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.5, "top_k": 4, "seed": -1}
+    more = {"stop": ["a", "b"], "max_tokens": 7, "stream": True, "stream_options": {"include_usage": True}}
+    asked = read(**sampling, **more, logprobs=0, ignore_eos=True, model="default")
+    wanted = sampling | {"temperature": 1.0, "seed": 2**64 - 1}
+    assert asked == ApiRequest("x", None, wanted, 7, ("a", "b"), True, True, True, True)
+    assert read(max_tokens=7, max_completion_tokens=8).max_new_tokens == 8
+    assert read() == ApiRequest("x")
+
+
+@pytest.mark.parametrize("prompt", ["text", ["text"]])
+def test_prompts_of_text(prompt: Any) -> None:
+    assert read(prompt=prompt).prompt == "text"
+
+
+@pytest.mark.parametrize("prompt", [[5, 7], [[5, 7]]])
+def test_prompts_of_tokens(prompt: Any) -> None:
+    assert read(prompt=prompt).prompt == [5, 7]
+
+
+def test_messages() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    given = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts, "name": None}]
+    asked = read(True, messages=given, logprobs=True)
+    assert asked.messages == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a\nb"}]
+    assert asked.with_logprobs
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_values_that_change_nothing_are_taken(is_chat: bool) -> None:
+    read(is_chat, n=1, logit_bias={}, presence_penalty=0, frequency_penalty=0.0, user="me", metadata={"a": "b"})
+    read(is_chat, n=None, temperature=None, stop=None, stream=None, max_tokens=None, model=None, unheard_of=None)
+    read(True, tools=[], tool_choice="none", response_format={"type": "text"}, top_logprobs=0, modalities=["text"])
+    read(echo=False, best_of=1, suffix="")
+
+
+@pytest.mark.parametrize(
+    ("is_chat", "field", "value"),
+    [
+        (False, "n", 2),
+        (False, "n", True),
+        (False, "echo", True),
+        (False, "best_of", 3),
+        (False, "suffix", "end"),
+        (False, "logit_bias", {"5": 1}),
+        (False, "presence_penalty", 0.5),
+        (False, "tools", []),
+        (False, "logprobs", 1),
+        (False, "logprobs", True),
+        (False, "prompt", None),
+        (False, "prompt", 5),
+        (False, "prompt", ["a", "b"]),
+        (False, "prompt", [[1], [2]]),
+        (False, "prompt", [1, "a"]),
+        (False, "prompt", [1, True]),
+        (False, "messages", HELLO),
+        (False, "unheard_of", 1),
+        (False, "temperature", "warm"),
+        (False, "temperature", True),
+        (False, "temperature", -1),
+        (False, "temperature", 10**400),
+        (False, "top_p", 0),
+        (False, "top_k", 1.5),
+        (False, "min_p", 2),
+        (False, "repetition_penalty", 0),
+        (False, "seed", 2**64),
+        (False, "seed", 1.0),
+        (False, "max_tokens", 0),
+        (False, "max_tokens", 1.5),
+        (False, "max_completion_tokens", -1),
+        (False, "stop", 5),
+        (False, "stop", ["a", 5]),
+        (False, "stop", [""]),
+        (False, "stop", ["a"] * 17),
+        (False, "stream", "yes"),
+        (False, "stream_options", {"include_usage": True}),
+        (False, "model", 5),
+        (True, "messages", None),
+        (True, "messages", []),
+        (True, "messages", "hello"),
+        (True, "tools", [{"type": "function"}]),
+        (True, "tool_choice", "required"),
+        (True, "response_format", {"type": "json_object"}),
+        (True, "modalities", ["audio"]),
+        (True, "logprobs", 1),
+        (True, "top_logprobs", 3),
+        (True, "prompt", "x"),
+    ],
+)
+def test_refusals_name_the_field(is_chat: bool, field: str, value: Any) -> None:
+    found = error(is_chat, **{field: value})
+    assert (found.status, found.param) == (400, field)
+    assert field in str(found) or field in ("logprobs", "stop", "prompt")
+    assert set(found.body()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ("hello", "messages[0]"),
+        ({"content": "x"}, "messages[0].role"),
+        ({"role": "tool", "content": "x"}, "messages[0].role"),
+        ({"role": "user"}, "messages[0].content"),
+        ({"role": "user", "content": 5}, "messages[0].content"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[0].content[0].type"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls"),
+    ],
+)
+def test_messages_that_are_refused(message: Any, param: str) -> None:
+    found = error(True, messages=[message])
+    assert (found.status, found.param) == (400, param)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[1]", b"\xff", b'{"prompt": NaN}', b"[" * 100_000, b'{"seed": ' + b"1" * 5000 + b"}"]
+)
+def test_what_is_no_json_object(data: bytes) -> None:
+    with pytest.raises(ApiError, match="the body is not") as found:
+        parse(data, False, ("mine", "default"))
+    assert found.value.status == 400
+
+
+def test_another_model_is_not_found() -> None:
+    found = error(model="gpt-\ud800")
+    assert (found.status, found.param, found.code) == (404, "model", "model_not_found")
+    json.dumps(found.body()).encode()
