@@ -1,22 +1,27 @@
 """Groups of ranks in one process: a thread is a rank, and plain memory is its window.
 
 ``python -m tests.models.grouped --worlds 100`` looks through a hundred random worlds on groups of every size: the bits
-of one rank alone, see kernel_bits."""
+of one rank alone, see kernel_bits. With ``--exchanges 100000`` one world goes on for so many exchanges, with passes of
+changing sizes, some of them abandoned, and ranks that are late at random."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
+from pipeinfer.core.slots import batch_in_order
 from stages.kernels.group import Group, slot_nbytes, window_nbytes
 from stages.kernels.library import Library, library
 from stages.models.group_shard import Follower, GroupShard
@@ -136,8 +141,10 @@ def following(groups: Sequence[Group]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def grouped(world: World, how: How, lib: Library | None = None) -> Iterator[Any]:
-    """The world's shards on a group's ranks, as their leader sees them."""
+def grouped(
+    world: World, how: How, lib: Library | None = None, late_by: random.Random | None = None
+) -> Iterator[Any]:
+    """The world's shards on a group's ranks, as their leader sees them. ``late_by``: see late."""
     groups = make_groups(how, slot_nbytes([world.spec.hidden_size], [world.spec.vocab_size]), lib)
     sizes = world.dtype, len(world.tokens) + 60, world.vocabulary
     with used(lib):
@@ -150,6 +157,8 @@ def grouped(world: World, how: How, lib: Library | None = None) -> Iterator[Any]
         shards.append(Whole(parts[0], groups[0], forgotten(parts)))
         for part, group in zip(parts[1:], groups[1:], strict=True):
             GroupShard(part, group)
+    for group in groups[1:] if late_by else ():
+        late(group, random.Random(late_by.random()))
     with following(groups):
         yield shards
 
@@ -178,12 +187,71 @@ def check_groups(
     return count
 
 
+def late(group: Group, dice: random.Random) -> None:
+    """Make the rank of ``group`` late now and then, before it does what it is told."""
+    hear = group.hear
+
+    def hear_late() -> Any:
+        command = hear()
+        until = time.perf_counter() + (dice.random() * 3e-4 if dice.random() < 0.3 else 0.0)
+        while time.perf_counter() < until:
+            pass
+        return command
+
+    group.hear = hear_late  # type: ignore[method-assign]
+
+
+def run_pass(shard: Any, batch: Any, hidden: Any, layers: int | None = None) -> Any:
+    """What a pass returns; None if it is abandoned after ``layers`` layers."""
+    passes = shard.forward(batch, hidden)
+    for done in itertools.count():
+        if done == layers:
+            passes.close()
+            return None
+        try:
+            next(passes)
+        except StopIteration as end:
+            return end.value
+
+
+def endure(exchanges: int, size: int, two_shot: int | None, seed: int, lib: Library) -> int:
+    """Raises AssertionError for a pass with other bits than on one rank, among so many exchanges. Returns the number of
+    passes."""
+    dice = random.Random(f"endure {seed}")
+    while True:
+        world = draw_world(dice.randrange(10**6), long_texts=False)
+        if can_split(world.spec, size) and world.cuts == [range(3)] and world.weights.bad is None:
+            break
+    learn(world, load(world, lib), lib, lib.isa)
+    path, passes = max(world.paths, key=len), 0
+    truth = torch.stack([world.activations[0][row] for row in path])
+    with grouped(world, How(size, two_shot=two_shot), lib, late_by=dice) as (whole,):
+        while whole._group.exchanges["fused"] < exchanges:
+            lib.set_threads(dice.choice((1, 1, 2)))
+            count, passes, left = dice.randint(1, len(path)), passes + 1, dice.choice((None, None, None, 0, 1, 2))
+            batch = batch_in_order([world.tokens[row] for row in path[:count]], 0)
+            hidden = run_pass(whole, batch, None, left)
+            if left is not None:
+                continue
+            assert torch.equal(hidden, truth[:count]), f"{world}: {count} rows in pass {passes}"
+            if dice.random() < 0.3:
+                found = whole.sample(hidden, [count - 1], 1)[0]
+                assert found == world.said[path[count - 1], "best"], f"{world}: a choice in pass {passes}"
+    return passes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--worlds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--exchanges", type=int)
     args, lib = parser.parse_args(), library()
     assert lib is not None
+    if args.exchanges:
+        for size, two_shot in ((2, None), (4, None), (4, 1)):
+            passes = endure(args.exchanges, size, two_shot, args.seed, lib)
+            print(f"{args.exchanges} exchanges of {size} ranks in {passes} passes: the bits of one rank", flush=True)
+        return
     count = sum(check_groups(seed, lib) for seed in range(args.seed, args.seed + args.worlds))
     print(f"{args.worlds} worlds on {count} groups: all bits are those of one rank")
 

@@ -22,7 +22,7 @@ from stages.models.path_trial import choose_path
 from stages.models.split import Split, can_split, refuse_unsplittable
 from tests.models.expert_bits import draw_expert_world
 from tests.models.group_mutants import FAULTS, Planted, build
-from tests.models.grouped import How, check_groups, grouped, make_groups
+from tests.models.grouped import How, check_groups, endure, grouped, make_groups, run_pass
 from tests.models.kernel_bits import World, draw_world, learn, load
 from tests.models.kernel_mutants import COMPILER
 
@@ -97,21 +97,8 @@ def test_more_rows_than_a_slot_holds() -> None:
         with grouped(world, how) as shards:
             hidden: tuple[Any, Any] = (None, None)
             for one, whole in zip(alone, shards, strict=True):
-                hidden = _run(one, batch, hidden[0]), _run(whole, batch, hidden[1])
+                hidden = run_pass(one, batch, hidden[0]), run_pass(whole, batch, hidden[1])
                 assert torch.equal(*hidden), how
-
-
-def _run(shard: Any, batch: Any, hidden: Any, layers: int | None = None) -> Any:
-    """What a pass returns; None if it is abandoned after ``layers`` layers."""
-    passes = shard.forward(batch, hidden)
-    for done in itertools.count():
-        if done == layers:
-            passes.close()
-            return None
-        try:
-            next(passes)
-        except StopIteration as end:
-            return end.value
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -120,11 +107,11 @@ def test_an_abandoned_pass_leaves_no_exchange_without_a_partner(fused: bool) -> 
     world = some_world(2, layers=3)
     (alone,) = load(world, SOUND)
     batch = batch_in_order(world.tokens, 0)
-    truth = _run(alone, batch, None)
+    truth = run_pass(alone, batch, None)
     with grouped(world, How(2, fused)) as (whole,):
         for layers in (0, 1, 2, 3, 1):
-            _run(whole, batch, None, layers)
-            assert torch.equal(_run(whole, batch, None), truth), f"after {layers} layers of another pass"
+            run_pass(whole, batch, None, layers)
+            assert torch.equal(run_pass(whole, batch, None), truth), f"after {layers} layers of another pass"
 
 
 def test_who_is_late_is_named_and_nobody_waits_for_ever() -> None:
@@ -140,7 +127,7 @@ def test_a_rank_that_never_comes_to_an_exchange_is_named() -> None:
     groups = make_groups(How(2, timeout_s=0.2), slot)
     shard = KernelShard.load(world.spec, world.weights, range(1), world.dtype, 64, None, groups[0])
     with pytest.raises(StallError, match="rank 0 waited"):
-        _run(shard, batch_in_order(world.tokens[:3], 0), None)
+        run_pass(shard, batch_in_order(world.tokens[:3], 0), None)
 
 
 def test_an_abort_ends_every_wait() -> None:
@@ -209,6 +196,13 @@ def test_the_faster_path_is_taken_for_each_number_of_rows() -> None:
         assert group.paths == "bulk from 1 rows on, fused from 8 rows on, fused from 64 rows on"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "two_shot"), [(2, None), (4, None), (4, 1)])
+def test_many_exchanges_of_ranks_that_are_late_at_random(size: int, two_shot: int | None) -> None:
+    assert SOUND is not None
+    assert endure(600, size, two_shot, seed=1, lib=SOUND) > 50
+
+
 def test_what_cannot_be_split_is_refused_by_name() -> None:
     spec = draw_world(0, False).spec
     five = replace(spec, head_count=5, kv_head_count=5, head_dim=16, intermediate_size=1024)
@@ -229,7 +223,7 @@ def test_all_ranks_count_the_same_exchanges() -> None:
     with grouped(world, How(4)) as shards:
         hidden = None
         for shard in shards:
-            hidden = _run(shard, batch_in_order(world.tokens[:5], 0), hidden)
+            hidden = run_pass(shard, batch_in_order(world.tokens[:5], 0), hidden)
         shards[-1].sample(hidden, range(5), 1)
         group = shards[0]._group
         assert group.exchanges == {"fused": 2 * world.spec.layer_count + 2, "bulk": 0}
