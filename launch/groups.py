@@ -33,10 +33,9 @@ class MpiChannel:
     def __init__(
         self, peers: Any, in_place: Any, names: list[str], timeout_s: float, spins: bool, may_thread: bool
     ) -> None:
-        self._may_thread, self._moving, self._mover = may_thread, threading.Lock(), threading.Event()
+        self._may_thread, self._moving = may_thread, threading.Lock()
         self._pending: list[Any] = []  # what the second thread moves
-        if may_thread:
-            threading.Thread(target=self._move, name="pipeinfer collectives", daemon=True).start()
+        self._mover: threading.Thread | None = None
         self._member, self._in_place = peers.Get_rank(), in_place
         self._peers, self._names, self._timeout_s, self._polls = peers, names, timeout_s, POLLS if spins else 1
 
@@ -56,23 +55,24 @@ class MpiChannel:
             request = self._peers.Iallgather(mine, parts)
             if meanwhile and self._may_thread:
                 self._pending.append(request)
-                self._mover.set()
+                if self._mover is None:
+                    self._mover = threading.Thread(target=self._move, name="pipeinfer collectives", daemon=True)
+                    self._mover.start()
         return request, mine
 
     def finish(self, started: Any) -> None:
         """See Channel."""
         with self._moving:
             self._finish(started[0])
-            if started[0] in self._pending:
-                self._pending.remove(started[0])
+            self._pending = [other for other in self._pending if other is not started[0]]  # MPI's are equal at the end
 
     def _move(self) -> None:
-        """The second thread's life: one test at a time, while nobody else calls MPI."""
+        """The second thread's life, until nothing is pending: one test at a time, while nobody else calls MPI."""
         while True:
-            self._mover.wait()
             with self._moving:
                 if not self._pending:
-                    self._mover.clear()
+                    self._mover = None
+                    return
                 for request in self._pending:
                     request.Test()
             time.sleep(MOVE_S)
