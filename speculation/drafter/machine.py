@@ -252,7 +252,7 @@ class Drafter:
         self._table.apply(ops)
         rows = []
         for node, slot in zip(nodes, self._allocator.lease(sequence.id, len(nodes)), strict=True):
-            rows.append(node.row(slot, sequence.id))
+            rows.append(node.row(slot))
             if node.slot is not None:
                 self._allocator.release(sequence.id, slot)  # a second look: its first slot is the one that counts
                 continue
