@@ -102,7 +102,8 @@ class JobSpec:
         if address >= FIRST_DRAFTER:
             index = address - FIRST_DRAFTER
             positions = self.draft_contexts[index] if index < len(self.draft_contexts) else 0
-            return Drafter(address, self.policy, self.context, self.digest, positions, self.draft_costs)
+            numbers = (self.context, self.digest, positions, self.draft_costs, self.max_num_seqs, self.kv_slots)
+            return Drafter(address, self.policy, *numbers)
         # Where one stage is all, its result is the best there is to know for the next run.
         result_first = self.policy.schedule == "continuous" and self.stages == 1
         credits_early = self.policy.schedule != "pipeinfer" and not result_first
