@@ -138,7 +138,7 @@ class Argmax:
             assembled.argmax(1)
 
         def fused() -> None:
-            head = CHead(addressof(next(linears).c), place[0], place[1], 0, 1e-5)
+            head = CHead(addressof(next(linears).c), *place, None, None, 1e-5)
             choose(self._lib, group, head, VOCABULARY, VOCABULARY, x, with_logits=False)
 
         def bulk() -> None:

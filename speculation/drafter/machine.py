@@ -270,7 +270,7 @@ class Drafter:
         batch = self._table.allocate(rows, canonical)
         if not wanted:
             return Compute(self._job, batch)
-        draw = self._table.draw(sequence.sampling, batch, wanted, is_guess=True)
+        draw = self._table.draw((sequence.sampling,) * len(wanted), batch, wanted, is_guess=True)
         return Compute(self._job, batch, rows=wanted, choices=self._policy.topk, draw=draw)
 
     def _computed(self, event: Computed) -> list[Command]:
