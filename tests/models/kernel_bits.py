@@ -22,12 +22,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeinfer.core.ports import GREEDY, Batch, Sampling, SamplingInputs
+from pipeinfer.core.ports import Batch
 from pipeinfer.core.slots import batch_in_order
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, expected
 from stages.checkpoint.spec import ModelSpec, RopeSpec
 from stages.kernels.library import Library, library
 from stages.models.kernel_shard import KernelShard
+from tests.models.kinds_of_choices import KINDS, say
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HIDDEN = (64, 80, 896, 1536, 65, 128, 30)
@@ -42,18 +43,6 @@ MOST_WEIGHTS = 2_000_000
 """Of a layer: larger ones are drawn again."""
 MOST_ROWS = 40
 CASES_PER_WORLD = 20
-DRAWN = {"drawn": Sampling(0.8, seed=7), "drawn of few": Sampling(0.8, top_k=20, top_p=0.9, seed=3)}
-MIXED = (
-    GREEDY,
-    Sampling(0.8, seed=7),
-    Sampling(0.8, top_k=20, top_p=0.9, seed=3),
-    Sampling(0.8, seed=2**63),
-    Sampling(1.5, repetition_penalty=1.5, seed=5),
-    Sampling(repetition_penalty=2.0),
-    Sampling(0.8, top_k=20, top_p=0.9, seed=4),
-    Sampling(0.25, min_p=0.125),
-)
-"""The samplings of rows in turn, by their positions."""
 
 
 class RandomWeights:
@@ -208,24 +197,6 @@ def logits_of(shard: KernelShard, hidden: Tensor) -> tuple[Tensor, list[int]]:
     chosen, logits = shard.choose(hidden.contiguous(), None, 2)
     assert logits is not None
     return logits, chosen["token"].tolist()
-
-
-def mixed_draw(positions: Sequence[int], is_guess: bool = False) -> SamplingInputs:
-    """A draw of tokens at ``positions``, each by a sampling that depends on its position."""
-    samplings = tuple([MIXED[position % len(MIXED)] for position in positions])
-    return SamplingInputs(samplings, np.array(positions), tuple([np.arange(each) for each in positions]), is_guess)
-
-
-def say(shard: KernelShard, hidden: Tensor, rows: Sequence[int], positions: Sequence[int], kind: str) -> Any:
-    """Choices of a ``kind``: the best token, eight, one that is drawn, by one sampling or by one of each row, or
-    guesses."""
-    draw = SamplingInputs((DRAWN[kind],) * len(positions), np.array(positions)) if kind in DRAWN else None
-    if kind in ("mixed", "guessed"):
-        draw = mixed_draw(positions, kind == "guessed")
-    return shard.sample(hidden, rows, 8 if kind == "eight" else 1, draw)
-
-
-KINDS = ("best", "eight", *DRAWN, "mixed", "guessed")
 
 
 def learn(world: World, shards: Sequence[KernelShard], lib: Library, isa: str) -> World:

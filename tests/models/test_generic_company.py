@@ -15,7 +15,7 @@ from stages.kernels.library import library
 from stages.models.generic import GenericShard
 from stages.models.generic_kernels import UNEVEN, Even, Weight
 from stages.models.generic_spec import GenericSpec
-from tests.models.kernel_bits import mixed_draw
+from tests.models.kinds_of_choices import mixed_draw
 from tests.models.tiny_generic import MODELS, make_model
 from tests.models.walk import compute, make_batch
 
