@@ -43,7 +43,7 @@ class DraftSequence:
         if not message.is_last:
             return
         position = len(self.prompt) - 1
-        self.tree = Tree(self.prompt[-1], position, policy.most_nodes())
+        self.tree = Tree(self.prompt[-1], position, policy.most_nodes(), self.id)
         self.tree.take(self.tree.root)
         self.tree.root.name = accepted_name(position)
         self.origin = self.tree.root
