@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+from kvbuffers.slot_table import SlotTable
 from pipeinfer.core.addresses import FIRST_DRAFTER, FIRST_STAGE, ORCHESTRATOR, drafter_address, stage_address
 from pipeinfer.core.edges import Edges
 from pipeinfer.core.messages import (
@@ -36,8 +37,8 @@ def token_at(position: int) -> int:
 
 
 class Head:
-    """An orchestrator of ``places`` sessions, with the runs that it has in flight. After each event its slots are
-    checked. ``is_ready``: whether all roles have said Hello."""
+    """An orchestrator of ``places`` sessions, with the runs that it has in flight. A stage's table of slots follows it,
+    and after each event both are checked. ``is_ready``: whether all roles have said Hello."""
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class Head:
             stages, drafters, policy, CONTEXT, slots=slots, max_num_seqs=places, keeps_prefixes=keeps
         )
         self.allocator = self.machine._allocator
+        self._table = SlotTable(self.allocator.capacity)
         roles = [*map(stage_address, range(stages)), *map(drafter_address, range(drafters))]
         self._edges = {address: Edges(address) for address in roles}
         self._last = stage_address(stages - 1)
@@ -69,7 +71,11 @@ class Head:
     def handle(self, event: Event) -> list[Command]:
         commands = self.machine.handle(event, 0.0)
         self.allocator.check()
-        self.runs += bodies(commands, Run)
+        for run in bodies(commands, Run):
+            self.runs.append(run)
+            self._table.apply(run.ops)
+            self._table.allocate(run.rows, run.is_canonical)
+            self._table.check()
         return commands
 
     def says(self, body: Body, source: int = FIRST_STAGE) -> list[Command]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeinfer.core.errors import LocalProtocolError
-from pipeinfer.core.messages import Cancel, Close, Prompt, Settings, Shutdown, SlotOp, SlotOpKind
+from pipeinfer.core.messages import Cancel, Close, Prompt, Run, Settings, Shutdown, SlotOp, SlotOpKind
 from pipeinfer.core.ports import Command, Finish, Halt, Note
 from tests.unit.orchestrated import Head, answers, bodies, finished, idle, places, text, token_at
 
@@ -63,7 +63,7 @@ def test_it_begins_again_with_all_tokens_that_are_out_as_its_prompt() -> None:
 
 def test_it_stands_before_those_that_came_later() -> None:
     head, _ = full()
-    head.submit(3, (9,), 1)
+    head.submit(3, (9,), 5)
     assert preempted(head.back()) == ["preempt request 2"]
     assert idle(head.until_idle()) == [1, 2, 3]
 
@@ -85,21 +85,25 @@ def test_one_that_is_alone_is_never_preempted() -> None:
 
 
 def test_a_guess_that_holds_a_slot_gives_it_back_first() -> None:
-    head = Head(slots=(8, 2), drafters=1, is_ready=False)
+    head = Head(places=3, slots=(12, 3), drafters=1, is_ready=False, prefill_chunk=4)
     for number in (1, 2):
-        head.submit(number, range(3), 8)
+        head.submit(number, range(2), 9)
     head.ready()
     head.trip()
-    head.guess(1, 3, 31)
-    head.guess(2, 3, 32)
+    head.submit(3, range(6), 9)
     head.credit()
-    assert head.allocator.counts() == (0, 2, 8)
-    commands = head.back()
-    assert preempted(commands) == [], "the guesses were wrong, so two known tokens find slots"
+    head.guess(2, 2, token_at(3), 31, 32)
     head.credit()
-    assert places(head.runs[-1]) == [(1, 4), (2, 4)]
-    assert preempted(head.skipped()) == []
-    assert preempted(head.back()) == ["preempt request 2"]
+    assert [places(run) for run in head.runs[1:]] == [[(3, 0), (3, 1), (3, 2), (3, 3)], [(2, 3), (2, 4), (2, 5)]]
+    head.credit()
+    assert places(head.runs[-1]) == [(3, 4), (3, 5)]
+    head.credit()
+    commands = head.back() + head.back()
+    assert [text(commands, number) for number in (1, 2)] == [[token_at(3)], [token_at(3)]]
+    assert head.allocator.counts() == (0, 2, 13), "there is no slot for the known token of request 1"
+    assert preempted(commands) == [] and bodies(commands, Run) == [], "it waits"
+    assert preempted(head.back()) == []
+    assert places(head.runs[-1]) == [(1, 3), (2, 4)]
 
 
 def in_flight() -> tuple[Head, list[Command]]:
@@ -126,17 +130,20 @@ def test_what_comes_back_of_a_preempted_request_is_ignored() -> None:
 
 
 def test_a_preempted_prompt_is_cancelled_and_begins_anew() -> None:
-    head = Head(slots=(9, 0), prefill_chunk=2)
-    head.submit(1, range(2), 7)
+    head = Head(slots=(12, 0), prefill_chunk=1)
+    head.submit(1, range(1), 9)
     head.trip()
-    head.submit(2, range(5), 2)
+    head.submit(2, range(7), 2)
+    head.credit()
     said = list[Command]()
     while not preempted(said):
-        assert len(said) < 100
-        said += head.trip()
+        chunks = [run.run for run in head.runs if run.is_canonical]
+        said = head.trip()
     assert preempted(said) == ["preempt request 2"]
-    said += head.until_idle()
-    assert text(said, 2) == [token_at(5), token_at(6)]
+    (cancel,) = bodies(said, Cancel)
+    assert cancel.rows and {dead.run for dead in cancel.rows} <= {*chunks}
+    said = head.until_idle()
+    assert text(said, 2) == [token_at(7), token_at(8)]
     assert idle(said) == [1, 2]
 
 
