@@ -28,6 +28,7 @@ class SlotOpKind(enum.IntEnum):
     RELEASE = 2  # slots [slot, slot + length) become free
     FREE = 3  # all slots of the sequence become free: the sequence is over
     TRUNCATE = 4  # the first ``length`` canonical positions stay; all other slots of the sequence become free
+    FORK = 5  # the sequence begins with the first ``length`` canonical slots of sequence ``slot``; they are shared
 
 
 class SlotOp(NamedTuple):

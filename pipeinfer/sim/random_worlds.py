@@ -28,7 +28,8 @@ from pipeinfer.runtime.pass_times import ROWS
 from pipeinfer.sim.bounds import Bounds
 from pipeinfer.sim.draft_invariants import Guessed
 from pipeinfer.sim.history import History, InvariantBroken
-from pipeinfer.sim.invariants import Advice, EndsOnce, Exact, Forced, InOrder, Lively
+from pipeinfer.sim.invariants import Advice, EndsOnce, Exact, Forced, InOrder
+from pipeinfer.sim.lively import Lively
 from pipeinfer.sim.replay import Recorder, Wire, replay
 from pipeinfer.sim.schedule_invariants import schedule_invariants
 from pipeinfer.sim.slot_invariants import Replicas, Slots
