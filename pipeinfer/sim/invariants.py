@@ -2,10 +2,11 @@
 
     L1  exact: the emitted tokens are those of plain decoding, stop tokens included
     L2  every run ends once, by the time its request is idle; no node is verified twice (but by rivals)
-    L3  slots: free + leased + canonical = all; no slot leased twice; canonical slots hold accepted tokens:
-        slot_invariants.py
+    L3  slots: free + leased + canonical = all; no slot leased twice, shared (but by a fork) or lost; canonical slots
+        hold accepted tokens: slot_invariants.py; a row attends to its own path: visible_invariants.py
     L4  per edge the transaction number grows by one; results return in launch order
-    L5  live: the next token comes within a bounded time (World.run itself sees an agenda that runs dry)
+    L5  live: the next token of each request comes within a bounded time: lively.py (World.run itself sees an agenda
+        that runs dry)
     L6  advice: only dead runs are cancelled or skipped, only dead rows dropped; so losing advice costs time only
     L7  decode(encode(m)) == m for every message, and activations arrive as they left: replay.py
     L8  every queue, window, tree and buffer has a bound: bounds.py
@@ -15,12 +16,12 @@
 
 What the checkers believe they derive from the messages on their own (history.py), so that no machine vouches for
 itself. Tables, allocators and bounds have no other way in than the machines' private attributes: slot_invariants.py and
-bounds.py are the two files that peek. L1, L2, L4, L5, L6 and the rest of L10 are here.
+bounds.py are the two files that peek. L1, L2, L4, L6 and the rest of L10 are here.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection
 from itertools import zip_longest
 
@@ -103,7 +104,8 @@ class EndsOnce(Reader):
     def __init__(self, history: History) -> None:
         super().__init__(history)
         self._open: dict[int, set[int]] = {}  # runs in flight, and the requests of each
-        self._ended: dict[int, bool] = {}  # by request that is not idle, in order: whether it has finished
+        self._ended: dict[int, bool] = {}  # by request that is not idle: whether it has finished
+        self._heard: Counter[int] = Counter()  # results with rows of a sequence from which no emission came
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         """See Checker."""
@@ -115,16 +117,27 @@ class EndsOnce(Reader):
         if len(living) > world.spec.max_num_seqs:
             raise InvariantBroken(f"L2: {len(living)} requests are decoded at once: {[one.number for one in living]}")
         if isinstance(event, Received) and isinstance(event.message.body, Result):
-            run = event.message.body.run
-            if run not in self._open:
-                raise InvariantBroken(f"L2: a result of run {run}, which is not in flight")
-            del self._open[run]
+            self._returned(event.message.body)
+        for record, command, _ in self.history.told:
+            if isinstance(command, Emit):
+                self._heard[record.sequence] -= 1
+                if self._heard[record.sequence] < 0:
+                    raise InvariantBroken(f"L2: {command} came of no result with rows of sequence {record.sequence}")
         for command in commands:
             if isinstance(command, Send) and isinstance(command.message.body, Run):
                 launched = self.history.runs[command.message.body.run]
                 self._open[launched.run.run] = {record.number for record in launched.records.values()}
             elif isinstance(command, Emit | Finish | Idle):
                 self._received(command)
+        for number, has_finished in self._ended.items():
+            if has_finished and not self._out(number):
+                raise InvariantBroken(f"L2: request {number} has finished, its runs are back, and it is not idle")
+
+    def _returned(self, result: Result) -> None:
+        if result.run not in self._open:
+            raise InvariantBroken(f"L2: a result of run {result.run}, which is not in flight")
+        del self._open[result.run]
+        self._heard.update({row.sequence for row in result.rows})
 
     def _received(self, command: Emit | Finish | Idle) -> None:
         number = command.number
@@ -133,10 +146,13 @@ class EndsOnce(Reader):
         if isinstance(command, Finish):
             self._ended[number] = True
         elif isinstance(command, Idle):
-            out = [run for run, numbers in self._open.items() if number in numbers]
-            if out:
+            if out := self._out(number):
                 raise InvariantBroken(f"L2: request {number} is idle, with runs {out} still out")
             del self._ended[number]
+
+    def _out(self, number: int) -> list[int]:
+        """The runs in flight with rows of request ``number``."""
+        return [run for run, numbers in self._open.items() if number in numbers]
 
 
 class InOrder(Reader):
@@ -229,10 +245,21 @@ class Advice(Reader):
 class Forced(Reader):
     """L10, and the statistics' own arithmetic."""
 
+    def __init__(self, history: History) -> None:
+        super().__init__(history)
+        self._firsts: Counter[int] = Counter()  # by request: sequences of which a token came
+        self._counted: set[int] = set()  # those sequences
+
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         """See Checker: a draft with ``topk`` 1 that is always right never sends a row in vain."""
         spec, history = world.spec, self.history
-        if address != ORCHESTRATOR or spec.model.ranks[0] < 1.0 or spec.policy.topk > 1 or spec.policy.prompt_lookup:
+        if address != ORCHESTRATOR:
+            return
+        for record, command, _ in history.told:
+            if isinstance(command, Emit) and record.sequence not in self._counted:
+                self._counted.add(record.sequence)
+                self._firsts[record.number] += 1
+        if spec.model.ranks[0] < 1.0 or spec.policy.topk > 1 or spec.policy.prompt_lookup:
             return
         for command in commands:
             if isinstance(command, Send) and isinstance(command.message.body, Run):
@@ -245,9 +272,10 @@ class Forced(Reader):
                         )
 
     def on_idle(self, world: World, answer: Answer, request: Request) -> None:
-        """See Checker: a draft that is never right is never accepted, and plain decoding has an accept_length of 1."""
-        spec, stats = world.spec, answer.stats
-        if stats and not spec.policy.speculate and stats.verifications != max(0, len(answer.tokens) - 1):
+        """See Checker: a draft that is never right is never accepted, and plain decoding has an accept_length of 1. The
+        first token of a sequence comes of its prompt."""
+        spec, stats, firsts = world.spec, answer.stats, self._firsts.pop(answer.number, 0)
+        if stats and not spec.policy.speculate and stats.verifications != len(answer.tokens) - firsts:
             raise InvariantBroken(f"L10: plain decoding took {stats} for {len(answer.tokens)} tokens")
         if stats is None or stats.accepted + stats.corrections != len(answer.tokens):
             raise InvariantBroken(f"L10: {len(answer.tokens)} tokens, counted as {stats}")

@@ -33,6 +33,7 @@ from pipeinfer.sim.lively import Lively
 from pipeinfer.sim.replay import Recorder, Wire, replay
 from pipeinfer.sim.schedule_invariants import schedule_invariants
 from pipeinfer.sim.slot_invariants import Replicas, Slots
+from pipeinfer.sim.visible_invariants import Visible
 from pipeinfer.sim.world import Checker, World, WorldSpec
 from speculation.schedules.cost_curve import Costs, Priors
 from speculation.schedules.policy import Policy
@@ -249,7 +250,9 @@ def _draw_link(rng: random.Random) -> Link:
 def every_invariant(spec: WorldSpec) -> tuple[Checker, ...]:
     """A fresh checker for each invariant that one world can test; the history, which the others read, comes first."""
     history = History(spec)
-    readers = [make(history) for make in (Exact, EndsOnce, Slots, Replicas, InOrder, Advice, Forced, Guessed, Lively)]
+    kinds = [Exact, EndsOnce, Slots, Replicas, InOrder, Advice, Forced, Guessed, Lively]
+    kinds += [Visible] if spec.max_num_seqs > 1 else []
+    readers = [make(history) for make in kinds]
     return history, *readers, *schedule_invariants(history), Bounds(spec), Wire()
 
 
