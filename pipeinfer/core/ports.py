@@ -141,12 +141,14 @@ class Computed:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One generation. ``stop_tokens`` end it; they are emitted as its last token."""
+    """One generation. ``stop_tokens`` end it; they are emitted as its last token. ``priority``: of requests that wait,
+    those with the lowest are served first (as in vLLM)."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
     stop_tokens: frozenset[int] = frozenset()
     sampling: Sampling = GREEDY
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """What happened in a world, derived from its messages and emissions alone: the reference of the invariants.
 
 Many sequences may live at once. A command is *told of* every sequence that it is about: a run of each one that has rows
-in it, an emission of the one that its request has then. A sequence begins with its settings; it is that of the oldest
-request that is not over and has no sequence. A request may lose its sequence before it is over (preemption): then the
+in it, an emission of the one that its request has then. A sequence begins with its settings; it is that of the first
+request, by priority and arrival, that is not over and has no sequence. A request may lose its sequence before it is over (preemption): then the
 next one begins with all its tokens, the prompt's and those that were emitted.
 """
 
@@ -87,6 +87,7 @@ class SequenceRecord:
     sequence: int
     number: int  # of its request
     request: Request
+    rank: tuple[int, int]  # the lowest is served first, and loses its sequence last
     prompt: tuple[int, ...]  # of the sequence: a preempted request begins again with what it had emitted
     text: list[int]  # the prompt and what has been emitted
     truth: list[int]  # the prompt and what ought to be emitted
@@ -134,9 +135,10 @@ class Told(NamedTuple):
 
 @dataclass(slots=True)
 class _Asked:
-    """A request that is not idle, and its newest sequence."""
+    """A request that is not idle, and its newest sequence. ``rank``: its place among those that wait."""
 
     request: Request
+    rank: tuple[int, int]
     record: SequenceRecord | None = None
     over: bool = False
 
@@ -149,7 +151,8 @@ class History(Checker):
         self.sequences: dict[int, SequenceRecord] = {}  # until they are freed and their requests idle
         self.runs: dict[int, Launched] = {}  # of those sequences
         self.told: list[Told] = []  # the orchestrator's last commands
-        self._asked: dict[int, _Asked] = {}  # by number, in the order of submission
+        self._asked: dict[int, _Asked] = {}  # by number
+        self._arrivals = 0
         self._begun = 0  # the newest sequence
         self._leaving: set[int] = set()  # sequences that the orchestrator's last commands free or close
         self._gone: list[SequenceRecord] = []  # to be forgotten at its next event
@@ -166,7 +169,8 @@ class History(Checker):
         if address != ORCHESTRATOR:
             return
         if isinstance(event, Submitted):
-            self._asked[event.number] = _Asked(event.request)
+            self._arrivals += 1
+            self._asked[event.number] = _Asked(event.request, (event.request.priority, self._arrivals))
         self._forget()
         self.told = []
         self._leaving = set(_left(commands))
@@ -238,17 +242,18 @@ class History(Checker):
         self.told += [Told(self.sequences[one], send, begins) for one in sorted(about) if one in self.sequences]
 
     def _begin(self, sequence: int) -> None:
-        """The oldest request that is not over and has no sequence has this one from now on."""
-        number = next((number for number, asked in self._asked.items() if self._wants_sequence(asked)), None)
-        if number is None or sequence <= self._begun:
+        """The first request that is not over and has no sequence has this one from now on."""
+        waiting = [number for number, asked in self._asked.items() if self._wants_sequence(asked)]
+        if not waiting or sequence <= self._begun:
             raise InvariantBroken(f"L2: sequence {sequence} begins, and no request waits for it")
+        number = min(waiting, key=lambda number: self._asked[number].rank)
         asked, self._begun = self._asked[number], sequence
         request, before = asked.request, asked.record
         if before is not None:
             before.dropped = True
         tokens, fault = ending(self.spec.model, request)
         text, truth = list(before.text if before else request.prompt), [*request.prompt, *tokens]
-        asked.record = SequenceRecord(sequence, number, request, tuple(text), text, truth, fault)
+        asked.record = SequenceRecord(sequence, number, request, asked.rank, tuple(text), text, truth, fault)
         self.sequences[sequence] = asked.record
 
     def _wants_sequence(self, asked: _Asked) -> bool:

@@ -1,7 +1,7 @@
 """L5: whoever has a sequence gets its next token within a bounded time, and before a bounded number of runs is back.
 
 Where many requests are decoded at once, each of them waits for the others at most: for their prompts, and for a turn of
-each. A request that lost its sequence waits for slots, as one that has none yet does; so it must not be the oldest.
+each. A request that lost its sequence waits for slots, as one that has none yet does; so it must not be the first one.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ class Lively(Reader):
             raise InvariantBroken(f"{what}, the bound is {results}")
 
     def _left(self, record: SequenceRecord) -> None:
-        """A sequence is no more; if its request is not over, an older one must live on."""
-        if not record.over and not any(one.sequence < record.sequence for one in self.history.living):
-            raise InvariantBroken(f"L5: request {record.number} loses its sequence, and no older one lives on")
+        """A sequence is no more; if its request is not over, one that comes before it must live on."""
+        if not record.over and not any(one.rank < record.rank for one in self.history.living):
+            raise InvariantBroken(f"L5: request {record.number} loses its sequence, and none before it lives on")
 
 
 def patience(spec: WorldSpec) -> float:

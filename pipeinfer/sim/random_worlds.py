@@ -57,16 +57,16 @@ class Report:
 
 
 def random_world(seed: int, schedule: str = "") -> WorldSpec:
-    """The world that ``seed`` stands for, or the one of ``schedule`` that it stands for; in a third of them requests
-    overlap: the next one is prefilled while the runs of the one before return. In half of them it is known what passes
-    cost, more or less. In a quarter of them groups share the stages."""
+    """The world that ``seed`` stands for, or the one of ``schedule`` that it stands for; in a third of them two requests
+    are decoded at once, if the schedule can. In half of them it is known what passes cost, more or less. In a quarter of
+    them groups share the stages. Worlds with more requests are those of many_worlds.py."""
     world = draw_world(random.Random(seed), seed, schedule)
     world = draw_groups(random.Random(f"groups {seed}"), world)
     dice = random.Random(f"priors {seed}")
     if dice.random() < 0.5:
         world = replace(world, priors=draw_priors(dice, world))
-    overlaps = random.Random(f"overlap {seed}").random() < 1 / 3
-    return replace(world, overlap=True, at_once=True) if overlaps else world
+    is_pair = random.Random(f"overlap {seed}").random() < 1 / 3
+    return replace(world, max_num_seqs=2, at_once=True) if is_pair else world
 
 
 def draw_world(rng: random.Random, seed: int, schedule: str = "") -> WorldSpec:

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from pipeinfer.core.addresses import FIRST_DRAFTER, ORCHESTRATOR
 from pipeinfer.core.errors import StallError
@@ -80,7 +79,6 @@ class WorldSpec:
     at_once: bool = False  # all requests are submitted at the beginning, not each when the one before is idle
     aborts: tuple[tuple[float, int], ...] = ()  # when the user aborts which request, counted from 0
     closes_s: float | None = None  # when the user closes, whatever waits or is being served
-    overlap: bool = False  # see JobSpec
     silent_s: float | None = None  # from when on drafters that have a host of their own send no more messages
     priors: Priors = NO_PRIORS  # what passes are said to take
     tp: int = 1  # ranks of a group: they share a stage, and the drafts that its leader hosts
@@ -89,6 +87,7 @@ class WorldSpec:
     arrivals: tuple[float, ...] = ()  # when each request is submitted; empty: see at_once
     max_num_seqs: int = 1  # requests that are decoded at once
     kv_slots: int | None = None  # slots of all their accepted tokens; by default each has a whole context
+    keeps_prefixes: bool = False  # see JobSpec
 
 
 @dataclass(slots=True)
@@ -302,17 +301,13 @@ def make_job_spec(spec: WorldSpec) -> JobSpec:
         guess_slots=spec.guess_slots,
         placement=spec.placement,
         draft_contexts=limits,
-        overlap=spec.overlap,
         row_costs=spec.priors.rows,
         trip_costs=spec.priors.trips,
         draft_costs=spec.priors.drafts,
-        **_many(spec),
+        max_num_seqs=spec.max_num_seqs,
+        kv_slots=spec.kv_slots or 0,
+        keeps_prefixes=spec.keeps_prefixes,
     )
-
-
-def _many(spec: WorldSpec) -> dict[str, Any]:
-    """How many requests are decoded at once, and the slots for them, in the words of JobSpec."""
-    return {}
 
 
 def make_machines(spec: WorldSpec) -> list[Machine]:

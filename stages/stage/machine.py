@@ -254,8 +254,9 @@ class Stage:
 def _wanted(run: Run) -> tuple[int, ...]:
     if run.wants is Wants.NOTHING:
         return ()
-    if run.wants is Wants.LAST:
-        return (len(run.rows) - 1,)
+    if run.wants is Wants.LAST:  # of each sequence, whose rows are neighbours
+        ends = zip(run.rows, [*run.rows[1:], None], strict=True)
+        return tuple(index for index, (row, after) in enumerate(ends) if not after or after.sequence != row.sequence)
     return tuple(range(len(run.rows)))
 
 

@@ -266,8 +266,7 @@ def test_a_prompt_longer_than_the_draft_is_not_read() -> None:
 # Sequences.
 
 
-def test_two_sequences_are_served_in_the_order_in_which_they_began() -> None:
-    """The later one has its turn while the first one waits for orders; a new order of the first one comes first."""
+def test_a_prompt_is_read_between_two_orders_and_one_pass_then_serves_both_sequences() -> None:
     told, sampling = Told(), Sampling(0.5, seed=3)
     told.order(1)
     assert told.begin(SECOND, (8, 9), sampling) == [], "a pass is under way"
@@ -281,10 +280,10 @@ def test_two_sequences_are_served_in_the_order_in_which_they_began() -> None:
     assert told.order(1) == [], "a pass is under way"
     commands = told.computed([(6, 0.9)])
     assert [(body.sequence, body.root, body.ends_order) for body in said(commands)] == [(SECOND, 1, False)]
-    assert compute_of(commands).batch.tokens.tolist() == [4], "the first sequence has an order again"
-    commands = told.computed([(5, 0.9)])
-    assert [(body.sequence, body.ends_order) for body in said(commands)] == [(FIRST, True)]
-    assert compute_of(commands).batch.tokens.tolist() == [6]
+    assert compute_of(commands).batch.tokens.tolist() == [4, 6], "the first sequence has an order again"
+    commands = told.computed([(5, 0.9)], [(7, 0.9)])
+    assert [(body.sequence, body.ends_order) for body in said(commands)] == [(FIRST, True), (SECOND, False)]
+    assert compute_of(commands).batch.tokens.tolist() == [7]
 
 
 def test_a_sequence_attends_to_nothing_of_another_one() -> None:
