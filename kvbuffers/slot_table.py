@@ -29,6 +29,7 @@ from pipeinfer.core.slots import attended_by, slots_of
 
 SLOT = struct.Struct("q")
 """A slot in a path: int64, as numpy has it."""
+NO_SLOTS = np.zeros(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -263,12 +264,16 @@ class SlotTable:
         ancestors = np.frombuffer(b"".join(paths), np.int64)
         return Batch(each[0], each[1], each[2], ranges, sequence, each[3], ancestors, each[4])
 
-    def draw(self, sampling: Sampling, batch: Batch, rows: Sequence[int], is_guess: bool = False) -> SamplingInputs:
-        """How the tokens after ``rows`` of ``batch`` are drawn by ``sampling``."""
+    def draw(
+        self, samplings: Sequence[Sampling], batch: Batch, rows: Sequence[int], is_guess: bool = False
+    ) -> SamplingInputs:
+        """How the tokens after ``rows`` of ``batch`` are drawn, each by its own one of ``samplings``."""
         seen: tuple[npt.NDArray[np.int64], ...] = ()
-        if sampling.repetition_penalty != 1.0:
-            seen = tuple(np.unique(self._token[slots]) for slots in attended_by(batch, rows))
-        return SamplingInputs(sampling, batch.positions[list(rows)] + 1, seen, is_guess)
+        needing = [index for index, sampling in enumerate(samplings) if sampling.repetition_penalty != 1.0]
+        if needing:
+            found = dict(zip(needing, attended_by(batch, [rows[index] for index in needing]), strict=True))
+            seen = tuple([np.unique(self._token[found.get(index, NO_SLOTS)]) for index in range(len(rows))])
+        return SamplingInputs(tuple(samplings), batch.positions[list(rows)] + 1, seen, is_guess)
 
     def counts(self) -> tuple[int, int, int]:
         """How many slots are free, leased, canonical."""

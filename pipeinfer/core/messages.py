@@ -95,7 +95,7 @@ class Wants(enum.IntEnum):
     """After which rows of a run a token is wanted."""
 
     NOTHING = 0
-    LAST = 1  # after the last row
+    LAST = 1  # after the last row of each sequence
     EVERY = 2
 
 

@@ -16,15 +16,15 @@ from speculation.trees.tree import Node
 class InFlight:
     """A run in flight: whose rows it has, the nodes it carries, and those that it carries once more (see Launch).
 
-    ``prompts``: slots of prompt rows, by sequence. ``roots``: sequences whose roots of that time it carries.
-    ``living``: nodes whose results may be of use."""
+    ``prompts``: slots of prompt rows, by sequence. ``carries_root``: whether it carries the root of a tree of that time,
+    prompts aside. ``living``: nodes whose results may be of use."""
 
     number: int
     sessions: list[Session] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     copies: list[Node] = field(default_factory=list)
     prompts: dict[int, list[int]] = field(default_factory=dict)
-    roots: set[int] = field(default_factory=set)
+    carries_root: bool = False
     rows: int = 0
     is_prefill: bool = False
     is_canonical: bool = False

@@ -1,31 +1,30 @@
 """The orchestrator: the one place that decides what the target verifies, what is accepted and what is cancelled.
 
-Theory of operation. Up to ``max_num_seqs`` requests are decoded at once; each is a session (session.py). A prompt is cut
-into chunks that flow through the stages like any run. A token tree starts at the prompt's last token; sources feed nodes
-into it whenever they like (sources.py). A credit from the first stage means that it can take one more run: then the
-schedule (schedule.py) takes nodes from the trees, as a rule the most probable unsent ones, and they leave as one run,
-each in a slot of its own (slot_allocator.py). Runs of prompts and runs of nodes take turns.
+Theory of operation. Up to ``max_num_seqs`` requests are decoded at once; each is a session (session.py). A prompt is
+cut into chunks that flow through the stages like any run. A token tree starts at the prompt's last token; sources feed
+nodes into it whenever they like (sources.py). A credit from the first stage means that it can take one more run: then
+the schedule (schedule.py) takes nodes from the trees, as a rule the most probable unsent ones, and they leave as one run
+(launcher.py), each in a slot of its own (slot_allocator.py). Runs of prompts and runs of nodes take turns.
 
     tree          run 7          run 8          run 9        results come back in launch order
     root --+-- a ---- b ---- c          ...                 RESULT 7: the target's token after each row of run 7
            +-- a'                                           accept: walk from the root along the target's own tokens
 
-A result may move the roots of several trees, each by several tokens (accept.py). The nodes that die with it free their
-slots; a run whose rows are all dead is cancelled, which is advice: the stages may skip it, and it comes back as a
-tombstone, or computed and ignored. Accepted slots become canonical by an operation that rides in the next run. If nobody
-had guessed the target's token, the new root is unsent, and being certain it leads the next run.
+A result may move the roots of several trees, each by several tokens (accept.py). The nodes that die with it free
+their slots; a run whose rows are all dead is cancelled, which is advice: the stages may skip it, and it comes back as a
+tombstone, or computed and ignored. Accepted slots become canonical by an operation that rides in the next run. If
+nobody had guessed the target's token, the new root is unsent, and being certain it leads the next run.
 
-When the last token of a request is out, everything of it in flight is dead; the request is over for its user at once. Its
-place is free for another one when its last run has come back. Where a known token finds no slot, although no guess holds
-one, the session that came last is preempted: it gives up its slots and begins again later, with all tokens that are
-out as its prompt (pool.py has what is kept and shared).
+When the last token of a request is out, everything of it in flight is dead; the request is over for its user at once.
+Its place is free for another one when its last run has come back. Where a known token finds no slot, although no guess
+holds one, the session that came last is preempted: it gives up its slots and begins again later, with all tokens that
+are out as its prompt. pool.py has what is kept and shared.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from operator import attrgetter
 from typing import Any
 
 from kvbuffers.slot_allocator import SlotAllocator
@@ -41,11 +40,9 @@ from pipeinfer.core.messages import (
     Message,
     Nodes,
     Result,
-    Row,
     Run,
     Shutdown,
     Status,
-    Wants,
     fault_layer,
 )
 from pipeinfer.core.ports import (
@@ -68,6 +65,7 @@ from pipeinfer.core.ports import (
 )
 from pipeinfer.orchestrator.advice import Advice
 from pipeinfer.orchestrator.flight import Flight, InFlight
+from pipeinfer.orchestrator.launcher import Launcher
 from pipeinfer.orchestrator.pool import Pool
 from pipeinfer.orchestrator.roster import Roster
 from pipeinfer.orchestrator.session import Session, Waiting
@@ -118,6 +116,7 @@ class Orchestrator:
         self._deferred: deque[Result] = deque()  # results that the schedule defers
         self._now = 0.0
         self._flight = Flight()
+        self._launcher = Launcher(self._allocator, self._flight, policy.prefill_chunk)
         self._credits = RUNS_AHEAD
         self._sequences = 0
         self._waiting = Waiting(context)
@@ -295,8 +294,8 @@ class Orchestrator:
             len(self._flight),
             self._window - len(self._flight),
             self._allocator.room(len(decoding) - 1),
-            self._allocator.free_slots(),
             self._now,
+            self._allocator.free_slots(),
         )
         if self._deferred and not (self._sessions and self._schedule.defers_results(now)):
             return self._result(self._deferred.popleft())
@@ -312,13 +311,16 @@ class Orchestrator:
         if decoding and not (may_prefill and not self._prompt_went_last):
             step = self._schedule.next(now)
             if isinstance(step, Launch):
-                return [self._launch(step)]
+                self._prompt_went_last = False
+                return [self._send_run(self._launcher.nodes(step, self._sessions, self._now))]
             if isinstance(step, Order):
                 return self._order(step)
             if isinstance(step, Wait):
                 commands.append(Wake(step.until))
-        if may_prefill:
-            commands += self._launch_prompts(prompts)
+        run = self._launcher.prompts(prompts, self._now) if may_prefill else None
+        if run is not None:
+            self._prompt_went_last = True
+            commands.append(self._send_run(run))
         return commands or None
 
     def _make_room(self, now: Situation) -> list[Command] | None:
@@ -336,60 +338,6 @@ class Orchestrator:
                     self._schedule.drafted(session.tree, [])
         return list(sends)
 
-    def _launch_prompts(self, waiting: list[Session]) -> list[Command]:
-        """A run of prompt rows: the next chunk of the first prompt, or its end and the ends of others that fit."""
-        most = min(self._policy.prefill_chunk, self._allocator.free_slots())
-        ending, room = list[Session](), most
-        for session in waiting:
-            if session.prompt - session.prefilled <= room:
-                ending.append(session)
-                room -= session.prompt - session.prefilled
-        chosen = ending if waiting[0] in ending else waiting[:1]
-        if not most:
-            return []
-        ops, rows, prompts = self._allocator.operations(), list[Row](), dict[int, list[int]]()
-        for session in chosen:
-            chunk = session.text[session.prefilled : session.prompt][:most]
-            more, mine = self._allocator.prompt_rows(session.sequence, chunk)
-            ops += more
-            prompts[session.sequence] = [row.slot for row in mine]
-            rows += mine
-            session.prefilled += len(mine)
-            session.stats.prefill_runs += 1
-            if chosen is ending:
-                session.tree.root.slot = mine[-1].slot
-        run = self._flight.launch(chosen, [one.tree.root for one in ending if chosen is ending], [], self._now)
-        run.prompts, run.is_prefill, self._prompt_went_last = prompts, True, True
-        wants = Wants.LAST if chosen is ending else Wants.NOTHING
-        return [self._send_run(Run(run.number, is_canonical=True, wants=wants, ops=ops, rows=tuple(rows)))]
-
-    def _launch(self, launch: Launch) -> Send:
-        nodes = launch.nodes
-        ops = self._allocator.operations()
-        sessions = {node.sequence: self._sessions[node.sequence] for node in (*nodes, *launch.copies)}
-        run = self._flight.launch(list(sessions.values()), nodes, launch.copies, self._now)
-        run.is_canonical, self._prompt_went_last = launch.is_canonical, False
-        rows = list[Row]()
-        for node in nodes:
-            (node.slot,) = self._allocator.lease(node.sequence, 1)
-            rows.append(node.row(node.slot))
-            session = sessions[node.sequence]
-            session.stats.rows += 1
-            if node is session.tree.root:
-                run.roots.add(node.sequence)
-                self._allocator.commit(node.sequence, node.slot)  # it is accepted already
-            else:
-                session.stats.drafted += 1
-        for node in launch.copies:
-            (slot,) = self._allocator.lease(node.sequence, 1)
-            rows.append(node.row(slot))
-            sessions[node.sequence].stats.rows += 1
-            self._allocator.release(node.sequence, slot)  # nobody will ever look at a copy
-        for session in sessions.values():
-            session.stats.runs += 1
-        run.rows = len(rows)
-        return self._send_run(Run(run.number, ops=ops, rows=tuple(sorted(rows, key=attrgetter("sequence", "position")))))
-
     # Results come back.
 
     def _result(self, result: Result) -> list[Command]:
@@ -404,7 +352,7 @@ class Orchestrator:
         elif not run.is_prefill:
             # Where rows died on the way nobody knows how many the slowest stage had.
             slowest_s = 1e-6 * result.slowest_us if len(result.rows) == run.rows else None
-            self._schedule.returned(run.rows, slowest_s, self._now - run.launched_at, bool(run.roots))
+            self._schedule.returned(run.rows, slowest_s, self._now - run.launched_at, run.carries_root)
         commands: list[Command] = [command for session in over for command in self._settle(session)]
         for session in living if not run.is_prefill else ():
             session.stats.busy_s += 1e-6 * result.work_us / len(self.roster.stages) / len(run.sessions)
@@ -418,7 +366,9 @@ class Orchestrator:
                 commands += self._finish(session, "error", faults[session.sequence])
             else:
                 commands += self._accept(session, run, died, advanced)
-        commands += self._cancel(*self._flight.losses(died, {key: one.tree.root for key, one in self._sessions.items()}))
+        commands += self._cancel(
+            *self._flight.losses(died, {key: one.tree.root for key, one in self._sessions.items()})
+        )
         guesses = self._schedule.guesses
         return commands + [
             send

@@ -2,8 +2,8 @@
 
 A sequence that has ended well stays in the pool, and a request that begins with the same tokens shares its slots
 instead of computing them again (prefix caching as in vLLM and SGLang, but by sequences; tokens are compared, never
-hashes). Sequences that are being decoded lend their prefixes, too. What is kept goes first when slots run out, the least
-recently used sequence before others.
+hashes). Sequences that are being decoded lend their prefixes, too. What is kept goes first when slots run out, the
+least recently used sequence before others.
 """
 
 from __future__ import annotations

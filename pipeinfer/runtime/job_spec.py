@@ -16,8 +16,8 @@ from speculation.schedules.schedule import PLACEMENTS, Placement
 from stages.stage.machine import Stage
 
 MOST_SHARES = 8
-"""Slots for guesses in flight are those of so many requests that are decoded alone, at most: the more requests, the fewer
-guesses of each are worth a row."""
+"""Slots for guesses in flight are those of so many requests that are decoded alone, at most: the more requests, the
+fewer guesses of each are worth a row."""
 COSTS = ("row_costs", "trip_costs", "draft_costs")
 
 

@@ -44,7 +44,6 @@ from pipeinfer.core.messages import (
 from pipeinfer.core.ports import (
     GREEDY,
     Abandon,
-    Batch,
     Command,
     Compute,
     Computed,
@@ -53,7 +52,6 @@ from pipeinfer.core.ports import (
     Received,
     SampledToken,
     Sampling,
-    SamplingInputs,
     Send,
     Started,
 )
@@ -316,14 +314,9 @@ class Drafter:
         wanted = tuple(index for part in parts for index in part.wanted)
         if not wanted:
             return Compute(self._job, batch)
-        samplings = [self._sequences[rows[index].sequence].sampling for index in wanted]
-        draw = self._draw(batch, wanted, samplings)
+        samplings = tuple(self._sequences[rows[index].sequence].sampling for index in wanted)
+        draw = self._table.draw(samplings, batch, wanted, is_guess=True)
         return Compute(self._job, batch, rows=wanted, choices=self._policy.topk, draw=draw)
-
-    def _draw(self, batch: Batch, wanted: Sequence[int], samplings: Sequence[Sampling]) -> SamplingInputs:
-        """How the choices after the rows ``wanted`` are drawn, each by its own one of ``samplings``."""
-        # ADAPTER until SlotTable.draw takes one sampling per row: then pass ``samplings`` instead of its first one.
-        return self._table.draw(samplings[0], batch, wanted, is_guess=True)
 
     def _computed(self, event: Computed) -> list[Command]:
         done, self._pass = self._pass, None

@@ -7,8 +7,8 @@ is the policy's ``max_rows``. A node in flight is never sent again. Credits arri
 so each run is chosen with the latest knowledge. The governor picks the gear: how many rows a run may have, and how many
 leaves a draft pass evaluates. Plain decoding is the same schedule without drafts.
 
-Of several sequences the nodes come from one heap (speculation/trees/forest.py), at most ceil(sequences / stages) roots a
-run, so that the sequences spread over the stages. Governor and launch delay are for a sequence that is alone.
+Of several sequences the nodes come from one heap (speculation/trees/forest.py), at most ceil(sequences / stages) roots
+a run, so that the sequences spread over the stages. Governor and launch delay are for a sequence that is alone.
 """
 
 from __future__ import annotations

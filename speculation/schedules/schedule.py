@@ -18,19 +18,23 @@ slow each other down. "alone": one rank has all roles; draft and target alternat
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
 
+ANY = 1 << 30
+"""Any number of sequences, or of slots."""
+
+
 @dataclass(slots=True)
 class Situation:
-    """The input of a decision: the trees of all sequences that are decoded, in the order in which they began, unused
-    ``credits`` of the first stage, runs ``in_flight``, further runs that may be in flight (``slots``), free KV slots for
-    drafted nodes (``room``) and for roots (``root_room``)."""
+    """The input of a decision: the ``trees`` of all sequences that are decoded, in the order in which they began,
+    unused ``credits`` of the first stage, runs ``in_flight``, further runs that may be in flight (``slots``), free KV
+    slots for drafted nodes (``room``) and for roots (``root_room``)."""
 
     trees: Sequence[Tree]
     credits: int
     in_flight: int
     slots: int
     room: int
-    root_room: int
     now: float = 0.0
+    root_room: int = ANY
 
     @property
     def tree(self) -> Tree:
@@ -51,9 +55,10 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Order drafters to make ``passes`` more passes on ``sequence`` (None: on each one), or UNLIMITED. Drafters take no token with a probability below
-    ``cutoff`` and evaluate at most ``draft_batch`` leaves per pass (0: the policy's number). ``restart``: drafters
-    discard their trees and start at the last accepted token. Drafters answer when a finite number of passes is done."""
+    """Order drafters to make ``passes`` more passes on ``sequence`` (None: on each one), or UNLIMITED. Drafters take no
+    token with a probability below ``cutoff`` and evaluate at most ``draft_batch`` leaves per pass (0: the policy's
+    number). ``restart``: drafters discard their trees and start at the last accepted token. Drafters answer when a
+    finite number of passes is done."""
 
     passes: int
     cutoff: float = 0.0
@@ -70,8 +75,6 @@ class Wait:
 
 
 UNLIMITED = 0xFFFFFFFF
-ANY = 1 << 30
-"""Sequences of a schedule that decodes any number of them at once."""
 
 Step = Launch | Order | Wait
 

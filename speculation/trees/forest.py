@@ -14,8 +14,8 @@ from speculation.trees.tree import Node, Tree
 
 def take_best(trees: Sequence[Tree], most: int, roots: int, guesses: int, min_path_prob: float) -> list[Node]:
     """Take the ``most`` probable pending nodes of all ``trees``, parents before children, of which no more than
-    ``roots`` are roots and ``guesses`` are guesses, and none on a path less probable than ``min_path_prob``. A tree whose
-    root has to stay is left alone. Among equals the tree that stands first in ``trees`` is served first."""
+    ``roots`` are roots and ``guesses`` are guesses, and none on a path less probable than ``min_path_prob``. A tree
+    whose root has to stay is left alone. Among equals the tree that stands first in ``trees`` is served first."""
     least = math.log(min_path_prob) if min_path_prob > 0 else -math.inf
     heads: list[tuple[float, int, Node]] = []
     for index, tree in enumerate(trees):

@@ -46,7 +46,7 @@ class Node:
         sequence: int = 0,
     ) -> None:
         self.token = token
-        self.sequence = sequence if parent is None else parent.sequence
+        self.sequence: int = sequence if parent is None else parent.sequence
         self.parent = parent
         self.logp = logp
         self.position = position
@@ -73,9 +73,9 @@ class Node:
 
 
 class Tree:
-    """A tree of ``sequence``, of at most ``max_nodes`` living nodes, rooted at ``token``. ``grown``: how many guesses it
-    ever took; ``asked``: how many tokens were accepted after a draft's guesses, ``guessed``: how many had been guessed
-    there."""
+    """A tree of ``sequence``, of at most ``max_nodes`` living nodes, rooted at ``token``. ``grown``: how many guesses
+    it ever took; ``asked``: how many tokens were accepted after a draft's guesses, ``guessed``: how many had been
+    guessed there."""
 
     def __init__(self, token: int, position: int, max_nodes: int, sequence: int = 0) -> None:
         self.root = Node(token, None, 0.0, position, sequence=sequence)

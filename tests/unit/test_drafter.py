@@ -212,7 +212,7 @@ def test_guesses_are_drawn_as_the_target_will_draw() -> None:
     told = Told(sampling)
     draw = compute_of(told.order(1)).draw
     assert draw is not None
-    assert (draw.sampling, draw.positions.tolist(), draw.is_guess) == (sampling, [4], True)
+    assert (draw.samplings, draw.positions.tolist(), draw.is_guess) == ((sampling,), [4], True)
 
 
 def test_an_order_of_no_passes_ends_what_was_held_back_and_evaluates_nothing() -> None:
@@ -276,7 +276,7 @@ def test_a_prompt_is_read_between_two_orders_and_one_pass_then_serves_both_seque
     assert command.batch.tokens.tolist() == [8, 9], "its own prompt"
     assert command.batch.positions.tolist() == [0, 1]
     assert command.draw is not None
-    assert (command.draw.sampling, command.draw.positions.tolist()) == (sampling, [2])
+    assert (command.draw.samplings, command.draw.positions.tolist()) == ((sampling,), [2])
     assert told.order(1) == [], "a pass is under way"
     commands = told.computed([(6, 0.9)])
     assert [(body.sequence, body.root, body.ends_order) for body in said(commands)] == [(SECOND, 1, False)]
