@@ -275,15 +275,17 @@ def check_world(spec: WorldSpec, twin: bool = True) -> Report:
 
 
 def first_failures(
-    seeds: Sequence[int], most: int = MOST_FAILURES, schedule: str = ""
+    seeds: Sequence[int], most: int = MOST_FAILURES, schedule: str = "", many: bool = False
 ) -> tuple[list[Report], list[str]]:
-    """Check the worlds of ``seeds`` (and ``schedule``) until ``most`` have failed: reports of the good ones, a line for
-    each bad one."""
+    """Check the worlds of ``seeds`` (and ``schedule``), those of ``many`` requests or not, until ``most`` have failed:
+    reports of the good ones, a line for each bad one."""
+    from pipeinfer.sim.many_worlds import many_world  # it draws from these worlds
+
     reports, failures = list[Report](), list[str]()
-    option = f" --schedule {schedule}" if schedule else ""
+    option = (" --many" if many else "") + (f" --schedule {schedule}" if schedule else "")
     for seed in seeds:
         try:
-            reports.append(check_world(random_world(seed, schedule)))
+            reports.append(check_world((many_world if many else random_world)(seed, schedule)))
         except Exception as error:  # any exception at all condemns a world
             failures.append(
                 f"seed {seed}: {type(error).__name__}: {error}\n"
@@ -312,11 +314,11 @@ class Survey:
         )
 
 
-def survey(seeds: Sequence[int], schedule: str = "", processes: int = 1) -> Survey:
-    """Check the worlds of ``seeds`` (and ``schedule``) on so many processes until a few have failed."""
+def survey(seeds: Sequence[int], schedule: str = "", processes: int = 1, many: bool = False) -> Survey:
+    """Check the worlds of ``seeds`` (and ``schedule``, ``many``) on so many processes until a few have failed."""
     found, began = Survey(), time.perf_counter()
     chunks = [seeds[start : start + CHUNK] for start in range(0, len(seeds), CHUNK)]
-    check = partial(first_failures, schedule=schedule)
+    check = partial(first_failures, schedule=schedule, many=many)
     with contextlib.ExitStack() as stack:
         answers: Iterable[tuple[list[Report], list[str]]] = map(check, chunks)
         if processes > 1:
@@ -345,10 +347,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--schedule", default="", choices=["", "all", *SCHEDULES], help="only this one, or all one by one; else mixed"
     )
+    parser.add_argument("--many", action="store_true", help="worlds of many requests at once")
     options = parser.parse_args(arguments)
     failed = False
-    for schedule in SCHEDULES if options.schedule == "all" else (options.schedule,):
-        found = survey(range(options.seed, options.seed + options.worlds), schedule, options.processes)
+    every = [one for one in SCHEDULES if one != "pipeinfer"] if options.many else SCHEDULES
+    for schedule in every if options.schedule == "all" else (options.schedule,):
+        seeds = range(options.seed, options.seed + options.worlds)
+        found = survey(seeds, schedule, options.processes, options.many)
         print(f"{schedule or 'mixed'}: {found}", flush=True)
         print("\n".join(found.failures), end="\n" if found.failures else "", flush=True)
         failed |= bool(found.failures)
