@@ -288,12 +288,15 @@ class Orchestrator:
 
     def _step(self) -> list[Command] | None:
         decoding = [one for one in self._sessions.values() if one.prefilled == one.prompt]
+        trees = [one.tree for one in decoding or self._sessions.values()]
+        roots = sum(tree.root.pending for tree in trees)
+        self._pool.secure(roots)
         now = Situation(
-            [one.tree for one in decoding or self._sessions.values()],
+            trees,
             self._credits,
             len(self._flight),
             self._window - len(self._flight),
-            self._allocator.room(len(decoding) - 1),
+            self._allocator.room(len(decoding) if len(decoding) > 1 else 0),
             self._now,
             self._allocator.free_slots(),
         )
@@ -303,8 +306,8 @@ class Orchestrator:
             return None
         if (begun := self._admit()) is not None:
             return begun
-        if (gone := self._make_room(now)) is not None:
-            return gone
+        if roots > now.root_room and not self._allocator.counts()[1]:  # a guess that holds a slot gives it back
+            return self._preempt(max(self._sessions.values(), key=lambda one: one.rank))
         prompts = [one for one in self._sessions.values() if one.prefilled < one.prompt]
         may_prefill = prompts and now.credits > 0 and now.slots > 0
         commands: list[Command] = []
@@ -322,13 +325,6 @@ class Orchestrator:
             self._prompt_went_last = True
             commands.append(self._send_run(run))
         return commands or None
-
-    def _make_room(self, now: Situation) -> list[Command] | None:
-        """If a known token finds no slot and no guess holds one: preempt the session that came last."""
-        wanted = sum(tree.root.pending for tree in now.trees)
-        if wanted <= now.root_room or self._pool.secure(wanted) or self._allocator.counts()[1]:
-            return None
-        return self._preempt(max(self._sessions.values(), key=lambda one: one.rank))
 
     def _order(self, order: Order) -> list[Command]:
         sends = self._sources.order(order)

@@ -42,9 +42,11 @@ class Pool:
                 self._kept[source] = self._kept.pop(source)  # the most recently used one now
         return length
 
-    def secure(self, count: int) -> bool:
-        """Whether ``count`` slots can be leased now, if need be after kept sequences have gone."""
-        return self._clear(count, but=0)
+    def secure(self, roots: int) -> None:
+        """Let kept sequences go where ``roots`` known tokens or guesses would find no slot."""
+        if self._kept:
+            allocator = self.allocator
+            self._clear(roots + allocator.speculative - allocator.counts()[1], but=0)
 
     def _clear(self, count: int, but: int) -> bool:
         """Free kept sequences, ``but`` not, until ``count`` slots can be leased; whether they can."""

@@ -142,6 +142,8 @@ def _stage_bounds(stage: Stage, spec: WorldSpec) -> Iterator[Limit]:
 def _drafter_bounds(drafter: Machine, spec: WorldSpec) -> Iterator[Limit]:
     assert isinstance(drafter, Drafter)
     yield from _allocator_bounds(drafter._allocator)
+    guesses = sum(len(sequence.ahead) for sequence in drafter._sequences.values())
+    yield "leased slots that no guess has", len(drafter._allocator._leased) - guesses, 0
     yield "sequences", len(drafter._sequences), spec.max_num_seqs
     yield "batch", len(drafter._pass.nodes) if drafter._pass else 0, spec.policy.draft_batch * spec.max_num_seqs
     for sequence in drafter._sequences.values():

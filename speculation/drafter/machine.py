@@ -218,7 +218,8 @@ class Drafter:
     def _prefill(self, prompts: list[DraftSequence]) -> list[Command]:
         """A pass over the next tokens of one prompt, or of several where they fit."""
         self._is_prompts_turn = False
-        chosen, left, free = list[tuple[DraftSequence, int]](), self._policy.prefill_chunk, self._allocator.free_slots()
+        chosen, left = list[tuple[DraftSequence, int]](), self._policy.prefill_chunk
+        free = self._allocator.free_slots() - self._allocator.room()  # slots for guesses are not for prompts
         for sequence in prompts:
             count = min(left, len(sequence.prompt) - sequence.prefilled)
             if count > free:
