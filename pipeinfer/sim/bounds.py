@@ -68,8 +68,9 @@ class Bounds(Checker):
                 )
 
     def _check_host(self, world: World, address: int) -> None:
-        """What waits on a rank: a few local messages about each sequence, and those that came during a layer. A stage has at most a window
-        of runs there; what a drafter's host collects in one layer is bounded by what requests may accept at all."""
+        """What waits on a rank: a few local messages about each sequence, and those that came during a layer. A stage
+        has at most a window of runs there; what a drafter's host collects in one layer is bounded by what requests may
+        accept at all."""
         host = world.hosts[world.home[address]]
         waiting, most = len(host.executor._local), 4 * self.spec.max_num_seqs
         if self.spec.placement == "alone":  # the messages of one event to all roles, and the runs that it launches

@@ -2,8 +2,8 @@
 
 Many sequences may live at once. A command is *told of* every sequence that it is about: a run of each one that has rows
 in it, an emission of the one that its request has then. A sequence begins with its settings; it is that of the first
-request, by priority and arrival, that is not over and has no sequence. A request may lose its sequence before it is over (preemption): then the
-next one begins with all its tokens, the prompt's and those that were emitted.
+request, by priority and arrival, that is not over and has no sequence. A request may lose its sequence before it is
+over (preemption, which is noted): then another one begins with all its tokens, the prompt's and the emitted ones.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ from pipeinfer.core.messages import (
     SlotOp,
     SlotOpKind,
 )
-from pipeinfer.core.ports import Command, Emit, Event, Finish, Idle, Request, Send, Submitted
+from pipeinfer.core.ports import Command, Emit, Event, Finish, Idle, Note, Request, Send, Submitted
 from pipeinfer.sim.world import Checker, World, WorldSpec
 from stages.models.emulated import EmulatedSpec, plain_answer
+
+
+PREEMPTED = "preempt request "
+"""How a note about a preemption begins."""
 
 
 class InvariantBroken(AssertionError):
@@ -179,6 +183,15 @@ class History(Checker):
                 self._received(command)
             elif isinstance(command, Send):
                 self._sent(command)
+            elif isinstance(command, Note) and command.what.startswith(PREEMPTED):
+                self._preempted(int(command.what.removeprefix(PREEMPTED)))
+
+    def _preempted(self, number: int) -> None:
+        """The sequence is freed by the next run at the latest, as slot_invariants.py demands."""
+        record = self._asked[number].record
+        if record is None or not record.is_living:
+            raise InvariantBroken(f"L2: request {number} is preempted, and has no sequence")
+        record.dropped = True
 
     # What the user receives.
 

@@ -57,9 +57,9 @@ class Report:
 
 
 def random_world(seed: int, schedule: str = "") -> WorldSpec:
-    """The world that ``seed`` stands for, or the one of ``schedule`` that it stands for; in a third of them two requests
-    are decoded at once, if the schedule can. In half of them it is known what passes cost, more or less. In a quarter of
-    them groups share the stages. Worlds with more requests are those of many_worlds.py."""
+    """The world that ``seed`` stands for, or the one of ``schedule`` that it stands for; in a third of them two
+    requests are decoded at once, if the schedule can. In half of them it is known what passes cost, more or less. In a
+    quarter of them groups share the stages. Worlds with more requests are those of many_worlds.py."""
     world = draw_world(random.Random(seed), seed, schedule)
     world = draw_groups(random.Random(f"groups {seed}"), world)
     dice = random.Random(f"priors {seed}")

@@ -42,6 +42,7 @@ class Slots(Reader):
     def __init__(self, history: History) -> None:
         super().__init__(history)
         self._shadows: dict[int, _Shadow] = {}  # by sequence, until it is freed
+        self._preempted: set[int] = set()  # sequences of requests that are not over, which the next run has to free
         self._owners: Counter[int] = Counter()  # how many sequences have a slot
         self._count = 0
 
@@ -52,6 +53,10 @@ class Slots(Reader):
         for command in commands:
             if isinstance(command, Send) and isinstance(command.message.body, Run):
                 self._replay(self.history.runs[command.message.body.run])
+                if kept := self._preempted & self._shadows.keys():
+                    raise InvariantBroken(f"L3: run {command.message.body.run} does not free the sequences {kept}")
+        records = self.history.sequences
+        self._preempted = {one for one in self._shadows if records[one].dropped and not records[one].over}
         self._count += 1
         if self._count % STRIDE == 0:
             self._compare(world)
