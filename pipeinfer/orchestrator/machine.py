@@ -246,6 +246,8 @@ class Orchestrator:
         return [*(self._send(dest, Shutdown()) for dest in self.roster.everybody), Halt()]
 
     def _finish(self, session: Session, reason: str, fault: int | None = None) -> list[Command]:
+        if fault is not None:
+            session.has_result = False  # its keys and values are not what they should be
         commands: list[Command] = [Finish(reason, session.caller_number, fault)]
         commands += self._stop(session)
         self._sources.account(session.stats)
