@@ -202,6 +202,8 @@ class Orchestrator:
         session = self._waiting.next
         if session is None or len(self._sessions) + len(self._draining) >= self._most_sessions:
             return None
+        if any(one.is_preempted and one.rank < session.rank for one in self._draining):
+            return None  # it waits for its runs, and is the next one then
         sequence = self._sequences + 1
         shared = self._pool.begin(session, sequence, self._sessions.values())
         if shared is None:
