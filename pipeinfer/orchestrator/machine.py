@@ -209,7 +209,7 @@ class Orchestrator:
         session = self._session
         if self.roster.awaited or session is None or session.prefilled:
             return []
-        settings = session.request.sampling.settings(session.sequence)
+        settings = session.request.sampling.settings(session.sequence, len(session.request.prompt))
         self._schedule.opened()
         commands: list[Command] = [self._send(FIRST_STAGE, settings)]
         commands += self._sources.open(session.request, session.sequence, session.tree, session.last_position)

@@ -115,7 +115,8 @@ class Sources:
 
     def _prompt(self, drafter: int, served: _Served) -> list[Send]:
         prompt, sequence = served.request.prompt, served.sequence
-        sends = [self._send_to(drafter, served.request.sampling.settings(sequence)), *self._teach(drafter)]
+        settings = served.request.sampling.settings(sequence, len(served.request.prompt))
+        sends = [self._send_to(drafter, settings), *self._teach(drafter)]
         for start in range(0, len(prompt), MAX_ROWS):
             is_last = start + MAX_ROWS >= len(prompt)
             part = Prompt(sequence, served.last_position, is_last, prompt[start : start + MAX_ROWS])
