@@ -213,7 +213,7 @@ class Orchestrator:
         session.prefilled = shared
         self._sessions[sequence] = session
         self._schedule.opened(session.tree)
-        settings = session.request.sampling.settings(sequence)
+        settings = session.request.sampling.settings(sequence, len(session.request.prompt))
         return [self._send(FIRST_STAGE, settings), *self._sources.open(session)]
 
     def _abort(self, number: int) -> list[Command]:
