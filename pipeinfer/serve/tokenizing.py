@@ -13,7 +13,7 @@ from pipeinfer.engine.engine import Engine
 from pipeinfer.engine.request_builder import ContextExceeded
 from pipeinfer.serve.access import check_key
 from pipeinfer.serve.bodies import as_json, read_body
-from pipeinfer.serve.checks import flag, read_object, refuse_others, take
+from pipeinfer.serve.checks import flag, read_object, refuse_others, shown
 from pipeinfer.serve.errors import invalid
 from pipeinfer.serve.fields import DEFAULT_MODEL, check_model
 from pipeinfer.serve.front import Front, chat_tokens
@@ -49,7 +49,7 @@ class Tokenizing:
         if is_chat:
             call = partial(chat_tokens, engine, messages(fields["messages"]))
         else:
-            call = partial(self._encode, engine, take(fields, "prompt", (str,), "a text", ""))
+            call = partial(self._encode, engine, _prompt(fields.get("prompt")))
         with self._front.place():
             tokens = await self._front.tokenizing(call)
             texts = await self._front.tokenizing(partial(_texts, engine, tokens)) if with_texts else None
@@ -80,6 +80,12 @@ class Tokenizing:
             return self._text.encode(prompt)
         except UserError as error:
             raise invalid("prompt", str(error)) from None
+
+
+def _prompt(value: object) -> str:
+    if not isinstance(value, str):
+        raise invalid("prompt", f"prompt must be a text, not {shown(value)}")
+    return value
 
 
 def _texts(engine: Engine, tokens: list[int]) -> list[str]:

@@ -10,7 +10,7 @@ from pipeinfer.serve.served import Served
 from pipeinfer.serve.server import Server
 from tests.unit.scripted_engine import HANG_S, Scripted, asked, completed, is_watched, served, stream
 
-SAMPLE = re.compile(r'([a-z_:]+)\{((?:[a-z_]+="(?:[^"\\]|\\.)*",?)*)\} (\S+)')
+SAMPLE = re.compile(r'([a-z0-9_:]+)\{((?:[a-z_]+="(?:[^"\\]|\\.)*",?)*)\} (\S+)')
 
 
 def samples(server: Server) -> dict[str, float]:

@@ -17,7 +17,8 @@ def test_a_prompt_has_the_tokenizers_tokens_however_long() -> None:
     text = Text(model_directory(BUILTIN, "target"))
     with served(Scripted()) as server:
         for prompt in (TEXT, TEXT * 50, ""):
-            answer = told(asked(server, "/tokenize", {"prompt": prompt, "model": "default", "add_special_tokens": True}))
+            body = {"prompt": prompt, "model": "default", "add_special_tokens": True}
+            answer = told(asked(server, "/tokenize", body))
             tokens = text.encode(prompt)
             assert answer == (200, {"count": len(tokens), "max_model_len": 100, "tokens": tokens, "token_strs": None})
 
@@ -44,6 +45,7 @@ def test_tokens_have_a_text() -> None:
         ("/tokenize", {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, 400, "prompt"),
         ("/tokenize", {"prompt": "x", "unheard_of": 1}, 400, "unheard_of"),
         ("/tokenize", {"prompt": "x", "model": "other"}, 404, "model"),
+        ("/tokenize", {}, 400, "prompt"),
         ("/tokenize", {"messages": []}, 400, "messages"),
         ("/tokenize", {"messages": [{"role": "assistant", "content": "x"}]}, 422, "messages"),
         ("/tokenize", b"{", 400, None),
