@@ -198,6 +198,42 @@ def test_seeds_repeat_and_stop_strings_stop(server: Client) -> None:
     assert (choice["text"], choice["finish_reason"]) == (whole[: whole.index(word)], "stop")
 
 
+def test_choices_and_prompts_are_those_of_single_requests(server: Client) -> None:
+    more = {"max_tokens": 16, "temperature": 0.9}
+    alone = [server.text(seed=seed, **more) for seed in (7, 8)]
+    answer = server.complete(n=2, seed=7, **more)
+    assert [choice["text"] for choice in answer["choices"]] == alone
+    prompts = [PROMPT, "import os\n"]
+    texts = [server.text(prompt=prompt, max_tokens=16) for prompt in prompts]
+    answer = server.complete(prompt=prompts, n=2, echo=True, max_tokens=16)
+    said = [prompt + text for prompt, text in zip(prompts, texts, strict=True) for _ in range(2)]
+    assert [choice["text"] for choice in answer["choices"]] == said
+    assert answer["usage"]["completion_tokens"] == 64
+
+
+def test_tokens_and_texts(server: Client) -> None:
+    status, answer = server.ask("/tokenize", {"prompt": PROMPT, "return_token_strs": True})
+    assert (status, "".join(answer["token_strs"])) == (200, PROMPT)
+    assert server.complete(max_tokens=4)["usage"]["prompt_tokens"] == answer["count"]
+    assert server.ask("/detokenize", {"tokens": answer["tokens"]}) == (200, {"prompt": PROMPT})
+    chat = {"messages": [{"role": "user", "content": PROMPT}]}
+    same = server.ask("/tokenize", {"prompt": f"# user\n{PROMPT}"})[1]["tokens"]
+    assert server.ask("/tokenize", chat)[1]["tokens"] == same
+
+
+def test_requests_are_counted(server: Client) -> None:
+    def count(name: str) -> float:
+        with server.open("/metrics", key=None) as response:
+            lines = response.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f'vllm:{name}{{model_name="chatty"'))
+
+    before = count("generation_tokens_total"), count("e2e_request_latency_seconds_count")
+    server.complete(max_tokens=24)
+    assert count("generation_tokens_total") - before[0] == 24
+    assert count("e2e_request_latency_seconds_count") - before[1] == 1
+    assert count("num_requests_running") == count("num_requests_waiting") == 0
+
+
 def test_who_may_ask_and_what_exists(server: Client) -> None:
     assert server.ask("/health", key=None)[0] == 200
     for key in (None, "guess"):
@@ -214,7 +250,9 @@ def test_who_may_ask_and_what_exists(server: Client) -> None:
     ("body", "param", "code"),
     [
         (b"{", None, None),
-        ({"prompt": "x", "n": 2}, "n", None),
+        ({"prompt": "x", "n": 200}, "n", None),
+        ({"prompt": "x", "best_of": 2}, "best_of", None),
+        ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format", None),
         ({"prompt": ""}, "prompt", None),
         ({"prompt": [99999]}, "prompt", None),
         ({"prompt": "\ud800"}, "prompt", None),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -100,3 +103,25 @@ def test_texts_of_tokens() -> None:
     assert [texts.next(6), texts.next(7)] == [" 6", " 7"]
     texts = TokenTexts(lambda tokens: bytes(tokens).decode(errors="replace"), 65)
     assert [texts.next(0xC3), texts.next(0xA9), texts.next(66)] == ["\ufffd", "\ufffd", "B"]
+
+
+@pytest.mark.slow
+def test_the_first_chat_is_prepared(tmp_path: Path) -> None:
+    """Where the tokenizer has a chat template, and nowhere else."""
+    rendered = threading.Event()
+
+    class Chatty(Scripted):
+        config = SimpleNamespace(target_directory=tmp_path)
+
+        def tokenize_chat(self, messages: list[dict[str, str]]) -> list[int]:
+            rendered.set()
+            return super().tokenize_chat(messages)
+
+    with served(Chatty()) as server:
+        front = server._front
+        front._warm_up(front.engine())
+        front._submitting.submit(lambda: None).result()
+        assert not rendered.is_set()
+        (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+        front.warm_up(front.engine())
+        assert rendered.wait(HANG_S)
