@@ -15,7 +15,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from launch.failure import write
-from pipeinfer.serve import metrics
+from pipeinfer.serve import metrics, status
 from pipeinfer.serve.access import check_key
 from pipeinfer.serve.bodies import as_json
 from pipeinfer.serve.decoding import Decoding
@@ -51,6 +51,7 @@ def application(front: Front, api_key: str | None, is_crowded: Callable[[], bool
     created = int(time.time())
     tokenizing = Tokenizing(front, api_key)
     routes = [
+        *status.routes(front, api_key),
         Route("/health", health),
         Route("/metrics", counters),
         Route("/v1/models", models),

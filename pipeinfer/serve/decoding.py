@@ -52,9 +52,9 @@ class Decoding:
 
 async def _whole(answers: list[Served], reply: Reply) -> dict[str, Any]:
     try:
-        for served in answers:
-            await served.handle
-            _refuse_cancelled(served)
+        async with contextlib.aclosing(_pieces(answers)) as pieces:
+            async for _ in pieces:
+                pass
     except PipeinferError as error:
         raise ApiError(500, str(error)) from None
     return reply.whole()
@@ -85,6 +85,7 @@ async def _pieces(answers: list[Served]) -> AsyncGenerator[tuple[Served, str | N
     async def take(served: Served) -> None:
         try:
             async for piece in served.handle:
+                served.take(piece)
                 await found.put((served, piece, None))
             _refuse_cancelled(served)
         except Exception as error:

@@ -85,6 +85,28 @@ class Front:
         """How many sequences the engine has not ended; others may still be sent to their clients."""
         return sum(not served.completion.finish_reason for served in self.served)
 
+    @property
+    def runs_in_flight(self) -> int:
+        """How many runs the pipeline held at the last emission of a request that is being decoded."""
+        emitted = [(one.emitted_at, one.runs_in_flight) for one in self.served if not one.completion.finish_reason]
+        return max(((at_s, runs) for at_s, runs in emitted if at_s is not None), default=(0.0, 0))[1]
+
+    @property
+    def state(self) -> str:
+        """What a person is told: ``loading``, ``ready``, ``ending`` or ``failed``."""
+        if self._engine is None:
+            return "loading"
+        if self._engine.failure is not None:
+            return "failed"
+        return "ending" if self._is_closing else "ready"
+
+    def ranks(self) -> list[dict[str, Any]]:
+        """See Engine; none while it loads, and once it has ended."""
+        try:
+            return [] if self._engine is None else self._engine.ranks
+        except UserError:
+            return []
+
     def cancel_all(self) -> None:
         """From any thread: close, and cancel what has not ended."""
         self._is_closing = self._is_cancelling = True

@@ -12,6 +12,7 @@ from pipeinfer.engine.answer import Completion, Handle
 if TYPE_CHECKING:
     from launch.requests import RequestOutput
 
+MOST_SHOWN = 400  # characters
 _numbers = itertools.count(1)
 
 
@@ -27,7 +28,8 @@ class Served:
         self.tops: list[Any] = []  # of each token: alternatives with their log-probabilities, if they were asked for
         self.gaps_s: list[float] = []  # between emissions
         self.runs_in_flight = 0  # of the whole engine, at the last emission
-        self._emitted_at: float | None = None
+        self.emitted_at: float | None = None
+        self.tail = ""  # the end of the text so far
         self._handle: Handle | None = None
 
     @property
@@ -48,12 +50,16 @@ class Served:
     def watch(self, output: RequestOutput) -> None:
         """See Engine.submit."""
         if output.tokens:
-            if self._emitted_at is not None:
-                self.gaps_s.append(output.at_s - self._emitted_at)
-            self._emitted_at = output.at_s
+            if self.emitted_at is not None:
+                self.gaps_s.append(output.at_s - self.emitted_at)
+            self.emitted_at = output.at_s
             self.tops += getattr(output, "tops", ())
             self.runs_in_flight = output.load[0]
         self.stats = output.stats or self.stats
+
+    def take(self, piece: str) -> None:
+        """More text has come."""
+        self.tail = (self.tail + piece)[-MOST_SHOWN:]
 
     def speculation(self) -> dict[str, Any] | None:
         """vLLM's block of this name, None for an answer without drafts. A step ends with a correction: a token that no

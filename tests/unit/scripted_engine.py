@@ -88,6 +88,12 @@ class Scripted:
         stats = replace(self.stats)
         self._outputs[number](RequestOutput(2.0, reason=reason, stats=stats, number=number))
 
+    def emit(self, number: int, text: str) -> None:
+        """Have request ``number`` say more."""
+        tokens = tuple(map(ord, text))
+        output = RequestOutput(2.0, tokens, logps=(-1.0,) * len(tokens), number=number, load=(3, 1))
+        self._outputs[number](output)
+
     def fail(self, number: int, error: BaseException) -> None:
         self._outputs[number](RequestOutput(2.0, reason="error", number=number, error=error))
 
