@@ -23,7 +23,7 @@ RANKS: list[dict[str, Any]] = [
     {"rank": 1, "host": "two", "roles": ["Stage"], "layers": [0, 7], "weight_nbytes": 5 << 20, "threads": 4,
      "exchanges": ""},
 ]  # fmt: skip
-ROWS = "[...document.querySelectorAll('#%s tr')].map((row) => [...row.cells].map((slot) => slot.textContent))"
+ROWS = "[...document.querySelectorAll('#%s tr')].map((row) => [...row.children].map((slot) => slot.textContent))"
 
 
 class Ranked(Scripted):
