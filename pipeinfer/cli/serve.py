@@ -30,9 +30,10 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
         help="serve HTTP clients of OpenAI's interface",
-        description="Serve /v1/completions, /v1/chat/completions, /v1/models, /tokenize, /detokenize, /health, /metrics "
-        "(for Prometheus) and a page at / that shows what is going on. Under mpirun or srun the job's ranks are used and "
-        "rank 0 listens; otherwise --ranks N starts N ranks on this machine. SIGTERM ends the server.",
+        description="Serve /v1/completions, /v1/chat/completions, /v1/models, /tokenize, /detokenize, /health, "
+        "/metrics (for Prometheus), /openapi.json and a page at / that shows what is going on. Under mpirun or srun "
+        "the job's ranks are used and rank 0 listens; otherwise --ranks N starts N ranks on this machine. SIGTERM ends "
+        "the server.",
     )
     parser.set_defaults(command=serve)
     http = parser.add_argument_group("HTTP")
@@ -49,8 +50,7 @@ def add_parser(commands: Any) -> None:
         type=int,
         default=64,
         metavar="N",
-        help="sequences at a time, waiting ones included; a sampled request has one for each choice and prompt (default "
-        "64)",
+        help="sequences at a time, waiting ones included (default 64); a sampled request has one for each choice",
     )
     http.add_argument(
         "--grace", type=float, default=10.0, metavar="S", help="seconds to finish requests after SIGTERM (default 10)"

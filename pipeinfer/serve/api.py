@@ -15,7 +15,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from launch.failure import write
-from pipeinfer.serve import metrics, status
+from pipeinfer.serve import metrics, openapi, status
 from pipeinfer.serve.access import check_key
 from pipeinfer.serve.bodies import as_json
 from pipeinfer.serve.decoding import Decoding
@@ -48,12 +48,16 @@ def application(front: Front, api_key: str | None, is_crowded: Callable[[], bool
             raise ApiError(404, "the model does not exist", "model", "model_not_found")
         return as_json(_model(front, created))
 
+    async def description(request: Request) -> Response:
+        return as_json(openapi.document(front.model))
+
     created = int(time.time())
     tokenizing = Tokenizing(front, api_key)
     routes = [
         *status.routes(front, api_key),
         Route("/health", health),
         Route("/metrics", counters),
+        Route("/openapi.json", description),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", one_model),
         Route("/v1/completions", Decoding(front, api_key, is_chat=False), methods=["POST"]),
