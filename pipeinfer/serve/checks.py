@@ -75,9 +75,9 @@ def number(fields: Mapping[str, Any], name: str, least: float, most: float) -> f
 
 
 def refuse_others(fields: Mapping[str, Any], supported: Collection[str], neutral: Neutral) -> None:
-    """Refuse fields that are not ``supported``, but for their ``neutral`` values."""
+    """Refuse fields that are not ``supported``, but for their ``neutral`` values; and fields that nobody knows."""
     for name, value in fields.items():
-        if name in supported or _is_neutral(value, neutral.get(name, ())):
+        if name in supported or (name in neutral and _is_neutral(value, neutral[name])):
             continue
         what = f"{name}={shown(value)} is not supported" if name in neutral else f"unknown field {shown(name)}"
         raise invalid(name[:MOST_SHOWN], f"{what}; leave it out")

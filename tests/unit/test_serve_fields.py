@@ -93,7 +93,7 @@ def test_messages() -> None:
 @pytest.mark.parametrize("is_chat", [False, True])
 def test_values_that_change_nothing_are_taken(is_chat: bool) -> None:
     read(is_chat, n=1, logit_bias={}, presence_penalty=0, frequency_penalty=0.0, user="me", metadata={"a": "b"})
-    read(is_chat, n=None, temperature=None, stop=None, stream=None, max_tokens=None, model=None, unheard_of=None)
+    read(is_chat, n=None, temperature=None, stop=None, stream=None, max_tokens=None, model=None)
     read(True, tools=[], tool_choice="none", response_format={"type": "text"}, top_logprobs=0, modalities=["text"])
     read(echo=False, best_of=1, suffix="", min_tokens=0, skip_special_tokens=True)
 
@@ -131,6 +131,7 @@ def test_values_that_change_nothing_are_taken(is_chat: bool) -> None:
         (False, "prompt", [1, True]),
         (False, "messages", HELLO),
         (False, "unheard_of", 1),
+        (False, "unheard_of", None),
         (False, "temperature", "warm"),
         (False, "temperature", True),
         (False, "temperature", -1),
