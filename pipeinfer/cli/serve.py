@@ -14,6 +14,7 @@ from pipeinfer.cli.run import (
     Progress,
     add_execution,
     add_models,
+    add_requests,
     note,
     open_engine,
     refuse_half_a_pair,
@@ -21,6 +22,7 @@ from pipeinfer.cli.run import (
 )
 from pipeinfer.core.config import BUILTIN
 from pipeinfer.core.errors import UserError, refuse
+from pipeinfer.engine.engine import MAX_NUM_SEQS
 
 KEY = "PIPEINFER_API_KEY"
 
@@ -55,6 +57,7 @@ def add_parser(commands: Any) -> None:
     http.add_argument(
         "--grace", type=float, default=10.0, metavar="S", help="seconds to finish requests after SIGTERM (default 10)"
     )
+    add_requests(parser.add_argument_group("requests"), MAX_NUM_SEQS)
     add_models(parser.add_argument_group("models"))
     add_execution(parser.add_argument_group("execution"))
 

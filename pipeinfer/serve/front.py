@@ -79,7 +79,8 @@ class Front:
     @property
     def running(self) -> int:
         """How many sequences the engine decodes now."""
-        return min(self._open_ones(), getattr(self._engine, "max_num_seqs", 1))
+        most = 1 if self._engine is None else self._engine.config.max_num_seqs
+        return min(self._open_ones(), most)
 
     def _open_ones(self) -> int:
         """How many sequences the engine has not ended; others may still be sent to their clients."""

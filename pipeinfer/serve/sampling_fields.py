@@ -23,8 +23,7 @@ NUMBERS: dict[str, tuple[type, ...]] = {
 PENALTIES = ("presence_penalty", "frequency_penalty")
 FIELDS = {*NUMBERS, *PENALTIES, "logit_bias"}
 """The names of all fields that are read here, but for those of log-probabilities."""
-MOST_PENALTY, MOST_BIAS = 2.0, 100.0  # as at OpenAI
-MOST_BIASES = 1024
+MOST_PENALTY, MOST_BIAS, MOST_BIASES = 2.0, 100.0, 300  # as at OpenAI
 MOST_TOP = 20
 """The most alternatives of a token whose log-probabilities may be asked for."""
 HAS = frozenset(field.name for field in dataclasses.fields(Sampling))

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -33,13 +34,15 @@ class Browser:
 
     def __init__(self, url: str) -> None:
         assert PROGRAM is not None
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         from_us, self._out = os.pipe()
         self._in, to_us = os.pipe()
         shell = f'exec "$0" "$@" 3<&{from_us} 4>&{to_us}'
         line = ["bash", "-c", shell, PROGRAM, *FLAGS, f"--user-data-dir={self._folder.name}"]
         quiet = subprocess.DEVNULL
-        self._process = subprocess.Popen(line, stdin=quiet, stdout=quiet, stderr=quiet, pass_fds=(from_us, to_us))
+        self._process = subprocess.Popen(
+            line, stdin=quiet, stdout=quiet, stderr=quiet, pass_fds=(from_us, to_us), start_new_session=True
+        )
         os.close(from_us)
         os.close(to_us)
         self._rest = b""
@@ -95,7 +98,7 @@ class Browser:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)  # its renderers, too
         self._process.wait()
         os.close(self._out)
         os.close(self._in)

@@ -9,11 +9,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 from launch.requests import OnOutput, RequestOutput
-from pipeinfer.core.config import BUILTIN, model_directory
+from pipeinfer.core.config import BUILTIN, Config
 from pipeinfer.core.errors import UserError
 from pipeinfer.core.ports import GREEDY, Request, RequestStats, Sampling
 from pipeinfer.engine.answer import Completion, Handle
@@ -43,7 +42,7 @@ class Scripted:
     is_threaded, context, sampling = True, 100, GREEDY
     ranks: list[dict[str, Any]] = []  # noqa: RUF012
     failure: BaseException | None = None
-    config = SimpleNamespace(target_directory=model_directory(BUILTIN, "target"), forced_acceptance=())
+    config = Config(target=BUILTIN)
     stats = RequestStats(drafted=4, accepted=1, corrections=1)
 
     def __init__(self, is_brief: bool = False) -> None:

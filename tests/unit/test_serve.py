@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from pipeinfer.core.config import Config
 from pipeinfer.core.errors import StallError
 from pipeinfer.serve import bodies
 from pipeinfer.serve.replies import TokenTexts
@@ -111,7 +111,7 @@ def test_the_first_chat_is_prepared(tmp_path: Path) -> None:
     rendered = threading.Event()
 
     class Chatty(Scripted):
-        config = SimpleNamespace(target_directory=tmp_path)
+        config = Config(target=str(tmp_path))
 
         def tokenize_chat(self, messages: list[dict[str, str]]) -> list[int]:
             rendered.set()

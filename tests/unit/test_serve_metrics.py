@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from pipeinfer.core.config import Config
 from pipeinfer.core.ports import RequestStats
 from pipeinfer.serve.metrics import Histogram, Lines
 from pipeinfer.serve.served import Served
@@ -55,7 +56,8 @@ def test_counts_grow_while_requests_are_decoded() -> None:
 
 def test_an_engine_with_more_to_say() -> None:
     class Full(Scripted):
-        max_num_seqs, kv_cache_usage = 8, 0.25
+        config = Config(max_num_seqs=8)
+        kv_cache_usage = 0.25
 
     engine = Full()
     with served(engine, max_queue=3) as server, stream(server), stream(server):
