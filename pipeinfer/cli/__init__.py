@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """The parser of the whole command line."""
-    from pipeinfer.cli import batch, bench, calibrate, doctor, plot, replay, run, serve, slurm_script
+    from pipeinfer.cli import batch, bench, calibrate, chat, doctor, plot, replay, run, serve, slurm_script
 
     parser = Parser(
         prog="pipeinfer", description="Decode large language models over MPI with asynchronous speculation."
@@ -33,6 +33,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"pipeinfer {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     run.add_parser(commands)
+    chat.add_parser(commands)
     serve.add_parser(commands)
     batch.add_parser(commands)
     calibrate.add_parser(commands)
