@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from array import array
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeinfer.bench.serve_http import Address, Connection, HttpError, read_events, request
+from pipeinfer.bench.serve_http import Address, Connection, Events, HttpError, request
 
 MOST_ERROR_NBYTES = 1 << 16
 MOST_SHOWN = 200  # characters of a server's message
@@ -126,30 +127,29 @@ class Client:
         self, connection: Connection, headers: dict[str, str], outcome: Outcome, abort_after: int | None
     ) -> None:
         """Take the stream to its end."""
-        last_at = 0.0
+        stream, last_at, pieces = Events(), 0.0, list[str]()
         is_done = False
-        parts: list[str] = []
-        async for data in read_events(connection.body(headers)):
-            if data == b"[DONE]":
-                is_done = True
-                continue
-            piece = self._read(data, outcome)
-            if outcome.error:
-                break
-            if not piece:
-                continue
-            now = time.monotonic()
-            if outcome.chunks:
-                outcome.gaps_s.append(now - last_at)
-            else:
-                outcome.first_at = now
-            last_at = now
-            outcome.chunks += 1
-            parts.append(piece)
-            if outcome.chunks == abort_after:
-                outcome.is_aborted = True
-                break
-        outcome.text = "".join(parts)
+        async with contextlib.aclosing(connection.body(headers)) as parts:
+            async for part in parts:
+                now = time.monotonic()
+                for data in stream.feed(part):
+                    is_done = is_done or data == b"[DONE]"
+                    piece = "" if is_done else self._read(data, outcome)
+                    if not piece:
+                        continue
+                    if outcome.chunks:
+                        outcome.gaps_s.append(now - last_at)
+                    else:
+                        outcome.first_at = now
+                    last_at = now
+                    outcome.chunks += 1
+                    pieces.append(piece)
+                    outcome.is_aborted = outcome.chunks == abort_after
+                    if outcome.is_aborted:
+                        break
+                if outcome.is_aborted or outcome.error:
+                    break
+        outcome.text = "".join(pieces)
         if not (is_done or outcome.error or outcome.is_aborted):
             outcome.error = "the stream ended without [DONE]"
 
