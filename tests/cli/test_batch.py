@@ -209,3 +209,21 @@ def test_what_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
         out.write_text(held)
         refused(source, "--out", str(out), says="holds no answers of a batch (line 1)")
         assert out.read_text() == held
+
+
+@pytest.mark.slow
+def test_with_an_mpi_that_grants_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is then driven by whoever waits for an answer, as in a rank of such a job."""
+    from launch.head import LocalJob
+
+    source = write(tmp_path / "in.jsonl", [*requests(5, 10), {"prompt": ""}])
+    assert pipeinfer("batch", str(source), "--out", str(tmp_path / "threads.jsonl")).returncode == 0
+    monkeypatch.setattr("pipeinfer.engine.engine.lead_job", lambda job, world=None: LocalJob(job, is_threaded=False))
+    done = here("batch", str(source), "--out", str(tmp_path / "none.jsonl"), "--concurrency", "3")
+    assert done.returncode == 0, done.stderr
+    assert "5 answered, 1 refused, 0 skipped" in done.stderr
+    told = [answers(tmp_path / f"{name}.jsonl") for name in ("threads", "none")]
+    good = [
+        {one["custom_id"]: one["response"]["body"]["choices"] for one in found if not one["error"]} for found in told
+    ]
+    assert good[0] == good[1] and len(good[0]) == 5
