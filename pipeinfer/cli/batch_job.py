@@ -8,24 +8,18 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 from pipeinfer.cli.batch_lines import Line, answer_line, error_line
 from pipeinfer.cli.batch_output import BatchOutput
-from pipeinfer.core.errors import PipeinferError, Terminated
-from pipeinfer.engine.answer import Handle
+from pipeinfer.cli.batch_request import BatchRequest
+from pipeinfer.core.errors import Terminated
 from pipeinfer.engine.engine import Engine
 from pipeinfer.serve.errors import ApiError
-from pipeinfer.serve.fields import DEFAULT_MODEL, parse
-from pipeinfer.serve.front import submit
-from pipeinfer.serve.replies import ChatReply, Reply, TextReply, TokenTexts
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 """What asks a batch to end. Slurm sends SIGTERM, or with --signal what a user wants."""
 FLUSH_S = 5.0
 """How long cancelled requests have to end after a signal."""
-LOOK_S = 0.1
-"""How often all requests are looked at while the oldest is waited for; only where MPI allows one thread."""
 
 
 @dataclass(slots=True)
@@ -38,13 +32,6 @@ class Counts:
     prompt_tokens: int = 0
     tokens: int = 0
     nbytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Running:
-    line: Line
-    handle: Handle
-    reply: Reply
 
 
 class BatchJob:
@@ -62,7 +49,7 @@ class BatchJob:
     ) -> None:
         self._engine, self._lines, self._output = engine, lines, output
         self._model, self._concurrency, self._on_progress = model, concurrency, on_progress
-        self._running = list[_Running]()  # in the order in which they were submitted
+        self._running = list[BatchRequest]()  # in the order in which they were submitted
         self._wake: Callable[[], object] | None = None
         self.signum = 0  # the signal that has asked for the end
         self.counts = Counts()
@@ -110,25 +97,24 @@ class BatchJob:
 
     async def _client(self) -> None:
         while (one := self._begin()) is not None:
-            with contextlib.suppress(PipeinferError):  # the completion has it
-                await one.handle
+            await one.wait()
             self._finish(one)
 
     def _run_alone(self) -> None:
-        """As _run_clients, for an engine that is driven by whoever waits for an answer."""
+        """As _run_clients, for an engine that is driven by whoever waits for an answer: the oldest is waited for."""
+        self._wake = self._cancel_all
         while True:
-            while len(self._running) < self._concurrency and (one := self._begin()) is not None:
+            while len(self._running) < self._concurrency and self._begin() is not None:
                 pass
             if not self._running:
                 return
             if self.signum:
                 self._cancel_all()
-            with contextlib.suppress(PipeinferError, TimeoutError):
-                self._running[0].handle.result(LOOK_S)
-            for one in [one for one in self._running if one.handle.completion.finish_reason]:
+            self._running[0].drive()
+            for one in [one for one in self._running if one.is_over]:
                 self._finish(one)
 
-    def _begin(self) -> _Running | None:
+    def _begin(self) -> BatchRequest | None:
         """Submit the next line that the engine takes; None if there is none, or no more is wanted. Lines that it does
         not take are answered here."""
         while not self.signum and (line := next(self._lines, None)) is not None:
@@ -137,41 +123,28 @@ class BatchJob:
                 self.counts.skipped += 1
                 continue
             try:
-                one = self._submit(line)
+                one = BatchRequest(self._engine, line, self._model)
             except ApiError as error:
+                self._raise_failure()
                 self._write_error(line, error)
                 continue
             self._running.append(one)
             return one
         return None
 
-    def _submit(self, line: Line) -> _Running:
-        """Raises ApiError for what cannot be served, and what has ended the engine's job."""
-        if line.error is not None:
-            raise line.error
-        asked = parse(line.body, line.is_chat, (self._model, DEFAULT_MODEL))
-        try:
-            handle = submit(self._engine, asked)
-        except ApiError:
-            self._raise_failure()
-            raise
-        previous = handle.completion.prompt_tokens[-1]
-        texts = TokenTexts(self._engine.decode, previous) if asked.with_logprobs else None
-        kind: Any = ChatReply if line.is_chat else TextReply
-        return _Running(line, handle, kind(self._model, texts, False))
-
-    def _finish(self, one: _Running) -> None:
+    def _finish(self, one: BatchRequest) -> None:
         """Write the answer, unless it was cancelled. Raises what has ended the engine's job."""
         self._running.remove(one)
-        completion = one.handle.completion
-        if completion.finish_reason == "error":
+        failed = next((done for done in one.completions if done.finish_reason == "error"), None)
+        if failed is not None:
             self._raise_failure()
-            self._write_error(one.line, ApiError(500, completion.error))
-        elif completion.finish_reason != "cancelled":
-            self._output.append(answer_line(one.line, one.reply.whole(completion)))
+            self._write_error(one.line, ApiError(500, failed.error))
+        elif all(done.finish_reason != "cancelled" for done in one.completions):
+            body = one.body()
+            self._output.append(answer_line(one.line, body))
             self.counts.answered += 1
-            self.counts.prompt_tokens += len(completion.prompt_tokens)
-            self.counts.tokens += len(completion.tokens)
+            self.counts.prompt_tokens += body["usage"]["prompt_tokens"]
+            self.counts.tokens += body["usage"]["completion_tokens"]
             self._on_progress(self.counts)
 
     def _write_error(self, line: Line, error: ApiError) -> None:
@@ -184,5 +157,5 @@ class BatchJob:
             raise self._engine.failure
 
     def _cancel_all(self) -> None:
-        for one in self._running:
-            one.handle.cancel()
+        for one in list(self._running):
+            one.cancel()
