@@ -6,14 +6,18 @@ table alone: what its parent attends to, and its own slot. That never changes: n
 becomes canonical by changing its state. What a row attends to is a list of slots in order of position: so many of the
 first canonical slots of its sequence, then the row's own ancestors, itself last. Ancestors that have become canonical
 are counted among the former as soon as a child asks, so the rest stays short.
+
+A canonical slot may be shared by several sequences, which were forked from each other. It is free when none has it.
 """
 
 from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +29,7 @@ from pipeinfer.core.slots import attended_by, slots_of
 
 SLOT = struct.Struct("q")
 """A slot in a path: int64, as numpy has it."""
+NO_SLOTS = np.zeros(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -55,6 +60,13 @@ class _Sequence:
         if self.copied is None:
             self.copied = np.array(self.ranges, np.int64).reshape(-1, 2)
         return self.copied
+
+    def beginning(self, length: int) -> _Sequence:
+        """A new one, of the first ``length`` canonical slots."""
+        begun = _Sequence()
+        for slot in islice(self.canonical, length):
+            begun.extend(slot)
+        return begun
 
     def above(self, row: Row) -> tuple[int, bytes]:
         """What ``row``'s parent attends to: how many of the first canonical slots, and its path after those."""
@@ -97,6 +109,7 @@ class SlotTable:
         self.capacity = capacity
         self._sequences: dict[int, _Sequence] = {}  # made at first use
         self._used: set[int] = set()  # leased or canonical
+        self._shared: dict[int, int] = {}  # slot -> how many sequences have it, if more than one
         self._token = np.zeros(capacity, dtype=np.int64)
 
     def length(self, sequence: int = 0) -> int:
@@ -105,15 +118,19 @@ class SlotTable:
 
     def apply(self, ops: Sequence[SlotOp]) -> None:
         """Carry out ``ops`` in order; raises RemoteProtocolError where a correct leader would not have asked."""
-        commit, release, free = SlotOpKind.COMMIT, SlotOpKind.RELEASE, SlotOpKind.FREE
+        commit, release, free, fork = SlotOpKind.COMMIT, SlotOpKind.RELEASE, SlotOpKind.FREE, SlotOpKind.FORK
         for op in ops:
             kind, first, length, position, _ = op
+            if kind is fork:
+                self._fork(op)
+                continue
             last = first + length
             if last > self.capacity:
                 raise RemoteProtocolError(f"{kind.name} of slots {first}..{last - 1}, there are {self.capacity}")
             if kind is free:  # of a sequence all of whose runs were skipped nothing is known
                 freed = self._sequences.pop(op.sequence, NOTHING)
-                self._used.difference_update(freed.canonical, freed.leased)
+                self._give_up(freed.canonical)
+                self._used.difference_update(freed.leased)
                 continue
             state = self._state(op.sequence)
             if kind is commit:
@@ -147,14 +164,37 @@ class SlotTable:
 
     def _truncate(self, sequence: int, length: int) -> None:
         """The first ``length`` canonical positions of ``sequence`` stay, and nothing else of it."""
-        state, kept = self._sequences[sequence], _Sequence()
+        state = self._sequences[sequence]
         if length > len(state.canonical):
             raise RemoteProtocolError(f"sequence {sequence} is to keep {length} of {len(state.canonical)} positions")
-        canonical = list(state.canonical)
-        self._used.difference_update(canonical[length:], state.leased)
-        for slot in canonical[:length]:
-            kept.extend(slot)
-        self._sequences[sequence] = kept
+        self._give_up(islice(state.canonical, length, None))
+        self._used.difference_update(state.leased)
+        self._sequences[sequence] = state.beginning(length)
+
+    def _give_up(self, canonical: Iterable[int]) -> None:
+        """A sequence has these canonical slots no more."""
+        if not self._shared:
+            self._used.difference_update(canonical)
+            return
+        for slot in canonical:
+            others = self._shared.pop(slot, 1) - 1
+            if others > 1:
+                self._shared[slot] = others
+            elif others == 0:
+                self._used.remove(slot)
+
+    def _fork(self, op: SlotOp) -> None:
+        """A sequence begins with the first canonical slots of another one."""
+        state, source = self._state(op.sequence), self._sequences.get(op.slot, NOTHING)
+        if state.canonical or state.leased:
+            raise RemoteProtocolError(f"sequence {op.sequence} is to begin as a fork of {op.slot}, but has slots")
+        if not 0 < op.length <= len(source.canonical):
+            raise RemoteProtocolError(
+                f"sequence {op.sequence} is to share {op.length} slots of {op.slot}, which has {len(source.canonical)}"
+            )
+        self._sequences[op.sequence] = begun = source.beginning(op.length)
+        for slot in begun.canonical:
+            self._shared[slot] = self._shared.get(slot, 1) + 1
 
     def living(self, rows: Sequence[Row], dead: Collection[int] = ()) -> tuple[int, ...]:
         """The indices of the rows that are not at ``dead`` slots and whose ancestors are all here, in order. Death is
@@ -224,12 +264,16 @@ class SlotTable:
         ancestors = np.frombuffer(b"".join(paths), np.int64)
         return Batch(each[0], each[1], each[2], ranges, sequence, each[3], ancestors, each[4])
 
-    def draw(self, sampling: Sampling, batch: Batch, rows: Sequence[int], is_guess: bool = False) -> SamplingInputs:
-        """How the tokens after ``rows`` of ``batch`` are drawn by ``sampling``."""
+    def draw(
+        self, samplings: Sequence[Sampling], batch: Batch, rows: Sequence[int], is_guess: bool = False
+    ) -> SamplingInputs:
+        """How the tokens after ``rows`` of ``batch`` are drawn, each by its own one of ``samplings``."""
         seen: tuple[npt.NDArray[np.int64], ...] = ()
-        if sampling.repetition_penalty != 1.0:
-            seen = tuple(np.unique(self._token[slots]) for slots in attended_by(batch, rows))
-        return SamplingInputs(sampling, batch.positions[list(rows)] + 1, seen, is_guess)
+        needing = [index for index, sampling in enumerate(samplings) if sampling.repetition_penalty != 1.0]
+        if needing:
+            found = dict(zip(needing, attended_by(batch, [rows[index] for index in needing]), strict=True))
+            seen = tuple([np.unique(self._token[found.get(index, NO_SLOTS)]) for index in range(len(rows))])
+        return SamplingInputs(tuple(samplings), batch.positions[list(rows)] + 1, seen, is_guess)
 
     def counts(self) -> tuple[int, int, int]:
         """How many slots are free, leased, canonical."""
@@ -238,7 +282,7 @@ class SlotTable:
 
     def check(self) -> None:
         """Raise AssertionError where the table contradicts itself (invariant L3)."""
-        count = 0
+        leased, holders = 0, Counter[int]()
         for name, state in self._sequences.items():
             length = len(state.canonical)
             positions = list(state.canonical.values())
@@ -247,5 +291,7 @@ class SlotTable:
             assert slots_of(ranges).tolist() == list(state.canonical), f"ranges {ranges.tolist()} of sequence {name}"
             assert not state.leased.keys() & state.canonical.keys(), "a slot is leased and canonical"
             assert self._used >= state.leased.keys() | state.canonical.keys(), "a slot is used and free"
-            count += len(state.leased) + length
-        assert count == len(self._used), "a slot is used by nobody, or twice"
+            leased += len(state.leased)
+            holders.update(iter(state.canonical))
+        assert {slot: count for slot, count in holders.items() if count > 1} == self._shared, "a slot is shared wrongly"
+        assert leased + len(holders) == len(self._used), "a slot is used by nobody, or twice"

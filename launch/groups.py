@@ -141,9 +141,7 @@ class _Windows:
 
     def __init__(self, peers: Any, mpi: Any, size: int, nbytes: int) -> None:
         self._window = mpi.Win.Allocate_shared(nbytes, 1, comm=peers)
-        self.views: list[Bytes] = [
-            np.frombuffer(self._window.Shared_query(rank)[0], np.uint8) for rank in range(size)
-        ]
+        self.views: list[Bytes] = [np.frombuffer(self._window.Shared_query(rank)[0], np.uint8) for rank in range(size)]
         self.views[peers.Get_rank()][:] = 0
         peers.Barrier()
 

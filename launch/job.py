@@ -108,6 +108,9 @@ class Job:
             calibrations=config.calibrations,
             placement=placement or (world.placement if world and not one_rank_leads else "alone"),
             draft_contexts=pair.draft_contexts,
+            max_num_seqs=config.max_num_seqs,
+            kv_slots=config.kv_slots,
+            keeps_prefixes=config.prefix_caching,
         )
         found: dict[str, Any] = {"stages": [], "drafts": []}
         with rendezvous.busy("loading") if rendezvous else nullcontext():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.cores import refuse_threads
+from launch.kv_memory import kv_slots
 from pipeinfer.core.config import AUTO, DEFAULT_CONTEXT, DTYPES, FUSED, NUMERICS, Config, resolve_dtype
 from pipeinfer.core.errors import refuse
 from pipeinfer.placement.roles import Plan, assign
@@ -23,6 +24,8 @@ from stages.models.forced import FORCED_TOKENS
 from stages.models.generic_spec import GenericSpec
 from stages.models.split import refuse_unsplittable
 
+MOST_SEQUENCES = 512
+"""Most requests that are decoded at once: a run has at most MAX_ROWS rows."""
 Model = tuple[ModelSpec | GenericSpec, Weights]
 
 
@@ -30,7 +33,7 @@ Model = tuple[ModelSpec | GenericSpec, Weights]
 class Cleared:
     """A job that may start: the models' specs and checked weights, the plan, and the context it serves.
 
-    ``config``: with every dtype resolved. ``note``: what its user should know of the dtypes, in one line; empty for
+    ``config``: with every dtype and the number of KV slots resolved. ``note``: what its user should know of the dtypes, in one line; empty for
     nothing."""
 
     config: Config
@@ -75,6 +78,7 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
     if config.tp > 1:
         _refuse_group(config, spec, has_kernels)
     resolved = _resolved(config, target, drafts, has_kernels)
+    resolved = replace(resolved, kv_slots=kv_slots(spec, plan, resolved, context))
     note = "" if has_kernels else _note(config, target, drafts)
     return Cleared(resolved, target, drafts, plan, context, note)
 
@@ -87,6 +91,8 @@ def _refuse_words(config: Config) -> None:
             refuse(f"unknown dtype {dtype!r}", f"use one of {', '.join(choices)}")
     if config.fused not in FUSED:
         refuse(f"unknown --fused {config.fused}", f"use one of {', '.join(FUSED)}")
+    if not 1 <= config.max_num_seqs <= MOST_SEQUENCES:
+        refuse(f"--max-num-seqs {config.max_num_seqs}", f"use 1 to {MOST_SEQUENCES} requests at once")
     if not 1 <= config.tp <= MOST_RANKS:
         refuse(f"--tp {config.tp}", f"use 1 to {MOST_RANKS} ranks for a stage")
     if config.numerics not in NUMERICS:

@@ -42,7 +42,9 @@ def measured(
 def _times(job_spec: JobSpec, role: Role, shard: ShardModel, pair: Pair) -> list[tuple[int, float]]:
     policy = job_spec.policy
     if role.layers is None:
-        return pass_times(shard, draft_slots(policy, job_spec.context), choices=policy.topk)
+        return pass_times(
+            shard, draft_slots(policy, job_spec.context, job_spec.max_num_seqs, job_spec.kv_slots), choices=policy.topk
+        )
     blank = pair.blank if role.layers.start else None
     return pass_times(shard, sum(job_spec.slots), blank, choices=int(role.layers.stop == pair.layers))
 

@@ -22,6 +22,7 @@ def request_to_dict(request: Request) -> dict[str, Any]:
         "max_new_tokens": int(request.max_new_tokens),
         "stop_tokens": sorted(int(token) for token in request.stop_tokens),
         "sampling": asdict(request.sampling),
+        "priority": int(request.priority),
     }
 
 

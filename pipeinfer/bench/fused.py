@@ -138,7 +138,7 @@ class Argmax:
             assembled.argmax(1)
 
         def fused() -> None:
-            head = CHead(addressof(next(linears).c), place[0], place[1], 0, 1e-5)
+            head = CHead(addressof(next(linears).c), *place, None, None, 1e-5)
             choose(self._lib, group, head, VOCABULARY, VOCABULARY, x, with_logits=False)
 
         def bulk() -> None:
@@ -235,5 +235,3 @@ def line(row: Row) -> str:
     shown = {name: f"{value:.{1 if name.endswith('us') else 2}f}" if isinstance(value, float) else str(value)
              for name, value in row.items()}  # fmt: skip
     return "  " + " ".join(f"{shown[name]:>{width}}" for name, width in COLUMNS.items())
-
-

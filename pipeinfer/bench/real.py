@@ -187,6 +187,8 @@ def measure_engine(
             comm=world.comm,
             forced_acceptance=point.acceptance or ((point.top1,) if point.top1 else ()),
             random_weights=point.random_weights,
+            max_num_seqs=1,
+            prefix_caching=False,
         ) as engine,
     ):
         if engine is None:

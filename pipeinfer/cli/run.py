@@ -225,8 +225,34 @@ def open_engine(args: argparse.Namespace, check: Callable[[Engine], object], **m
         fused=args.fused,
         context=args.context,
         calibration=args.calibration,
+        max_num_seqs=getattr(args, "max_num_seqs", 1),
+        kv_memory=getattr(args, "kv_memory", 0),
+        prefix_caching=getattr(args, "prefix_caching", False),
         check=check,
         **more,
+    )
+
+
+def add_requests(group: Any, max_num_seqs: int) -> None:
+    """Options of commands that decode several requests at once, by default ``max_num_seqs``."""
+    group.add_argument(
+        "--max-num-seqs",
+        type=int,
+        default=max_num_seqs,
+        metavar="N",
+        help=f"requests that are decoded at once; others wait (default {max_num_seqs})",
+    )
+    group.add_argument(
+        "--kv-memory",
+        default="0",
+        metavar="SIZE",
+        help="memory of each rank for keys and values, such as 8G (default: what N whole contexts need)",
+    )
+    group.add_argument(
+        "--no-prefix-caching",
+        dest="prefix_caching",
+        action="store_false",
+        help="do not keep what requests have computed for others that begin with the same tokens",
     )
 
 

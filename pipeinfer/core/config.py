@@ -22,6 +22,8 @@ AUTO = "auto"
 STORED_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 NUMERICS = ("portable", "fast")
 FUSED = ("auto", "on", "off")
+UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
+"""Powers of 1024 by their letters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,10 @@ class Config:
     preflight resolved for each draft; until then as ``dtype``. ``numerics``: ``portable`` for the same bits on every
     processor, ``fast`` for those of this one. ``threads``: of each rank; None for its fair share of the cores.
     ``tp``: ranks that share a stage; ``stages``: how many there are to be, if that is said. ``fused``: whether their
-    exchanges are fused with the kernels, of FUSED."""
+    exchanges are fused with the kernels, of FUSED. ``max_num_seqs``: requests that are decoded at once. ``kv_memory``:
+    bytes of each rank for keys and values of accepted tokens, 0 for what so many whole contexts need; ``kv_slots``: the
+    slots that preflight found for it. ``prefix_caching``: whether what requests have computed is kept for others that
+    begin with the same tokens."""
 
     target: str = BUILTIN
     drafts: tuple[str, ...] = (BUILTIN,)
@@ -57,6 +62,10 @@ class Config:
     tp: int = 1
     stages: int | None = None
     fused: str = "auto"
+    max_num_seqs: int = 1
+    kv_memory: int = 0
+    kv_slots: int = 0
+    prefix_caching: bool = False
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Config:
@@ -79,6 +88,20 @@ class Config:
     def draft_directories(self) -> list[Path]:
         """Where the drafts' files are, drafter by drafter."""
         return [model_directory(draft, "draft") for draft in self.drafts]
+
+
+def byte_count(size: int | str, what: str) -> int:
+    """A number of bytes, said as a number or as in ``8G`` (K, M, G and T are powers of 1024). ``what``: whose option it
+    is. Raises UserError."""
+    text = str(size).strip().upper().removesuffix("B").removesuffix("I")
+    unit = UNITS.get(text[-1:], 0)
+    try:
+        count = float(text[:-1] if unit else text) * 1024**unit
+    except ValueError:
+        count = -1.0
+    if not 0 <= count < 2**63:
+        refuse(f"{what} {size}", "give bytes, as in 500M or 8G")
+    return int(count)
 
 
 def resolve_dtype(asked: str, stored: str | None, has_kernels: bool) -> str:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 MAX_ROWS = 1024
 MAX_OPS = 1024
+MAX_KEPT = 0xFFFF
+"""Most canonical slots that a FORK shares or a TRUNCATE keeps: wire.py has 16 bits for the length of an operation."""
 MAX_TOP = 20
 """Most (token, log-probability) pairs of a result row."""
 NO_SLOT = 0xFFFFFFFF
@@ -26,12 +28,14 @@ class SlotOpKind(enum.IntEnum):
 
     COMMIT = 1  # slots [slot, slot + length) become canonical at positions [position, position + length)
     RELEASE = 2  # slots [slot, slot + length) become free
-    FREE = 3  # all slots of the sequence become free: the sequence is over
-    TRUNCATE = 4  # the first ``length`` canonical positions stay; all other slots of the sequence become free
+    FREE = 3  # the sequence has no slot any more: it is over
+    TRUNCATE = 4  # the first ``length`` canonical positions stay, and no other slot of the sequence
+    FORK = 5  # the sequence begins with the first ``length`` canonical slots of sequence ``slot``; they are shared
 
 
 class SlotOp(NamedTuple):
-    """One operation on ``length`` neighbouring slots of ``sequence``."""
+    """One operation on ``length`` slots of ``sequence``: neighbours from ``slot`` on; the first ones (TRUNCATE, FORK).
+    A slot is free when no sequence has it."""
 
     kind: SlotOpKind
     slot: int = 0
@@ -91,7 +95,7 @@ class Wants(enum.IntEnum):
     """After which rows of a run a token is wanted."""
 
     NOTHING = 0
-    LAST = 1  # after the last row
+    LAST = 1  # after the last row of each sequence
     EVERY = 2
 
 

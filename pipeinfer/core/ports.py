@@ -75,14 +75,21 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
-    """What a shard must know to choose by ``sampling``. ``positions``: int64 [rows], of the tokens to be drawn (one
-    past their rows'). ``seen``: for each row the different tokens before the drawn one, int64 [any], or nothing at all
-    where ``sampling`` has no repetition penalty. ``is_guess``: a drafter asks, for what the target will draw."""
+    """What a shard must know to choose after rows of one or several sequences. ``samplings``: of each row.
+    ``positions``: int64 [rows], of the tokens to be drawn (one past their rows'). ``seen``: for each row the different
+    tokens before the drawn one, int64 [any], without any where its sampling has no repetition penalty; () if no row's
+    has one. ``is_guess``: a drafter asks, for what the target will draw."""
 
-    sampling: Sampling
+    samplings: tuple[Sampling, ...]
     positions: npt.NDArray[np.int64]
     seen: tuple[npt.NDArray[np.int64], ...] = ()
     is_guess: bool = False
+
+    def of(self, rows: Sequence[int]) -> SamplingInputs:
+        """The draw of ``rows`` alone, in their order."""
+        samplings = tuple([self.samplings[row] for row in rows])
+        seen = tuple([self.seen[row] for row in rows]) if self.seen else ()
+        return SamplingInputs(samplings, self.positions[list(rows)], seen, self.is_guess)
 
 
 class ShardModel(Protocol):
@@ -141,12 +148,14 @@ class Computed:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One generation. ``stop_tokens`` end it; they are emitted as its last token."""
+    """One generation. ``stop_tokens`` end it; they are emitted as its last token. ``priority``: of requests that wait,
+    those with the lowest are served first (as in vLLM)."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
     stop_tokens: frozenset[int] = frozenset()
     sampling: Sampling = GREEDY
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 from launch.preflight import Cleared, clear
 from launch.signals import end_in_order
-from pipeinfer.core.config import AUTO, BUILTIN, FUSED, NUMERICS, Config, ModelName, draft_names, model_name
+from pipeinfer.core.config import (
+    AUTO,
+    BUILTIN,
+    FUSED,
+    NUMERICS,
+    Config,
+    ModelName,
+    byte_count,
+    draft_names,
+    model_name,
+)
 from pipeinfer.core.errors import UserError, exit_code, refuse
 from pipeinfer.core.ports import Sampling
 from pipeinfer.engine.answer import Completion, Handle, HeadJob
@@ -40,6 +50,10 @@ if TYPE_CHECKING:
     from launch.requests import RequestOutput
 
 
+MAX_NUM_SEQS = 8
+"""Requests that are decoded at once unless a program says how many."""
+
+
 class Engine:
     """Decodes with ``target``, guided by ``draft``: directories in Hugging Face format, or ``"builtin"``. There may be
     a draft for each of several ``drafters``, or one for all, or ``"none"``: then guesses are looked up in the text.
@@ -50,7 +64,9 @@ class Engine:
     checkpoint says, or ``fp32``, ``bf16`` or ``fp16``. numerics: ``portable`` for the same bits on every processor, or
     ``fast``. threads: of each rank (default: its fair share of the cores). tp: ranks that share each stage; stages: how
     many there have to be; fused: how those ranks exchange activations, ``auto``, ``on`` or ``off``. context: most
-    tokens of a request. comm: an mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may
+    tokens of a request. max_num_seqs: requests that are decoded at once; others wait. kv_memory: bytes of each rank for
+    keys and values, as a number or as ``8G`` (default: what so many whole contexts need, which is taken from the system
+    as it is used). prefix_caching: whether a request that begins like an earlier one shares what that has computed. comm: an mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may
     move before the job gives up and says who waits for whom. trace: a file name; each rank N writes all that its roles
     are told and command to ``<trace>.rankN``, for ``pipeinfer replay``. calibration: a file that ``pipeinfer
     calibrate`` wrote.
@@ -82,6 +98,9 @@ class Engine:
         tp: int = 1,
         stages: int | None = None,
         fused: str = FUSED[0],
+        max_num_seqs: int = MAX_NUM_SEQS,
+        kv_memory: int | str = 0,
+        prefix_caching: bool = True,
         check: Callable[[Engine], object] | None = None,
     ) -> None:
         self._job: Job | None = None  # of a rank that serves
@@ -100,7 +119,8 @@ class Engine:
             shares = forced_acceptance if isinstance(forced_acceptance, Sequence) else (forced_acceptance,)
             more = known, tuple(map(float, shares)), random_weights, numerics, threads
             config = Config(named, drafts, knobs, dtype, context, timeout_s, file, *more)
-            return replace(config, tp=tp, stages=stages, fused=fused)
+            config = replace(config, tp=tp, stages=stages, fused=fused, prefix_caching=prefix_caching)
+            return replace(config, max_num_seqs=max_num_seqs, kv_memory=byte_count(kv_memory, "kv_memory"))
 
         def prepare() -> Cleared:
             if ranks not in (None, size):
@@ -187,8 +207,10 @@ class Engine:
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
         watch: Callable[[RequestOutput], None] | None = None,
+        priority: int = 0,
     ) -> Handle:
-        """Have ``prompt`` (text, or token ids) decoded; from any thread. Requests queue in the order they come in.
+        """Have ``prompt`` (text, or token ids) decoded; from any thread. Up to ``max_num_seqs`` requests are decoded at
+        once. Of those that wait, the ones with the lowest ``priority`` come first, then those that came first.
 
         ``sampling``: None for what the model's generation_config.json says, greedy if it says nothing. ``stop``:
         strings before the first of which the text ends, or special tokens; ``tokens`` then ends with the one that
@@ -196,7 +218,7 @@ class Engine:
         Raises UserError for what cannot be served."""
         job = self._open()
         assert self._builder is not None
-        built = self._builder.build(prompt, max_new_tokens, ignore_eos, chat, sampling, stop)
+        built = self._builder.build(prompt, max_new_tokens, ignore_eos, chat, sampling, stop, priority)
         config, forced = asdict(self.config) | built.settings(), bool(self.config.forced_acceptance)
         tokens = list(built.request.prompt)
         answer = Completion(prompt_tokens=tokens, config=config, ranks=job.ranks, meaningless=forced)
@@ -242,7 +264,7 @@ class Engine:
         assert self._builder is not None
         built = self._builder.build(prompt, max_new_tokens, ignore_eos, False, sampling, stop)
         config = replace(self.config, policy=PLAIN.settings(), drafts=(), context=self.context, trace=None)
-        config = replace(config, draft_dtypes=(), tp=1, stages=None)
+        config = replace(config, draft_dtypes=(), tp=1, stages=None, max_num_seqs=1, kv_memory=0)
         job = LocalJob(load_job(clear(config, 1)), is_threaded=False)
         try:
             return Handle(job, built.request, self._builder.reader(built), Completion()).result().tokens

@@ -58,6 +58,7 @@ class RequestBuilder:
         chat: bool = False,
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
+        priority: int = 0,
     ) -> BuiltRequest:
         """Build the request; for the arguments see Engine.submit. Raises UserError for what cannot be served."""
         tokens = self.tokenize(prompt, max_new_tokens, chat)
@@ -69,7 +70,8 @@ class RequestBuilder:
             else:
                 stop_tokens.add(token)
         drawn = exact(self.sampling if sampling is None else sampling)
-        return BuiltRequest(Request(tuple(tokens), max_new_tokens, frozenset(stop_tokens), drawn), stops)
+        request = Request(tuple(tokens), max_new_tokens, frozenset(stop_tokens), drawn, priority)
+        return BuiltRequest(request, stops)
 
     def reader(self, built: BuiltRequest) -> Reader:
         """Return a new reader of the answer to ``built``."""

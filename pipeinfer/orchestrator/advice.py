@@ -20,10 +20,10 @@ class Advice:
         self._policy = policy
         self._stages = stages
 
-    def cancel(self, runs: Sequence[int], rows: Sequence[Cancelled], sequence: int) -> list[Send]:
-        """Cancel ``runs`` of ``sequence``, and ``rows`` of other runs."""
+    def cancel(self, runs: Sequence[tuple[int, int]], rows: Sequence[Cancelled]) -> list[Send]:
+        """Cancel ``runs``, each with a sequence that it has rows of, and ``rows`` of other runs."""
         policy = self._policy
-        dead = (*(Cancelled(run, NO_SLOT, sequence) for run in runs), *(rows if policy.cancel_rows else ()))
+        dead = (*(Cancelled(run, NO_SLOT, sequence) for run, sequence in runs), *(rows if policy.cancel_rows else ()))
         if not dead or policy.cancel == "off":
             return []
         is_relay = policy.cancel == "relay"

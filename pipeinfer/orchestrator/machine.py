@@ -1,30 +1,30 @@
 """The orchestrator: the one place that decides what the target verifies, what is accepted and what is cancelled.
 
-Theory of operation. Requests are served one at a time, in the order in which they were submitted. A prompt is cut into
-chunks that flow through the stages like any run. The token tree starts at the prompt's last token; sources feed nodes
-into it whenever they like (sources.py). A credit from the first stage means that it can take one more run: then the
-schedule (schedule.py) takes nodes from the tree, as a rule the most probable unsent ones, and they leave as one run,
-each in a slot of its own (slot_allocator.py).
+Theory of operation. Up to ``max_num_seqs`` requests are decoded at once; each is a session (session.py). A prompt is
+cut into chunks that flow through the stages like any run. A token tree starts at the prompt's last token; sources feed
+nodes into it whenever they like (sources.py). A credit from the first stage means that it can take one more run: then
+the schedule (schedule.py) takes nodes from the trees, as a rule the most probable unsent ones, and they leave as one run
+(launcher.py), each in a slot of its own (slot_allocator.py). Runs of prompts and runs of nodes take turns.
 
     tree          run 7          run 8          run 9        results come back in launch order
     root --+-- a ---- b ---- c          ...                 RESULT 7: the target's token after each row of run 7
            +-- a'                                           accept: walk from the root along the target's own tokens
 
-A result may move the root several tokens (accept.py). The nodes that die with it free their slots; a run whose rows are
-all dead is cancelled, which is advice: the stages may skip it, and it comes back as a tombstone, or computed and
-ignored. Accepted slots become canonical by an operation that rides in the next run. If nobody had guessed the target's
-token, the new root is unsent, and being certain it leads the next run, which never waits behind dead work.
+A result may move the roots of several trees, each by several tokens (accept.py). The nodes that die with it free
+their slots; a run whose rows are all dead is cancelled, which is advice: the stages may skip it, and it comes back as a
+tombstone, or computed and ignored. Accepted slots become canonical by an operation that rides in the next run. If
+nobody had guessed the target's token, the new root is unsent, and being certain it leads the next run.
 
-When the last token is out, everything in flight is dead; the request is over for its user at once. The next request
-begins when the last run has come back; with ``overlap`` it begins at once, while the slots of the last one are still in
-use, and those become free when its last run is back.
+When the last token of a request is out, everything of it in flight is dead; the request is over for its user at once.
+Its place is free for another one when its last run has come back. Where a known token finds no slot, although no guess
+holds one, the session that came last is preempted: it gives up its slots and begins again later, with all tokens that
+are out as its prompt. pool.py has what is kept and shared.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from operator import attrgetter
 from typing import Any
 
 from kvbuffers.slot_allocator import SlotAllocator
@@ -43,7 +43,7 @@ from pipeinfer.core.messages import (
     Run,
     Shutdown,
     Status,
-    Wants,
+    fault_layer,
 )
 from pipeinfer.core.ports import (
     Aborted,
@@ -56,7 +56,6 @@ from pipeinfer.core.ports import (
     Idle,
     Note,
     Received,
-    RequestStats,
     Send,
     Stalled,
     Started,
@@ -66,6 +65,8 @@ from pipeinfer.core.ports import (
 )
 from pipeinfer.orchestrator.advice import Advice
 from pipeinfer.orchestrator.flight import Flight, InFlight
+from pipeinfer.orchestrator.launcher import Launcher
+from pipeinfer.orchestrator.pool import Pool
 from pipeinfer.orchestrator.roster import Roster
 from pipeinfer.orchestrator.session import Session, Waiting
 from pipeinfer.orchestrator.sources import Sources
@@ -74,14 +75,17 @@ from speculation.schedules.policy import Policy
 from speculation.schedules.registry import make_schedule
 from speculation.schedules.schedule import UNLIMITED, Launch, Order, Placement, Situation, Wait
 from speculation.trees.accept import accept
-from speculation.trees.tree import Tree
+from speculation.trees.tree import Node
 
 RUNS_AHEAD = 1
 """Runs that may wait at the first stage: enough to keep it busy, and no more, so that choices stay fresh."""
 
 
 class Orchestrator:
-    """The machine that leads ``stages`` stages and ``drafters`` drafters. ``context``: most tokens of a request."""
+    """The machine that leads ``stages`` stages and ``drafters`` drafters. ``context``: most tokens of a request.
+
+    ``max_num_seqs``: requests that are decoded at once; ``slots``: of every stage, for accepted tokens and for guesses;
+    ``keeps_prefixes``: whether what a request has computed is kept for others that begin with the same tokens."""
 
     address = ORCHESTRATOR
 
@@ -92,31 +96,33 @@ class Orchestrator:
         policy: Policy,
         context: int,
         digest: int = 0,
-        guess_slots: int | None = None,
+        slots: tuple[int, int] | None = None,
         calibrations: Mapping[str, Mapping[str, Any]] | None = None,
         placement: Placement = "spread",
-        overlap: bool = False,
         priors: Priors = NO_PRIORS,
+        max_num_seqs: int = 1,
+        keeps_prefixes: bool = False,
     ) -> None:
         self.roster = Roster(stages, drafters, digest)
-        self._overlap = overlap
         self._policy = policy
         self._window = policy.most_runs(stages)
         self._edges = Edges(ORCHESTRATOR)
-        self._allocator = SlotAllocator(
-            (1 + overlap) * context, policy.most_guesses(stages) if guess_slots is None else guess_slots
-        )
+        self._allocator = SlotAllocator(*(slots or (max_num_seqs * context, policy.most_guesses(stages))))
+        self._pool = Pool(self._allocator, keeps_prefixes)
         self._sources = Sources(self.roster.drafters, policy, context, self._send, calibrations or {})
-        self._schedule = make_schedule(policy, placement, priors, self._sources.right)
+        self._schedule = make_schedule(policy, placement, priors, self._sources.right, stages)
+        self._most_sessions = min(max_num_seqs, self._schedule.most_sequences)
         self._advice = Advice(policy, self.roster.stages)
         self._deferred: deque[Result] = deque()  # results that the schedule defers
         self._now = 0.0
         self._flight = Flight()
+        self._launcher = Launcher(self._allocator, self._flight, policy.prefill_chunk)
         self._credits = RUNS_AHEAD
         self._sequences = 0
         self._waiting = Waiting(context)
-        self._session: Session | None = None
-        self._draining: Session | None = None  # over, with runs in flight, while the next one is being served
+        self._sessions: dict[int, Session] = {}  # that are decoded, by sequence, in the order in which they began
+        self._draining: list[Session] = []  # that are over, with runs in flight
+        self._prompt_went_last = False
         self._is_closed = False
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -141,14 +147,16 @@ class Orchestrator:
 
     @property
     def load(self) -> tuple[int, int]:
-        """How many runs are in flight, and how many verifications (see RequestStats) the session has had."""
-        return len(self._flight), self._session.stats.verifications if self._session else 0
+        """How many runs are in flight, and how many verifications (see RequestStats) the sessions have had."""
+        return len(self._flight), sum(one.stats.verifications for one in self._sessions.values())
 
     def status(self) -> str:
         """One line for a person who asks why nothing moves."""
-        if self._session is None or self.roster.awaited:
+        if self.roster.awaited or not (self._sessions or self._waiting or self._draining):
             return self.roster.waiting_for() or "idle"
-        return f"{self._flight}, {self._credits} credits, {self._session.emitted} tokens emitted"
+        emitted = sum(one.emitted for one in self._sessions.values())
+        requests = f"{len(self._sessions)} requests, {len(self._waiting)} waiting, {emitted} tokens emitted"
+        return f"{self._flight}, {self._credits} credits, {requests}"
 
     def report(self) -> list[str]:
         """What each role answered to the last Stalled, one line each; the silent ones are named too."""
@@ -167,11 +175,11 @@ class Orchestrator:
             case Nodes() as nodes:
                 found = self._sources.grow(message.source, nodes)
                 if found is not None:
-                    self._schedule.drafted(found)
+                    self._schedule.drafted(self._sessions[nodes.sequence].tree, found)
                 return self._proceed()
             case Hello(digest):
                 self.roster.hello(message.source, digest)
-                return self._begin()
+                return self._proceed()
             case Status() as status:
                 self.roster.answered(message.source, status)
                 return []
@@ -182,79 +190,94 @@ class Orchestrator:
     # A request begins and ends.
 
     def _submit(self, submitted: Submitted) -> list[Command]:
-        served = {session.caller_number for session in (self._session, self._draining) if session is not None}
-        if self._is_closed or submitted.number in served:
-            why = "after the last one" if self._is_closed else "while another one of that number is being served"
-            raise LocalProtocolError(f"request {submitted.number} was submitted {why}")
-        self._waiting.add(submitted)
-        return self._open()
+        if self._is_closed:
+            raise LocalProtocolError(f"request {submitted.number} was submitted after the last one")
+        number = submitted.number
+        if number in self._waiting.numbers or any(one.caller_number == number for one in self._served()):
+            raise LocalProtocolError(f"request {number} was submitted while another one of that number is there")
+        self._waiting.submit(submitted)
+        return self._proceed()
 
-    def _open(self) -> list[Command]:
-        """If nothing is being served: begin the next request, or end where no further one will come."""
-        if self._session is not None:
-            return []
-        if not self._waiting:
-            if not self._is_closed or self._draining is not None:
-                return []
-            return [*(self._send(dest, Shutdown()) for dest in self.roster.everybody), Halt()]
-        caller_number, request = self._waiting.take()
-        self._sequences += 1
-        tree = Tree(request.prompt[-1], len(request.prompt) - 1, self._sources.most_nodes())
-        tree.take(tree.root)  # it leaves with the prompt
-        self._session = Session(request, caller_number, self._sequences, tree)
-        return self._begin()
+    def _served(self) -> list[Session]:
+        """All sessions that are no longer waiting."""
+        return [*self._sessions.values(), *self._draining]
 
-    def _begin(self) -> list[Command]:
-        """Start the submitted request as soon as everybody is there."""
-        session = self._session
-        if self.roster.awaited or session is None or session.prefilled:
-            return []
-        settings = session.request.sampling.settings(session.sequence)
-        self._schedule.opened()
-        commands: list[Command] = [self._send(FIRST_STAGE, settings)]
-        commands += self._sources.open(session.request, session.sequence, session.tree, session.last_position)
-        return commands + self._proceed()
+    def _admit(self) -> list[Command] | None:
+        """Begin the next request, if there is one and a place and slots for it."""
+        session = self._waiting.next
+        if session is None or len(self._sessions) + len(self._draining) >= self._most_sessions:
+            return None
+        sequence = self._sequences + 1
+        shared = self._pool.admit(session, sequence, self._sessions.values())
+        if shared is None:
+            return None
+        self._sequences = sequence
+        self._waiting.take().begin(sequence, self._sources.most_nodes())
+        session.prefilled = shared
+        self._sessions[sequence] = session
+        self._schedule.opened(session.tree)
+        settings = session.request.sampling.settings(sequence)
+        return [self._send(FIRST_STAGE, settings), *self._sources.open(session)]
 
     def _abort(self, number: int) -> list[Command]:
-        if self._waiting.remove(number):
-            return [Finish("aborted", number), Idle(RequestStats(), number)]
-        session = self._session
-        if session is None or session.is_over or session.caller_number != number:
-            return []
-        return self._finish(session, "aborted") + self._proceed()
+        waiting = self._waiting.remove(number)
+        if waiting is not None:
+            return [Finish("aborted", number), Idle(waiting.stats, number), *self._end_if_closed()]
+        for session in self._served():
+            if session.caller_number == number and session.is_preempted:
+                session.is_preempted = False
+                return [Finish("aborted", number)]  # its runs are on their way back
+            if session.caller_number == number and not session.is_over:
+                return self._finish(session, "aborted") + self._proceed()
+        return []
 
     def _close(self) -> list[Command]:
         self._is_closed = True
-        commands = [command for number in self._waiting.numbers for command in self._abort(number)]
-        if self._session is not None:
-            return commands + self._abort(self._session.caller_number)
-        return commands + self._open()
+        numbers = [*self._waiting.numbers, *(session.caller_number for session in self._served())]
+        commands = [command for number in numbers for command in self._abort(number)]
+        return commands if numbers else self._end_if_closed()
+
+    def _end_if_closed(self) -> list[Command]:
+        """The end of the job, where no request is left and no further one will come."""
+        if not self._is_closed or self._waiting or self._sessions or self._draining:
+            return []
+        return [*(self._send(dest, Shutdown()) for dest in self.roster.everybody), Halt()]
 
     def _finish(self, session: Session, reason: str, fault: int | None = None) -> list[Command]:
-        session.is_over = True
-        # A later run may carry the commit of the root's slot, so the root's own run must be written everywhere.
-        root = session.tree.root.run
-        mine = [run for run in self._flight if run.session is session]
-        doomed = [run for run in mine if run.cancelled_at is None and (run.is_prefill or run.number != root)]
+        if fault is not None:
+            session.has_result = False  # its keys and values are not what they should be
         commands: list[Command] = [Finish(reason, session.caller_number, fault)]
-        commands += self._cancel(doomed, [], session)
-        commands += self._sources.close(session.sequence)
+        commands += self._stop(session)
         self._sources.account(session.stats)
-        if self._overlap and self._draining is None and mine:
-            self._session, self._draining = None, session
-            return commands + self._open()
         return commands + self._settle(session)
 
+    def _stop(self, session: Session) -> list[Command]:
+        """Decode ``session`` no further: nothing of it that is in flight is of use."""
+        session.is_over = True
+        del self._sessions[session.sequence]
+        self._draining.append(session)
+        commands = self._cancel(*self._flight.doomed(session))
+        session.tree.prune()
+        self._schedule.closed(session.tree)
+        return commands + list(self._sources.close(session.sequence))
+
     def _settle(self, session: Session) -> list[Command]:
-        """If all runs of ``session``, which is over, are back: its slots are free, and the next request begins."""
-        if any(run.session is session for run in self._flight):
+        """If all runs of ``session``, which is over, are back: its place is free."""
+        if session.runs:
             return []
-        if session is self._draining:
-            self._draining = None
-        else:
-            self._session = None
+        self._draining.remove(session)
+        if session.is_preempted:
+            self._waiting.put(session)
+            return []
+        self._pool.end(session, session.has_result)
+        return [Idle(session.stats, session.caller_number), *self._end_if_closed()]
+
+    def _preempt(self, session: Session) -> list[Command]:
+        """Free the slots of ``session``, which begins again later."""
+        session.is_preempted = True
+        commands: list[Command] = [Note(f"preempt request {session.caller_number}"), *self._stop(session)]
         self._allocator.free(session.sequence)
-        return [Idle(session.stats, session.caller_number), *self._open()]
+        return commands + self._settle(session)
 
     # Runs leave.
 
@@ -266,95 +289,100 @@ class Orchestrator:
         return commands
 
     def _step(self) -> list[Command] | None:
-        session = self._session
-        if session is None:
-            return self._result(self._deferred.popleft()) if self._deferred else None
-        situation = Situation(
-            session.tree,
+        decoding = [one for one in self._sessions.values() if one.prefilled == one.prompt]
+        trees = [one.tree for one in decoding or self._sessions.values()]
+        roots = sum(tree.root.pending for tree in trees)
+        self._pool.secure(roots)
+        now = Situation(
+            trees,
             self._credits,
             len(self._flight),
             self._window - len(self._flight),
-            self._allocator.room(),
+            self._allocator.room(len(decoding) if len(decoding) > 1 else 0),
             self._now,
+            self._allocator.free_slots(),
         )
-        is_awaited = not session.is_over and self._draining is None
-        if self._deferred and not (is_awaited and self._schedule.defers_results(situation)):
+        if self._deferred and not (self._sessions and self._schedule.defers_results(now)):
             return self._result(self._deferred.popleft())
-        if session.is_over or self.roster.awaited:
+        if self.roster.awaited:
             return None
-        if session.prefilled < len(session.request.prompt):
-            return [self._launch_prefill(session)] if self._credits > 0 and situation.slots > 0 else None
-        step = self._schedule.next(situation)
-        if isinstance(step, Wait):
-            return [Wake(step.until)]
-        if isinstance(step, Launch):
-            return [self._launch(session, step)]
-        return self._order(step) if isinstance(step, Order) else step
+        if (begun := self._admit()) is not None:
+            return begun
+        if roots > now.root_room and not self._allocator.counts()[1]:  # a guess that holds a slot gives it back
+            return self._preempt(max(self._sessions.values(), key=lambda one: one.rank))
+        prompts = [one for one in self._sessions.values() if one.prefilled < one.prompt]
+        may_prefill = prompts and now.credits > 0 and now.slots > 0
+        commands: list[Command] = []
+        if decoding and not (may_prefill and not self._prompt_went_last):
+            step = self._schedule.next(now)
+            if isinstance(step, Launch):
+                self._prompt_went_last = False
+                return [self._send_run(self._launcher.nodes(step, self._sessions, self._now))]
+            if isinstance(step, Order):
+                return self._order(step)
+            if isinstance(step, Wait):
+                commands.append(Wake(step.until))
+        run = self._launcher.prompts(prompts, self._now) if may_prefill else None
+        if run is not None:
+            self._prompt_went_last = True
+            commands.append(self._send_run(run))
+        return commands or None
 
     def _order(self, order: Order) -> list[Command]:
         sends = self._sources.order(order)
-        if not sends and order.passes not in (0, UNLIMITED):
-            self._schedule.drafted([])  # without drafters nobody will answer
+        if not self.roster.drafters and order.passes not in (0, UNLIMITED):
+            for sequence, session in self._sessions.items():  # without drafters nobody will answer
+                if order.sequence in (None, sequence):
+                    self._schedule.drafted(session.tree, [])
         return list(sends)
-
-    def _launch_prefill(self, session: Session) -> Send:
-        prompt = session.request.prompt
-        chunk = prompt[session.prefilled :][: self._policy.prefill_chunk]
-        ops, rows = self._allocator.prompt_rows(session.sequence, chunk)
-        session.prefilled += len(rows)
-        run = self._flight.launch(session, self._now, is_prefill=True)
-        wants = Wants.NOTHING
-        if session.prefilled == len(prompt):
-            wants = Wants.LAST
-            session.tree.root.run, session.tree.root.slot = run.number, rows[-1].slot
-            run.nodes = [session.tree.root]
-        session.stats.prefill_runs += 1
-        return self._send_run(Run(run.number, is_canonical=True, wants=wants, ops=ops, rows=tuple(rows)))
-
-    def _launch(self, session: Session, launch: Launch) -> Send:
-        run = self._flight.launch(session, self._now, is_canonical=launch.is_canonical)
-        run.nodes, run.copies = launch.nodes, launch.copies
-        ops = self._allocator.operations()
-        slots = self._allocator.lease(session.sequence, len(run.nodes) + len(run.copies))
-        for node, slot in zip(run.nodes, slots, strict=False):
-            node.slot, node.run = slot, run.number
-            if node is session.tree.root:
-                run.carries_root = True
-                self._allocator.commit(session.sequence, slot)  # it is accepted already
-        rows = [node.row(slot, session.sequence) for node, slot in zip([*run.nodes, *run.copies], slots, strict=True)]
-        self._allocator.release(session.sequence, *slots[len(run.nodes) :])  # nobody will ever look at a copy
-        session.stats.runs += 1
-        session.stats.rows += len(rows)
-        session.stats.drafted += len(run.nodes) - run.carries_root
-        return self._send_run(Run(run.number, ops=ops, rows=tuple(sorted(rows, key=attrgetter("position")))))
 
     # Results come back.
 
     def _result(self, result: Result) -> list[Command]:
         run = self._flight.land(result.run)
-        session = run.session
+        over = [session for session in run.sessions if session.is_over]
+        living = [session for session in run.sessions if not session.is_over]
         if result.is_tombstone:
-            session.stats.tombstones += 1
-            if run.cancelled_at is not None:
-                session.stats.cancel_s += self._now - run.cancelled_at
-        elif not run.is_prefill and session is self._session:
-            trip_s = self._now - run.launched_at
-            rows = len(run.nodes) + len(run.copies)
+            for session in run.sessions:
+                session.stats.tombstones += 1
+                if run.cancelled_at is not None:
+                    session.stats.cancel_s += self._now - run.cancelled_at
+        elif not run.is_prefill:
             # Where rows died on the way nobody knows how many the slowest stage had.
-            slowest_s = 1e-6 * result.slowest_us if len(result.rows) == rows else None
-            self._schedule.returned(rows, slowest_s, trip_s, run.carries_root)
-        if session.is_over:
-            return self._settle(session)
-        if not run.is_prefill:
-            session.stats.busy_s += 1e-6 * result.work_us / len(self.roster.stages)
-        fault = run.hear(result)
-        return self._accept(session, run) if fault is None else self._finish(session, "error", fault)
+            slowest_s = 1e-6 * result.slowest_us if len(result.rows) == run.rows else None
+            self._schedule.returned(run.rows, slowest_s, self._now - run.launched_at, run.carries_root)
+        commands: list[Command] = [command for session in over for command in self._settle(session)]
+        for session in living if not run.is_prefill else ():
+            session.stats.busy_s += 1e-6 * result.work_us / len(self.roster.stages) / len(run.sessions)
+        if not result.is_tombstone:
+            run.hear(result, self._sessions)
+        faulty = [row for row in result.rows if row.token < 0] if run.is_prefill else []
+        faults = {row.sequence: fault_layer(row.token) for row in reversed(faulty)}  # the first one of a sequence
+        died, advanced = list[Node](), list[tuple[int, list[Node], bool]]()
+        for session in living:
+            if session.sequence in faults:
+                commands += self._finish(session, "error", faults[session.sequence])
+            else:
+                commands += self._accept(session, run, died, advanced)
+        commands += self._cancel(
+            *self._flight.losses(died, {key: one.tree.root for key, one in self._sessions.items()})
+        )
+        guesses = self._schedule.guesses
+        return commands + [
+            send
+            for sequence, accepted, restarts in advanced
+            for send in self._sources.advance(sequence, accepted, restarts, guesses)
+        ]
 
-    def _accept(self, session: Session, run: InFlight) -> list[Command]:
-        left = session.request.max_new_tokens - session.emitted
-        outcome = accept(session.tree, left, session.request.stop_tokens, self._sources.verified)
+    def _accept(
+        self, session: Session, run: InFlight, died: list[Node], advanced: list[tuple[int, list[Node], bool]]
+    ) -> list[Command]:
+        """Emit what is now known of ``session``. ``died`` and ``advanced`` take the nodes that died, and the sequence
+        with its accepted nodes and whether guesses begin anew."""
+        outcome = accept(session.tree, session.left, session.request.stop_tokens, self._sources.verified)
         if not outcome.accepted:
             return [] if outcome.fault is None else self._finish(session, "error", outcome.fault)
+        session.has_result = True
         session.emitted += len(outcome.accepted)
         session.stats.verifications += not run.is_prefill
         for node in outcome.accepted:
@@ -364,27 +392,31 @@ class Orchestrator:
                 session.stats.accepted += 1
                 self._allocator.commit(session.sequence, node.slot)
         tokens = tuple(node.token for node in outcome.accepted)
+        session.text += tokens
+        died += outcome.died
         commands: list[Command] = [Emit(tokens, tuple(outcome.logps), session.caller_number)]
         restarts = self._schedule.restarts(outcome.accepted)
         if restarts:
-            outcome.died += session.tree.prune()
+            pruned = session.tree.prune()
+            outcome.died += pruned
+            died += pruned
         self._allocator.release(session.sequence, *[node.slot for node in outcome.died if node.slot is not None])
-        if outcome.stopped or session.emitted == session.request.max_new_tokens:
+        if outcome.stopped or not session.left:
             return commands + self._finish(session, "stop" if outcome.stopped else "length")
         if outcome.fault is not None:
             return commands + self._finish(session, "error", outcome.fault)
-        if decided := self._schedule.accepted(len(outcome.accepted), self._now):
+        if decided := self._schedule.accepted(session.tree, len(outcome.accepted), self._now):
             commands.append(Note(decided))
-        runs, rows = self._flight.losses(session.tree.root, outcome.died)
-        commands += self._cancel(runs, rows, session)
-        return commands + list(self._sources.advance(outcome.accepted, restarts, self._schedule.guesses))
+        advanced.append((session.sequence, outcome.accepted, restarts))
+        return commands
 
-    def _cancel(self, runs: list[InFlight], rows: list[Cancelled], session: Session) -> list[Command]:
+    def _cancel(self, runs: list[InFlight], rows: list[Cancelled]) -> list[Command]:
         """Advise the stages to skip ``runs``, and ``rows`` of others."""
         for run in runs:
             run.cancelled_at = self._now
-        session.stats.cancelled_runs += sum(not run.is_prefill for run in runs)
-        return list(self._advice.cancel([run.number for run in runs], rows, session.sequence))
+            for session in run.sessions:
+                session.stats.cancelled_runs += not run.is_prefill
+        return list(self._advice.cancel([(run.number, run.sessions[0].sequence) for run in runs], rows))
 
     def _send(self, dest: int, body: Body) -> Send:
         return Send(self._edges.message(dest, body))

@@ -1,7 +1,8 @@
-"""Requests: the one being served, and those that wait."""
+"""Sessions: requests that are being decoded, and the queue of those that wait."""
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field
 
 from pipeinfer.core.errors import LocalProtocolError
@@ -9,58 +10,94 @@ from pipeinfer.core.ports import Request, RequestStats, Submitted
 from speculation.trees.tree import Tree
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Session:
     """How far a request is: ``prefilled`` tokens of its prompt are on their way, ``emitted`` tokens are out.
 
-    ``caller_number``: the caller's id of the request; ``sequence``: the id that messages carry."""
+    ``caller_number``: the caller's id of the request; ``sequence``: the id that messages carry, 0 while the request
+    waits. ``text``: the request's prompt and all tokens that are out. ``prompt``: how many of them were known when the
+    sequence began; more than the request's prompt if the request was preempted. ``runs``: in flight with rows of it."""
 
     request: Request
     caller_number: int
-    sequence: int
-    tree: Tree
+    arrival: int
+    text: list[int]
+    sequence: int = 0
+    tree: Tree = field(default_factory=lambda: Tree(0, 0, 0))
     stats: RequestStats = field(default_factory=RequestStats)
+    prompt: int = 0
     prefilled: int = 0
     emitted: int = 0
+    runs: int = 0
+    has_result: bool = False  # whether the target has read the whole prompt
     is_over: bool = False
+    is_preempted: bool = False  # over for now: it begins again
 
     @property
     def last_position(self) -> int:
         """The last position whose choice may still be emitted."""
         return len(self.request.prompt) + self.request.max_new_tokens - 2
 
+    @property
+    def left(self) -> int:
+        """Tokens that may still be emitted."""
+        return self.request.max_new_tokens - self.emitted
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Its place in every queue: the lowest is served first, and preempted last."""
+        return self.request.priority, self.arrival
+
+    def begin(self, sequence: int, max_nodes: int) -> None:
+        """Begin as ``sequence``: nothing of the text is on its way yet, and all of it is a prompt."""
+        self.sequence, self.prompt, self.prefilled = sequence, len(self.text), 0
+        self.has_result = self.is_over = self.is_preempted = False
+        self.tree = Tree(self.text[-1], len(self.text) - 1, max_nodes, sequence)
+        self.tree.take(self.tree.root)  # it leaves with the prompt
+
 
 class Waiting:
-    """Requests that wait to be served, first come first served. ``context``: most tokens of a request."""
+    """Requests that wait to be served, by priority, then first come first served. ``context``: most tokens of one."""
 
     def __init__(self, context: int) -> None:
         self._context = context
-        self._requests: dict[int, Request] = {}  # by the caller's number, in the order of submission
+        self._sessions: list[Session] = []
+        self._arrivals = 0
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return len(self._sessions)
 
     @property
     def numbers(self) -> list[int]:
         """The callers' numbers, the next one first."""
-        return list(self._requests)
+        return [session.caller_number for session in self._sessions]
 
-    def add(self, submitted: Submitted) -> None:
-        """Put a request at the end. Raises LocalProtocolError for one that cannot be served."""
+    @property
+    def next(self) -> Session | None:
+        """The next one to be served."""
+        return self._sessions[0] if self._sessions else None
+
+    def submit(self, submitted: Submitted) -> None:
+        """Put a new request in its place. Raises LocalProtocolError for one that cannot be served."""
         request = submitted.request
-        if submitted.number in self._requests:
-            raise LocalProtocolError(f"request {submitted.number} was submitted while another one of that number waits")
         if not request.prompt or request.max_new_tokens < 1:
             raise LocalProtocolError("a request needs a prompt and at least one new token")
         if len(request.prompt) + request.max_new_tokens > self._context:
             raise LocalProtocolError(f"the request needs more than the context of {self._context} tokens")
-        self._requests[submitted.number] = request
+        self._arrivals += 1
+        self.put(Session(request, submitted.number, self._arrivals, list(request.prompt)))
 
-    def take(self) -> tuple[int, Request]:
-        """The next request and its number; it does not wait any more."""
-        number = next(iter(self._requests))
-        return number, self._requests.pop(number)
+    def put(self, session: Session) -> None:
+        """Put ``session`` in its place."""
+        bisect.insort(self._sessions, session, key=lambda one: one.rank)
 
-    def remove(self, number: int) -> bool:
-        """Forget request ``number``; whether it was waiting."""
-        return self._requests.pop(number, None) is not None
+    def take(self) -> Session:
+        """The next one; it does not wait any more."""
+        return self._sessions.pop(0)
+
+    def remove(self, number: int) -> Session | None:
+        """Forget request ``number``; it, if it was waiting."""
+        for index, session in enumerate(self._sessions):
+            if session.caller_number == number:
+                return self._sessions.pop(index)
+        return None

@@ -1,4 +1,4 @@
-"""Where guesses come from: draft models on ranks of their own, and the text itself. All feed one tree.
+"""Where guesses come from: draft models on ranks of their own, and the text itself. All feed one tree per sequence.
 
 The orchestrator's side of drafting. Drafters stream nodes in and receive the accepted tokens; a lookup of the text's
 end in the text (lookup.py) needs no other rank, so it also serves where the drafter is slow, wrong or silent.
@@ -23,13 +23,14 @@ from pipeinfer.core.messages import (
     Prompt,
     accepted_name,
 )
-from pipeinfer.core.ports import Request, RequestStats, Send
+from pipeinfer.core.ports import RequestStats, Send
+from pipeinfer.orchestrator.session import Session
 from speculation.schedules.continuous import RIGHT
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import UNLIMITED, Order
 from speculation.trees.calibration import Calibration, Reliability
 from speculation.trees.lookup import CLAIMS, Lookup
-from speculation.trees.tree import SLACK, Node, Tree
+from speculation.trees.tree import SLACK, Node
 
 LOOKUP = -1
 """The source of nodes that were looked up; drafters are sources by their addresses."""
@@ -46,13 +47,11 @@ SendTo = Callable[[int, Body], Send]
 
 @dataclass(slots=True)
 class _Served:
-    """What is known of the request being served."""
+    """What is known of a sequence that is being decoded. ``lookup``: of its text, if there is one."""
 
-    request: Request
-    sequence: int
-    tree: Tree
-    last_position: int
+    session: Session
     names: dict[int, dict[int, Node]]
+    lookup: Lookup | None
     awaited: set[int] = field(default_factory=set)  # drafters that still work on an order
     found: list[Node] = field(default_factory=list)  # by that order
     untold: list[Node] = field(default_factory=list)  # accepted, of which the sources know nothing yet
@@ -74,8 +73,9 @@ class Sources:
         self._drafters = drafters
         self._policy = policy
         self._send_to = send_to
-        self._served: _Served | None = None
-        self._lookup = Lookup(most_tokens=context) if policy.prompt_lookup else None
+        self._context = context
+        self._served: dict[int, _Served] = {}  # by sequence
+        self._lookups: list[Lookup] = []  # that no sequence uses
         self.calibrations = {
             source: Calibration.from_words(calibrations[name]) if name in calibrations else Calibration()
             for source, name in ((source, source_name(source)) for source in (LOOKUP, *drafters))
@@ -93,16 +93,18 @@ class Sources:
         """A bound on the living nodes of the tree."""
         return 1 + max(1, len(self._drafters)) * self._policy.most_nodes() + 4 * self._policy.prompt_lookup
 
-    def open(self, request: Request, sequence: int, tree: Tree, last_position: int) -> list[Send]:
-        """A new request: the messages about it to the drafters. No guess beyond ``last_position`` is of use."""
-        root = {accepted_name(tree.root.position): tree.root}
+    def open(self, session: Session) -> list[Send]:
+        """A sequence begins: the messages about it to the drafters."""
+        root = {accepted_name(session.tree.root.position): session.tree.root}
+        lookup = None
+        if self._policy.prompt_lookup:
+            lookup = self._lookups.pop() if self._lookups else Lookup(most_tokens=self._context)
+            lookup.clear()
+            lookup.extend(session.text)
         names = {drafter: dict(root) for drafter in self._drafters}
-        self._served = _Served(request, sequence, tree, last_position, names)
-        if self._lookup is not None:
-            self._lookup.clear()
-            self._lookup.extend(request.prompt)
-        sends = [send for drafter in self._drafters for send in self._prompt(drafter, self._served)]
-        self._look_up(self._served)
+        served = self._served[session.sequence] = _Served(session, names, lookup)
+        sends = [send for drafter in self._drafters for send in self._prompt(drafter, session)]
+        self._look_up(served)
         return sends
 
     def _teach(self, drafter: int) -> list[Send]:
@@ -113,41 +115,48 @@ class Sources:
         self._sent_revisions[drafter] = calibration.revision
         return [self._send_to(drafter, calibration.message())]
 
-    def _prompt(self, drafter: int, served: _Served) -> list[Send]:
-        prompt, sequence = served.request.prompt, served.sequence
-        sends = [self._send_to(drafter, served.request.sampling.settings(sequence)), *self._teach(drafter)]
+    def _prompt(self, drafter: int, session: Session) -> list[Send]:
+        prompt, sequence = tuple(session.text), session.sequence
+        sends = [self._send_to(drafter, session.request.sampling.settings(sequence)), *self._teach(drafter)]
         for start in range(0, len(prompt), MAX_ROWS):
             is_last = start + MAX_ROWS >= len(prompt)
-            part = Prompt(sequence, served.last_position, is_last, prompt[start : start + MAX_ROWS])
+            part = Prompt(sequence, session.last_position, is_last, prompt[start : start + MAX_ROWS])
             sends.append(self._send_to(drafter, part))
         return sends
 
     def close(self, sequence: int) -> list[Send]:
-        """The request of ``sequence`` is over."""
-        self._served = None
+        """``sequence`` is over."""
+        served = self._served.pop(sequence)
+        if served.lookup is not None:
+            self._lookups.append(served.lookup)
         return [self._send_to(drafter, Close(sequence)) for drafter in self._drafters]
 
     def order(self, order: Order) -> list[Send]:
         """Pass an order on to all drafters."""
-        served = self._served
-        if served is None:
-            return []
+        sends = []
+        for sequence in self._served if order.sequence is None else (order.sequence,):
+            sends += self._order(self._served[sequence], order)
+        return sends
+
+    def _order(self, served: _Served, order: Order) -> list[Send]:
         sends = self._tell(served) if order.passes else []
         if order.passes not in (0, UNLIMITED):
             served.awaited, served.found = set(self._drafters), []
             self._look_up(served)  # what was thrown away for this order is guessed again
-        message = DraftOrder(served.sequence, order.restart, order.passes, order.draft_batch, order.cutoff)
+        message = DraftOrder(served.session.sequence, order.restart, order.passes, order.draft_batch, order.cutoff)
         return sends + [self._send_to(drafter, message) for drafter in self._drafters]
 
     def grow(self, source: int, message: Nodes) -> list[Node] | None:
-        """Take the nodes of drafter ``source`` into the tree; what hangs on a dead branch is left out.
+        """Take the nodes of drafter ``source`` into the tree of their sequence; what hangs on a dead branch is left
+        out.
 
         Returns what an order has found once all drafters are done with it, else None."""
-        served = self._served
-        if served is None or message.sequence != served.sequence:
+        served = self._served.get(message.sequence)
+        if served is None:
             return None
-        tree = served.tree
-        names, calibration, stop_tokens = served.names[source], self._calibration(source), served.request.stop_tokens
+        tree, session = served.session.tree, served.session
+        names, calibration = served.names[source], self._calibration(source)
+        last_position, stop_tokens = session.last_position, session.request.stop_tokens
         last, parent, rank = None, None, 0
         for token, name, parent_name, claim in message.nodes:
             if parent_name == last:
@@ -156,7 +165,7 @@ class Sources:
                 last, parent, rank = parent_name, names.get(parent_name), 0
                 if parent is not None:
                     parent.is_drafted = True
-                    parent = parent if parent.position < served.last_position else None
+                    parent = parent if parent.position < last_position else None
             if parent is None or token in stop_tokens:
                 continue
             logp = calibration.logp(rank, claim) if calibration else claim
@@ -194,12 +203,11 @@ class Sources:
                 outcomes = [(child.rank, child.claim, child.token == node.choice) for child in children]
                 self.calibrations[source].learn(outcomes)
 
-    def advance(self, accepted: Sequence[Node], restart: bool, wanted: bool) -> list[Send]:
-        """Take the accepted tokens; with ``restart`` guesses begin anew. Unless guesses are ``wanted`` now, the sources
-        hear of these tokens when one is ordered: an event per token costs more than a short pass may take."""
-        served = self._served
-        if served is None:
-            return []
+    def advance(self, sequence: int, accepted: Sequence[Node], restart: bool, wanted: bool) -> list[Send]:
+        """Take the accepted tokens of ``sequence``; with ``restart`` guesses begin anew. Unless guesses are ``wanted``
+        now, the sources hear of these tokens when one is ordered: an event per token costs more than a short pass may
+        take."""
+        served = self._served[sequence]
         for drafter in self._drafters:
             served.names[drafter].update((accepted_name(node.position), node) for node in accepted)
         served.untold += accepted
@@ -212,29 +220,30 @@ class Sources:
         served.untold, served.restart = [], False
         if not untold:
             return []
-        tokens = tuple(node.token for node in untold)
+        tokens, sequence = tuple(node.token for node in untold), served.session.sequence
         sends = []
         for drafter in self._drafters:
             for start in range(0, len(tokens), MAX_ROWS):
                 part = tokens[start : start + MAX_ROWS]
-                sends.append(self._send_to(drafter, Advance(served.sequence, untold[start].position, restart, part)))
+                sends.append(self._send_to(drafter, Advance(sequence, untold[start].position, restart, part)))
             sends += self._teach(drafter)
-        if self._lookup is not None:
-            self._lookup.extend(tokens)
+        if served.lookup is not None:
+            served.lookup.extend(tokens)
             self._look_up(served)
         return sends
 
     def _look_up(self, served: _Served) -> None:
         """Hang a chain of looked-up tokens below the root, along what others have guessed where that is the same."""
-        if self._lookup is None:
+        if served.lookup is None:
             return
-        node: Node | None = served.tree.root
+        session = served.session
+        node: Node | None = session.tree.root
         calibration = self._calibration(LOOKUP)
-        for token, rank in self._lookup.propose(self._policy.prompt_lookup):
-            if node is None or node.position >= served.last_position or token in served.request.stop_tokens:
+        for token, rank in served.lookup.propose(self._policy.prompt_lookup):
+            if node is None or node.position >= session.last_position or token in session.request.stop_tokens:
                 break
             logp = calibration.logp(rank, CLAIMS[rank]) if calibration else CLAIMS[rank]
-            node = served.tree.add(node, token, logp, LOOKUP, rank, CLAIMS[rank])
+            node = session.tree.add(node, token, logp, LOOKUP, rank, CLAIMS[rank])
 
     def account(self, stats: RequestStats) -> None:
         """Write down how good the guesses' probabilities were, and what was learnt of them."""
@@ -248,5 +257,5 @@ class Sources:
 
     @property
     def names(self) -> list[int]:
-        """How many names of nodes are kept for each drafter."""
-        return [len(names) for names in self._served.names.values()] if self._served else []
+        """How many names of nodes are kept for each drafter, of all sequences."""
+        return [sum(len(one.names[drafter]) for one in self._served.values()) for drafter in self._drafters]

@@ -15,6 +15,9 @@ from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import PLACEMENTS, Placement
 from stages.stage.machine import Stage
 
+MOST_SHARES = 8
+"""Slots for guesses in flight are those of so many requests that are decoded alone, at most: the more requests, the
+fewer guesses of each are worth a row."""
 COSTS = ("row_costs", "trip_costs", "draft_costs")
 
 
@@ -25,8 +28,10 @@ class JobSpec:
     ``digest``: what ranks compare in Hello. ``guess_slots``: slots for guesses in flight, if fewer than the policy
     wants. ``calibrations``: what is known of each source's probabilities.
     ``placement``: what processors the roles have. ``draft_contexts``: of each drafter the positions that its model was
-    made for, 0 for any number; empty if none has a limit. ``overlap``: whether the next request is prefilled while the
-    last runs of the one before are in flight. ``row_costs``, ``trip_costs``, ``draft_costs``: what passes took when the
+    made for, 0 for any number; empty if none has a limit. ``max_num_seqs``: requests that are decoded at once.
+    ``kv_slots``: slots of a stage for accepted tokens of all of them; 0: enough for that many whole contexts.
+    ``keeps_prefixes``: whether what a request has computed is kept for others that begin with the same tokens.
+    ``row_costs``, ``trip_costs``, ``draft_costs``: what passes took when the
     models were loaded (see Priors); empty if nothing was measured."""
 
     stages: int
@@ -38,7 +43,9 @@ class JobSpec:
     calibrations: dict[str, dict[str, Any]] = field(default_factory=dict)
     placement: Placement = "spread"
     draft_contexts: tuple[int, ...] = ()
-    overlap: bool = False
+    max_num_seqs: int = 1
+    kv_slots: int = 0
+    keeps_prefixes: bool = False
     row_costs: Costs = ()
     trip_costs: Costs = ()
     draft_costs: Costs = ()
@@ -72,21 +79,31 @@ class JobSpec:
     @property
     def slots(self) -> tuple[int, int]:
         """Slots of every stage: for accepted tokens, and for guesses in flight."""
-        guesses = self.policy.most_guesses(self.stages)
-        accepted = (1 + self.overlap) * self.context
+        guesses = min(self.max_num_seqs, MOST_SHARES) * self.policy.most_guesses(self.stages)
+        accepted = max(self.context, self.kv_slots) if self.kv_slots else self.max_num_seqs * self.context
         return accepted, guesses if self.guess_slots is None else min(guesses, self.guess_slots)
 
     def machine(self, address: int) -> Machine:
         """The brain of the role at ``address``, as it is before anything has happened."""
         if address == ORCHESTRATOR:
-            guesses = self.slots[1]
-            numbers = (self.stages, self.drafters, self.policy, self.context, self.digest, guesses)
-            priors = Priors(self.row_costs, self.trip_costs, self.draft_costs)
-            return Orchestrator(*numbers, self.calibrations, self.placement, self.overlap, priors)
+            return Orchestrator(
+                self.stages,
+                self.drafters,
+                self.policy,
+                self.context,
+                self.digest,
+                self.slots,
+                self.calibrations,
+                self.placement,
+                Priors(self.row_costs, self.trip_costs, self.draft_costs),
+                self.max_num_seqs,
+                self.keeps_prefixes,
+            )
         if address >= FIRST_DRAFTER:
             index = address - FIRST_DRAFTER
             positions = self.draft_contexts[index] if index < len(self.draft_contexts) else 0
-            return Drafter(address, self.policy, self.context, self.digest, positions, self.draft_costs)
+            numbers = (self.context, self.digest, positions, self.draft_costs, self.max_num_seqs, self.kv_slots)
+            return Drafter(address, self.policy, *numbers)
         # Where one stage is all, its result is the best there is to know for the next run.
         result_first = self.policy.schedule == "continuous" and self.stages == 1
         credits_early = self.policy.schedule != "pipeinfer" and not result_first

@@ -21,6 +21,6 @@ def load_shards(job_spec: JobSpec, roles: Iterable[Role], pair: Pair) -> dict[in
         if role.layers is not None:
             shards[role.address] = pair.stage(role.layers, sum(job_spec.slots))
         elif role.address != ORCHESTRATOR:
-            capacity = draft_slots(job_spec.policy, job_spec.context)
+            capacity = draft_slots(job_spec.policy, job_spec.context, job_spec.max_num_seqs, job_spec.kv_slots)
             shards[role.address] = pair.draft(role.address - FIRST_DRAFTER, capacity)
     return shards

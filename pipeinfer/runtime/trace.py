@@ -144,7 +144,7 @@ def _batch_form(batch: Batch) -> tuple[Any, ...]:
 
 
 def _draw_form(draw: SamplingInputs) -> tuple[Any, ...]:
-    return draw.sampling, draw.positions.tolist(), [_packed(tokens.tobytes()) for tokens in draw.seen], draw.is_guess
+    return draw.samplings, draw.positions.tolist(), [_packed(tokens.tobytes()) for tokens in draw.seen], draw.is_guess
 
 
 _FORMS: dict[type, Callable[[Any], Any]] = {kind: _named(kind) for kind in (*get_args(Event), *get_args(Command))}
@@ -283,7 +283,7 @@ _READERS: dict[type, dict[str, Callable[[Any], Any]]] = {
         "rows": tuple,
         "draw": _maker(
             SamplingInputs,
-            sampling=_SAMPLING,
+            samplings=lambda stored: tuple(map(_SAMPLING, stored)),
             positions=_integers,
             seen=lambda stored: tuple(np.frombuffer(_unpacked(tokens), np.int64) for tokens in stored),
         ),

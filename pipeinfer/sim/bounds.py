@@ -143,6 +143,8 @@ def _stage_bounds(stage: Stage) -> Iterator[Limit]:
 def _drafter_bounds(drafter: Machine, spec: WorldSpec) -> Iterator[Limit]:
     assert isinstance(drafter, Drafter)
     yield from _allocator_bounds(drafter._allocator)
+    guesses = sum(len(sequence.ahead) for sequence in drafter._sequences.values())
+    yield "leased slots that no guess has", len(drafter._allocator._leased) - guesses, 0
     yield "sequences", len(drafter._sequences), 1
     yield "batch", len(drafter._pass.nodes) if drafter._pass else 0, spec.policy.draft_batch
     for sequence in drafter._sequences.values():

@@ -290,7 +290,6 @@ def make_job_spec(spec: WorldSpec) -> JobSpec:
         guess_slots=spec.guess_slots,
         placement=spec.placement,
         draft_contexts=limits,
-        overlap=spec.overlap,
         row_costs=spec.priors.rows,
         trip_costs=spec.priors.trips,
         draft_costs=spec.priors.drafts,

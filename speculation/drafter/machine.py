@@ -7,13 +7,16 @@ the drafter computed below its own second choices is ready when one of them turn
 ``max_ahead`` nodes ahead.
 
 Under schedules that are not continuous a drafter works to orders: so many passes, then a Nodes message that ends the
-order. Sequences are served in the order in which they began.
+order. Each sequence has a tree and orders of its own, and one pass serves all of them (see draft_pass.py). Passes over
+prompts and passes over leaves take turns where both are waiting; prompts are read in the order in which they came.
+
+A sequence whose prompt or accepted tokens find no slot goes mute: it sends no more guesses, and gives its slots back.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from kvbuffers.slot_allocator import SlotAllocator
 from kvbuffers.slot_table import SlotTable
@@ -21,6 +24,7 @@ from pipeinfer.core.addresses import ORCHESTRATOR, address_name
 from pipeinfer.core.edges import Edges
 from pipeinfer.core.errors import RemoteProtocolError
 from pipeinfer.core.messages import (
+    MAX_ROWS,
     Advance,
     Body,
     Calibrate,
@@ -51,12 +55,13 @@ from pipeinfer.core.ports import (
     Send,
     Started,
 )
+from speculation.drafter.draft_pass import Chosen, Offer, Part, Pass, choose, take_back
 from speculation.drafter.sequence import DraftSequence
 from speculation.schedules.cost_curve import LEAF_WORTH, CostCurve, Costs
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import UNLIMITED
 from speculation.trees.calibration import Calibration
-from speculation.trees.tree import Node, Tree
+from speculation.trees.tree import Node
 
 LEAST_PATH = math.log(4.5e-4)
 """No child whose path is less probable than this is worth a name, even where rows are free; first choices are.
@@ -66,35 +71,38 @@ Found by trying, see docs/log.md."""
 MOST_FAULTY = 8
 """Passes in a row whose numbers are not finite, after which the drafter sends nothing more in this request."""
 
-
-@dataclass(slots=True)
-class _Pass:
-    """The pass under way: of which sequence, its rows, the rows whose choices are wanted, and their nodes."""
-
-    sequence: int
-    rows: int
-    wanted: tuple[int, ...]
-    nodes: list[Node]
+MOST_GUESSES = 4 * MAX_ROWS
+"""Most slots for guesses of all sequences together, unless one sequence alone needs more."""
 
 
 class Drafter:
     """The machine of one draft model. ``context`` is the most tokens a request may have, prompt included.
 
     ``positions``: how many the model was made for (0: any number). No token beyond them is evaluated: the tree ends
-    there, and of a prompt that is longer nothing is read. ``prior``: what passes are known to take."""
+    there, and of a prompt that is longer nothing is read. ``prior``: what passes are known to take. ``max_num_seqs``:
+    how many sequences are drafted for at once. ``slots``: see draft_slots."""
 
     def __init__(
-        self, address: int, policy: Policy, context: int, digest: int = 0, positions: int = 0, prior: Costs = ()
+        self,
+        address: int,
+        policy: Policy,
+        context: int,
+        digest: int = 0,
+        positions: int = 0,
+        prior: Costs = (),
+        max_num_seqs: int = 1,
+        slots: int = 0,
     ) -> None:
         self.address = address
         self._policy = policy
         self._positions = positions or context
         self._digest = digest
         self._edges = Edges(address)
-        self._allocator = SlotAllocator(context, policy.max_ahead + policy.draft_batch)
+        self._allocator = SlotAllocator(*_pool(policy, context, max_num_seqs, slots))
         self._table = SlotTable(self._allocator.capacity)
         self._sequences: dict[int, DraftSequence] = {}  # in the order in which they began
-        self._pass: _Pass | None = None
+        self._pass: Pass | None = None
+        self._is_prompts_turn = True  # whether the next pass is one over prompts, if any waits
         self._job = 0
         self._calibration = Calibration()
         self._curve = CostCurve(prior) if policy.govern else None
@@ -153,7 +161,7 @@ class Drafter:
 
     def _evaluated(self, sequence: DraftSequence) -> list[Node]:
         """The nodes of ``sequence`` whose choices the pass under way is to find."""
-        return self._pass.nodes if self._pass and self._pass.sequence == sequence.id else []
+        return self._pass.evaluated(sequence.id) if self._pass else []
 
     def _order(self, order: DraftOrder) -> list[Command]:
         """So many passes and no more; children that an earlier order held back may now be welcome."""
@@ -185,31 +193,63 @@ class Drafter:
     def _next(self) -> list[Command]:
         """Start the next pass, or give up one that nobody needs any more."""
         if self._pass is not None:
-            nodes = self._pass.nodes
-            wanted = self._pass.sequence in self._sequences and (not nodes or any(node.alive for node in nodes))
-            return [] if wanted else [Abandon(self._job)]
+            return [] if any(map(self._is_needed, self._pass.parts)) else [Abandon(self._job)]
         commands: list[Command] = []
+        prompts, offers = list[DraftSequence](), list[Offer]()
         for sequence in self._sequences.values():
-            if sequence.prefilled < len(sequence.prompt) and sequence.tree is not None and not sequence.is_mute:
-                return [*commands, self._prefill(sequence, sequence.tree)]
-            nodes = self._leaves(sequence) if sequence.passes and not sequence.is_mute else []
-            if nodes and sequence.tree is not None:
-                sequence.passes -= sequence.passes != UNLIMITED
-                return [*commands, self._evaluate(sequence, nodes, sequence.tree.root.position)]
-            commands += self._report(sequence, [], ends_order=True)
-        return commands
+            if sequence.tree is not None and sequence.prefilled < len(sequence.prompt) and not sequence.is_mute:
+                prompts.append(sequence)
+                continue
+            offer = self._leaves(sequence) if sequence.passes and not sequence.is_mute else None
+            if offer and offer.nodes:
+                offers.append(offer)
+            else:
+                commands += self._report(sequence, [], ends_order=True)
+        if prompts and self._is_prompts_turn:
+            take_back(offers)
+        elif offers:
+            commands += self._choose(offers)
+        return commands + self._prefill(prompts) if prompts and self._pass is None else commands
 
-    def _prefill(self, sequence: DraftSequence, tree: Tree) -> Compute:
-        chunk = sequence.prompt[sequence.prefilled :][: self._policy.prefill_chunk]
-        ops, rows = self._allocator.prompt_rows(sequence.id, chunk)
+    def _is_needed(self, part: Part) -> bool:
+        """Whether somebody waits for this part of the pass under way."""
+        return part.sequence in self._sequences and (not part.nodes or any(node.alive for node in part.nodes))
+
+    def _prefill(self, prompts: list[DraftSequence]) -> list[Command]:
+        """A pass over the next tokens of one prompt, or of several where they fit."""
+        self._is_prompts_turn = False
+        chosen, left = list[tuple[DraftSequence, int]](), self._policy.prefill_chunk
+        free = self._allocator.free_slots() - self._allocator.room()  # slots for guesses are not for prompts
+        for sequence in prompts:
+            count = min(left, len(sequence.prompt) - sequence.prefilled)
+            if count > free:
+                sequence.silence(self._allocator)
+            elif count:
+                chosen.append((sequence, count))
+                left, free = left - count, free - count
+        if not chosen:
+            return self._next()
+        rows, parts = list[Row](), list[Part]()
+        for sequence, count in sorted(chosen, key=lambda one: one[0].id):
+            ops, more = self._allocator.prompt_rows(
+                sequence.id, sequence.prompt[sequence.prefilled : sequence.prefilled + count]
+            )
+            self._table.apply(ops)
+            rows += more
+            parts.append(self._prefilled(sequence, more, len(rows) - 1))
+        return [self._compute(rows, parts, canonical=True)]
+
+    def _prefilled(self, sequence: DraftSequence, rows: list[Row], last: int) -> Part:
+        """The part of a pass that reads ``rows`` of the prompt of ``sequence``; ``last``: the index of the last one."""
         sequence.prefilled += len(rows)
-        ends = sequence.prefilled == len(sequence.prompt)
-        self._table.apply(ops)
-        if ends and sequence.origin is not None:
+        sequence.served = self._job + 1
+        if sequence.prefilled < len(sequence.prompt) or sequence.tree is None:
+            return Part(sequence.id, (), [])
+        if sequence.origin is not None:
             sequence.origin.slot = rows[-1].slot
         # The prompt's last token is the tree's first root, unless the target has already passed it.
-        nodes = [tree.root] if ends and tree.root.position == len(sequence.prompt) - 1 else []
-        return self._compute(sequence, rows, nodes, (len(rows) - 1,) if ends else (), canonical=True)
+        root = sequence.tree.root
+        return Part(sequence.id, (last,), [root] if root.position == len(sequence.prompt) - 1 else [])
 
     def _least_path_prob(self, sequence: DraftSequence) -> float:
         """The least path probability that is worth evaluating: none is too small where leaves cost nothing."""
@@ -218,12 +258,12 @@ class Drafter:
             self._curve.least_probability(sequence.draft_batch, least_prob, LEAF_WORTH) if self._curve else least_prob
         )
 
-    def _leaves(self, sequence: DraftSequence) -> list[Node]:
-        """Take the nodes of the next pass: every accepted one that it has not seen, and of the best guesses, at most
-        ``draft_batch``, as many as give the most useful ones per second."""
+    def _leaves(self, sequence: DraftSequence) -> Offer:
+        """Take what ``sequence`` offers for the next pass: every accepted node that the draft has not seen, and at most
+        ``draft_batch`` of the best guesses."""
         tree, nodes, useful = sequence.tree, list[Node](), list[float]()
         if tree is None:
-            return nodes
+            return Offer(sequence, nodes, useful, 0)
         least_prob, guesses, ahead = self._least_path_prob(sequence), 0, len(sequence.ahead)
         while len(nodes) < self._policy.prefill_chunk and (node := tree.best()) is not None:
             if node.position >= sequence.last_position:
@@ -238,57 +278,73 @@ class Drafter:
             tree.take(node)
             useful.append(probability)
             nodes.append(node)
-        if self._curve:
-            # A pass that ends above the root finds nothing, and the next token would leave the draft as far behind.
-            certain = sum(node.position <= tree.root.position for node in nodes)
-            count = max(self._curve.best_count(useful), certain)
-            tree.give_back(nodes[count:])
-            del nodes[count:]
-        sequence.ahead.update(node for node in nodes if node.position > tree.root.position)
-        return nodes
+        # A pass that ends above the root finds nothing, and the next token would leave the draft as far behind.
+        return Offer(sequence, nodes, useful, sum(node.position <= tree.root.position for node in nodes))
 
-    def _evaluate(self, sequence: DraftSequence, nodes: list[Node], root: int) -> Compute:
+    def _choose(self, offers: list[Offer]) -> list[Command]:
+        """A pass over the best of what is offered, unless there is no slot for any of it."""
+        self._is_prompts_turn = True
+        chosen, done = choose(offers, self._allocator, self._curve, self._job + 1)
+        commands = [command for sequence in done for command in self._report(sequence, [], ends_order=True)]
+        return [*commands, self._evaluate(chosen)] if chosen else commands
+
+    def _evaluate(self, chosen: Chosen) -> Compute:
         ops = self._allocator.operations()
         self._table.apply(ops)
-        rows = []
-        for node, slot in zip(nodes, self._allocator.lease(sequence.id, len(nodes)), strict=True):
-            rows.append(node.row(slot, sequence.id))
-            if node.slot is not None:
-                self._allocator.release(sequence.id, slot)  # a second look: its first slot is the one that counts
-                continue
-            node.slot = slot
-            if node.position <= root:
-                self._allocator.commit(sequence.id, slot)  # it is accepted already
-        wanted = tuple(index for index, node in enumerate(nodes) if node.position >= root)
-        return self._compute(sequence, rows, [nodes[index] for index in wanted], wanted, canonical=False)
+        rows, parts = list[Row](), list[Part]()
+        for sequence, nodes in sorted(chosen, key=lambda one: one[0].id):
+            root, first = sequence.tree.root.position if sequence.tree else 0, len(rows)
+            for node, slot in zip(nodes, self._allocator.lease(sequence.id, len(nodes)), strict=True):
+                rows.append(node.row(slot))
+                if node.slot is not None:
+                    self._allocator.release(sequence.id, slot)  # a second look: its first slot is the one that counts
+                    continue
+                node.slot = slot
+                if node.position <= root:
+                    self._allocator.commit(sequence.id, slot)  # it is accepted already
+            wanted = [index for index, node in enumerate(nodes) if node.position >= root]
+            parts.append(
+                Part(sequence.id, tuple(first + index for index in wanted), [nodes[index] for index in wanted])
+            )
+        return self._compute(rows, parts, canonical=False)
 
-    def _compute(
-        self, sequence: DraftSequence, rows: list[Row], nodes: list[Node], wanted: tuple[int, ...], canonical: bool
-    ) -> Compute:
+    def _compute(self, rows: list[Row], parts: list[Part], canonical: bool) -> Compute:
         self._job += 1
-        self._pass = _Pass(sequence.id, len(rows), wanted, nodes)
+        self._pass = Pass(len(rows), parts)
         batch = self._table.allocate(rows, canonical)
+        wanted = tuple(index for part in parts for index in part.wanted)
         if not wanted:
             return Compute(self._job, batch)
-        draw = self._table.draw(sequence.sampling, batch, wanted, is_guess=True)
+        samplings = tuple(self._sequences[rows[index].sequence].sampling for index in wanted)
+        draw = self._table.draw(samplings, batch, wanted, is_guess=True)
         return Compute(self._job, batch, rows=wanted, choices=self._policy.topk, draw=draw)
 
     def _computed(self, event: Computed) -> list[Command]:
         done, self._pass = self._pass, None
-        sequence = self._sequences.get(done.sequence) if done else None
-        if done is None or sequence is None:
-            return self._next()
-        if self._curve and done.nodes and event.choices:
+        commands, first = list[Command](), 0
+        parts = done.parts if done else []
+        is_useful = any(part.nodes and part.sequence in self._sequences for part in parts)
+        if done and self._curve and event.choices and is_useful:
             self._curve.observe(done.rows, event.seconds)
+        for part in parts:
+            choices, first = (event.choices or [])[first : first + len(part.wanted)], first + len(part.wanted)
+            if sequence := self._sequences.get(part.sequence):
+                commands += self._found(sequence, part, choices, event)
+        return commands + self._next()
+
+    def _found(
+        self, sequence: DraftSequence, part: Part, choices: Sequence[list[SampledToken]], event: Computed
+    ) -> list[Command]:
+        """A part of a pass has ended with ``choices`` after its wanted rows; none: it was abandoned."""
         found: list[DraftNode] = []
-        faulty = [index in event.faults for index in done.wanted]
-        for node, choices, is_faulty in zip(done.nodes, event.choices or (), faulty, strict=False):
+        faulty = [index in event.faults for index in part.wanted]
+        for node, best, is_faulty in zip(part.nodes, choices, faulty, strict=False):
             if not is_faulty:  # else nothing is known of what follows it
-                found += self._children(sequence, node, choices)
-        if faulty and event.choices:
+                found += self._children(sequence, node, best)
+        if faulty and choices:
             sequence.faulty_passes = sequence.faulty_passes + 1 if all(faulty) else 0
             sequence.is_mute |= sequence.faulty_passes >= MOST_FAULTY
-        return self._report(sequence, found, ends_order=sequence.passes == 0) + self._next()
+        return self._report(sequence, found, ends_order=sequence.passes == 0)
 
     def _children(self, sequence: DraftSequence, node: Node, choices: list[SampledToken]) -> list[DraftNode]:
         tree = sequence.tree
@@ -313,6 +369,13 @@ class Drafter:
         return found
 
 
-def draft_slots(policy: Policy, context: int) -> int:
-    """Slots of a draft model's shard."""
-    return context + policy.max_ahead + policy.draft_batch
+def _pool(policy: Policy, context: int, max_num_seqs: int, slots: int) -> tuple[int, int]:
+    """Slots for accepted tokens, and for guesses."""
+    accepted, guesses = max_num_seqs * context, policy.max_ahead + policy.draft_batch
+    return min(accepted, slots or accepted), max(guesses, min(max_num_seqs * guesses, MOST_GUESSES))
+
+
+def draft_slots(policy: Policy, context: int, max_num_seqs: int = 1, slots: int = 0) -> int:
+    """Slots of a draft model's shard for ``max_num_seqs`` sequences of up to ``context`` tokens. ``slots``: so many for
+    accepted tokens, if that is less than they may need (0: as many as they may need)."""
+    return sum(_pool(policy, context, max_num_seqs, slots))

@@ -14,7 +14,8 @@ from speculation.trees.tree import Node, Tree
 
 @dataclass(slots=True, eq=False)
 class DraftSequence:
-    """``passes``: that may still be evaluated; ``cutoff``, ``draft_batch``: of the last order."""
+    """``passes``: that may still be evaluated; ``cutoff``, ``draft_batch``: of the last order. ``served``: the last
+    pass with rows of it; ``passed_over``: passes over leaves since then that had none of those that it offered."""
 
     id: int
     sampling: Sampling
@@ -31,6 +32,8 @@ class DraftSequence:
     cutoff: float = 0.0
     faulty_passes: int = 0  # in a row
     is_mute: bool = False  # sends nothing more
+    served: int = 0
+    passed_over: int = 0
     withheld: list[tuple[Node, list[SampledToken]]] = field(default_factory=list)
     """Choices below the cutoff: a later order may want them."""
 
@@ -40,7 +43,7 @@ class DraftSequence:
         if not message.is_last:
             return
         position = len(self.prompt) - 1
-        self.tree = Tree(self.prompt[-1], position, policy.most_nodes())
+        self.tree = Tree(self.prompt[-1], position, policy.most_nodes(), self.id)
         self.tree.take(self.tree.root)
         self.tree.root.name = accepted_name(position)
         self.origin = self.tree.root
@@ -69,3 +72,13 @@ class DraftSequence:
         self.withheld = []
         if not is_under_evaluation:
             self.tree.renew()
+
+    def silence(self, allocator: SlotAllocator) -> None:
+        """There is no slot for its tokens: it sends nothing more, and its slots are for others."""
+        self.is_mute = True
+        allocator.free(self.id)
+        self.ahead.clear()
+        self.withheld = []
+        if self.tree is not None:
+            self.tree.prune()
+            self.tree.root.slot = None

@@ -6,6 +6,9 @@ u_i is the probability that row i is useful and T(k) the time of a pass of k row
 is the policy's ``max_rows``. A node in flight is never sent again. Credits arrive just in time (stages/stage/pacer.py),
 so each run is chosen with the latest knowledge. The governor picks the gear: how many rows a run may have, and how many
 leaves a draft pass evaluates. Plain decoding is the same schedule without drafts.
+
+Of several sequences the nodes come from one heap (speculation/trees/forest.py), at most ceil(sequences / stages) roots
+a run, so that the sequences spread over the stages. Governor and launch delay are for a sequence that is alone.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from speculation.schedules.governor import Gear, Governor
 from speculation.schedules.launch_delay import LaunchDelay, Offer
 from speculation.schedules.policy import Policy
 from speculation.schedules.prospect import prospect
-from speculation.schedules.schedule import UNLIMITED, Launch, Order, Placement, Situation, Step
+from speculation.schedules.schedule import ANY, UNLIMITED, Launch, Order, Placement, Situation, Step
+from speculation.trees.forest import give_back, probabilities, take_best
 from speculation.trees.tree import Node, Tree
 
 RIGHT = 0.9
@@ -30,11 +34,20 @@ LEAST_PROSPECT = 1.02
 class Continuous:
     """See Schedule."""
 
+    most_sequences = ANY
+
     def __init__(
-        self, policy: Policy, placement: Placement = "spread", priors: Priors = NO_PRIORS, right: float = RIGHT
+        self,
+        policy: Policy,
+        placement: Placement = "spread",
+        priors: Priors = NO_PRIORS,
+        right: float = RIGHT,
+        stages: int = 1,
     ) -> None:
         """``right``: how often a draft's first choice is thought to be right, where priors are known."""
         self._policy = policy
+        self._stages = stages
+        self._is_alone = placement == "alone"
         is_governed = policy.govern and policy.speculate
         self._governor: Governor | None = None
         if is_governed:
@@ -46,14 +59,31 @@ class Continuous:
             pass_s = CostCurve(priors.drafts).seconds(1) or None
             self._delay = Alternation(pass_s, right) if placement == "alone" else LaunchDelay(pass_s)
         self._ordered: int | None = None  # leaves per draft pass in the last standing order
+        self._sequences = 0  # that are open
+        self._orders: dict[int, int] = {}  # the same as ``_ordered`` of each of several sequences
+        self._drafting: set[int] = set()  # sequences whose order of one pass is not done
+        self._has_drafted = False  # since the last launch
 
     @property
     def guesses(self) -> bool:
         """See Schedule."""
-        return self._governor is None or self._governor.gear.rows > 0
+        return self._sequences > 1 or self._governor is None or self._governor.gear.rows > 0
 
-    def opened(self) -> None:
+    def opened(self, tree: Tree) -> None:
         """See Schedule."""
+        self._sequences += 1
+        self._reset()
+
+    def closed(self, tree: Tree) -> None:
+        """See Schedule."""
+        self._sequences -= 1
+        self._drafting.discard(tree.sequence)
+        self._orders.pop(tree.sequence, None)
+        if self._sequences:
+            self._reset()
+
+    def _reset(self) -> None:
+        """What was measured of one sequence is over."""
         self._ordered = None
         if self._delay:
             self._delay.opened()
@@ -62,11 +92,47 @@ class Continuous:
 
     def next(self, now: Situation) -> Step | None:
         """See Schedule."""
+        return self._next_of_one(now) if self._sequences == 1 else self._next_of_many(now)
+
+    def _next_of_many(self, now: Situation) -> Step | None:
+        if self._drafting:
+            return None
+        batch = 0 if self._is_alone else self._policy.draft_batch
+        for tree in now.trees if self._governor else ():
+            if self._orders.get(tree.sequence) != batch:
+                self._orders[tree.sequence] = batch
+                return Order(UNLIMITED if batch else 0, draft_batch=batch, sequence=tree.sequence)
+        if now.slots <= 0 or now.credits <= 0:
+            return None
+        if self._governor and self._is_alone and not self._has_drafted:
+            self._drafting = {tree.sequence for tree in now.trees}
+            self._has_drafted = True
+            return Order(1, draft_batch=self._policy.draft_batch)
+        roots = min(now.root_room, -(-len(now.trees) // self._stages))
+        most = max(roots, self._policy.max_rows)
+        curve = self._governor.curve if self._governor else None
+        guesses = now.room if self._policy.speculate else 0
+        least = curve.least_probability(most, self._policy.min_path_prob) if curve else self._policy.min_path_prob
+        nodes = take_best(now.trees, most, roots, guesses, least)
+        if not nodes:
+            return None
+        if curve:
+            trees = {tree.sequence: tree for tree in now.trees}
+            certain = sum(node is trees[node.sequence].root for node in nodes)
+            count = max(certain, curve.best_count(probabilities(trees, nodes)))
+            give_back(trees, nodes[count:])
+            del nodes[count:]
+        self._has_drafted = False
+        return Launch(nodes)
+
+    def _next_of_one(self, now: Situation) -> Step | None:
         governor = self._governor
         gear = governor.gear if governor else Gear(self._policy.max_rows)
         # A chain needs one leaf per draft pass, a wide tree as many as the policy allows.
         draft_batch = min(self._policy.draft_batch, gear.rows) if governor else self._policy.draft_batch
         delay = self._delay
+        if self._drafting and not (delay and delay.is_on(now.now)):
+            return None  # an order from when there were more sequences
         unasked = 0 if delay and not delay.drafts_unasked else draft_batch
         if governor and unasked != self._ordered:
             self._ordered = unasked
@@ -88,16 +154,21 @@ class Continuous:
             step = delay.instead(Offer(now.tree, nodes, governor.curve, gear.rows, draft_batch, now.now))
             if step:
                 now.tree.give_back(nodes)
+                if isinstance(step, Order):
+                    self._drafting.add(now.tree.sequence)
                 return step
         return Launch(nodes) if nodes else None
 
-    def drafted(self, nodes: list[Node]) -> None:
+    def drafted(self, tree: Tree, nodes: list[Node]) -> None:
         """See Schedule."""
-        if self._delay:
+        self._drafting.discard(tree.sequence)
+        if self._delay and self._sequences == 1:
             self._delay.drafted()
 
-    def accepted(self, tokens: int, now: float) -> str:
+    def accepted(self, tree: Tree, tokens: int, now: float) -> str:
         """See Schedule."""
+        if self._sequences > 1:
+            return ""
         if self._delay:
             self._delay.accepted(tokens)
         return self._governor.accepted(tokens, now) if self._governor else ""

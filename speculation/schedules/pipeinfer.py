@@ -27,20 +27,27 @@ from collections.abc import Sequence
 
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import Launch, Order, Situation, Step
-from speculation.trees.tree import Node
+from speculation.trees.tree import Node, Tree
 
 
 class PipeInfer:
     """See Schedule; ``defers_results`` makes results wait for drafting and for the first stage."""
 
     guesses = True
+    most_sequences = 1
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self.opened()
+        self._reset()
 
-    def opened(self) -> None:
+    def opened(self, tree: Tree) -> None:
         """See Schedule."""
+        self._reset()
+
+    def closed(self, tree: Tree) -> None:
+        """See Schedule."""
+
+    def _reset(self) -> None:
         self._has_begun = False  # nothing is drafted before the first token is accepted
         self._owes_canonical = self._owes_restart = False
         self._is_drafting = self._is_refused = False
@@ -103,7 +110,7 @@ class PipeInfer:
         policy = self._policy
         return policy.p_accept + self._launched * policy.p_recovery - self._refused * policy.p_decay
 
-    def drafted(self, nodes: list[Node]) -> None:
+    def drafted(self, tree: Tree, nodes: list[Node]) -> None:
         """See Schedule."""
         self._is_drafting = False
         self._batch = []
@@ -120,7 +127,7 @@ class PipeInfer:
     def returned(self, rows: int, slowest_s: float | None, trip_s: float, carries_root: bool) -> None:
         """See Schedule."""
 
-    def accepted(self, tokens: int, now: float) -> str:
+    def accepted(self, tree: Tree, tokens: int, now: float) -> str:
         """See Schedule."""
         self._has_begun = self._owes_canonical = self._owes_restart = True
         self._is_refused = False

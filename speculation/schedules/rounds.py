@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from speculation.schedules.continuous import choose_rows
 from speculation.schedules.policy import Policy
-from speculation.schedules.schedule import Launch, Order, Situation, Step
-from speculation.trees.tree import Node
+from speculation.schedules.schedule import ANY, Launch, Order, Situation, Step
+from speculation.trees.tree import Node, Tree
 
 
 class _Phase(enum.Enum):
@@ -27,33 +27,50 @@ class _Phase(enum.Enum):
 
 
 class Rounds:
-    """One round after another; see Schedule."""
+    """One round after another for each sequence; see Schedule. Sequences that are ready at the same time share a run,
+    at most ceil(sequences / stages) of them, so that cohorts spread over the pipeline."""
 
     guesses = True
+    most_sequences = ANY
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, stages: int = 1) -> None:
         self._policy = policy
-        self._phase = _Phase.VERIFYING
+        self._stages = stages
+        self._phases: dict[int, _Phase] = {}  # by sequence
 
-    def opened(self) -> None:
+    def opened(self, tree: Tree) -> None:
         """See Schedule."""
-        self._phase = _Phase.VERIFYING
+        self._phases[tree.sequence] = _Phase.VERIFYING
+
+    def closed(self, tree: Tree) -> None:
+        """See Schedule."""
+        del self._phases[tree.sequence]
 
     def next(self, now: Situation) -> Step | None:
         """See Schedule."""
-        if self._phase is _Phase.TURNING:
-            self._phase = _Phase.DRAFTING
-            now.tree.prune()  # none of its nodes is in flight
-            return Order(self._policy.num_steps, restart=True)
-        if self._phase is _Phase.READY and now.slots > 0:
-            self._phase = _Phase.VERIFYING
-            return Launch(choose_rows(now.tree, self._policy, now.room))
-        return None
+        ready = []
+        for tree in now.trees:
+            phase = self._phases[tree.sequence]
+            if phase is _Phase.TURNING:
+                self._phases[tree.sequence] = _Phase.DRAFTING
+                tree.prune()  # none of its nodes is in flight
+                return Order(self._policy.num_steps, restart=True, sequence=tree.sequence)
+            if phase is _Phase.READY:
+                ready.append(tree)
+        if not ready or now.slots <= 0 or (len(now.trees) > 1 and now.credits <= 0):
+            return None
+        nodes, room = list[Node](), now.room
+        for tree in ready[: min(now.root_room, -(-len(now.trees) // self._stages))]:
+            self._phases[tree.sequence] = _Phase.VERIFYING
+            mine = choose_rows(tree, self._policy, room)
+            room -= len(mine) - 1
+            nodes += mine
+        return Launch(nodes) if nodes else None
 
-    def drafted(self, nodes: list[Node]) -> None:
+    def drafted(self, tree: Tree, nodes: list[Node]) -> None:
         """See Schedule."""
-        if self._phase is _Phase.DRAFTING:
-            self._phase = _Phase.READY
+        if self._phases.get(tree.sequence) is _Phase.DRAFTING:
+            self._phases[tree.sequence] = _Phase.READY
 
     def computed(self, rows: int, seconds: float) -> None:
         """See Schedule."""
@@ -61,9 +78,9 @@ class Rounds:
     def returned(self, rows: int, slowest_s: float | None, trip_s: float, carries_root: bool) -> None:
         """See Schedule."""
 
-    def accepted(self, tokens: int, now: float) -> str:
+    def accepted(self, tree: Tree, tokens: int, now: float) -> str:
         """See Schedule."""
-        self._phase = _Phase.TURNING
+        self._phases[tree.sequence] = _Phase.TURNING
         return ""
 
     def restarts(self, accepted: Sequence[Node]) -> bool:

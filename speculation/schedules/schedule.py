@@ -18,17 +18,28 @@ slow each other down. "alone": one rank has all roles; draft and target alternat
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
 
+ANY = 1 << 30
+"""Any number of sequences, or of slots."""
+
+
 @dataclass(slots=True)
 class Situation:
-    """The input of a decision: the tree, unused ``credits`` of the first stage, runs ``in_flight``, further runs that
-    may be in flight (``slots``), free KV slots for drafted nodes (``room``)."""
+    """The input of a decision: the ``trees`` of all sequences that are decoded, in the order in which they began,
+    unused ``credits`` of the first stage, runs ``in_flight``, further runs that may be in flight (``slots``), free KV
+    slots for drafted nodes (``room``) and for roots (``root_room``)."""
 
-    tree: Tree
+    trees: Sequence[Tree]
     credits: int
     in_flight: int
     slots: int
     room: int
     now: float = 0.0
+    root_room: int = ANY
+
+    @property
+    def tree(self) -> Tree:
+        """The tree of the sequence that is decoded alone."""
+        return self.trees[0]
 
 
 @dataclass(slots=True)
@@ -44,14 +55,16 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Order drafters to make ``passes`` more passes, or UNLIMITED. Drafters take no token with a probability below
-    ``cutoff`` and evaluate at most ``draft_batch`` leaves per pass (0: the policy's number). ``restart``: drafters
-    discard their trees and start at the last accepted token. Drafters answer when a finite number of passes is done."""
+    """Order drafters to make ``passes`` more passes on ``sequence`` (None: on each one), or UNLIMITED. Drafters take no
+    token with a probability below ``cutoff`` and evaluate at most ``draft_batch`` leaves per pass (0: the policy's
+    number). ``restart``: drafters discard their trees and start at the last accepted token. Drafters answer when a
+    finite number of passes is done."""
 
     passes: int
     cutoff: float = 0.0
     restart: bool = False
     draft_batch: int = 0
+    sequence: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +80,33 @@ Step = Launch | Order | Wait
 
 
 class Schedule(Protocol):
-    """Decides the next step."""
+    """Decides the next step. ``most_sequences``: that it can decode at once."""
+
+    most_sequences: int
 
     @property
     def guesses(self) -> bool:
         """Whether the next runs may carry guesses. While they may not, nobody looks for any."""
         ...
 
-    def opened(self) -> None:
-        """A new request begins; its prompt is in flight."""
+    def opened(self, tree: Tree) -> None:
+        """A sequence begins with ``tree``; its prompt is about to leave."""
+        ...
+
+    def closed(self, tree: Tree) -> None:
+        """The sequence of ``tree`` is over."""
         ...
 
     def next(self, now: Situation) -> Step | None:
         """The next step in this situation; None for no step until the next change."""
         ...
 
-    def drafted(self, nodes: list[Node]) -> None:
-        """An order is done; ``nodes`` are its nodes, parents first, new or not."""
+    def drafted(self, tree: Tree, nodes: list[Node]) -> None:
+        """An order for ``tree`` is done; ``nodes`` are its nodes, parents first, new or not."""
         ...
 
-    def accepted(self, tokens: int, now: float) -> str:
-        """The tree has a new root, ``tokens`` levels below the old one. Returns the schedule's decision as text; "" for
+    def accepted(self, tree: Tree, tokens: int, now: float) -> str:
+        """``tree`` has a new root, ``tokens`` levels below the old one. Returns the schedule's decision as text; "" for
         none."""
         ...
 

@@ -24,13 +24,14 @@ SLACK = 32
 
 
 class Node:
-    """A token after its parent's tokens. ``slot`` and ``run`` say where it was sent, ``choice`` what follows it.
+    """A token of ``sequence`` after its parent's tokens. ``slot`` and ``run`` say where it was sent, ``choice`` what
+    follows it.
 
     ``rank``, ``claim`` and ``source``: whose k-th guess it was, and the log-probability that was claimed for it."""
 
     __slots__ = (
         "alive", "children", "choice", "choice_logp", "claim", "is_drafted", "is_open", "logp", "name", "parent",
-        "pending", "position", "rank", "run", "slot", "source", "token",
+        "pending", "position", "rank", "run", "sequence", "slot", "source", "token",
     )  # fmt: skip
 
     def __init__(
@@ -42,8 +43,10 @@ class Node:
         source: int | None = None,
         rank: int = 0,
         claim: float = 0.0,
+        sequence: int = 0,
     ) -> None:
         self.token = token
+        self.sequence: int = sequence if parent is None else parent.sequence
         self.parent = parent
         self.logp = logp
         self.position = position
@@ -61,20 +64,22 @@ class Node:
         self.rank = rank
         self.claim = claim
 
-    def row(self, slot: int, sequence: int) -> Row:
-        """The row of a run that carries this node of ``sequence`` in slot ``slot``. Its parent has a slot by then, or
-        is the prompt's end."""
+    def row(self, slot: int) -> Row:
+        """The row of a run that carries this node in slot ``slot``. Its parent has a slot by then, or is the prompt's
+        end."""
         parent = self.parent
         above = NO_SLOT if parent is None or parent.slot is None else parent.slot
-        return Row(self.token, slot, above, self.position, sequence)
+        return Row(self.token, slot, above, self.position, self.sequence)
 
 
 class Tree:
-    """A tree of at most ``max_nodes`` living nodes rooted at ``token``. ``grown``: how many guesses it ever took;
-    ``asked``: how many tokens were accepted after a draft's guesses, ``guessed``: how many had been guessed there."""
+    """A tree of ``sequence``, of at most ``max_nodes`` living nodes, rooted at ``token``. ``grown``: how many guesses
+    it ever took; ``asked``: how many tokens were accepted after a draft's guesses, ``guessed``: how many had been
+    guessed there."""
 
-    def __init__(self, token: int, position: int, max_nodes: int) -> None:
-        self.root = Node(token, None, 0.0, position)
+    def __init__(self, token: int, position: int, max_nodes: int, sequence: int = 0) -> None:
+        self.root = Node(token, None, 0.0, position, sequence=sequence)
+        self.sequence = sequence
         self.max_nodes = max_nodes
         self.size = 1
         self.grown = self.asked = self.guessed = 0

@@ -239,5 +239,3 @@ class Group:
         """End all waits of all ranks in windows, at once and for ever."""
         if self._windows:
             self._lib.binary.pipeinfer_group_abort(addressof(self.c))
-
-

@@ -122,9 +122,9 @@ class CHead(ctypes.Structure):
         ("linear", c_void_p),
         ("norm", c_void_p),
         ("positions", c_void_p),
-        ("seed", c_uint64),
+        ("seeds", c_void_p),
+        ("temperatures", c_void_p),
         ("eps", c_float),
-        ("temperature", c_float),
         ("limit", c_int32),
         ("first", c_int32),
     )

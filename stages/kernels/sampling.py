@@ -13,6 +13,7 @@ depend on the rows beside it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -23,6 +24,8 @@ from pipeinfer.core.ports import Sampling, SamplingInputs
 
 NOISES = 32
 """Positions whose noise is kept: 39 MB for a vocabulary of 152,000 tokens."""
+SAMPLINGS = 1024
+"""Samplings that are remembered."""
 NEVER = float("-inf")
 
 
@@ -31,24 +34,38 @@ def changes_nothing(sampling: Sampling) -> bool:
     return sampling.temperature == 0 and sampling.repetition_penalty == 1
 
 
+def alike(draw: SamplingInputs) -> list[list[int]]:
+    """The rows of ``draw`` in groups whose samplings are equal, seeds aside."""
+    groups: dict[Sampling, list[int]] = {}
+    for row, sampling in enumerate(draw.samplings):
+        groups.setdefault(_unseeded(sampling), []).append(row)
+    return list(groups.values())
+
+
+@lru_cache(SAMPLINGS)
+def _unseeded(sampling: Sampling) -> Sampling:
+    return replace(sampling, seed=0)
+
+
 def drawing_scores(logits: Tensor, draw: SamplingInputs) -> Tensor:
     """``logits`` (float32 [rows, vocabulary], in the processor's memory) after the processors, with the draw's noise:
     float64 [rows, vocabulary], or float32 where it is greedy. The highest of a row is the token that is drawn; tokens
-    that cannot be drawn have minus infinity."""
+    that cannot be drawn have minus infinity. The rows are alike (see ``alike``)."""
     scores = processed(logits, draw)
-    if draw.sampling.temperature == 0:
+    if not draw.samplings or draw.samplings[0].temperature == 0:
         return scores
     scores = scores.double()
-    for row, position in zip(scores, draw.positions.tolist(), strict=True):
-        row += noise(draw.sampling.seed, position, len(row))
+    for row, sampling, position in zip(scores, draw.samplings, draw.positions.tolist(), strict=True):
+        row += noise(sampling.seed, position, len(row))
     return scores
 
 
 def processed(logits: Tensor, draw: SamplingInputs) -> Tensor:
-    """``logits`` (float32 [rows, vocabulary]) after repetition penalty, temperature, top_k, top_p and min_p; the last
-    four are not for greedy choice, whose result they cannot change."""
-    sampling = draw.sampling
-    scores = logits
+    """``logits`` (float32 [rows, vocabulary], of rows that are alike) after repetition penalty, temperature, top_k,
+    top_p and min_p; the last four are not for greedy choice, whose result they cannot change."""
+    if not draw.samplings:
+        return logits
+    sampling, scores = draw.samplings[0], logits
     if sampling.repetition_penalty != 1:
         scores = _penalised(scores, draw)
     if sampling.temperature == 0:
@@ -70,7 +87,7 @@ def processed(logits: Tensor, draw: SamplingInputs) -> Tensor:
 
 def _penalised(logits: Tensor, draw: SamplingInputs) -> Tensor:
     """Seen tokens become less likely, whatever the sign of their logits."""
-    penalty, scores = draw.sampling.repetition_penalty, logits.clone()
+    penalty, scores = draw.samplings[0].repetition_penalty, logits.clone()
     for row, seen in zip(scores, draw.seen, strict=True):
         # A draft's vocabulary may be the shorter one, and what stands for a faulty row is no token.
         tokens = torch.from_numpy(seen[(seen >= 0) & (seen < len(row))])

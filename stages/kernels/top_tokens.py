@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeinfer.core.ports import SampledToken, SamplingInputs
-from stages.kernels.sampling import changes_nothing, drawing_scores
+from stages.kernels.sampling import alike, changes_nothing, drawing_scores
 
 
 def top_tokens(
@@ -20,8 +20,26 @@ def top_tokens(
     With a ``draw`` they are ordered by the scores that decide it, so that the first is the token that is drawn; tokens
     that cannot be drawn are left out, even if fewer remain. The log-probabilities are those of ``logits`` all the same,
     but for a guess those of the deciding scores. See ShardModel.sample. ``log_totals``: float32 [rows, 1], logsumexp of
-    the logits where it is known."""
-    if draw is None or changes_nothing(draw.sampling):
+    the logits where it is known.
+
+    Each row is drawn by its own sampling. Rows whose samplings are alike are processed together, and no row's numbers
+    depend on the others."""
+    groups = [] if draw is None else alike(draw)
+    if draw is None or len(groups) == 1:
+        return _of_alike(logits, count, draw, log_totals)
+    choices: list[list[SampledToken]] = [[] for _ in logits]
+    for rows in groups:
+        totals = None if log_totals is None else log_totals[rows]
+        for row, found in zip(rows, _of_alike(logits[rows], count, draw.of(rows), totals), strict=True):
+            choices[row] = found
+    return choices
+
+
+def _of_alike(
+    logits: Tensor, count: int, draw: SamplingInputs | None, log_totals: Tensor | None
+) -> list[list[SampledToken]]:
+    """The same for rows that are alike."""
+    if draw is None or changes_nothing(draw.samplings[0]):
         return _ranked(logits, count, logits, log_totals)
     logits = logits.cpu()  # where noise is made
     scores = drawing_scores(logits, draw)
@@ -34,7 +52,7 @@ def _ranked(scores: Tensor, count: int, raw: Tensor, totals: Tensor | None) -> l
     """The ``count`` best tokens of each row by ``scores``, with their log-probabilities by ``raw``, whose logsumexp is
     ``totals``."""
     if totals is None:
-        totals = torch.logsumexp(raw, -1, keepdim=True)
+        totals = _log_totals(raw)
     if count == 1:
         best = scores.argmax(-1, keepdim=True)
         logps = raw.gather(-1, best) - totals  # finite where the total is
@@ -50,3 +68,11 @@ def _ranked(scores: Tensor, count: int, raw: Tensor, totals: Tensor | None) -> l
         named = list(zip(tokens.tolist(), (known[tokens] - total).tolist(), strict=True))
         choices.append(named if math.isfinite(total) else [])
     return choices
+
+
+def _log_totals(raw: Tensor) -> Tensor:
+    """The logsumexp of each row, [rows, 1]: row by row on a processor, where torch may add up a long row in another
+    order if it is alone."""
+    if raw.is_cuda or len(raw) < 2:
+        return torch.logsumexp(raw, -1, keepdim=True)
+    return torch.stack([torch.logsumexp(row, -1, keepdim=True) for row in raw])

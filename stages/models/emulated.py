@@ -20,6 +20,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate, chain, repeat
 
 import numpy as np
@@ -32,6 +33,9 @@ from pipeinfer.core.slots import batch_in_order, visible_slots
 Words = npt.NDArray[np.uint64]
 DRAFT_RESTS = 16
 """A draft pass is computed in about so many parts, the draft's layers."""
+
+SALTS = 1024
+"""Samplings whose salts are kept."""
 
 NEVER = 1e-9
 """The claimed probability of a choice without an entry in ``claims``."""
@@ -182,17 +186,32 @@ def _lot(words: Words, salt: int) -> npt.NDArray[np.float64]:
 
 
 def stirred(words: Words, draw: SamplingInputs) -> Words:
-    """``words`` [rows], changed by all that decides ``draw``; by nothing if it is greedy."""
-    sampling = draw.sampling
-    if sampling.temperature > 0:
-        reals = (sampling.temperature, sampling.top_p, sampling.min_p)  # in 32 bits each, as they travel
-        salt = _folded(np.frombuffer(struct.pack("<QI3f", sampling.seed, sampling.top_k, *reals), np.uint64))
-        words = mix(words ^ salt ^ mix(draw.positions.astype(np.uint64) + np.uint64(0xA0761D65)))
-    if sampling.repetition_penalty != 1:
-        penalty = np.frombuffer(struct.pack("<f4x", sampling.repetition_penalty), np.uint64)
-        seen = [_folded(np.append(penalty, np.unique(tokens).astype(np.uint64))) for tokens in draw.seen]
-        words = mix(words ^ np.array(seen, dtype=np.uint64).reshape(words.shape))
+    """``words`` [rows], each changed by all that decides its row of ``draw``; by nothing if that is greedy."""
+    drawn = np.array([sampling.temperature > 0 for sampling in draw.samplings])
+    if drawn.any():
+        salts = np.array([_salt(sampling) for sampling in draw.samplings], np.uint64)
+        places = mix(draw.positions.astype(np.uint64) + np.uint64(0xA0761D65))
+        words = np.where(drawn, mix(words ^ salts ^ places), words)
+    penalised = [row for row, sampling in enumerate(draw.samplings) if sampling.repetition_penalty != 1]
+    if penalised:
+        seen = [_seen_word(draw.samplings[row].repetition_penalty, draw.seen[row]) for row in penalised]
+        words = words.copy()
+        words[penalised] = mix(words[penalised] ^ np.array(seen, np.uint64))
     return words
+
+
+@lru_cache(SALTS)
+def _salt(sampling: Sampling) -> np.uint64:
+    """One word that depends on each number of ``sampling`` that a draw by temperature depends on; real ones in 32 bits
+    each, as they travel."""
+    reals = (sampling.temperature, sampling.top_p, sampling.min_p)
+    return _folded(np.frombuffer(struct.pack("<QI3f", sampling.seed, sampling.top_k, *reals), np.uint64))
+
+
+def _seen_word(penalty: float, tokens: npt.NDArray[np.int64]) -> np.uint64:
+    """One word that depends on a repetition penalty and on which tokens it is for."""
+    first = np.frombuffer(struct.pack("<f4x", penalty), np.uint64)
+    return _folded(np.append(first, np.unique(tokens).astype(np.uint64)))
 
 
 def _folded(words: Words) -> np.uint64:
@@ -287,7 +306,7 @@ def right_choices(spec: EmulatedSpec, prompt: Sequence[int], count: int) -> list
     draft = EmulatedShard(spec, range(0), 0, is_draft=True)
     found = list[int]()
     for index, (token, hidden, _) in enumerate(_plain(spec, prompt, count, GREEDY)):
-        draw = SamplingInputs(GREEDY, np.array([len(prompt) + index]))
+        draw = SamplingInputs((GREEDY,), np.array([len(prompt) + index]))
         named = [choice for choice, _ in draft.sample(hidden, (0,), len(spec.ranks), draw)[0]]
         found.append(named.index(token) if token in named else -1)
     return found
@@ -304,9 +323,8 @@ def _plain(
         hidden = finish(shard.forward(batch_in_order(tokens[position : position + 1], position), None))
         choices = list[list[SampledToken]]()
         if position >= len(prompt) - 1:
-            draw = (
-                None if sampling == GREEDY else SamplingInputs(sampling, np.array([position + 1]), (np.unique(tokens),))
-            )
+            given = (sampling,), np.array([position + 1]), (np.unique(tokens),)
+            draw = None if sampling == GREEDY else SamplingInputs(*given)
             choices = shard.sample(hidden, (0,), 1, draw)
         if shard.faults:
             yield -1, hidden, shard.faults[0]

@@ -47,10 +47,12 @@ def choose(
     logits = torch.empty((len(x), limit)) if with_logits else None
     blocks = [-(-count // HEAD_BLOCK) for count in limits]
     step = len(x) if group is None else min(MOST_ROWS, _rows_of_a_slot(group, blocks, limits, with_logits))
-    positions = head.positions
+    positions, seeds, temperatures = head.positions, head.seeds, head.temperatures
     for start in range(0, len(x), step):
         some = x[start : start + step]
-        head.positions = positions + 8 * start
+        if temperatures:
+            head.positions, head.seeds = positions + 8 * start, seeds + 8 * start
+            head.temperatures = temperatures + 4 * start
         found = logits[start : start + step] if logits is not None else None
         _choose(lib, group, head, some, blocks, limits, chosen[start : start + step], found)
     return chosen, logits

@@ -9,6 +9,7 @@ it."""
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Generator, Sequence
 from ctypes import addressof
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeinfer.core.ports import GREEDY, Batch, Payload, SampledToken, SamplingInputs
+from pipeinfer.core.ports import GREEDY, Batch, Payload, SampledToken, Sampling, SamplingInputs
 from pipeinfer.core.slots import slots_of
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, NORM, Weights, dense_tensors
 from stages.checkpoint.spec import ModelSpec
@@ -246,35 +247,52 @@ class KernelShard:
         chosen, logits = self.choose(hidden[list(rows)], draw, count)
         with np.errstate(invalid="ignore"):
             log_totals = chosen["highest"] + np.log(chosen["total"]).astype(np.float32)
-        if logits is None:
-            found = zip(chosen["token"].tolist(), (chosen["logit"] - log_totals).tolist(), strict=True)
-            choices = [[choice] if math.isfinite(choice[1]) else [] for choice in found]
-        else:
-            choices = top_tokens(logits, count, draw, torch.from_numpy(log_totals)[:, None])
+        found = zip(chosen["token"].tolist(), (chosen["logit"] - log_totals).tolist(), strict=True)
+        choices: list[list[SampledToken]] = [[choice] if math.isfinite(choice[1]) else [] for choice in found]
+        if logits is not None:
+            stored = _stored(len(rows), draw, count)
+            some, totals = draw and draw.of(stored), torch.from_numpy(log_totals[stored])[:, None]
+            named = top_tokens(logits if len(stored) == len(rows) else logits[stored], count, some, totals)
+            for index, choice in zip(stored, named, strict=True):
+                choices[index] = choice
         for row in [row for row, found in zip(rows, choices, strict=True) if not found]:
             self.faults.setdefault(row, self._spec.layer_count)
         return choices
 
     @torch.inference_mode()
     def choose(self, x: Payload, draw: SamplingInputs | None, count: int) -> tuple[Chosen, Tensor | None]:
-        """What ``draw`` draws after each row of ``x`` [rows, hidden_size]; the logits, where more is wanted than the
-        kernel draws by itself. In a group all ranks do this, and the leader has the result."""
+        """What ``draw`` draws after each row of ``x`` [rows, hidden_size] where the kernel draws by itself; the logits
+        of all rows, where some need more. In a group all ranks do this, and the leader has the result."""
         assert isinstance(self._norm, Tensor) and isinstance(self._head, Linear)
         x = torch.as_tensor(x, dtype=torch.float32).contiguous()
-        is_fused = count == 1 and _is_fused(draw)
-        positions = np.zeros(len(x), np.int64) if draw is None else np.ascontiguousarray(draw.positions)
-        by = (draw.sampling.seed, draw.sampling.temperature) if is_fused and draw else (0, 0.0)
-        head = CHead(addressof(self._head.c), self._norm.data_ptr(), positions.ctypes.data, by[0], self._spec.norm_eps)
-        head.temperature = by[1]
-        return choose(self._lib, self._group, head, self._spec.vocab_size, self._limit, x, with_logits=not is_fused)
+        stored = _stored(len(x), draw, count)
+        head = CHead(addressof(self._head.c), self._norm.data_ptr(), eps=self._spec.norm_eps)
+        if draw is not None:
+            temperatures = np.array([sampling.temperature for sampling in draw.samplings], np.float32)
+            temperatures[stored] = 0
+            seeds = np.array([sampling.seed for sampling in draw.samplings], np.uint64)
+            positions = np.ascontiguousarray(draw.positions)  # all three live until the head has chosen
+            if temperatures.any():
+                head.positions, head.seeds = positions.ctypes.data, seeds.ctypes.data
+                head.temperatures = temperatures.ctypes.data
+        return choose(self._lib, self._group, head, self._spec.vocab_size, self._limit, x, with_logits=bool(stored))
 
 
-def _is_fused(draw: SamplingInputs | None) -> bool:
+def _stored(rows: int, draw: SamplingInputs | None, count: int) -> list[int]:
+    """Of ``rows`` rows those whose logits are needed, as the kernel cannot draw after them by itself."""
+    if count > 1:
+        return list(range(rows))
+    if draw is None:
+        return []
+    return [row for row, sampling in enumerate(draw.samplings) if not _is_fused(sampling, draw.is_guess)]
+
+
+@functools.lru_cache(1024)
+def _is_fused(sampling: Sampling, is_guess: bool) -> bool:
     """Whether the kernel draws by itself: the highest logit, or by temperature alone."""
-    if draw is None or changes_nothing(draw.sampling):
+    if changes_nothing(sampling):
         return True
-    only = replace(draw.sampling, temperature=0.0, seed=0)
-    return only == GREEDY and not draw.is_guess
+    return replace(sampling, temperature=0.0, seed=0) == GREEDY and not is_guess
 
 
 def _pack(split: Split, read: dict[str, Tensor], kv: Tensor) -> _Layer:
@@ -313,9 +331,7 @@ def _pack(split: Split, read: dict[str, Tensor], kv: Tensor) -> _Layer:
     return _Layer(c, tuple(linears), tuple(tensor for tensor in held if tensor is not None))
 
 
-def _read_ends(
-    spec: ModelSpec, checkpoint: Weights, layers: range, dtype: torch.dtype
-) -> dict[str, Tensor | Linear]:
+def _read_ends(spec: ModelSpec, checkpoint: Weights, layers: range, dtype: torch.dtype) -> dict[str, Tensor | Linear]:
     """The embedding for the first shard, norm and head for the last; a tied matrix that both need is packed once."""
     ends: dict[str, Tensor | Linear] = {}
     stored = {end: checkpoint.stored_name(end) if spec.tied else end for end in (EMBEDDING, HEAD)}

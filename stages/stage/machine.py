@@ -204,8 +204,9 @@ class Stage:
         wanted = _wanted(run) if self._is_last else ()
         if not wanted:
             return Compute(run.run, batch, payload, keep, choices=int(self._is_last))
-        sampling = self._sampling.get(run.rows[0].sequence, GREEDY)
-        return Compute(run.run, batch, payload, keep, wanted, choices=1, draw=self._table.draw(sampling, batch, wanted))
+        samplings = [self._sampling.get(run.rows[index].sequence, GREEDY) for index in wanted]
+        draw = self._table.draw(samplings, batch, wanted)
+        return Compute(run.run, batch, payload, keep, wanted, choices=1, draw=draw)
 
     def _computed(self, event: Computed) -> list[Command]:
         run, self._current, self._abandoned = self._current, None, False
@@ -252,11 +253,16 @@ class Stage:
 
 
 def _wanted(run: Run) -> tuple[int, ...]:
+    """The rows of ``run`` after which a token is wanted. Rows of a sequence are neighbours."""
+    rows = run.rows
     if run.wants is Wants.NOTHING:
         return ()
     if run.wants is Wants.LAST:
-        return (len(run.rows) - 1,)
-    return tuple(range(len(run.rows)))
+        last = len(rows) - 1
+        return tuple(
+            [index for index in range(len(rows)) if index == last or rows[index].sequence != rows[index + 1].sequence]
+        )
+    return tuple(range(len(rows)))
 
 
 def _result_rows(run: Run, event: Computed) -> tuple[ResultRow, ...]:

@@ -56,16 +56,18 @@ GOLDEN: tuple[tuple[Message, str], ...] = (
                 (
                     SlotOp(SlotOpKind.FREE, sequence=6), SlotOp(SlotOpKind.COMMIT, 7, 2, 9, 8),
                     SlotOp(SlotOpKind.RELEASE, 11, 3, 0, 8), SlotOp(SlotOpKind.TRUNCATE, 0, 4, 0, 8),
+                    SlotOp(SlotOpKind.FORK, 8, 513, 0, 9),
                 ),
                 (Row(258, 10, NO_SLOT, 12, 8), Row(-1, 13, 10, 13, 8)),
             ),
             txn=4, payload_nbytes=4096,
         ),
-        "50490302000001000400000000100000 05000000010001020100000300000004000200 "
+        "50490302000001000400000000100000 05000000010001020100000300000005000200 "
         "03000000000000000000000600000000 "
         "01070000000200090000000800000000 "
         "020b0000000300000000000800000000 "
         "04000000000400000000000800000000 "
+        "05080000000102000000000900000000 "
         "020100000a000000ffffffff0c00000008000000 "
         "ffffffff0d0000000a0000000d00000008000000",
     ),
@@ -295,7 +297,7 @@ def test_so_many_pairs_per_row_are_taken(pairs: int) -> None:
     assert is_same(decode(encode(message)), message)
 
 
-@pytest.mark.parametrize("number", [0, 5, 255])
+@pytest.mark.parametrize("number", [0, 6, 255])
 def test_unknown_operations_are_refused(number: int) -> None:
     data = bytearray(encode(Message(0, 1, Run(1, ops=(SlotOp(SlotOpKind.FREE),)))))
     data[ENVELOPE.size + LAYOUTS[Run].fixed.size] = number

@@ -141,9 +141,7 @@ def following(groups: Sequence[Group]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def grouped(
-    world: World, how: How, lib: Library | None = None, late_by: random.Random | None = None
-) -> Iterator[Any]:
+def grouped(world: World, how: How, lib: Library | None = None, late_by: random.Random | None = None) -> Iterator[Any]:
     """The world's shards on a group's ranks, as their leader sees them. ``late_by``: see late."""
     groups = make_groups(how, slot_nbytes([world.spec.hidden_size], [world.spec.vocab_size]), lib)
     sizes = world.dtype, len(world.tokens) + 60, world.vocabulary

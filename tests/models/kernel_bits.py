@@ -22,12 +22,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeinfer.core.ports import Batch, Sampling, SamplingInputs
+from pipeinfer.core.ports import Batch
 from pipeinfer.core.slots import batch_in_order
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, expected
 from stages.checkpoint.spec import ModelSpec, RopeSpec
 from stages.kernels.library import Library, library
 from stages.models.kernel_shard import KernelShard
+from tests.models.kinds_of_choices import KINDS, say
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HIDDEN = (64, 80, 896, 1536, 65, 128, 30)
@@ -42,7 +43,6 @@ MOST_WEIGHTS = 2_000_000
 """Of a layer: larger ones are drawn again."""
 MOST_ROWS = 40
 CASES_PER_WORLD = 20
-DRAWN = {"drawn": Sampling(0.8, seed=7), "drawn of few": Sampling(0.8, top_k=20, top_p=0.9, seed=3)}
 
 
 class RandomWeights:
@@ -197,15 +197,6 @@ def logits_of(shard: KernelShard, hidden: Tensor) -> tuple[Tensor, list[int]]:
     chosen, logits = shard.choose(hidden.contiguous(), None, 2)
     assert logits is not None
     return logits, chosen["token"].tolist()
-
-
-def say(shard: KernelShard, hidden: Tensor, rows: Sequence[int], positions: Sequence[int], kind: str) -> Any:
-    """Choices of a ``kind``: the best token, eight, or one that is drawn."""
-    draw = SamplingInputs(DRAWN[kind], np.array(positions)) if kind in DRAWN else None
-    return shard.sample(hidden, rows, 8 if kind == "eight" else 1, draw)
-
-
-KINDS = ("best", "eight", *DRAWN)
 
 
 def learn(world: World, shards: Sequence[KernelShard], lib: Library, isa: str) -> World:

@@ -61,7 +61,8 @@ def _one_chain(condition: str) -> tuple[str, str]:
 
 _LIST = "int chunks = ceiling(list.count, POSITIONS), part"
 """Where the slots of a row are known."""
-_SORTED = """int64_t sorted[4096];
+_SORTED = (
+    """int64_t sorted[4096];
     for (int i = 0; i < list.count; i++) {
         int64_t slot = slot_of(&list, i);
         int place = i;
@@ -69,7 +70,9 @@ _SORTED = """int64_t sorted[4096];
         sorted[place] = slot;
     }
     list.canonical = sorted, list.prefix = list.count;
-    """ + _LIST
+    """
+    + _LIST
+)
 _FMA = "sum[m][p] = v_fma(v_set1(x[m * ldx + 2 * k + 1]), high, sum[m][p])"
 _PARTED = "v_add(v_mul(v_set1(x[m * ldx + 2 * k + 1]), high), sum[m][p])"
 _NOT_FUSED = _FMA.replace("= ", f"= M == {{}} && sizeof sum[0] / sizeof(vf) == {{}} ? {_PARTED} : ")
@@ -201,7 +204,6 @@ class Builder:
             path.write_text(sound)
         subprocess.run([COMPILER, "-shared", *parts.values(), "-o", out], check=True)
         return out
-
 
     def rebuild(self) -> Path:
         """The library of what the sources in ``folder`` have become."""

@@ -54,7 +54,7 @@ def test_the_draft_is_right_as_often_as_it_was_told(
         batch, draw = prompt_batch(seed), None
         if sampling:
             seen = tuple(np.unique(batch.tokens[: row + 1]) for row in range(COUNT))
-            draw = SamplingInputs(sampling, batch.positions + 1, seen)
+            draw = SamplingInputs((sampling,) * len(seen), batch.positions + 1, seen)
         truths = [choices[0][0] for choices in said(target, batch, 1, draw)]
         assert max(truths) < FORCED_TOKENS
         assert len(set(truths)) > COUNT / 2
@@ -103,6 +103,6 @@ def test_the_real_choice_is_computed_as_well(directories: tuple[Path, Path]) -> 
     watched = Watched(open_pair(directories, ()).draft(0, CAPACITY))
     shard = ForcedShard(watched, (0.5,), CAPACITY, is_draft=True)
     batch = prompt_batch(3)
-    draw = SamplingInputs(Sampling(temperature=1.0), batch.positions[[4, 9]] + 1, is_guess=True)
+    draw = SamplingInputs((Sampling(temperature=1.0),) * 2, batch.positions[[4, 9]] + 1, is_guess=True)
     shard.sample(compute([shard], batch), (4, 9), 3, draw)  # type: ignore[list-item]
     assert watched.asked == [((4, 9), 3, draw)]

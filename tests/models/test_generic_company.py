@@ -15,6 +15,7 @@ from stages.kernels.library import library
 from stages.models.generic import GenericShard
 from stages.models.generic_kernels import UNEVEN, Even, Weight
 from stages.models.generic_spec import GenericSpec
+from tests.models.kinds_of_choices import mixed_draw
 from tests.models.tiny_generic import MODELS, make_model
 from tests.models.walk import compute, make_batch
 
@@ -61,7 +62,8 @@ def told(shard: GenericShard, texts: list[Text], dice: random.Random, most: int)
         rows = [text[-1] for text in here], [len(text) - 1 for text in here], [slots[text] for text in here]
         hidden = compute([shard], make_batch(*rows, seen))  # type: ignore[list-item]
         choices = shard.sample(hidden, range(len(here)), 8)
-        found |= {text: (hidden[row].tolist(), choices[row]) for row, text in enumerate(here)}
+        drawn = shard.sample(hidden, range(len(here)), 1, mixed_draw([len(text) for text in here]))
+        found |= {text: (hidden[row].tolist(), choices[row] + drawn[row]) for row, text in enumerate(here)}
     return found
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pipeinfer.core.errors import PipeinferError, StallError, UserError
+from pipeinfer.core.ports import Sampling, SamplingInputs
 from pipeinfer.core.slots import batch_in_order
 from stages.kernels.group import RING, slot_nbytes
 from stages.kernels.library import library
@@ -99,6 +100,19 @@ def test_more_rows_than_a_slot_holds() -> None:
             for one, whole in zip(alone, shards, strict=True):
                 hidden = run_pass(one, batch, hidden[0]), run_pass(whole, batch, hidden[1])
                 assert torch.equal(*hidden), how
+            for names in (("temperature",), ("temperature", "top_k")):
+                draw = draw_by_row(len(tokens), names)
+                said = [shard.sample(hidden[0], range(len(tokens)), 1, draw) for shard in (alone[-1], shards[-1])]
+                assert said[0] == said[1], how
+
+
+def draw_by_row(rows: int, names: tuple[str, ...]) -> SamplingInputs:
+    """A draw after ``rows`` rows, each with a seed of its own; most have another temperature, and some another top_k,
+    where ``names`` has these."""
+    changed = {name: number for name, number in (("temperature", 0.75), ("top_k", 7)) if name in names}
+    samplings = [Sampling(0.5 if row % 3 else 0.0, seed=row) for row in range(rows)]
+    samplings = [one if row % 5 else replace(one, **changed) for row, one in enumerate(samplings)]  # type: ignore[arg-type]
+    return SamplingInputs(tuple(samplings), np.arange(rows) + 1)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -102,11 +102,9 @@ def test_e_to_the_power(lib: Library) -> None:
     x = torch.stack([torch.linspace(-1, 0, count), torch.ones(count)], -1)
     normed, logits, chosen = torch.zeros((count, 16)), torch.empty((count, 257)), np.zeros(count, CHOSEN)
     blocks = np.empty((count, 2 * BEST_NBYTES), np.uint8)
-    given = CHead(ctypes.addressof(head.c), norm.data_ptr(), None, 0, 1e-6, 0.0, 257)
+    given = CHead(ctypes.addressof(head.c), norm.data_ptr(), None, None, None, 1e-6, 257)
     scratch = normed.data_ptr(), blocks.ctypes.data
-    lib.kernels.head(
-        ctypes.addressof(given), x.data_ptr(), count, *scratch, chosen.ctypes.data, logits.data_ptr()
-    )
+    lib.kernels.head(ctypes.addressof(given), x.data_ptr(), count, *scratch, chosen.ctypes.data, logits.data_ptr())
     assert not chosen["token"].any() and not chosen["highest"].any()
     exact = np.exp(logits[:, 256].double().numpy())
     assert exact.min() < 2e-8

@@ -190,11 +190,11 @@ def test_nothing_is_chosen_from_logits_that_are_not_finite(sampling: Sampling, c
     torch.manual_seed(1)
     logits = torch.randn(5, 40)
     logits[1, 7], logits[2], logits[3, 0] = NAN, NAN, INF
-    draw = SamplingInputs(sampling, np.arange(5), tuple(np.array([-3, 1, 2]) for _ in range(5)), is_guess)
+    draw = SamplingInputs((sampling,) * 5, np.arange(5), tuple(np.array([-3, 1, 2]) for _ in range(5)), is_guess)
     choices = top_tokens(logits, count, draw)
     assert [bool(found) for found in choices] == [True, False, False, False, True]
     for row in (0, 4):
-        alone = SamplingInputs(sampling, np.array([row]), (np.array([1, 2]),), is_guess)
+        alone = SamplingInputs((sampling,), np.array([row]), (np.array([1, 2]),), is_guess)
         assert choices[row] == top_tokens(logits[row : row + 1], count, alone)[0]
 
 

@@ -88,7 +88,7 @@ def test_no_token_is_proposed_that_the_target_has_no_row_for(heights: Known, sam
     """And a token that the draft has no row for is embedded as its last one."""
     draft = heights[0].draft(0, 64)
     batch = make_batch([7, HIGH - 1, LOW - 1], range(3), range(3), [set(), {0}, {0, 1}])
-    draw = SamplingInputs(sampling, batch.positions + 1, is_guess=True)
+    draw = SamplingInputs((sampling,) * len(batch.positions), batch.positions + 1, is_guess=True)
     choices = draft.sample(compute([draft], batch), range(3), HIGH, draw)  # type: ignore[list-item]
     assert {token for row in choices for token, _ in row} == set(range(LOW))
 

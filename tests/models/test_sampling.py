@@ -62,7 +62,7 @@ def draw_of(
 ) -> SamplingInputs:
     """A draw at neighbouring positions; row r has seen some tokens of its own."""
     seen = tuple(np.unique(np.random.default_rng(row).integers(0, vocab, 20)) for row in range(rows))
-    return SamplingInputs(sampling, np.arange(first, first + rows), seen, is_guess)
+    return SamplingInputs((sampling,) * rows, np.arange(first, first + rows), seen, is_guess)
 
 
 def theirs(sampling: Sampling) -> Any:
@@ -82,7 +82,7 @@ def theirs(sampling: Sampling) -> Any:
 
 
 def by_transformers(logits: torch.Tensor, draw: SamplingInputs) -> torch.Tensor:
-    processors = theirs(draw.sampling)
+    processors = theirs(draw.samplings[0])
     rows = zip(draw.seen, logits, strict=True)
     return torch.cat([processors(torch.from_numpy(seen)[None], row[None].clone()) for seen, row in rows])
 
@@ -111,7 +111,7 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def test_of_equally_likely_tokens_the_lowest_are_kept() -> None:
-    draw = SamplingInputs(Sampling(1.0, top_p=0.5), np.array([0]))
+    draw = SamplingInputs((Sampling(1.0, top_p=0.5),), np.array([0]))
     assert (processed(torch.zeros(1, 8), draw) > -torch.inf).tolist() == [[True] * 4 + [False] * 4]
 
 
@@ -122,12 +122,12 @@ def test_a_large_vocabulary_is_processed_alike() -> None:
 
 
 def test_no_rows_are_no_choices() -> None:
-    for sampling in PROCESSORS.values():
-        assert top_tokens(torch.zeros(0, VOCAB), 1, SamplingInputs(sampling, np.arange(0))) == []
+    for is_guess in (False, True):
+        assert top_tokens(torch.zeros(0, VOCAB), 1, SamplingInputs((), np.arange(0), (), is_guess)) == []
 
 
 def test_tokens_that_a_shorter_vocabulary_lacks_are_no_matter() -> None:
-    draw = SamplingInputs(Sampling(0.0, repetition_penalty=2.0), np.array([5]), (np.array([1, 2, 500]),))
+    draw = SamplingInputs((Sampling(0.0, repetition_penalty=2.0),), np.array([5]), (np.array([1, 2, 500]),))
     assert processed(torch.ones(1, 4), draw).tolist() == [[1.0, 0.5, 0.5, 1.0]]
 
 
@@ -145,7 +145,7 @@ def test_a_penalty_alone_keeps_the_choice_greedy() -> None:
     logits = logits_of("plain")
     draw = draw_of(Sampling(0.0, repetition_penalty=8.0), 12)
     chosen = [row[0][0] for row in top_tokens(logits, 1, draw)]
-    sampled = replace(draw, sampling=Sampling(1.0, repetition_penalty=8.0))
+    sampled = replace(draw, samplings=(Sampling(1.0, repetition_penalty=8.0),) * 12)
     assert chosen == by_transformers(logits, sampled).argmax(-1).tolist()
     assert chosen != logits.argmax(-1).tolist()
 
@@ -226,8 +226,8 @@ def test_what_is_drawn_follows_the_processed_softmax(sampling: Sampling) -> None
     vocab, rows = 12, 24_000
     row = torch.linspace(-1.5, 1.5, vocab)[None]
     seen = (np.array([0, 10, 11]),)
-    shares = by_transformers(row, SamplingInputs(sampling, np.arange(1), seen))[0].double().softmax(-1)
-    draw = SamplingInputs(sampling, np.arange(rows), seen * rows)
+    shares = by_transformers(row, SamplingInputs((sampling,), np.arange(1), seen))[0].double().softmax(-1)
+    draw = SamplingInputs((sampling,) * rows, np.arange(rows), seen * rows)
     drawn = torch.tensor([choices[0][0] for choices in top_tokens(row.expand(rows, vocab), 1, draw)])
     counts = drawn.bincount(minlength=vocab)
     assert not counts[shares == 0].any()
@@ -237,7 +237,7 @@ def test_what_is_drawn_follows_the_processed_softmax(sampling: Sampling) -> None
 def test_seeds_are_independent_samples_too() -> None:
     vocab, samples = 6, 20_000
     row = torch.linspace(-1.0, 1.0, vocab)[None]
-    draws = (SamplingInputs(Sampling(1.0, seed=seed), np.array([9])) for seed in range(samples))
+    draws = (SamplingInputs((Sampling(1.0, seed=seed),), np.array([9])) for seed in range(samples))
     drawn = torch.tensor([top_tokens(row, 1, draw)[0][0][0] for draw in draws])
     assert p_value(drawn.bincount(minlength=vocab), row[0].double().softmax(-1)) > 0.01
 
@@ -249,15 +249,27 @@ def test_a_row_s_choices_do_not_depend_on_the_rows_beside_it(name: str, is_guess
     draw = draw_of(PROCESSORS[name], 16, is_guess=is_guess, vocab=5000)
     together = top_tokens(logits, 4, draw)
     for group in ([3], [15, 0], [8, 7, 6, 5, 4]):
-        alone = replace(draw, positions=draw.positions[group], seen=tuple(draw.seen[row] for row in group))
-        for row, choices in zip(group, top_tokens(logits[group], 4, alone), strict=True):
-            assert [token for token, _ in choices] == [token for token, _ in together[row]]
-            assert [logp for _, logp in choices] == pytest.approx([logp for _, logp in together[row]], abs=1e-5)
+        assert top_tokens(logits[group], 4, draw.of(group)) == [together[row] for row in group]
+
+
+@pytest.mark.parametrize("is_guess", [False, True])
+@pytest.mark.parametrize("count", [1, 4])
+def test_each_row_is_drawn_by_its_own_sampling(count: int, is_guess: bool) -> None:
+    """As if it were alone, to the bit; also where rows of several seeds or samplings take turns."""
+    logits = logits_of("plain", rows=3 * len(PROCESSORS), vocab=40_000)
+    named = (GREEDY, *PROCESSORS.values()) * 3
+    samplings = tuple([replace(named[row], seed=row % 5) for row in range(len(logits))])
+    draw = replace(draw_of(GREEDY, len(logits), is_guess=is_guess, vocab=40_000), samplings=samplings)
+    together = top_tokens(logits, count, draw)
+    for row in range(len(logits)):
+        assert top_tokens(logits[[row]], count, draw.of([row])) == [together[row]], samplings[row]
+    rows = [*range(5, len(logits), 2)][::-1]
+    assert top_tokens(logits[rows], count, draw.of(rows)) == [together[row] for row in rows]
 
 
 def test_rows_at_one_position_have_the_same_noise() -> None:
     logits = logits_of("plain", rows=1).expand(5, -1)
-    draw = SamplingInputs(Sampling(1.0), np.array([4, 4, 9, 4, 9]))
+    draw = SamplingInputs((Sampling(1.0),) * 5, np.array([4, 4, 9, 4, 9]))
     first, second, third, fourth, fifth = top_tokens(logits, 8, draw)
     assert first == second == fourth
     assert third == fifth != first
@@ -288,7 +300,7 @@ def test_a_guess_is_ordered_by_what_decides(name: str) -> None:
 
 def agreement(target: torch.Tensor, draft: torch.Tensor, ours: Sampling, drafts: Sampling) -> float:
     def drawn(logits: torch.Tensor, sampling: Sampling, is_guess: bool) -> Sequence[int]:
-        draw = SamplingInputs(sampling, np.arange(len(logits)), (), is_guess)
+        draw = SamplingInputs((sampling,) * len(logits), np.arange(len(logits)), (), is_guess)
         return [choices[0][0] for choices in top_tokens(logits, 1, draw)]
 
     pairs = zip(drawn(target, ours, False), drawn(draft, drafts, True), strict=True)
@@ -325,7 +337,7 @@ def sampled(shard: Any, prompt: Sequence[int], count: int, sampling: Sampling) -
     for position in range(len(prompt) + count - 1):
         hidden = compute([shard], make_batch([tokens[position]], [position], [position], [set(range(position))]))
         if position == len(tokens) - 1:
-            draw = SamplingInputs(sampling, np.array([position + 1]), (np.unique(tokens),))
+            draw = SamplingInputs((sampling,), np.array([position + 1]), (np.unique(tokens),))
             tokens.append(shard.sample(hidden, [0], 1, draw)[0][0][0])
     return tokens[len(prompt) :]
 

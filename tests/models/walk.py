@@ -68,9 +68,7 @@ def compute(shards: Sequence[Any], batch: Batch) -> Any:
     return hidden
 
 
-def prefill(
-    shards: Sequence[Any], tokens: Sequence[int], slots: Sequence[int], chunk: int
-) -> list[list[SampledToken]]:
+def prefill(shards: Sequence[Any], tokens: Sequence[int], slots: Sequence[int], chunk: int) -> list[list[SampledToken]]:
     """Run ``tokens`` in chunks of ``chunk`` rows, token i in slot ``slots[i]``; returns 8 choices after each."""
     choices = []
     for start in range(0, len(tokens), chunk):

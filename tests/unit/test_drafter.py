@@ -2,94 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import pytest
 
-from pipeinfer.core.addresses import FIRST_DRAFTER, ORCHESTRATOR
-from pipeinfer.core.edges import Edges
 from pipeinfer.core.errors import RemoteProtocolError
-from pipeinfer.core.messages import Advance, Body, Close, DraftOrder, Nodes, Prompt, Run, accepted_name
-from pipeinfer.core.ports import GREEDY, Abandon, Command, Compute, Computed, Received, Sampling, Send
+from pipeinfer.core.messages import Close, Run
+from pipeinfer.core.ports import Abandon, Compute, Computed, Sampling
 from pipeinfer.core.slots import attended, visible_slots
-from speculation.drafter.machine import MOST_FAULTY, Drafter
+from speculation.drafter.machine import MOST_FAULTY
 from speculation.schedules.cost_curve import CostCurve
-from speculation.schedules.policy import Policy
-from speculation.trees.tree import Tree
-
-FIRST, SECOND = 4, 5
-"""Sequences."""
-PROMPT = (1, 2, 3)
-ROOT = accepted_name(3)
-"""What everybody calls the first accepted token."""
-
-
-class Told:
-    """A drafter whose prompt is through, and what it is told; the first token, 7, has been accepted.
-
-    Where no ``sequence`` is named, all is said about the first one."""
-
-    def __init__(self, sampling: Sampling = GREEDY, **knobs: Any) -> None:
-        positions = knobs.pop("positions", 0)
-        settings: dict[str, Any] = {"schedule": "pipeinfer", "max_rows": 3, "max_ahead": 9} | knobs
-        self.drafter = Drafter(FIRST_DRAFTER, Policy("test", **settings), 64, positions=positions)
-        self._edges = Edges(ORCHESTRATOR)
-        self.busy = 0
-        self.begin(FIRST, PROMPT, sampling)
-        if self.busy:  # else the prompt is longer than what the model was made for
-            self.computed([(9, 0.9)])
-        assert self.accept(7) == [], "it waits for its order"
-
-    def begin(self, sequence: int, prompt: tuple[int, ...], sampling: Sampling = GREEDY) -> list[Command]:
-        assert self.say(sampling.settings(sequence)) == []
-        return self.say(Prompt(sequence, 20, True, prompt))
-
-    def say(self, body: Body) -> list[Command]:
-        message = self._edges.message(FIRST_DRAFTER, body)
-        return self._follow(self.drafter.handle(Received(message), 0.0))
-
-    def _follow(self, commands: list[Command]) -> list[Command]:
-        self.busy = next((command.job for command in commands if isinstance(command, Compute)), self.busy)
-        return commands
-
-    def order(self, passes: int, cutoff: float = 0.0, restart: bool = False, sequence: int = FIRST) -> list[Command]:
-        return self.say(DraftOrder(sequence, restart, passes, cutoff=cutoff))
-
-    def tree(self, sequence: int = FIRST) -> Tree:
-        tree = self.drafter._sequences[sequence].tree
-        assert tree is not None
-        return tree
-
-    def accept(self, *tokens: int, sequence: int = FIRST) -> list[Command]:
-        return self.say(Advance(sequence, self.tree(sequence).root.position + 1, False, tokens))
-
-    def computed(self, *choices: list[tuple[int, float]], faulty: tuple[int, ...] = ()) -> list[Command]:
-        """The pass ends; for each of its nodes the choices with their probabilities. ``faulty``: rows of it."""
-        logged = [[(token, math.log(probability)) for token, probability in best] for best in choices]
-        faults = dict.fromkeys(faulty, 1)
-        return self._follow(self.drafter.handle(Computed(self.busy, choices=logged, faults=faults), 0.0))
-
-
-def compute_of(commands: list[Command]) -> Compute:
-    (found,) = [command for command in commands if isinstance(command, Compute)]
-    return found
-
-
-def said(commands: list[Command]) -> list[Nodes]:
-    """The Nodes messages. No other message leaves."""
-    found = [command.message.body for command in commands if isinstance(command, Send)]
-    assert all(isinstance(body, Nodes) for body in found)
-    return [body for body in found if isinstance(body, Nodes)]
-
-
-def nodes(commands: list[Command]) -> list[tuple[list[tuple[int, int]], bool]]:
-    """Of each: (token, parent's name) of each node, and whether the order is done."""
-    return [([(row.token, row.parent) for row in body.nodes], body.ends_order) for body in said(commands)]
-
-
-def evaluated(commands: list[Command]) -> list[int]:
-    return [int(token) for token in compute_of(commands).batch.tokens]
+from tests.unit.told_drafter import FIRST, ROOT, SECOND, Told, compute_of, evaluated, nodes, said
 
 
 def test_an_order_is_so_many_passes_and_the_last_one_says_so() -> None:
@@ -212,7 +133,7 @@ def test_guesses_are_drawn_as_the_target_will_draw() -> None:
     told = Told(sampling)
     draw = compute_of(told.order(1)).draw
     assert draw is not None
-    assert (draw.sampling, draw.positions.tolist(), draw.is_guess) == (sampling, [4], True)
+    assert (draw.samplings, draw.positions.tolist(), draw.is_guess) == ((sampling,), [4], True)
 
 
 def test_an_order_of_no_passes_ends_what_was_held_back_and_evaluates_nothing() -> None:
@@ -266,8 +187,7 @@ def test_a_prompt_longer_than_the_draft_is_not_read() -> None:
 # Sequences.
 
 
-def test_two_sequences_are_served_in_the_order_in_which_they_began() -> None:
-    """The later one has its turn while the first one waits for orders; a new order of the first one comes first."""
+def test_a_prompt_is_read_between_two_orders_and_one_pass_then_serves_both_sequences() -> None:
     told, sampling = Told(), Sampling(0.5, seed=3)
     told.order(1)
     assert told.begin(SECOND, (8, 9), sampling) == [], "a pass is under way"
@@ -277,14 +197,14 @@ def test_two_sequences_are_served_in_the_order_in_which_they_began() -> None:
     assert command.batch.tokens.tolist() == [8, 9], "its own prompt"
     assert command.batch.positions.tolist() == [0, 1]
     assert command.draw is not None
-    assert (command.draw.sampling, command.draw.positions.tolist()) == (sampling, [2])
+    assert (command.draw.samplings, command.draw.positions.tolist()) == ((sampling,), [2])
     assert told.order(1) == [], "a pass is under way"
     commands = told.computed([(6, 0.9)])
     assert [(body.sequence, body.root, body.ends_order) for body in said(commands)] == [(SECOND, 1, False)]
-    assert compute_of(commands).batch.tokens.tolist() == [4], "the first sequence has an order again"
-    commands = told.computed([(5, 0.9)])
-    assert [(body.sequence, body.ends_order) for body in said(commands)] == [(FIRST, True)]
-    assert compute_of(commands).batch.tokens.tolist() == [6]
+    assert compute_of(commands).batch.tokens.tolist() == [4, 6], "the first sequence has an order again"
+    commands = told.computed([(5, 0.9)], [(7, 0.9)])
+    assert [(body.sequence, body.ends_order) for body in said(commands)] == [(FIRST, True), (SECOND, False)]
+    assert compute_of(commands).batch.tokens.tolist() == [7]
 
 
 def test_a_sequence_attends_to_nothing_of_another_one() -> None:

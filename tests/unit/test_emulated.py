@@ -123,29 +123,30 @@ def drawn(draw: SamplingInputs | None, spec: EmulatedSpec = SPEC) -> int:
 
 def test_every_number_of_a_draw_matters() -> None:
     spec = replace(SPEC, vocab=2**40)  # two of these words hardly ever give one token
-    draw = SamplingInputs(SAMPLED, np.array([9]), (SEEN,))
+    draw = SamplingInputs((SAMPLED,), np.array([9]), (SEEN,))
     changes = {
         "temperature": 1.0, "top_k": 21, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.5, "seed": 7 + 2**40,
     }  # fmt: skip
     draws = [None, draw, replace(draw, positions=np.array([10])), replace(draw, seen=(SEEN[:2],))]
     draws.append(replace(draw, seen=(np.array([2, 3, 6]),)))
-    draws += [replace(draw, sampling=replace(SAMPLED, **{name: value})) for name, value in changes.items()]  # type: ignore[arg-type]
-    draws.append(replace(draw, sampling=replace(SAMPLED, temperature=0.0)))
+    draws += [replace(draw, samplings=(replace(SAMPLED, **{name: value}),)) for name, value in changes.items()]  # type: ignore[arg-type]
+    draws.append(replace(draw, samplings=(replace(SAMPLED, temperature=0.0),)))
     assert len({drawn(draw, spec) for draw in draws}) == len(draws)
 
 
 def test_nothing_else_does() -> None:
-    draw = SamplingInputs(SAMPLED, np.array([9]), (SEEN,))
+    draw = SamplingInputs((SAMPLED,), np.array([9]), (SEEN,))
     assert drawn(replace(draw, seen=(np.array([5, 2, 3, 2]),))) == drawn(draw), "what was seen is a set"
-    free = replace(draw, sampling=replace(SAMPLED, repetition_penalty=1.0))
+    free = replace(draw, samplings=(replace(SAMPLED, repetition_penalty=1.0),))
     assert drawn(replace(free, seen=())) == drawn(free)
     rounded = replace(SAMPLED, temperature=float(np.float32(0.7)))
-    assert drawn(replace(draw, sampling=replace(SAMPLED, temperature=0.7))) == drawn(replace(draw, sampling=rounded))
+    asked = replace(SAMPLED, temperature=0.7)
+    assert drawn(replace(draw, samplings=(asked,))) == drawn(replace(draw, samplings=(rounded,)))
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.0, top_k=5, top_p=0.5, seed=3)], ids=str)
 def test_greedy_draws_say_what_they_always_said(sampling: Sampling) -> None:
-    assert drawn(SamplingInputs(sampling, np.array([9]), (SEEN,))) == drawn(None)
+    assert drawn(SamplingInputs((sampling,), np.array([9]), (SEEN,))) == drawn(None)
     assert plain_tokens(SPEC, [1, 2, 3], 8, frozenset(), sampling) == plain_tokens(SPEC, [1, 2, 3], 8, frozenset())
     assert plain_tokens(SPEC, [1, 2, 3], 8, frozenset()) == [956, 577, 41, 780, 879, 971, 893, 459]
 
@@ -154,22 +155,34 @@ def test_a_row_draws_what_it_draws_alone() -> None:
     hidden = mix(np.arange(6, dtype=np.uint64))
     seen = tuple(np.arange(row) for row in range(6))
     shard = EmulatedShard(SPEC, range(1), 8)
-    together = shard.sample(hidden, range(6), 1, SamplingInputs(SAMPLED, np.arange(20, 26), seen))
+    together = shard.sample(hidden, range(6), 1, SamplingInputs((SAMPLED,) * 6, np.arange(20, 26), seen))
     for row in range(6):
-        alone = SamplingInputs(SAMPLED, np.array([20 + row]), seen[row : row + 1])
+        alone = SamplingInputs((SAMPLED,), np.array([20 + row]), seen[row : row + 1])
         assert shard.sample(hidden, (row,), 1, alone) == [together[row]]
 
 
+def test_each_row_draws_by_its_own_sampling() -> None:
+    named = (SAMPLED, GREEDY, Sampling(0.5, seed=1), Sampling(repetition_penalty=1.25), Sampling(0.5, seed=2), SAMPLED)
+    hidden, seen = mix(np.arange(6, dtype=np.uint64)), tuple(np.arange(row) for row in range(6))
+    draw = SamplingInputs(named, np.arange(20, 26), seen)
+    for is_draft in (False, True):
+        shard = EmulatedShard(SPEC, range(1), 8, is_draft=is_draft)
+        together = shard.sample(hidden, range(6), 2, draw)
+        assert [shard.sample(hidden, (row,), 2, draw.of([row]))[0] for row in range(6)] == together
+        greedy = shard.sample(hidden, range(6), 2, None)
+        assert [row for row in range(6) if greedy[row][0][0] == together[row][0][0]] == [1], "the others are drawn"
+
+
 def test_a_missing_set_of_seen_tokens_is_an_error() -> None:
-    with pytest.raises(ValueError, match="reshape"):
-        drawn(SamplingInputs(SAMPLED, np.array([9])))
+    with pytest.raises(IndexError):
+        drawn(SamplingInputs((SAMPLED,), np.array([9])))
 
 
 def test_the_draft_knows_what_the_target_will_draw() -> None:
     spec = EmulatedSpec(layers=2, vocab=1000, ranks=(0.7,))
     target, draft = (EmulatedShard(spec, range(2), 8, is_draft=is_draft) for is_draft in (False, True))
     hidden = mix(np.arange(4000, dtype=np.uint64))
-    draw = SamplingInputs(SAMPLED, np.arange(4000) % 50, (SEEN,) * 4000)
+    draw = SamplingInputs((SAMPLED,) * 4000, np.arange(4000) % 50, (SEEN,) * 4000)
     truths = target.sample(hidden, range(4000), 1, draw)
     for guess_draw, share in ((draw, 0.7), (None, 0.0)):
         guesses = draft.sample(hidden, range(4000), 1, guess_draw)
@@ -182,6 +195,6 @@ def test_plain_tokens_are_drawn_with_their_positions_and_all_that_was_seen() -> 
     tokens = list(prompt)
     for count in range(6):
         hidden = finish(shard.forward(prompt_batch(tokens), None))
-        draw = SamplingInputs(SAMPLED, np.array([len(tokens)]), (np.array(sorted(set(tokens))),))
+        draw = SamplingInputs((SAMPLED,), np.array([len(tokens)]), (np.array(sorted(set(tokens))),))
         tokens.append(shard.sample(hidden, (len(tokens) - 1,), 1, draw)[0][0][0])
         assert plain_tokens(SPEC, prompt, count + 1, frozenset(), SAMPLED) == tokens[len(prompt) :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ DRAWN = Sampling(0.75, 20, 0.875, 0.0625, 1.25, seed=7)
 
 
 def draw(rows: int, sampling: Sampling) -> SamplingInputs:
-    return SamplingInputs(sampling, np.arange(rows), (np.array([2, 3, 5]),) * rows)
+    return SamplingInputs((sampling,) * rows, np.arange(rows), (np.array([2, 3, 5]),) * rows)
 
 
 def said(shard: Any, sampling: Sampling) -> list[Any]:
@@ -50,6 +51,14 @@ def test_a_group_is_the_undivided_model(size: int, sampling: Sampling, is_draft:
     alone = EmulatedShard(SPEC, range(4), 16, is_draft=is_draft)
     shared = EmulatedGroup(size).shard(SPEC, range(4), 16, is_draft=is_draft)
     assert said(shared, sampling) == said(alone, sampling)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_group_draws_each_row_by_its_own_sampling(size: int) -> None:
+    alone, shared = EmulatedShard(SPEC, range(4), 16), EmulatedGroup(size).shard(SPEC, range(4), 16)
+    batch, mixed = batch_in_order(PROMPT), replace(draw(8, DRAWN), samplings=(GREEDY, DRAWN, Sampling(0.5), DRAWN) * 2)
+    found = [shard.sample(finish(shard.forward(batch, None)), range(8), 3, mixed) for shard in (alone, shared)]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])

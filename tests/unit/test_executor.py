@@ -121,7 +121,7 @@ def test_a_computation_took_what_passed_since_its_turn_began() -> None:
 
 
 def test_choices_are_asked_of_the_shard() -> None:
-    draw = SamplingInputs(Sampling(0.5), np.array([4, 6]))
+    draw = SamplingInputs((Sampling(0.5),) * 2, np.array([4, 6]))
     role, shard = Script(1, [Compute(5, batch(3), rows=(0, 2), choices=2, draw=draw)]), Layers(1)
     executor = Executor([role], {1: shard}, Outside())
     executor.deliver(1, Started(), 0.0)

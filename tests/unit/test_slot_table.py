@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from kvbuffers.slot_table import SlotTable
 from pipeinfer.core.errors import RemoteProtocolError
 from pipeinfer.core.messages import NO_SLOT, Row, SlotOp, SlotOpKind
-from pipeinfer.core.ports import Batch, Sampling
+from pipeinfer.core.ports import GREEDY, Batch, Sampling
 from pipeinfer.core.slots import visible_slots
+
+PENALISED = Sampling(repetition_penalty=1.25)
 
 
 def commit(slot: int, position: int, length: int = 1) -> SlotOp:
@@ -120,7 +123,7 @@ def test_rows_of_several_sequences_see_their_own() -> None:
     batch = table.allocate(rows)
     assert seen(batch) == [[3, 4, 5], [0, 1, 2, 6], [3, 4, 5, 7], [8]]
     assert batch.sequence.tolist() == [0, 1, 0, 2]
-    draw = table.draw(Sampling(repetition_penalty=1.25), batch, (1, 2))
+    draw = table.draw([PENALISED] * 2, batch, (1, 2))
     assert [tokens.tolist() for tokens in draw.seen] == [[2, 9], [1, 3, 8]]
     table.apply([commit(6, 3), SlotOp(SlotOpKind.COMMIT, 5, 1, 2, 1), SlotOp(SlotOpKind.RELEASE, 7, 1, 0, 1)])
     assert (table.length(), table.length(1), table.length(2), table.counts()) == (4, 3, 0, (4, 1, 7))
@@ -158,7 +161,7 @@ def test_rows_at_dead_slots_and_all_below_them_are_not_living() -> None:
 def test_a_draw_is_for_the_token_after_its_row() -> None:
     table = prompted()
     batch = table.allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, 3, 4)])
-    draw = table.draw(Sampling(0.5), batch, (1, 0), is_guess=True)
+    draw = table.draw([Sampling(0.5)] * 2, batch, (1, 0), is_guess=True)
     assert (draw.positions.tolist(), draw.seen, draw.is_guess) == ([5, 4], (), True)
 
 
@@ -166,8 +169,23 @@ def test_a_penalty_sees_what_the_row_sees_each_token_once() -> None:
     table = prompted()
     table.allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, NO_SLOT, 3)])
     batch = table.allocate([Row(1, 5, 3, 4), Row(8, 6, 4, 4), Row(7, 7, 2, 3)])
-    draw = table.draw(Sampling(repetition_penalty=1.25), batch, (0, 1, 2))
+    draw = table.draw([PENALISED] * 3, batch, (0, 1, 2))
     assert [tokens.tolist() for tokens in draw.seen] == [[1, 9], [2, 8, 9], [7, 9]]
+
+
+def test_only_penalised_rows_say_what_they_see() -> None:
+    table = prompted()
+    table.allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, NO_SLOT, 3)])
+    batch = table.allocate([Row(1, 5, 3, 4), Row(8, 6, 4, 4), Row(7, 7, 2, 3)])
+    samplings = (Sampling(0.5), PENALISED, GREEDY)
+    draw = table.draw(samplings, batch, (2, 1, 0))
+    assert (draw.samplings, draw.positions.tolist()) == (samplings, [4, 5, 5])
+    assert [tokens.tolist() for tokens in draw.seen] == [[], [2, 8, 9], []]
+    assert all(tokens.dtype == np.int64 for tokens in draw.seen)
+    some = draw.of([2, 1])
+    assert (some.samplings, some.positions.tolist()) == (samplings[:0:-1], [5, 5])
+    assert [tokens.tolist() for tokens in some.seen] == [[], [2, 8, 9]]
+    assert draw.of([]).seen == table.draw((), batch, ()).seen == ()
 
 
 def test_a_slot_that_is_used_again_is_seen_with_its_new_token() -> None:
@@ -175,7 +193,7 @@ def test_a_slot_that_is_used_again_is_seen_with_its_new_token() -> None:
     table.allocate([Row(1, 3, NO_SLOT, 3)])
     table.apply([release(3)])
     batch = table.allocate([Row(4, 3, NO_SLOT, 3)])
-    assert table.draw(Sampling(repetition_penalty=1.25), batch, (0,)).seen[0].tolist() == [4, 9]
+    assert table.draw([PENALISED], batch, (0,)).seen[0].tolist() == [4, 9]
 
 
 def test_a_tombstones_slots_may_be_released_unleased() -> None:

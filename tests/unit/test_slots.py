@@ -122,7 +122,7 @@ class Twins:
         mask = visible_slots(batch)
         assert [row.nonzero()[0].tolist() for row in mask] == [sorted(slots) for slots in wanted]
         assert [attended(batch, row).tolist() for row in range(len(wanted))] == wanted, "in order of position"
-        draw = self.table.draw(Sampling(repetition_penalty=1.5), batch, range(len(wanted)))
+        draw = self.table.draw([Sampling(repetition_penalty=1.5)] * len(wanted), batch, range(len(wanted)))
         assert [found.tolist() for found in draw.seen] == [
             sorted({self.token[slot] for slot in slots}) for slots in wanted
         ]

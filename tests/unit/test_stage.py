@@ -216,7 +216,7 @@ def test_every_row_draws_the_token_after_it() -> None:
     command = compute_of(around.run(2, *TREE))
     assert (command.rows, command.choices) == ((0, 1, 2, 3), 1)
     assert command.draw is not None
-    assert (command.draw.sampling, command.draw.is_guess) == (sampling, False)
+    assert (command.draw.samplings, command.draw.is_guess) == ((sampling,) * 4, False)
     assert command.draw.positions.tolist() == [3, 4, 4, 5]
     assert command.draw.seen == (), "nothing is penalised"
 
@@ -227,6 +227,31 @@ def test_a_penalty_is_for_what_the_row_itself_descends_from() -> None:
     draw = compute_of(around.run(2, *TREE)).draw
     assert draw is not None
     assert [tokens.tolist() for tokens in draw.seen] == [[1, 2, 10], [1, 2, 10, 11], [1, 2, 10, 12], [1, 2, 10, 11, 13]]
+
+
+def test_rows_of_several_sequences_are_drawn_by_their_own_settings() -> None:
+    around, first, second = Neighbours(LAST), Sampling(0.5, seed=9), Sampling(0.75, repetition_penalty=1.5)
+    around.tell(first.settings(1))
+    around.tell(second.settings(2))
+    rows = (Row(7, 2, NO_SLOT, 2, 1), Row(8, 3, 2, 3, 1), Row(5, 4, NO_SLOT, 0, 2), Row(6, 5, NO_SLOT, 0, 3))
+    draw = compute_of(around.run(2, *rows)).draw
+    assert draw is not None
+    assert draw.samplings == (first, first, second, GREEDY)
+    assert [tokens.tolist() for tokens in draw.seen] == [[], [], [5], []]
+
+
+def test_the_last_row_of_each_sequence_is_wanted() -> None:
+    around = Neighbours(LAST)
+    around.tell(Sampling(0.5).settings(2))
+    rows = (Row(7, 2, NO_SLOT, 2, 1), Row(8, 3, NO_SLOT, 3, 1), Row(5, 4, NO_SLOT, 0, 2), Row(4, 5, NO_SLOT, 0, 3))
+    command = compute_of(around.run(2, *rows, is_canonical=True, wants=Wants.LAST))
+    assert (command.rows, command.choices) == ((1, 2, 3), 1)
+    assert command.draw is not None
+    assert command.draw.samplings == (GREEDY, Sampling(0.5), GREEDY)
+    (result,) = sent(around.computed(2, rows=3), Result)
+    assert [(row.token, row.slot, row.position, row.sequence) for row in result.rows] == [
+        (90, 3, 3, 1), (91, 4, 0, 2), (92, 5, 0, 3),
+    ]  # fmt: skip
 
 
 def test_rows_that_died_are_not_drawn_for() -> None:
@@ -242,7 +267,8 @@ def test_rows_that_died_are_not_drawn_for() -> None:
 def draw_of(commands: list[Command]) -> Sampling:
     draw = compute_of(commands).draw
     assert draw is not None
-    return draw.sampling
+    (sampling,) = draw.samplings
+    return sampling
 
 
 def test_settings_are_kept_by_sequence_until_it_is_freed() -> None:

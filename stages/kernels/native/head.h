@@ -65,12 +65,12 @@ static struct best highest_of(float *logits, int first, int count) {
 
 /* The token with the highest logit / temperature + noise. A token's noise is made only where it could win: noise g is
  * above b with probability 1 - e^(-e^-b), which is less than e^-b. */
-static void draw_from(const float *logits, int first, int count, const struct head *head, int64_t position,
+static void draw_from(const float *logits, int first, int count, float temperature, uint64_t seed, int64_t position,
                       struct best *best) {
     float scaled[HEAD_BLOCK] = {0}, chance[HEAD_BLOCK];
     uint64_t words[HEAD_BLOCK];
-    for (int c = 0; c < count; c++) scaled[c] = logits[c] / head->temperature;
-    for (int c = 0; c < count; c += 4) philox((uint64_t)(first + c) / 4 + 1, (uint64_t)position, head->seed, words + c);
+    for (int c = 0; c < count; c++) scaled[c] = logits[c] / temperature;
+    for (int c = 0; c < count; c += 4) philox((uint64_t)(first + c) / 4 + 1, (uint64_t)position, seed, words + c);
     int known = best->token - first; /* with the highest logit: what it scores is a bound for the others */
     double least = (double)scaled[known] + gumbel(uniform(words[known]));
     best->score = least;
@@ -106,8 +106,9 @@ static void head_phase(void *argument, int phase, int chunk, int thread) {
             struct best *best = job->best + (int64_t)row * job->blocks + chunk;
             if (job->logits) memcpy(job->logits + (int64_t)row * head->limit + first, logits, (size_t)count * 4);
             *best = highest_of(logits, head->first + first, count);
-            if (head->temperature > 0.0f)
-                draw_from(logits, head->first + first, count, head, head->positions[row], best);
+            if (head->temperatures && head->temperatures[row] > 0.0f)
+                draw_from(logits, head->first + first, count, head->temperatures[row], head->seeds[row],
+                          head->positions[row], best);
         }
     }
 }

@@ -82,13 +82,15 @@ struct routes {
     float *outputs;            /* [outputs][hidden] in whole panels */
 };
 
-/* An output head, and how it chooses: the highest logit, or by noise where `temperature` is not 0 (see noise.h). */
+/* An output head, and how it chooses after each row: the highest logit, or by noise where the row's temperature is not
+ * 0 (see noise.h). */
 struct head {
     const struct linear *linear;
     const float *norm;
-    const int64_t *positions; /* [rows], of the tokens that are drawn */
-    uint64_t seed;
-    float eps, temperature;
+    const int64_t *positions;  /* [rows], of the tokens that are drawn */
+    const uint64_t *seeds;     /* [rows] */
+    const float *temperatures; /* [rows], or NULL where all are 0 */
+    float eps;
     int32_t limit; /* no token from here on */
     int32_t first; /* token, of the linear layer's columns: a multiple of 256 */
 };

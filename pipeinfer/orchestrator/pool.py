@@ -1,0 +1,92 @@
+"""The pool of slots of all sequences: who gets some, what is kept for later requests, and what goes when none is left.
+
+A sequence that has ended well stays in the pool, and a request that begins with the same tokens shares its slots
+instead of computing them again (prefix caching as in vLLM and SGLang, but by sequences; tokens are compared, never
+hashes). Sequences that are being decoded lend their prefixes, too. What is kept goes first when slots run out, the
+least recently used sequence before others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from kvbuffers.slot_allocator import SlotAllocator
+from pipeinfer.orchestrator.session import Session
+
+LEAST_SHARED = 16
+"""A shorter common prefix is not worth an operation."""
+
+
+class Pool:
+    """``allocator`` and the sequences that are kept in it; none with ``keeps`` False."""
+
+    def __init__(self, allocator: SlotAllocator, keeps: bool) -> None:
+        self.allocator = allocator
+        self._keeps = keeps
+        self._kept: dict[int, list[int]] = {}  # sequence -> tokens in its canonical slots, least recently used first
+
+    def admit(self, session: Session, sequence: int, active: Iterable[Session]) -> int | None:
+        """Begin the slots of ``sequence``, which ``session`` is about to become, beside the ``active`` ones: how many
+        tokens it shares with another sequence, or None if its prompt finds no slots now. Each active session may still
+        want slots for the rest of its prompt and for its next token."""
+        active = list(active)
+        owed = sum(one.prompt - one.prefilled + 1 for one in active)
+        source, length = self._match(session.text, active) if self._keeps else (0, 0)
+        if not self._clear(owed + len(session.text) - length + 1, but=source):
+            source, length = 0, 0
+            if not self._clear(owed + len(session.text) + 1, but=0):
+                return None
+        if length:
+            self.allocator.fork(sequence, source, length)
+            if source in self._kept:
+                self._kept[source] = self._kept.pop(source)  # the most recently used one now
+        return length
+
+    def secure(self, roots: int) -> None:
+        """Let kept sequences go where ``roots`` known tokens or guesses would find no slot."""
+        if self._kept:
+            allocator = self.allocator
+            self._clear(roots + allocator.speculative - allocator.counts()[1], but=0)
+
+    def _clear(self, count: int, but: int) -> bool:
+        """Free kept sequences, ``but`` not, until ``count`` slots can be leased; whether they can."""
+        allocator = self.allocator
+        for sequence in list(self._kept) if allocator.free_slots() < count else ():
+            if sequence != but:
+                del self._kept[sequence]
+                allocator.free(sequence)
+                if allocator.free_slots() >= count:
+                    break
+        return allocator.free_slots() >= count
+
+    def _match(self, text: Sequence[int], active: Iterable[Session]) -> tuple[int, int]:
+        """The sequence that begins like ``text`` for longest, and for how many tokens; the last token is not among
+        them, as the target's choice after it is wanted."""
+        best, longest = 0, LEAST_SHARED - 1
+        live = ((one.sequence, one.text[: self.allocator.length(one.sequence)]) for one in active if one.has_result)
+        for sequence, tokens in (*self._kept.items(), *live):
+            most = min(len(tokens), len(text) - 1)
+            if most > longest and tokens[: longest + 1] == text[: longest + 1]:
+                best, longest = sequence, _common(tokens, text, longest + 1, most)
+        return (best, longest) if best else (0, 0)
+
+    def end(self, session: Session, is_whole: bool) -> None:
+        """``session`` is over, and no row of it is in flight. ``is_whole``: every stage has computed what is in its
+        canonical slots."""
+        length = self.allocator.length(session.sequence)
+        if self._keeps and is_whole and length >= LEAST_SHARED:
+            self.allocator.retire(session.sequence)
+            self._kept[session.sequence] = session.text[:length]
+        else:
+            self.allocator.free(session.sequence)
+
+
+def _common(one: Sequence[int], other: Sequence[int], least: int, most: int) -> int:
+    """For how many tokens, ``least`` to ``most``, ``one`` and ``other`` are equal; the first ``least`` are."""
+    while least < most:
+        middle = (least + most + 1) // 2
+        if one[least:middle] == other[least:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least

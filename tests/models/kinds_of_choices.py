@@ -1,0 +1,42 @@
+"""What is asked of a shard after rows: kinds of choices that depend on a row's position and nothing else of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pipeinfer.core.ports import GREEDY, Sampling, SamplingInputs
+
+DRAWN = {"drawn": Sampling(0.8, seed=7), "drawn of few": Sampling(0.8, top_k=20, top_p=0.9, seed=3)}
+MIXED = (
+    GREEDY,
+    Sampling(0.8, seed=7),
+    Sampling(0.8, top_k=20, top_p=0.9, seed=3),
+    Sampling(0.8, seed=2**63),
+    Sampling(1.5, repetition_penalty=1.5, seed=5),
+    Sampling(repetition_penalty=2.0),
+    Sampling(0.8, top_k=20, top_p=0.9, seed=4),
+    Sampling(0.25, min_p=0.125),
+)
+"""The samplings of rows in turn, by their positions."""
+
+
+def mixed_draw(positions: Sequence[int], is_guess: bool = False) -> SamplingInputs:
+    """A draw of tokens at ``positions``, each by a sampling that depends on its position."""
+    samplings = tuple([MIXED[position % len(MIXED)] for position in positions])
+    return SamplingInputs(samplings, np.array(positions), tuple([np.arange(each) for each in positions]), is_guess)
+
+
+def say(shard: Any, hidden: Tensor, rows: Sequence[int], positions: Sequence[int], kind: str) -> Any:
+    """Choices of a ``kind``: the best token, eight, one that is drawn, by one sampling or by one of each row, or
+    guesses."""
+    draw = SamplingInputs((DRAWN[kind],) * len(positions), np.array(positions)) if kind in DRAWN else None
+    if kind in ("mixed", "guessed"):
+        draw = mixed_draw(positions, kind == "guessed")
+    return shard.sample(hidden, rows, 8 if kind == "eight" else 1, draw)
+
+
+KINDS = ("best", "eight", *DRAWN, "mixed", "guessed")
