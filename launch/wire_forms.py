@@ -32,7 +32,7 @@ def request_from_dict(found: dict[str, Any]) -> Request:
         **found,
         "prompt": tuple(found["prompt"]),
         "stop_tokens": frozenset(found["stop_tokens"]),
-        "sampling": Sampling(**found["sampling"]),
+        "sampling": Sampling.from_dict(found["sampling"]),
     })  # fmt: skip
 
 

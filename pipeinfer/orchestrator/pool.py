@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from kvbuffers.slot_allocator import SlotAllocator
+from pipeinfer.core.messages import MAX_KEPT
 from pipeinfer.orchestrator.session import Session
 
 LEAST_SHARED = 16
@@ -25,7 +26,7 @@ class Pool:
         self._keeps = keeps
         self._kept: dict[int, list[int]] = {}  # sequence -> tokens in its canonical slots, least recently used first
 
-    def admit(self, session: Session, sequence: int, active: Iterable[Session]) -> int | None:
+    def begin(self, session: Session, sequence: int, active: Iterable[Session]) -> int | None:
         """Begin the slots of ``sequence``, which ``session`` is about to become, beside the ``active`` ones: how many
         tokens it shares with another sequence, or None if its prompt finds no slots now. Each active session may still
         want slots for the rest of its prompt and for its next token."""
@@ -65,7 +66,7 @@ class Pool:
         best, longest = 0, LEAST_SHARED - 1
         live = ((one.sequence, one.text[: self.allocator.length(one.sequence)]) for one in active if one.has_result)
         for sequence, tokens in (*self._kept.items(), *live):
-            most = min(len(tokens), len(text) - 1)
+            most = min(len(tokens), len(text) - 1, MAX_KEPT)
             if most > longest and tokens[: longest + 1] == text[: longest + 1]:
                 best, longest = sequence, _common(tokens, text, longest + 1, most)
         return (best, longest) if best else (0, 0)

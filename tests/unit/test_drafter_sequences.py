@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -54,25 +53,23 @@ def test_rows_are_sorted_by_sequence_and_results_are_split_by_it() -> None:
     assert compute_of(commands).batch.sequence.tolist() == [0, 0, 1, 2]
 
 
-def test_each_row_is_drawn_by_the_sampling_of_its_own_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[list[Sampling]] = []
-    original = Drafter._draw
-
-    def draw(drafter: Drafter, batch: Any, wanted: Sequence[int], samplings: Sequence[Sampling]) -> Any:
-        drawn.append([*samplings])
-        assert len(wanted) == len(samplings)
-        return original(drafter, batch, wanted, samplings)
-
-    monkeypatch.setattr(Drafter, "_draw", draw)
-    sampling = Sampling(0.5, seed=3)
+def test_each_row_is_drawn_by_the_sampling_of_its_own_sequence() -> None:
+    sampling = Sampling(0.5, seed=3, repetition_penalty=1.5)
     told = Told(topk=2, draft_batch=2)
     told.begin(SECOND, (8, 9), sampling)
     told.order(2)
     told.order(2, sequence=SECOND)
-    told.computed([(5, 0.9)])  # the prompt
-    assert drawn == [[GREEDY], [sampling], [GREEDY, sampling]]
-    told.computed([(1, 0.6), (2, 0.3)], [(3, 0.7)])
-    assert drawn[3:] == [[GREEDY, GREEDY, sampling]]
+    draws = [compute_of(told.computed([(5, 0.9)])).draw]
+    draws += [compute_of(told.computed([(1, 0.6), (2, 0.3)], [(3, 0.7)])).draw]
+    found = [(draw.samplings, draw.positions.tolist(), draw.is_guess) for draw in draws if draw]
+    assert found == [
+        ((GREEDY, sampling), [4, 3], True),
+        ((GREEDY, GREEDY, sampling), [5, 5, 4], True),
+    ]
+    assert [[seen.tolist() for seen in draw.seen] for draw in draws if draw] == [
+        [[], [5, 8, 9]],
+        [[], [], [3, 5, 8, 9]],
+    ], "the tokens of its own sequence"
 
 
 def test_one_pass_is_one_off_each_order_and_each_is_answered_once() -> None:

@@ -92,7 +92,7 @@ def test_every_drafter_hears_how_tokens_are_drawn_then_the_prompt() -> None:
     sampling = Sampling(0.5, seed=3)
     told = Served(sampling=sampling).told
     assert kinds(told) == [(Settings, FIRST), (Prompt, FIRST), (Settings, SECOND), (Prompt, SECOND)]
-    assert [send.message.body for send in told[:2]] == [sampling.settings(1), Prompt(1, 23, True, PROMPT)]
+    assert [send.message.body for send in told[:2]] == [sampling.settings(1, len(PROMPT)), Prompt(1, 23, True, PROMPT)]
 
 
 def test_a_long_prompt_comes_in_parts_and_the_last_says_so() -> None:
