@@ -33,7 +33,7 @@ def test_the_request_that_came_last_gives_up_its_slots() -> None:
     head, _ = full()
     commands = head.back()
     assert preempted(commands) == ["preempt request 2"]
-    assert finished(commands) == idle(commands) == [], "for its user nothing has happened"
+    assert (finished(commands), idle(commands)) == ([], []), "for its user nothing has happened"
     assert [text(commands, number) for number in (1, 2)] == [[token_at(4)], [token_at(4)]]
     (run,) = head.runs
     assert (places(run), run.ops[-1]) == ([(1, 4)], FREE_TWO)

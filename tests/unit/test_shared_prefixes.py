@@ -116,12 +116,23 @@ FAULT = {(1, 21): fault_token(3)}
 """Numbers of the row at position 20 are not finite."""
 
 
-def test_of_an_erroneous_request_only_the_tokens_before_the_error_are_kept() -> None:
+def test_an_erroneous_request_is_not_kept() -> None:
     """Who begins with that token has to fail as well, as it would if it were alone."""
     head = Head(places=1, keeps=True)
     head.submit(1, LONG, 9)
     head.trip()
     assert finished(head.credit() + head.back(FAULT)) == [(1, "error")]
+    assert forks(served(head, 2, (*LONG, token_at(20), 7))) == []
+
+
+def test_of_an_aborted_request_the_last_token_is_not_kept() -> None:
+    """Nobody looks at what comes back of it, so it may be such a token, too."""
+    head = Head(places=1, keeps=True)
+    head.submit(1, LONG, 9)
+    head.trip()
+    head.abort(1)
+    head.credit()
+    assert idle(head.back(FAULT)) == [1]
     assert forks(served(head, 2, (*LONG, token_at(20), 7))) == [(1, 20)]
 
 
