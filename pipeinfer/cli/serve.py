@@ -22,9 +22,9 @@ from pipeinfer.cli.run import (
 )
 from pipeinfer.core.config import BUILTIN
 from pipeinfer.core.errors import UserError, refuse
-from pipeinfer.engine.engine import MAX_NUM_SEQS
 
 KEY = "PIPEINFER_API_KEY"
+MAX_NUM_SEQS = 8  # as an Engine has
 
 
 def add_parser(commands: Any) -> None:

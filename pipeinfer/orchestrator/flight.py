@@ -48,12 +48,14 @@ class InFlight:
         if result.is_tombstone:
             return {}
         choices: dict[int | None, ResultRow] = {row.slot: row for row in result.rows}
+        tops = {row.slot: top for row, top in zip(result.rows, result.tops(), strict=True)} if result.top else {}
         for node in self.nodes:
             if node.sequence not in sequences:
                 continue
             choice = choices.get(node.slot)
             if choice is not None:
                 node.choice, node.choice_logp = choice.token, choice.logp
+                node.choice_top = tops.get(choice.slot, ())
             elif node.alive:
                 raise RemoteProtocolError(f"run {self.number} came back without its row at position {node.position}")
         faulty = [row for row in reversed(result.rows) if row.token < 0] if self.is_prefill else []

@@ -377,7 +377,8 @@ class Orchestrator:
                 self._allocator.commit(session.sequence, node.slot)
         tokens = tuple(node.token for node in outcome.accepted)
         session.text += tokens
-        commands: list[Command] = [Emit(tokens, tuple(outcome.logps), session.caller_number)]
+        tops = tuple(outcome.tops) if session.request.sampling.top_logprobs else ()
+        commands: list[Command] = [Emit(tokens, tuple(outcome.logps), session.caller_number, tops)]
         restarts = self._schedule.restarts(outcome.accepted)
         if restarts:
             outcome.died += session.tree.prune()
