@@ -295,7 +295,7 @@ class Orchestrator:
             self._credits,
             len(self._flight),
             self._window - len(self._flight),
-            self._allocator.room(len(decoding) if len(decoding) > 1 else 0),
+            self._allocator.room(len(decoding) if len(decoding) > 1 else roots),
             self._now,
             self._allocator.free_slots(),
         )
