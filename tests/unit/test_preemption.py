@@ -106,6 +106,21 @@ def test_a_guess_that_holds_a_slot_gives_it_back_first() -> None:
     assert places(head.runs[-1]) == [(1, 3), (2, 4)]
 
 
+def test_a_guess_takes_no_slot_from_the_known_token_of_its_run() -> None:
+    head = Head(slots=(7, 3), drafters=1, prefill_chunk=4)
+    head.submit(1, range(2), 9)
+    head.trip()
+    head.submit(2, range(5), 1)
+    head.credit()
+    commands = head.back()
+    assert text(commands, 1) == [token_at(3)]
+    assert [places(run) for run in head.runs] == [[(2, 0), (2, 1), (2, 2), (2, 3)]]
+    head.guess(1, 3, 31, 32, 33)
+    assert head.allocator.free_slots() == 3
+    head.credit()
+    assert places(head.runs[-1]) == [(1, 3), (1, 4), (1, 5)]
+
+
 def in_flight() -> tuple[Head, list[Command]]:
     """Two stages; request 1 finds no slot while a run of request 2 is in flight."""
     head = Head(slots=(8, 0), stages=2, is_ready=False)
