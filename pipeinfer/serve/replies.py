@@ -50,7 +50,8 @@ class Choice:
 
     def untold(self) -> list[Told]:
         """The tokens that have come since this was asked last."""
-        completion, tops = self._served.completion, self._served.tops
+        completion = self._served.completion
+        tops = completion.top_logprobs
         first = self._told
         found = list(zip(completion.tokens[first:], completion.logprobs[first:], strict=False))
         self._told += len(found)
