@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import inspect
 import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -201,10 +200,8 @@ def submit(engine: Engine, asked: ApiRequest) -> list[Served]:
                 served = Served(choices, prompt, asked.priority)
                 seed = asked.sampling.get("seed", engine.sampling.seed if greedy else secrets.randbits(64))
                 sampling = replace(engine.sampling, **settings, seed=(seed + choices.start - first) % SEEDS)
-                more: dict[str, Any] = {"priority": asked.priority} if _has_priority(engine) else {}
-                served.handle = engine.submit(
-                    tokens, limit, asked.ignore_eos, sampling=sampling, stop=asked.stop, watch=served.watch, **more
-                )
+                more: dict[str, Any] = {"sampling": sampling, "stop": asked.stop, "priority": asked.priority}
+                served.handle = engine.submit(tokens, limit, asked.ignore_eos, watch=served.watch, **more)
                 answers.append(served)
     except BaseException as error:
         _cancel(answers)
@@ -249,8 +246,6 @@ def chat_tokens(engine: Engine, messages: list[dict[str, str]]) -> list[int]:
 
 def _settings(engine: Engine, asked: ApiRequest) -> dict[str, Any]:
     """The sampling settings of all sequences, without the seed."""
-    if asked.priority and not _has_priority(engine):
-        raise invalid("priority", f"priority={asked.priority} is not supported; leave it out")
     settings = {name: value for name, value in asked.sampling.items() if name != "seed"}
     if asked.logprobs:
         settings["top_logprobs"] = asked.logprobs
@@ -260,10 +255,6 @@ def _settings(engine: Engine, asked: ApiRequest) -> dict[str, Any]:
         except UserError:
             raise invalid("logit_bias", f"logit_bias: token {token} is not in the vocabulary") from None
     return settings
-
-
-def _has_priority(engine: Engine) -> bool:
-    return "priority" in inspect.signature(engine.submit).parameters
 
 
 def _echoed(engine: Engine, asked: ApiRequest, index: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from pipeinfer.engine.answer import Completion
 from pipeinfer.serve.fields import ApiRequest
 from pipeinfer.serve.replies import ChatReply, TextReply
 from pipeinfer.serve.served import Served
-from tests.unit.scripted_engine import Scripted, asked, chunks, completed, is_watched, served, told
+from tests.unit.scripted_engine import Scripted, asked, chunks, completed, counted, is_watched, served, told
 
 HELLO = [{"role": "user", "content": "hello"}]
 needs_watching = pytest.mark.skipif(not is_watched(), reason="this engine tells an awaited handle no statistics")
@@ -85,17 +85,6 @@ def test_settings_reach_the_engine() -> None:
     assert engine.priorities == [-4]
 
 
-def test_an_engine_without_priorities() -> None:
-    class Old(Scripted):
-        def submit(self, prompt: Any, limit: int, ignore: bool, sampling: Any, stop: Any, watch: Any) -> Any:  # type: ignore[override]
-            return super().submit(prompt, limit, ignore, sampling, stop, watch)
-
-    with served(Old(is_brief=True)) as server:
-        assert completed(server, prompt="x", priority=0)["choices"][0]["text"] == "ab"
-        status, body = told(asked(server, "/v1/completions", {"prompt": "x", "priority": 1}))
-        assert (status, body["error"]["param"]) == (400, "priority")
-
-
 def test_a_conversation_that_the_template_does_not_take() -> None:
     with served(Scripted()) as server:
         body = {"messages": [{"role": "assistant", "content": "x"}]}
@@ -147,7 +136,9 @@ def test_log_probabilities_of_alternatives() -> None:
 
 def test_what_speculation_did() -> None:
     """Twelve tokens: the prompt's successor, and three steps that each end with a correction."""
-    block = watched(RequestStats(drafted=16, accepted=8, corrections=4)).speculation()
+    block = watched(counted(16, 8, 4, [0, 0, 1, 2])).speculation()
+    assert block is not None
+    block.pop("acceptance_histogram", None)
     assert block == {
         "mean_acceptance_length": 1 + 8 / 3,
         "draft_acceptance_rate": 0.5,
@@ -157,6 +148,24 @@ def test_what_speculation_did() -> None:
     }
     assert watched(RequestStats(corrections=4)).speculation() is None
     assert watched().speculation() is None
+
+
+@dataclass(slots=True)
+class Counted(RequestStats):
+    """Statistics of an engine that counts steps by their accepted tokens."""
+
+    acceptance_histogram: list[int] = field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "told", "histogram"),
+    [(7, [1, 0, 2], [1, 0, 2, 1]), (4, [1, 0, 2], [1, 0, 2]), (5, [1, 0, 2], [1, 1, 2]), (2, [], [0, 0, 1])],
+)
+def test_the_end_of_an_answer_ends_a_step(accepted: int, told: list[int], histogram: list[int]) -> None:
+    block = watched(Counted(drafted=9, accepted=accepted, acceptance_histogram=told)).speculation()
+    assert block is not None
+    assert (block["acceptance_histogram"], block["num_spec_steps"]) == (histogram, sum(histogram))
+    assert block["mean_acceptance_length"] == 1 + accepted / sum(histogram)
 
 
 def test_what_is_watched() -> None:
