@@ -52,7 +52,8 @@ class Choice:
         """The tokens that have come since this was asked last."""
         completion, tops = self._served.completion, self._served.tops
         first = self._told
-        found = list(zip(completion.tokens[first:], completion.logprobs[first:], strict=False))
+        last = len(tops) or None  # of tokens beyond, what was taken of the engine does not tell alternatives yet
+        found = list(zip(completion.tokens[first:last], completion.logprobs[first:last], strict=False))
         self._told += len(found)
         told = []
         for place, (token, logprob) in enumerate(found, first):

@@ -134,6 +134,20 @@ def test_log_probabilities_of_alternatives() -> None:
     json.dumps(answer, allow_nan=False)
 
 
+def test_tokens_wait_for_their_alternatives() -> None:
+    """The engine's thread adds tokens before the server has taken what belongs to them."""
+    answer = watched()
+    (late,) = answer.tops[1:]
+    del answer.tops[1:]
+    reply = TextReply("mine", [answer], ApiRequest(["x"], logprobs=2), Scripted().decode)
+    (chunk,) = reply.chunks(answer, "a")
+    assert chunk["choices"][0]["logprobs"]["top_logprobs"] == [{"a": -0.5, "c": -1.0}]
+    answer.tops.append(late)
+    (chunk,) = reply.chunks(answer, "b")
+    assert chunk["choices"][0]["logprobs"]["tokens"] == ["b"]
+    assert chunk["choices"][0]["logprobs"]["text_offset"] == [1]
+
+
 def test_what_speculation_did() -> None:
     """Twelve tokens: the prompt's successor, and three steps that each end with a correction."""
     block = watched(counted(16, 8, 4, [0, 0, 1, 2])).speculation()
