@@ -181,7 +181,7 @@ class ChatReply(Reply):
         ]
 
     def _said(self, served: Served, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        return {"message": {"role": "assistant", "content": text, "refusal": None, "annotations": []}}
 
     def _delta(self, piece: str) -> dict[str, Any]:
         return {"delta": {"content": piece} if piece else {}}
