@@ -31,9 +31,7 @@ def test_everything_at_once() -> None:
     more = {"stop": ["a", "b"], "max_tokens": 7, "stream": True, "stream_options": options, "n": 3, "priority": -2}
     asked = read(**sampling, **more, logprobs=0, ignore_eos=True, model="default")
     wanted = sampling | {"temperature": 1.0, "seed": 2**64 - 1}
-    assert asked == ApiRequest(
-        ["x"], None, 3, wanted, 7, ("a", "b"), True, True, True, True, logprobs=0, priority=-2
-    )
+    assert asked == ApiRequest(["x"], None, 3, wanted, 7, ("a", "b"), True, True, True, True, logprobs=0, priority=-2)
     assert read(max_tokens=7, max_completion_tokens=8).max_new_tokens == 8
     assert read(top_k=-1).sampling == {"top_k": 0}
     assert read(echo=True).echo
