@@ -118,9 +118,9 @@ class Engine:
             known = {} if calibration is None else read_calibrations(_name(calibration))
             shares = forced_acceptance if isinstance(forced_acceptance, Sequence) else (forced_acceptance,)
             more = known, tuple(map(float, shares)), random_weights, numerics, threads
-            config = Config(named, drafts, knobs, dtype, context, timeout_s, file, *more)
-            config = replace(config, tp=tp, stages=stages, fused=fused, prefix_caching=prefix_caching)
-            return replace(config, max_num_seqs=max_num_seqs, kv_memory=byte_count(kv_memory, "kv_memory"))
+            memory = byte_count(kv_memory, "kv_memory")
+            groups = (), tp, stages, fused, max_num_seqs, memory, 0, prefix_caching
+            return Config(named, drafts, knobs, dtype, context, timeout_s, file, *more, *groups)
 
         def prepare() -> Cleared:
             if ranks not in (None, size):

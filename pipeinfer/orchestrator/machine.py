@@ -189,10 +189,8 @@ class Orchestrator:
     def _submit(self, submitted: Submitted) -> list[Command]:
         if self._is_closed:
             raise LocalProtocolError(f"request {submitted.number} was submitted after the last one")
-        number = submitted.number
-        if number in self._waiting.numbers or any(
-            one.caller_number == number for one in (*self._sessions.values(), *self._draining)
-        ):
+        number, served = submitted.number, (*self._sessions.values(), *self._draining)
+        if number in self._waiting.numbers or any(one.caller_number == number for one in served):
             raise LocalProtocolError(f"request {number} was submitted while another one of that number is there")
         self._waiting.submit(submitted)
         return self._proceed()
