@@ -192,9 +192,7 @@ async def measure_all(
     return rows
 
 
-async def measure_one(
-    args: argparse.Namespace, client: Client, load: Load, objectives: Objectives
-) -> dict[str, Any]:
+async def measure_one(args: argparse.Namespace, client: Client, load: Load, objectives: Objectives) -> dict[str, Any]:
     """The row of ``load``."""
     from pipeinfer.bench.serve_load import apply
     from pipeinfer.bench.serve_measures import measure

@@ -41,6 +41,7 @@ class Front:
         self._engine: Engine | None = None
         self._is_closing = self._is_cancelling = False
         self._places = 0
+        self._warm: Future[None] | None = None
         # One thread: tokenizers are not made for several, and a long prompt must not hold up the other answers.
         self._submitting = ThreadPoolExecutor(1, "pipeinfer submit")
 
@@ -49,16 +50,25 @@ class Front:
         self._engine = engine
 
     def warm_up(self, engine: Engine) -> None:
-        """From any thread: have what the first chat needs loaded, in the background."""
-        threading.Thread(target=self._warm_up, args=(engine,), name="pipeinfer warm up", daemon=True).start()
+        """From any thread: have what the first chat needs loaded, in the background. Chats wait for that: transformers
+        cannot be imported by two threads at once."""
+        self._warm = Future()
+        threading.Thread(target=self._warm_up, args=(engine, self._warm), name="pipeinfer warm up", daemon=True).start()
 
-    def _warm_up(self, engine: Engine) -> None:
-        with contextlib.suppress(PipeinferError, ImportError):
+    def _warm_up(self, engine: Engine, warm: Future[None]) -> None:
+        try:
             refuse_no_template(engine.config.target_directory)
-            # Seconds; meanwhile completions are tokenized on their own thread.
-            _ = importlib.import_module("transformers").AutoTokenizer
-            with contextlib.suppress(RuntimeError):  # the server has ended
-                self._submitting.submit(engine.tokenize_chat, [{"role": "user", "content": "x"}])
+            _ = importlib.import_module("transformers").AutoTokenizer  # takes seconds; completions do not wait
+            self._submitting.submit(engine.tokenize_chat, [{"role": "user", "content": "x"}])
+        except (PipeinferError, ImportError, RuntimeError):
+            pass  # the first chat says why; or the server has ended
+        finally:
+            warm.set_result(None)
+
+    async def warmed(self) -> None:
+        """Wait for what ``warm_up`` loads."""
+        if self._warm is not None and not self._warm.done():
+            await asyncio.shield(asyncio.wrap_future(self._warm))
 
     def close(self) -> None:
         """From any thread: refuse requests from now on; those that were taken go on."""
@@ -147,6 +157,8 @@ class Front:
     async def decoding(self, engine: Engine, asked: ApiRequest) -> AsyncIterator[list[Served]]:
         """The answers to ``asked``; what is left of them is cancelled at the end of the ``with``. Raises ApiError where
         it cannot be served."""
+        if asked.messages is not None:
+            await self.warmed()
         submitted = self._submitting.submit(submit, engine, asked)
         try:
             answers = await asyncio.wrap_future(submitted)

@@ -148,9 +148,7 @@ class Lines:
         """A histogram."""
         self._family(name, "histogram", what, histogram.samples())
 
-    def _family(
-        self, name: str, kind: str, what: str, samples: Iterable[tuple[str, Mapping[str, str], float]]
-    ) -> None:
+    def _family(self, name: str, kind: str, what: str, samples: Iterable[tuple[str, Mapping[str, str], float]]) -> None:
         full = f"vllm:{name}"
         self._lines += [f"# HELP {full} {what}", f"# TYPE {full} {kind}"]
         for suffix, labels, value in samples:

@@ -25,7 +25,6 @@ class Served:
         self.indices, self.prompt, self.priority = indices, prompt, priority
         self.began_at = time.monotonic()
         self.stats: RequestStats | None = None  # once the request is over
-        self.tops: list[Any] = []  # of each token: alternatives with their log-probabilities, if they were asked for
         self.gaps_s: list[float] = []  # between emissions
         self.runs_in_flight = 0  # of the whole engine, at the last emission
         self.emitted_at: float | None = None
@@ -53,7 +52,6 @@ class Served:
             if self.emitted_at is not None:
                 self.gaps_s.append(output.at_s - self.emitted_at)
             self.emitted_at = output.at_s
-            self.tops += getattr(output, "tops", ())
             self.runs_in_flight = output.load[0]
         self.stats = output.stats or self.stats
 

@@ -9,8 +9,9 @@ from pipeinfer.core.addresses import FIRST_DRAFTER, address_name
 from pipeinfer.core.messages import MAX_OPS, Run
 from pipeinfer.core.ports import Command, Compute, Event, Machine, Send
 from pipeinfer.orchestrator.machine import RUNS_AHEAD, Orchestrator
+from pipeinfer.orchestrator.pool import LEAST_SHARED
 from pipeinfer.sim.history import InvariantBroken
-from pipeinfer.sim.world import Checker, World, WorldSpec
+from pipeinfer.sim.world import Checker, World, WorldSpec, make_job_spec
 from speculation.drafter.machine import Drafter
 from speculation.trees.tree import SLACK, Tree, descendants
 from stages.stage.machine import Stage
@@ -40,8 +41,7 @@ class Bounds(Checker):
 
     def _count_nodes(self, machine: Machine) -> None:
         """A bound on a size is worth what the size is worth."""
-        session = machine._session if isinstance(machine, Orchestrator) else None
-        trees = [session.tree] if session else []
+        trees = [one.tree for one in machine._sessions.values()] if isinstance(machine, Orchestrator) else []
         if isinstance(machine, Drafter):
             trees = [sequence.tree for sequence in machine._sequences.values() if sequence.tree is not None]
         for tree in trees:
@@ -50,16 +50,13 @@ class Bounds(Checker):
 
     def _check_rows(self, machine: Orchestrator, commands: list[Command]) -> None:
         """A row is of use up to the last position whose choice may be emitted."""
-        session = machine._session
-        if session is None:
-            return
-        last = session.last_position
+        last = {sequence: session.last_position for sequence, session in machine._sessions.items()}
         for command in commands:
             if isinstance(command, Send) and isinstance(command.message.body, Run):
-                run = command.message.body
-                position = max((row.position for row in run.rows if row.sequence == session.sequence), default=0)
-                if position > last:
-                    raise InvariantBroken(f"L8: run {run.run} has a row at {position}, the last of use is {last}")
+                for row in command.message.body.rows:
+                    if row.position > last.get(row.sequence, row.position):
+                        run = command.message.body.run
+                        raise InvariantBroken(f"L8: run {run} has {row}, the last of use is {last[row.sequence]}")
 
     def _check_positions(self, address: int, commands: list[Command]) -> None:
         """A draft evaluates nothing beyond the positions that it was made for."""
@@ -71,12 +68,14 @@ class Bounds(Checker):
                 )
 
     def _check_host(self, world: World, address: int) -> None:
-        """What waits on a rank: a few local messages, and those that came during a layer. A stage has at most a window
-        of runs there; what a drafter's host collects in one layer is bounded by what requests may accept at all."""
+        """What waits on a rank: a few local messages about each sequence, and those that came during a layer. A stage
+        has at most a window of runs there; what a drafter's host collects in one layer is bounded by what requests may
+        accept at all."""
         host = world.hosts[world.home[address]]
-        waiting, most = len(host.executor._local), 4
+        waiting, most = len(host.executor._local), 4 * self.spec.max_num_seqs
         if self.spec.placement == "alone":  # the messages of one event to all roles, and the runs that it launches
-            most += self.spec.stages + 3 * self.spec.drafters + self.spec.policy.most_runs(self.spec.stages)
+            most += self.spec.stages + self.spec.policy.most_runs(self.spec.stages)
+            most += 3 * self.spec.drafters * self.spec.max_num_seqs
         if waiting > most:
             raise InvariantBroken(
                 f"L8: {waiting} events wait in the rank of {address_name(address)}, the bound is {most}"
@@ -99,7 +98,7 @@ Limit = tuple[str, int, int]
 def _bounds(machine: Machine, spec: WorldSpec) -> Iterator[Limit]:
     if isinstance(machine, Orchestrator):
         return _orchestrator_bounds(machine, spec)
-    return _stage_bounds(machine) if isinstance(machine, Stage) else _drafter_bounds(machine, spec)
+    return _stage_bounds(machine, spec) if isinstance(machine, Stage) else _drafter_bounds(machine, spec)
 
 
 def _tree_bounds(tree: Tree) -> Iterator[Limit]:
@@ -119,25 +118,26 @@ def _orchestrator_bounds(machine: Orchestrator, spec: WorldSpec) -> Iterator[Lim
     yield "credits owed", RUNS_AHEAD - machine._credits, RUNS_AHEAD + spec.policy.most_runs(spec.stages)
     yield "waiting requests", len(machine._waiting), len(spec.requests)
     yield from _allocator_bounds(machine._allocator)
-    session = machine._session
-    if session is None:
-        return
-    yield from _tree_bounds(session.tree)
-    yield "tokens emitted", session.emitted, session.request.max_new_tokens
-    # Swept with the nodes that come; between two such messages an accepted token may get a second name.
-    most = (
-        SLACK + 2 * session.tree.max_nodes + spec.policy.draft_batch * spec.policy.topk + session.request.max_new_tokens
-    )
+    yield "sessions", len(machine._sessions) + len(machine._draining), spec.max_num_seqs
+    most = 0
+    for session in machine._sessions.values():
+        yield from _tree_bounds(session.tree)
+        yield "tokens emitted", session.emitted, session.request.max_new_tokens
+        # Swept with the nodes that come; between two such messages an accepted token may get a second name.
+        most += SLACK + 2 * session.tree.max_nodes + spec.policy.draft_batch * spec.policy.topk
+        most += session.request.max_new_tokens
     for names in machine._sources.names:
         yield "names", names, most
     yield "deferred results", len(machine._deferred), spec.policy.most_runs(spec.stages)
 
 
-def _stage_bounds(stage: Stage) -> Iterator[Limit]:
+def _stage_bounds(stage: Stage, spec: WorldSpec) -> Iterator[Limit]:
     # At the first one RUNS_AHEAD wait for a credit, and behind them the new roots that came since.
     yield "queue", len(stage._queue), min(RUNS_AHEAD + 2, stage._window) if stage._is_first else stage._window
     yield "cancelled runs", len(stage._cancelled), stage._window
-    yield "sequences", len(stage._sampling), 3  # one ends, one is served, and the settings of the next may be here
+    # Some end, others are decoded, and their settings may be here before the run that frees the first.
+    kept = sum(make_job_spec(spec).slots) // LEAST_SHARED if spec.keeps_prefixes else 0
+    yield "sequences", len(stage._sampling), 1 + 2 * spec.max_num_seqs + kept
 
 
 def _drafter_bounds(drafter: Machine, spec: WorldSpec) -> Iterator[Limit]:
@@ -145,8 +145,8 @@ def _drafter_bounds(drafter: Machine, spec: WorldSpec) -> Iterator[Limit]:
     yield from _allocator_bounds(drafter._allocator)
     guesses = sum(len(sequence.ahead) for sequence in drafter._sequences.values())
     yield "leased slots that no guess has", len(drafter._allocator._leased) - guesses, 0
-    yield "sequences", len(drafter._sequences), 1
-    yield "batch", len(drafter._pass.nodes) if drafter._pass else 0, spec.policy.draft_batch
+    yield "sequences", len(drafter._sequences), spec.max_num_seqs
+    yield "batch", len(drafter._pass.nodes) if drafter._pass else 0, spec.policy.draft_batch * spec.max_num_seqs
     for sequence in drafter._sequences.values():
         yield "nodes ahead", len(sequence.ahead), spec.policy.max_ahead
         yield "withheld", len(sequence.withheld), spec.policy.most_nodes()

@@ -5,14 +5,32 @@ A guess that hangs in the wrong place can only cost time and never changes a tok
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
 from pipeinfer.core.addresses import ORCHESTRATOR, address_name
 from pipeinfer.core.messages import NO_SLOT, Nodes, Run, accepted_name
 from pipeinfer.core.ports import Command, Emit, Event, Received, Send
-from pipeinfer.sim.history import History, InvariantBroken, Reader
+from pipeinfer.sim.history import History, InvariantBroken, Reader, SequenceRecord
 from pipeinfer.sim.world import World
 
 Path = int
 """Stands for a sequence of tokens: a hash of the path before its last one, and of that one."""
+
+
+@dataclass(slots=True)
+class _Guesses:
+    """Of one sequence: the path of each accepted token, each drafter's nodes by name, what was guessed, its slots."""
+
+    text: list[Path] = field(default_factory=list)
+    names: dict[tuple[int, int], Path] = field(default_factory=dict)  # by drafter and name
+    guessed: set[Path] = field(default_factory=set)
+    slots: dict[int, Path] = field(default_factory=dict)
+
+    def accept(self, tokens: Iterable[int]) -> None:
+        """The text goes on by ``tokens``."""
+        for token in tokens:
+            self.text.append(hash((self.text[-1] if self.text else 0, token)))
 
 
 class Guessed(Reader):
@@ -20,10 +38,7 @@ class Guessed(Reader):
 
     def __init__(self, history: History) -> None:
         super().__init__(history)
-        self._text: list[Path] = []  # of each accepted token
-        self._names: dict[int, dict[int, Path]] = {}  # by drafter and name
-        self._guessed: set[Path] = set()
-        self._slots: dict[int, Path] = {}
+        self._guesses: dict[int, _Guesses] = {}  # by sequence
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         """See Checker."""
@@ -31,42 +46,44 @@ class Guessed(Reader):
             return  # what was looked up travels nowhere
         if isinstance(event, Received) and isinstance(event.message.body, Nodes):
             self._received(event.message.source, event.message.body)
-        for begun, part in self.history.parts:
-            if begun is not None:
-                self._text, self._names, self._guessed, self._slots = [], {}, set(), {}
-                self._accept(begun.request.prompt)
-            for command in part:
-                if isinstance(command, Emit):
-                    self._accept(command.tokens)
-                elif isinstance(command, Send) and isinstance(command.message.body, Run):
-                    self._check(command.message.body)
-
-    def _accept(self, tokens: tuple[int, ...]) -> None:
-        for token in tokens:
-            self._text.append(hash((self._text[-1] if self._text else 0, token)))
+        for record, command, begins in self.history.told:
+            if begins:
+                self._guesses[record.sequence] = _Guesses()
+                self._guesses[record.sequence].accept(record.prompt)
+            if isinstance(command, Emit):
+                self._guesses[record.sequence].accept(command.tokens)
+            elif isinstance(command, Send) and isinstance(command.message.body, Run):
+                self._check(record, command.message.body)
+        if len(self._guesses) > len(self.history.sequences):
+            known = self.history.sequences
+            self._guesses = {one: guesses for one, guesses in self._guesses.items() if one in known}
 
     def _received(self, source: int, nodes: Nodes) -> None:
-        record = self.history.sequences.get(nodes.sequence)
-        if nodes.sequence != self.history.served or record is None or record.over:
+        record, mine = self.history.sequences.get(nodes.sequence), self._guesses.get(nodes.sequence)
+        if record is None or mine is None or not record.is_living:
             return
-        names = self._names.setdefault(source, {})
         for node in nodes.nodes:
             position = node.parent - accepted_name(0)
-            parent = self._text[position] if position >= 0 else names.get(node.parent)
+            parent = mine.text[position] if position >= 0 else mine.names.get((source, node.parent))
             if parent is None:
                 who = address_name(source)
                 raise InvariantBroken(
                     f"L10: {who} hangs token {node.token} under {node.parent}, a name that it never gave"
                 )
-            names[node.node] = hash((parent, node.token))
-            self._guessed.add(names[node.node])
+            path = mine.names[source, node.node] = hash((parent, node.token))
+            mine.guessed.add(path)
 
-    def _check(self, run: Run) -> None:
+    def _check(self, record: SequenceRecord, run: Run) -> None:
+        mine = self._guesses[record.sequence]
         for row in run.rows:
-            if run.is_canonical:
-                self._slots[row.slot] = self._text[row.position]
+            if row.sequence != record.sequence:
                 continue
-            before = self._text[row.position - 1] if row.parent == NO_SLOT else self._slots[row.parent]
-            path = self._slots[row.slot] = hash((before, row.token))
-            if path not in self._guessed and path not in self._text:
+            if run.is_canonical:
+                mine.slots[row.slot] = mine.text[row.position]
+                continue
+            before = mine.slots.get(row.parent)  # a slot that came with a FORK is canonical
+            if before is None or row.parent == NO_SLOT:
+                before = mine.text[row.position - 1]
+            path = mine.slots[row.slot] = hash((before, row.token))
+            if path not in mine.guessed and path not in mine.text:
                 raise InvariantBroken(f"L10: run {run.run}: nobody guessed token {row.token} at {row.position} there")

@@ -2,10 +2,11 @@
 
     L1  exact: the emitted tokens are those of plain decoding, stop tokens included
     L2  every run ends once, by the time its request is idle; no node is verified twice (but by rivals)
-    L3  slots: free + leased + canonical = all; no slot leased twice; canonical slots hold accepted tokens:
-        slot_invariants.py
+    L3  slots: free + leased + canonical = all; no slot leased twice, shared (but by a fork) or lost; canonical slots
+        hold accepted tokens: slot_invariants.py; a row attends to its own path: visible_invariants.py
     L4  per edge the transaction number grows by one; results return in launch order
-    L5  live: the next token comes within a bounded time (World.run itself sees an agenda that runs dry)
+    L5  live: the next token of each request comes within a bounded time: lively.py (World.run itself sees an agenda
+        that runs dry)
     L6  advice: only dead runs are cancelled or skipped, only dead rows dropped; so losing advice costs time only
     L7  decode(encode(m)) == m for every message, and activations arrive as they left: replay.py
     L8  every queue, window, tree and buffer has a bound: bounds.py
@@ -15,19 +16,18 @@
 
 What the checkers believe they derive from the messages on their own (history.py), so that no machine vouches for
 itself. Tables, allocators and bounds have no other way in than the machines' private attributes: slot_invariants.py and
-bounds.py are the two files that peek. L1, L2, L4, L5, L6 and the rest of L10 are here.
+bounds.py are the two files that peek. L1, L2, L4, L6 and the rest of L10 are here.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection
 from itertools import zip_longest
 
 from pipeinfer.core.addresses import ORCHESTRATOR, address_name
 from pipeinfer.core.messages import NO_SLOT, Cancel, Message, Result, Run, Wants
 from pipeinfer.core.ports import Command, Emit, Event, Finish, Idle, Received, Request, Send, Submitted
-from pipeinfer.orchestrator.machine import RUNS_AHEAD
 from pipeinfer.sim.history import History, InvariantBroken, Launched, Reader, ending, oracle
 from pipeinfer.sim.world import Answer, World, WorldSpec
 
@@ -60,12 +60,12 @@ class Exact(Reader):
     def _listen(self, result: Result) -> None:
         launched = self.history.runs.get(result.run)
         if launched is None:
-            return  # it ended its request, and the next one has begun in the same step
-        record = launched.record
+            return  # EndsOnce says why not
         for row in result.rows:
-            if row.sequence != record.sequence:
-                raise InvariantBroken(f"L1: run {result.run} of sequence {record.sequence} finds {row}")
-            written, after = launched.written[row.slot], row.position + 1
+            written, after = launched.written.get(row.slot), row.position + 1
+            if written is None or row.sequence != written.record.sequence:
+                raise InvariantBroken(f"L1: run {result.run} of sequences {[*launched.records]} finds {row}")
+            record = written.record
             is_accepted = row.position < len(record.text) and not record.is_dead(written)
             where = f"request {record.number}: run {result.run}"
             if row.token < 0:
@@ -99,13 +99,13 @@ class Exact(Reader):
 
 
 class EndsOnce(Reader):
-    """L2: runs, and requests, which are served one at a time in the order in which they were submitted."""
+    """L2: runs, and requests, which begin in the order in which they were submitted and end in any."""
 
     def __init__(self, history: History) -> None:
         super().__init__(history)
-        self._open: dict[int, int] = {}  # runs in flight, and the sequence of each
-        self._numbers: dict[int, int] = {}  # of the request of each sequence
-        self._ended: dict[int, bool] = {}  # by request that is not idle, in order: whether it has finished
+        self._open: dict[int, set[int]] = {}  # runs in flight, and the requests of each
+        self._ended: dict[int, bool] = {}  # by request that is not idle: whether it has finished
+        self._heard: Counter[int] = Counter()  # results with rows of a sequence from which no emission came
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         """See Checker."""
@@ -113,33 +113,46 @@ class EndsOnce(Reader):
             return
         if isinstance(event, Submitted):
             self._ended[event.number] = False
-        for begun, _ in self.history.parts:
-            if begun is not None:
-                self._numbers[begun.sequence] = begun.number
+        living = self.history.living
+        if len(living) > world.spec.max_num_seqs:
+            raise InvariantBroken(f"L2: {len(living)} requests are decoded at once: {[one.number for one in living]}")
         if isinstance(event, Received) and isinstance(event.message.body, Result):
-            run = event.message.body.run
-            if run not in self._open:
-                raise InvariantBroken(f"L2: a result of run {run}, which is not in flight")
-            del self._open[run]
+            self._returned(event.message.body)
+        for record, command, _ in self.history.told:
+            if isinstance(command, Emit):
+                self._heard[record.sequence] -= 1
+                if self._heard[record.sequence] < 0:
+                    raise InvariantBroken(f"L2: {command} came of no result with rows of sequence {record.sequence}")
         for command in commands:
             if isinstance(command, Send) and isinstance(command.message.body, Run):
-                self._open[command.message.body.run] = command.message.body.rows[0].sequence
+                launched = self.history.runs[command.message.body.run]
+                self._open[launched.run.run] = {record.number for record in launched.records.values()}
             elif isinstance(command, Emit | Finish | Idle):
                 self._received(command)
+        for number, has_finished in self._ended.items():
+            if has_finished and not self._out(number):
+                raise InvariantBroken(f"L2: request {number} has finished, its runs are back, and it is not idle")
+
+    def _returned(self, result: Result) -> None:
+        if result.run not in self._open:
+            raise InvariantBroken(f"L2: a result of run {result.run}, which is not in flight")
+        del self._open[result.run]
+        self._heard.update({row.sequence for row in result.rows})
 
     def _received(self, command: Emit | Finish | Idle) -> None:
         number = command.number
         if number not in self._ended or self._ended[number] != isinstance(command, Idle):
             raise InvariantBroken(f"L2: {command} of a request that has ended already, or not yet: {self._ended}")
-        if isinstance(command, Emit) and number != next(iter(self._ended)):
-            raise InvariantBroken(f"L2: request {number} emits {command.tokens} out of turn: {self._ended}")
         if isinstance(command, Finish):
             self._ended[number] = True
         elif isinstance(command, Idle):
-            out = [run for run, sequence in self._open.items() if self._numbers.get(sequence) == number]
-            if out:
+            if out := self._out(number):
                 raise InvariantBroken(f"L2: request {number} is idle, with runs {out} still out")
             del self._ended[number]
+
+    def _out(self, number: int) -> list[int]:
+        """The runs in flight with rows of request ``number``."""
+        return [run for run, numbers in self._open.items() if number in numbers]
 
 
 class InOrder(Reader):
@@ -176,64 +189,6 @@ class InOrder(Reader):
         seen[edge] = expected
 
 
-class Lively(Reader):
-    """L5: between two emissions, and before the first one, no more than a stated time passes."""
-
-    def __init__(self, history: History) -> None:
-        super().__init__(history)
-        self.patience = patience(history.spec)
-        self._since = 0.0
-        self._number = 0  # of the request that began last
-        self._chunks = 0
-
-    def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
-        """See Checker."""
-        if address != ORCHESTRATOR:
-            return
-        for begun, part in self.history.parts:
-            if begun is not None:
-                self._since, self._number = now, begun.number
-                self._chunks = -(-len(begun.request.prompt) // world.spec.policy.prefill_chunk)
-            for command in part:
-                if isinstance(command, Emit | Idle) and command.number == self._number:
-                    self._progress(world.spec, now)
-
-    def _progress(self, spec: WorldSpec, now: float) -> None:
-        most = self.patience * (1 + self._chunks)
-        if now - self._since > most:
-            raise InvariantBroken(f"L5: {now - self._since:.3f} s without a token, the bound is {most:.3f} s")
-        self._since = now
-        # Who drafts to order keeps the target waiting until the draft model has seen the prompt, too.
-        is_free = spec.policy.schedule == "continuous" and spec.placement != "alone"
-        self._chunks = 0 if is_free else self._chunks
-
-
-def patience(spec: WorldSpec) -> float:
-    """A bound on the virtual time between two tokens: the next one waits for what is in flight (a window of the slowest
-    passes), then goes once through the pipeline; and the orchestrator may share its host with a draft's layer. Where
-    all share one host the drafters may have as many turns before as a run has rows. Ranks of a group may be late, and
-    exchanges take their time."""
-    policy, link, model = spec.policy, spec.link, spec.model
-    window = policy.most_runs(spec.stages)
-    most_rows = max(policy.max_rows, policy.prefill_chunk)
-    drafted_rows = max(policy.draft_batch, policy.prefill_chunk)
-
-    def longest_s(pass_s: float, rows: int, layers: int) -> float:
-        return (pass_s * (1 + spec.row_cost * rows) + 2 * spec.exchange_s * layers) * (1 + spec.late)
-
-    layers = -(-model.layers // spec.stages)
-    passes = [longest_s(spec.stage_s[index % len(spec.stage_s)], most_rows, layers) for index in range(spec.stages)]
-    # Activations of a row: 8 bytes. A result or a run may queue on the wire behind a window of others.
-    message_s = (32 + 16 * (policy.max_rows + 2 * window * policy.max_rows + 8) + 24 * most_rows) / link.bandwidth
-    hop = link.delay_s + 3 * link.jitter_s + (window + 1) * message_s
-    draft_pass = longest_s(spec.draft_s, drafted_rows, model.layers)
-    draft_layer = draft_pass / model.layers
-    turns = spec.drafters * policy.max_rows if spec.placement == "alone" else 0
-    ordered = {"rounds": policy.num_steps, "pipeinfer": policy.max_rows, "continuous": turns}[policy.schedule]
-    order_s = ordered * draft_pass + 2 * hop
-    return 3 * order_s + sum(passes) + (window + RUNS_AHEAD) * max(passes) + (spec.stages + 3) * hop + 4 * draft_layer
-
-
 class Advice(Reader):
     """L6: what is skipped on advice is dead, and no stage changes the rows it passes on."""
 
@@ -253,10 +208,12 @@ class Advice(Reader):
             launched = self.history.runs.get(dead.run)
             if launched is None:
                 continue  # its request is idle
-            if dead.sequence != launched.record.sequence:
-                raise InvariantBroken(f"L6: {dead} is of another sequence than {launched.record.sequence}")
+            if dead.sequence not in launched.records:
+                raise InvariantBroken(f"L6: {dead} is of another sequence than {[*launched.records]}")
             kept = set() if dead.slot == NO_SLOT else launched.written.keys() - {dead.slot}
             self._must_be_dead(launched, kept, f"{address_name(address)} cancels")
+            if dead.slot != NO_SLOT and launched.written[dead.slot].record.sequence != dead.sequence:
+                raise InvariantBroken(f"L6: {dead} names a row of another sequence")
 
     def _compare(self, body: Run | Result, launched: Launched | None, who: str) -> None:
         if launched is None:
@@ -274,12 +231,13 @@ class Advice(Reader):
         elif run.wants is not Wants.NOTHING:
             kept = {row.slot for row in body.rows}
             if run.wants is Wants.LAST:
-                kept |= {row.slot for row in run.rows[:-1]}  # no choice is wanted after those
+                lasts = {row.sequence: row.slot for row in run.rows}
+                kept |= launched.written.keys() - set(lasts.values())  # no choice is wanted after those
             self._must_be_dead(launched, kept, f"{who} skips")
 
     def _must_be_dead(self, launched: Launched, kept: Collection[int], deed: str) -> None:
         for slot, written in launched.written.items():
-            if slot not in kept and not self.history.is_useless(launched.record, written):
+            if slot not in kept and not self.history.is_useless(written):
                 what = f"token {written.token} at position {written.position} of run {launched.run.run}"
                 raise InvariantBroken(f"L6: {deed} {what}, which is alive")
 
@@ -287,25 +245,37 @@ class Advice(Reader):
 class Forced(Reader):
     """L10, and the statistics' own arithmetic."""
 
+    def __init__(self, history: History) -> None:
+        super().__init__(history)
+        self._firsts: Counter[int] = Counter()  # by request: sequences of which a token came
+        self._counted: set[int] = set()  # those sequences
+
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         """See Checker: a draft with ``topk`` 1 that is always right never sends a row in vain."""
         spec, history = world.spec, self.history
-        if address != ORCHESTRATOR or spec.model.ranks[0] < 1.0 or spec.policy.topk > 1 or spec.policy.prompt_lookup:
+        if address != ORCHESTRATOR:
+            return
+        for record, command, _ in history.told:
+            if isinstance(command, Emit) and record.sequence not in self._counted:
+                self._counted.add(record.sequence)
+                self._firsts[record.number] += 1
+        if spec.model.ranks[0] < 1.0 or spec.policy.topk > 1 or spec.policy.prompt_lookup:
             return
         for command in commands:
             if isinstance(command, Send) and isinstance(command.message.body, Run):
-                launched = history.runs.get(command.message.body.run)
-                for row in command.message.body.rows if launched else ():
-                    truth = launched.record.truth if launched else []
+                launched = history.runs[command.message.body.run]
+                for row in launched.run.rows:
+                    truth = launched.records[row.sequence].truth
                     if row.position < len(truth) and row.token != truth[row.position]:
                         raise InvariantBroken(
                             f"L10: a draft that is always right guessed {row.token} at {row.position}"
                         )
 
     def on_idle(self, world: World, answer: Answer, request: Request) -> None:
-        """See Checker: a draft that is never right is never accepted, and plain decoding has an accept_length of 1."""
-        spec, stats = world.spec, answer.stats
-        if stats and not spec.policy.speculate and stats.verifications != max(0, len(answer.tokens) - 1):
+        """See Checker: a draft that is never right is never accepted, and plain decoding has an accept_length of 1. The
+        first token of a sequence comes of its prompt."""
+        spec, stats, firsts = world.spec, answer.stats, self._firsts.pop(answer.number, 0)
+        if stats and not spec.policy.speculate and stats.verifications != len(answer.tokens) - firsts:
             raise InvariantBroken(f"L10: plain decoding took {stats} for {len(answer.tokens)} tokens")
         if stats is None or stats.accepted + stats.corrections != len(answer.tokens):
             raise InvariantBroken(f"L10: {len(answer.tokens)} tokens, counted as {stats}")

@@ -28,10 +28,12 @@ from pipeinfer.runtime.pass_times import ROWS
 from pipeinfer.sim.bounds import Bounds
 from pipeinfer.sim.draft_invariants import Guessed
 from pipeinfer.sim.history import History, InvariantBroken
-from pipeinfer.sim.invariants import Advice, EndsOnce, Exact, Forced, InOrder, Lively
+from pipeinfer.sim.invariants import Advice, EndsOnce, Exact, Forced, InOrder
+from pipeinfer.sim.lively import Lively
 from pipeinfer.sim.replay import Recorder, Wire, replay
 from pipeinfer.sim.schedule_invariants import schedule_invariants
 from pipeinfer.sim.slot_invariants import Replicas, Slots
+from pipeinfer.sim.visible_invariants import Visible
 from pipeinfer.sim.world import Checker, World, WorldSpec
 from speculation.schedules.cost_curve import Costs, Priors
 from speculation.schedules.policy import Policy
@@ -55,16 +57,16 @@ class Report:
 
 
 def random_world(seed: int, schedule: str = "") -> WorldSpec:
-    """The world that ``seed`` stands for, or the one of ``schedule`` that it stands for; in a third of them requests
-    overlap: the next one is prefilled while the runs of the one before return. In half of them it is known what passes
-    cost, more or less. In a quarter of them groups share the stages."""
+    """The world that ``seed`` stands for, or the one of ``schedule`` that it stands for; in a third of them two
+    requests are decoded at once, if the schedule can. In half of them it is known what passes cost, more or less. In a
+    quarter of them groups share the stages. Worlds with more requests are those of many_worlds.py."""
     world = draw_world(random.Random(seed), seed, schedule)
     world = draw_groups(random.Random(f"groups {seed}"), world)
     dice = random.Random(f"priors {seed}")
     if dice.random() < 0.5:
         world = replace(world, priors=draw_priors(dice, world))
-    overlaps = random.Random(f"overlap {seed}").random() < 1 / 3
-    return replace(world, overlap=True, at_once=True) if overlaps else world
+    is_pair = random.Random(f"overlap {seed}").random() < 1 / 3
+    return replace(world, max_num_seqs=2, at_once=True) if is_pair else world
 
 
 def draw_world(rng: random.Random, seed: int, schedule: str = "") -> WorldSpec:
@@ -248,7 +250,9 @@ def _draw_link(rng: random.Random) -> Link:
 def every_invariant(spec: WorldSpec) -> tuple[Checker, ...]:
     """A fresh checker for each invariant that one world can test; the history, which the others read, comes first."""
     history = History(spec)
-    readers = [make(history) for make in (Exact, EndsOnce, Slots, Replicas, InOrder, Advice, Forced, Guessed, Lively)]
+    kinds = [Exact, EndsOnce, Slots, Replicas, InOrder, Advice, Forced, Guessed, Lively]
+    kinds += [Visible] if spec.max_num_seqs > 1 else []
+    readers = [make(history) for make in kinds]
     return history, *readers, *schedule_invariants(history), Bounds(spec), Wire()
 
 
@@ -271,15 +275,17 @@ def check_world(spec: WorldSpec, twin: bool = True) -> Report:
 
 
 def first_failures(
-    seeds: Sequence[int], most: int = MOST_FAILURES, schedule: str = ""
+    seeds: Sequence[int], most: int = MOST_FAILURES, schedule: str = "", many: bool = False
 ) -> tuple[list[Report], list[str]]:
-    """Check the worlds of ``seeds`` (and ``schedule``) until ``most`` have failed: reports of the good ones, a line for
-    each bad one."""
+    """Check the worlds of ``seeds`` (and ``schedule``), those of ``many`` requests or not, until ``most`` have failed:
+    reports of the good ones, a line for each bad one."""
+    from pipeinfer.sim.many_worlds import many_world  # it draws from these worlds
+
     reports, failures = list[Report](), list[str]()
-    option = f" --schedule {schedule}" if schedule else ""
+    option = (" --many" if many else "") + (f" --schedule {schedule}" if schedule else "")
     for seed in seeds:
         try:
-            reports.append(check_world(random_world(seed, schedule)))
+            reports.append(check_world((many_world if many else random_world)(seed, schedule)))
         except Exception as error:  # any exception at all condemns a world
             failures.append(
                 f"seed {seed}: {type(error).__name__}: {error}\n"
@@ -308,11 +314,11 @@ class Survey:
         )
 
 
-def survey(seeds: Sequence[int], schedule: str = "", processes: int = 1) -> Survey:
-    """Check the worlds of ``seeds`` (and ``schedule``) on so many processes until a few have failed."""
+def survey(seeds: Sequence[int], schedule: str = "", processes: int = 1, many: bool = False) -> Survey:
+    """Check the worlds of ``seeds`` (and ``schedule``, ``many``) on so many processes until a few have failed."""
     found, began = Survey(), time.perf_counter()
     chunks = [seeds[start : start + CHUNK] for start in range(0, len(seeds), CHUNK)]
-    check = partial(first_failures, schedule=schedule)
+    check = partial(first_failures, schedule=schedule, many=many)
     with contextlib.ExitStack() as stack:
         answers: Iterable[tuple[list[Report], list[str]]] = map(check, chunks)
         if processes > 1:
@@ -341,10 +347,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--schedule", default="", choices=["", "all", *SCHEDULES], help="only this one, or all one by one; else mixed"
     )
+    parser.add_argument("--many", action="store_true", help="worlds of many requests at once")
     options = parser.parse_args(arguments)
     failed = False
-    for schedule in SCHEDULES if options.schedule == "all" else (options.schedule,):
-        found = survey(range(options.seed, options.seed + options.worlds), schedule, options.processes)
+    every = [one for one in SCHEDULES if one != "pipeinfer"] if options.many else SCHEDULES
+    for schedule in every if options.schedule == "all" else (options.schedule,):
+        seeds = range(options.seed, options.seed + options.worlds)
+        found = survey(seeds, schedule, options.processes, options.many)
         print(f"{schedule or 'mixed'}: {found}", flush=True)
         print("\n".join(found.failures), end="\n" if found.failures else "", flush=True)
         failed |= bool(found.failures)

@@ -8,10 +8,12 @@ rounds.py.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from pipeinfer.core.addresses import FIRST_STAGE, ORCHESTRATOR, address_name
 from pipeinfer.core.messages import (
     NO_SLOT,
+    Body,
     Cancel,
     Close,
     DraftOrder,
@@ -33,9 +35,9 @@ class Orders(Reader):
 
     def __init__(self, history: History) -> None:
         super().__init__(history)
-        self._open: set[int] = set()  # drafters at work
-        self._cutoffs: dict[int, float] = {}
-        self._prompts: dict[int, tuple[int, int]] = {}  # the request, and how much of its prompt has arrived
+        self._open: set[tuple[int, int]] = set()  # drafters at work, and for which sequence
+        self._cutoffs: dict[tuple[int, int], float] = {}
+        self._prompts: dict[tuple[int, int], int] = {}  # how many tokens of the prompt a drafter has been sent
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         """See Checker."""
@@ -47,103 +49,120 @@ class Orders(Reader):
             if isinstance(command, Send) and isinstance(command.message.body, Nodes):
                 self._answer(address, command.message.body)
             elif isinstance(command, Compute) and world.spec.policy.schedule != "continuous":
-                is_prefill = command.batch.positions[-1] < self._prompts[address][1]
-                if not is_prefill and address not in self._open:
-                    raise InvariantBroken(
-                        f"L11: {address_name(address)} drafts {command.batch.tokens} without an order"
-                    )
+                self._compute(address, command)
+
+    def _compute(self, address: int, compute: Compute) -> None:
+        """A pass beyond all prompts needs an order for some sequence."""
+        longest = max((length for (drafter, _), length in self._prompts.items() if drafter == address), default=0)
+        is_ordered = any(drafter == address for drafter, _ in self._open)
+        if compute.batch.positions.max() >= longest and not is_ordered:
+            raise InvariantBroken(f"L11: {address_name(address)} drafts {compute.batch.tokens} without an order")
 
     def _received(self, address: int, message: Message) -> None:
         match message.body:
             case Prompt(sequence=sequence, tokens=tokens):
-                known, length = self._prompts.get(address, (0, 0))
-                self._prompts[address] = (sequence, len(tokens) + length * (known == sequence))
-            case Close():
-                self._open.discard(address)
-                self._cutoffs.pop(address, None)
+                self._prompts[address, sequence] = self._prompts.get((address, sequence), 0) + len(tokens)
+            case Close(sequence=sequence):
+                self._open.discard((address, sequence))
+                self._cutoffs.pop((address, sequence), None)
+                self._prompts.pop((address, sequence), None)
             case DraftOrder() as order:
-                self._cutoffs[address] = order.cutoff
-                if address in self._open:
+                self._cutoffs[address, order.sequence] = order.cutoff
+                if (address, order.sequence) in self._open:
                     who = address_name(address)
                     raise InvariantBroken(f"L11: {who} got an order before it had answered the last one")
                 if order.passes not in (0, UNLIMITED):
-                    self._open.add(address)
+                    self._open.add((address, order.sequence))
 
     def _answer(self, address: int, nodes: Nodes) -> None:
         if nodes.ends_order:
-            if address not in self._open:
+            if (address, nodes.sequence) not in self._open:
                 raise InvariantBroken(f"L11: {address_name(address)} answers an order that nobody gave")
-            self._open.discard(address)
-        cutoff = self._cutoffs.get(address, 0.0)
+            self._open.discard((address, nodes.sequence))
+        cutoff = self._cutoffs.get((address, nodes.sequence), 0.0)
         for node in nodes.nodes:
             if cutoff > 0 and node.logp < math.log(cutoff):
                 what = f"token {node.token} of probability {math.exp(node.logp):.3g}"
                 raise InvariantBroken(f"L11: {address_name(address)} found {what}, the cutoff is {cutoff:.3g}")
 
 
+@dataclass(slots=True)
+class _Round:
+    """The round of one sequence."""
+
+    length: int  # of its text
+    in_flight: int = 0  # runs with rows of it
+    awaited: int = 0  # drafters at work
+    has_drafted: bool = False  # since the last token
+
+
 class OneRoundAtATime(Reader):
-    """Rounds: draft anew, then one run that begins at the newest token, then nothing until it is back."""
+    """Rounds: draft anew, then one run that begins at the newest token, then nothing until it is back. Each sequence
+    has rounds of its own, and a run may serve those of several."""
 
     def __init__(self, history: History) -> None:
         super().__init__(history)
-        self._length = 0
-        self._in_flight = 0
-        self._awaited = 0  # drafters at work
-        self._has_drafted = False  # since the last token
+        self._rounds: dict[int, _Round] = {}  # by sequence
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         """See Checker."""
         if address != ORCHESTRATOR:
             return
         if isinstance(event, Received):
-            body = event.message.body
-            self._in_flight -= isinstance(body, Result)
-            if isinstance(body, Nodes) and body.ends_order and body.sequence == self.history.served:
-                self._awaited -= 1
-        for begun, part in self.history.parts:
-            if begun is not None:
-                self._length, self._awaited = len(begun.request.prompt), 0
-            self._read(part, world.spec)
-
-    def _read(self, commands: list[Command], spec: WorldSpec) -> None:
-        for command in commands:
-            if isinstance(command, Emit):
-                self._length += len(command.tokens)
-                self._has_drafted = False
+            self._received(event.message.body)
+        for record, command, begins in self.history.told:
+            if begins:
+                self._rounds[record.sequence] = _Round(len(record.prompt))
+            one = self._rounds.get(record.sequence)
+            if one is not None and isinstance(command, Emit):
+                one.length += len(command.tokens)
+                one.has_drafted = False
             elif isinstance(command, Finish):
-                return
-            elif isinstance(command, Send):
-                self._sent(command.message, spec)
+                self._rounds.pop(record.sequence, None)
+            elif one is not None and isinstance(command, Send):
+                self._sent(record.sequence, one, command.message, world.spec)
 
-    def _sent(self, message: Message, spec: WorldSpec) -> None:
+    def _received(self, body: Body) -> None:
+        if isinstance(body, Result) and body.run in self.history.runs:
+            for sequence in self.history.runs[body.run].records:
+                if sequence in self._rounds:
+                    self._rounds[sequence].in_flight -= 1
+        elif isinstance(body, Nodes) and body.ends_order and body.sequence in self._rounds:
+            self._rounds[body.sequence].awaited -= 1
+
+    def _sent(self, sequence: int, one: _Round, message: Message, spec: WorldSpec) -> None:
         body = message.body
-        if isinstance(body, Cancel):
+        if isinstance(body, Close):
+            self._rounds.pop(sequence)
+        elif isinstance(body, Cancel):
             raise InvariantBroken(f"L11: rounds have nothing to cancel, but {message} was sent")
-        if isinstance(body, DraftOrder):
-            if self._in_flight or not body.restart:
-                raise InvariantBroken(f"L11: an order of a round, {message}, with {self._in_flight} runs in flight")
-            self._awaited, self._has_drafted = self._awaited + 1, True
+        elif isinstance(body, DraftOrder):
+            if one.in_flight or not body.restart:
+                raise InvariantBroken(f"L11: an order of a round, {message}, with {one.in_flight} runs in flight")
+            one.awaited, one.has_drafted = one.awaited + 1, True
         elif isinstance(body, Run):
             if not body.is_canonical:
-                self._check(body, spec)
-            self._in_flight += 1
+                self._check(one, body, [row.position for row in body.rows if row.sequence == sequence], spec)
+            one.in_flight += 1
 
-    def _check(self, run: Run, spec: WorldSpec) -> None:
-        rows = run.rows
+    @staticmethod
+    def _check(one: _Round, run: Run, positions: list[int], spec: WorldSpec) -> None:
         has_drafters = spec.policy.speculate and spec.drafters > 0
-        if self._in_flight or self._awaited or (has_drafters and not self._has_drafted):
-            why = f"{self._in_flight} runs in flight, {self._awaited} drafters at work"
+        if one.in_flight or one.awaited or (has_drafters and not one.has_drafted):
+            why = f"{one.in_flight} runs in flight, {one.awaited} drafters at work"
             raise InvariantBroken(f"L11: run {run.run} is launched with {why}")
-        deepest = self._length - 1 + max(spec.policy.num_steps, spec.policy.prompt_lookup)
-        if not rows or rows[0].position != self._length - 1 or rows[-1].position > deepest:
-            raise InvariantBroken(f"L11: run {run.run} of {len(rows)} rows is no round after {self._length} tokens")
+        deepest = one.length - 1 + max(spec.policy.num_steps, spec.policy.prompt_lookup)
+        if positions[0] != one.length - 1 or positions[-1] > deepest:
+            raise InvariantBroken(f"L11: run {run.run} of {positions} is no round after {one.length} tokens")
 
 
 class PipeInfer(Reader):
-    """PipeInfer's: the rules of its docstring for runs, restarts, cancels and results that are deferred."""
+    """PipeInfer's: the rules of its docstring for runs, restarts, cancels and results that are deferred. It serves one
+    request at a time."""
 
     def __init__(self, history: History) -> None:
         super().__init__(history)
+        self._served = 0  # the sequence
         self._text: list[int] = []
         self._owes_canonical = False
         self._front = 0  # where the next speculative run has to begin
@@ -165,28 +184,25 @@ class PipeInfer(Reader):
             return
         if isinstance(event, Received):
             self._found(event.message)
-        for begun, part in self.history.parts:
-            if begun is not None:
-                self._begin(begun.request)
-            self._read(part, world.spec)
+        for record, command, begins in self.history.told:
+            if begins:
+                self._served = record.sequence
+                self._begin(record.request)
+            elif record.sequence == self._served and isinstance(command, Emit):
+                self._verified(command, world.spec)
+            elif isinstance(command, Finish) and record.sequence == self._served:
+                self._served = 0
+            elif record.sequence == self._served and isinstance(command, Send):
+                self._sent(command.message, world.spec)
 
     def _begin(self, request: Request) -> None:
         self._text, self._stops = list(request.prompt), request.stop_tokens
         self._last_position = len(request.prompt) + request.max_new_tokens - 2
         self._awaited, self._owes_canonical, self._owes_drafted, self._canonical = set(), False, False, set()
 
-    def _read(self, commands: list[Command], spec: WorldSpec) -> None:
-        for command in commands:
-            if isinstance(command, Emit):
-                self._verified(command, spec)
-            elif isinstance(command, Finish):
-                return
-            elif isinstance(command, Send):
-                self._sent(command.message, spec)
-
     def _found(self, message: Message) -> None:
         nodes = message.body
-        if not isinstance(nodes, Nodes) or nodes.sequence != self.history.served:
+        if not isinstance(nodes, Nodes) or nodes.sequence != self._served:
             return
         for node in nodes.nodes if message.source in self._awaited else ():
             self._has_stopped |= node.token in self._stops

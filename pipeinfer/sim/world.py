@@ -79,12 +79,15 @@ class WorldSpec:
     at_once: bool = False  # all requests are submitted at the beginning, not each when the one before is idle
     aborts: tuple[tuple[float, int], ...] = ()  # when the user aborts which request, counted from 0
     closes_s: float | None = None  # when the user closes, whatever waits or is being served
-    overlap: bool = False  # see JobSpec
     silent_s: float | None = None  # from when on drafters that have a host of their own send no more messages
     priors: Priors = NO_PRIORS  # what passes are said to take
     tp: int = 1  # ranks of a group: they share a stage, and the drafts that its leader hosts
     late: float = 0.0  # by up to this share of a layer each rank of a group may be late
     exchange_s: float = 0.0  # what a group spends on each of the two exchanges of a layer
+    arrivals: tuple[float, ...] = ()  # when each request is submitted; empty: see at_once
+    max_num_seqs: int = 1  # requests that are decoded at once
+    kv_slots: int | None = None  # slots of all their accepted tokens; by default each has a whole context
+    keeps_prefixes: bool = False  # see JobSpec
 
 
 @dataclass(slots=True)
@@ -223,9 +226,12 @@ class World:
         for host in self.hosts:
             for address in host.executor.addresses:
                 host.executor.deliver(address, Started(), 0.0)
-        self._submit(0.0)
-        while self.spec.at_once and self._todo:
+        for when in self.spec.arrivals:
+            self.at(when, self._submit)
+        while not self.spec.arrivals and self._todo:
             self._submit(0.0)
+            if not self.spec.at_once:
+                break
         for when, number in self.spec.aborts:
             self.at(when, partial(self._to_orchestrator, Aborted(number)))
         if self.spec.closes_s is not None:
@@ -244,7 +250,12 @@ class World:
             number = len(self.answers)
             self.answers.append(Answer(number, submitted_at=now))
             self._to_orchestrator(Submitted(self._todo.popleft(), number), now)
-        elif all(answer.stats is not None for answer in self.answers):
+
+    def _go_on(self, now: float) -> None:
+        """A request is idle: the next one is submitted, if that is how they come, or it was the last one."""
+        if self._todo and not self.spec.arrivals:
+            self._submit(now)
+        elif not self._todo and all(answer.stats is not None for answer in self.answers):
             self._to_orchestrator(Closed(), now)
 
     def _close(self, now: float) -> None:
@@ -277,7 +288,7 @@ class World:
             request = self.spec.requests[command.number]
             for checker in self.checkers:
                 checker.on_idle(self, answer, request)
-            self.at(now, self._submit)
+            self.at(now, self._go_on)
 
 
 def make_job_spec(spec: WorldSpec) -> JobSpec:
@@ -293,6 +304,9 @@ def make_job_spec(spec: WorldSpec) -> JobSpec:
         row_costs=spec.priors.rows,
         trip_costs=spec.priors.trips,
         draft_costs=spec.priors.drafts,
+        max_num_seqs=spec.max_num_seqs,
+        kv_slots=spec.kv_slots or 0,
+        keeps_prefixes=spec.keeps_prefixes,
     )
 
 

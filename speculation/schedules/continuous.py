@@ -63,6 +63,8 @@ class Continuous:
         self._orders: dict[int, int] = {}  # the same as ``_ordered`` of each of several sequences
         self._drafting: set[int] = set()  # sequences whose order of one pass is not done
         self._has_drafted = False  # since the last launch
+        self._launches = 0
+        self._turns: dict[int, int] = {}  # by sequence the last launch with its root: who waited longest goes first
 
     @property
     def guesses(self) -> bool:
@@ -79,6 +81,7 @@ class Continuous:
         self._sequences -= 1
         self._drafting.discard(tree.sequence)
         self._orders.pop(tree.sequence, None)
+        self._turns.pop(tree.sequence, None)
         if self._sequences:
             self._reset()
 
@@ -113,12 +116,16 @@ class Continuous:
         curve = self._governor.curve if self._governor else None
         guesses = now.room if self._policy.speculate else 0
         least = curve.least_probability(most, self._policy.min_path_prob) if curve else self._policy.min_path_prob
-        nodes = take_best(now.trees, most, roots, guesses, least)
+        in_turn = sorted(now.trees, key=lambda tree: self._turns.get(tree.sequence, 0))
+        nodes = take_best(in_turn, most, roots, guesses, least)
         if not nodes:
             return None
+        trees = {tree.sequence: tree for tree in now.trees}
+        known = [node.sequence for node in nodes if node is trees[node.sequence].root]
+        self._launches += 1
+        self._turns.update(dict.fromkeys(known, self._launches))
         if curve:
-            trees = {tree.sequence: tree for tree in now.trees}
-            certain = sum(node is trees[node.sequence].root for node in nodes)
+            certain = len(known)
             count = max(certain, curve.best_count(probabilities(trees, nodes)))
             give_back(trees, nodes[count:])
             del nodes[count:]
@@ -136,6 +143,7 @@ class Continuous:
         unasked = 0 if delay and not delay.drafts_unasked else draft_batch
         if governor and unasked != self._ordered:
             self._ordered = unasked
+            self._orders.clear()  # it goes to all
             return Order(UNLIMITED, draft_batch=unasked) if unasked else Order(0)
         if delay:
             delay.look(now.tree, now.now)

@@ -36,7 +36,7 @@ class Rounds:
     def __init__(self, policy: Policy, stages: int = 1) -> None:
         self._policy = policy
         self._stages = stages
-        self._phases: dict[int, _Phase] = {}  # by sequence
+        self._phases: dict[int, _Phase] = {}  # by sequence; who became ready first stands first
 
     def opened(self, tree: Tree) -> None:
         """See Schedule."""
@@ -48,15 +48,13 @@ class Rounds:
 
     def next(self, now: Situation) -> Step | None:
         """See Schedule."""
-        ready = []
         for tree in now.trees:
-            phase = self._phases[tree.sequence]
-            if phase is _Phase.TURNING:
+            if self._phases[tree.sequence] is _Phase.TURNING:
                 self._phases[tree.sequence] = _Phase.DRAFTING
                 tree.prune()  # none of its nodes is in flight
                 return Order(self._policy.num_steps, restart=True, sequence=tree.sequence)
-            if phase is _Phase.READY:
-                ready.append(tree)
+        trees = {tree.sequence: tree for tree in now.trees}
+        ready = [trees[one] for one, phase in self._phases.items() if phase is _Phase.READY and one in trees]
         if not ready or now.slots <= 0 or (len(now.trees) > 1 and now.credits <= 0):
             return None
         nodes, room = list[Node](), now.room
@@ -70,7 +68,8 @@ class Rounds:
     def drafted(self, tree: Tree, nodes: list[Node]) -> None:
         """See Schedule."""
         if self._phases.get(tree.sequence) is _Phase.DRAFTING:
-            self._phases[tree.sequence] = _Phase.READY
+            del self._phases[tree.sequence]
+            self._phases[tree.sequence] = _Phase.READY  # behind those that wait already
 
     def computed(self, rows: int, seconds: float) -> None:
         """See Schedule."""

@@ -38,9 +38,9 @@ mutant = roll(ADVICE_AND_BOUNDS)
 
 @mutant("L6")
 def a_living_run_is_cancelled(patch: pytest.MonkeyPatch) -> None:
-    def cancel(original: Any, machine: Orchestrator, runs: Any, rows: Any, session: Any) -> Any:
+    def cancel(original: Any, machine: Orchestrator, runs: Any, rows: Any) -> Any:
         first = [run for run in list(machine._flight)[:1] if runs and run not in runs]
-        return original(machine, runs + first, rows, session)
+        return original(machine, runs + first, rows)
 
     wrap(patch, Orchestrator, "_cancel", cancel)
 
@@ -73,11 +73,12 @@ def a_stage_drops_a_living_row(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L6")
 def the_cancel_of_a_row_names_a_living_one(patch: pytest.MonkeyPatch) -> None:
-    def losses(original: Any, flight: Flight, root: Any, died: Any) -> Any:
-        runs, rows = original(flight, root, died)
+    def losses(original: Any, flight: Flight, died: Any, roots: Any) -> Any:
+        runs, rows = original(flight, died, roots)
         if rows:
-            living = [node for run in flight for node in run.nodes if node.alive and node is not root]
-            rows += [Cancelled(node.run or 0, node.slot or 0, rows[0].sequence) for node in living[-1:]]
+            nodes = [node for run in flight for node in run.nodes if node.alive and node.sequence in roots]
+            living = [node for node in nodes if node is not roots[node.sequence]]
+            rows += [Cancelled(node.run or 0, node.slot or 0, node.sequence) for node in living[-1:]]
         return runs, rows
 
     wrap(patch, Flight, "losses", losses)
@@ -106,9 +107,10 @@ def a_cancelled_row_takes_its_slot_along(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("RemoteProtocolError", "rounds")
 def the_end_cancels_the_roots_own_run(patch: pytest.MonkeyPatch) -> None:
-    def cancel(original: Any, machine: Orchestrator, runs: Any, rows: Any, session: Any) -> Any:
-        roots = [run for run in machine._flight if session.is_over and run not in runs and run.cancelled_at is None]
-        return original(machine, runs + roots, rows, session)
+    def cancel(original: Any, machine: Orchestrator, runs: Any, rows: Any) -> Any:
+        over = [run for run in machine._flight if all(session.is_over for session in run.sessions)]
+        roots = [run for run in over if run not in runs and run.cancelled_at is None]
+        return original(machine, runs + roots, rows)
 
     wrap(patch, Orchestrator, "_cancel", cancel)
 
@@ -212,9 +214,9 @@ def names_are_never_forgotten(patch: pytest.MonkeyPatch) -> None:
             asked_by_grow = sys._getframe(1).f_code.co_name == "grow"
             return 0 if asked_by_grow else super().__len__()
 
-    def begin(original: Any, sources: Sources, *rest: Any) -> Any:
-        told = original(sources, *rest)
-        names = sources._served.names  # type: ignore[union-attr]
+    def begin(original: Any, sources: Sources, session: Any) -> Any:
+        told = original(sources, session)
+        names = sources._served[session.sequence].names
         names.update({drafter: Hoard(known) for drafter, known in names.items()})
         return told
 

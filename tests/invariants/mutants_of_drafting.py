@@ -11,6 +11,7 @@ from pipeinfer.core.messages import Nodes, Result
 from pipeinfer.core.ports import Send
 from pipeinfer.orchestrator.advice import Advice
 from pipeinfer.orchestrator.machine import Orchestrator
+from pipeinfer.orchestrator.session import Session
 from pipeinfer.orchestrator.sources import Sources
 from speculation.drafter.machine import Drafter
 from speculation.drafter.sequence import DraftSequence
@@ -25,10 +26,15 @@ mutant = roll(DRAFTING)
 # Sources.
 
 
+def _longer(session: Session, more: int) -> None:
+    """So many more tokens may be emitted."""
+    session.request = replace(session.request, max_new_tokens=session.request.max_new_tokens + more)
+
+
 @mutant("L10", "continuous")
 def one_drafters_nodes_hang_under_anothers_names(patch: pytest.MonkeyPatch) -> None:
     def grow(original: Any, sources: Sources, source: int, message: Any) -> Any:
-        served = sources._served
+        served = sources._served.get(message.sequence)
         if served is not None:
             served.names[source] = served.names[sources._drafters[0]]
         return original(sources, source, message)
@@ -39,9 +45,9 @@ def one_drafters_nodes_hang_under_anothers_names(patch: pytest.MonkeyPatch) -> N
 @mutant("L8", "rounds")
 def lookup_goes_on_beyond_the_end(patch: pytest.MonkeyPatch) -> None:
     def look_up(original: Any, sources: Sources, served: Any) -> None:
-        served.last_position += 5
+        _longer(served.session, 5)
         original(sources, served)
-        served.last_position -= 5
+        _longer(served.session, -5)
 
     wrap(patch, Sources, "_look_up", look_up)
 
@@ -49,11 +55,12 @@ def lookup_goes_on_beyond_the_end(patch: pytest.MonkeyPatch) -> None:
 @mutant("L8")
 def a_drafters_nodes_go_on_beyond_the_end(patch: pytest.MonkeyPatch) -> None:
     def grow(original: Any, sources: Sources, source: int, message: Any) -> Any:
-        if sources._served is not None:
-            sources._served.last_position += 1
+        served = sources._served.get(message.sequence)
+        if served is None:
+            return original(sources, source, message)
+        _longer(served.session, 1)
         found = original(sources, source, message)
-        if sources._served is not None:
-            sources._served.last_position -= 1
+        _longer(served.session, -1)
         return found
 
     wrap(patch, Sources, "grow", grow)
@@ -135,8 +142,10 @@ def a_token_below_the_cutoff_is_sent(patch: pytest.MonkeyPatch) -> None:
 @mutant("L11", "rounds")
 def a_round_begins_before_the_last_one_is_back(patch: pytest.MonkeyPatch) -> None:
     def step(original: Any, schedule: Rounds, now: Any) -> Any:
-        if schedule._phase is _Phase.VERIFYING and now.tree.root.run is not None and now.tree.root.position % 5 == 4:
-            schedule._phase = _Phase.TURNING
+        for tree in now.trees:
+            is_out = schedule._phases[tree.sequence] is _Phase.VERIFYING and tree.root.run is not None
+            if is_out and tree.root.position % 5 == 4:
+                schedule._phases[tree.sequence] = _Phase.TURNING
         return original(schedule, now)
 
     wrap(patch, Rounds, "next", step)
@@ -145,8 +154,9 @@ def a_round_begins_before_the_last_one_is_back(patch: pytest.MonkeyPatch) -> Non
 @mutant("L11", "rounds")
 def a_round_does_not_wait_for_its_drafts(patch: pytest.MonkeyPatch) -> None:
     def step(original: Any, schedule: Rounds, now: Any) -> Any:
-        if schedule._phase is _Phase.DRAFTING:
-            schedule._phase = _Phase.READY
+        for tree in now.trees:
+            if schedule._phases[tree.sequence] is _Phase.DRAFTING:
+                schedule._phases[tree.sequence] = _Phase.READY
         return original(schedule, now)
 
     wrap(patch, Rounds, "next", step)
@@ -194,8 +204,8 @@ def canonical_runs_are_cancelled_too(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L11", "pipeinfer")
 def drafting_goes_on_where_it_was(patch: pytest.MonkeyPatch) -> None:
-    def accepted(original: Any, schedule: PipeInfer, tokens: int, now: float) -> Any:
-        decided = original(schedule, tokens, now)
+    def accepted(original: Any, schedule: PipeInfer, *rest: Any) -> Any:
+        decided = original(schedule, *rest)
         schedule._owes_restart = False
         return decided
 

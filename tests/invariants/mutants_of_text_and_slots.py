@@ -13,7 +13,7 @@ from kvbuffers.slot_table import SLOT, SlotTable
 from pipeinfer.core.edges import Edges
 from pipeinfer.core.messages import Credit, Result, Run, SlotOpKind
 from pipeinfer.core.ports import Idle, Send
-from pipeinfer.orchestrator.flight import InFlight
+from pipeinfer.orchestrator.launcher import Launcher
 from pipeinfer.orchestrator.machine import Orchestrator
 from pipeinfer.orchestrator.session import Waiting
 from pipeinfer.sim.network import Network
@@ -48,10 +48,11 @@ def stop_tokens_are_ignored(patch: pytest.MonkeyPatch) -> None:
 @mutant("L1")
 def one_token_too_many(patch: pytest.MonkeyPatch) -> None:
     def take(original: Any, waiting: Waiting) -> Any:
-        number, request = original(waiting)
+        session = original(waiting)
+        request = session.request
         if len(request.prompt) + request.max_new_tokens < waiting._context:
-            request = replace(request, max_new_tokens=request.max_new_tokens + 1)
-        return number, request
+            session.request = replace(request, max_new_tokens=request.max_new_tokens + 1)
+        return session
 
     wrap(patch, Waiting, "take", take)
 
@@ -63,21 +64,25 @@ def a_faulty_row_is_taken_for_a_good_one(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L1", "plain")
 def what_is_faulty_in_a_prompt_is_no_matter(patch: pytest.MonkeyPatch) -> None:
-    def hear(original: Any, run: InFlight, message: Any) -> None:
-        original(run, message)
+    def result(original: Any, machine: Orchestrator, message: Any) -> Any:
+        run = next(iter(machine._flight))
+        roots = {node.slot for node in run.nodes}
+        rows = tuple(row for row in message.rows if row.token >= 0 or row.slot in roots)
+        return original(machine, message._replace(rows=rows) if run.is_prefill else message)
 
-    wrap(patch, InFlight, "hear", hear)
+    wrap(patch, Orchestrator, "_result", result)
 
 
 @mutant("L2")
 def the_newest_request_goes_first(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, Waiting, "take", lambda original, waiting: waiting._requests.popitem())
+    patch.setattr(Waiting, "next", property(lambda waiting: waiting._sessions[-1] if waiting._sessions else None))
+    patch.setattr(Waiting, "take", lambda waiting: waiting._sessions.pop())
 
 
 @mutant("L1")
 def withdrawing_ends_whatever_is_served(patch: pytest.MonkeyPatch) -> None:
     def abort(original: Any, machine: Orchestrator, number: int) -> Any:
-        session = machine._session
+        session = next(iter(machine._sessions.values()), None)
         return original(machine, session.caller_number if session else number)
 
     wrap(patch, Orchestrator, "_abort", abort)
@@ -85,10 +90,10 @@ def withdrawing_ends_whatever_is_served(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("StallError")
 def the_next_request_is_forgotten(patch: pytest.MonkeyPatch) -> None:
-    def open_(original: Any, machine: Orchestrator) -> Any:
-        return original(machine) if len(machine._waiting) < 2 else []
+    def begin(original: Any, machine: Orchestrator) -> Any:
+        return original(machine) if len(machine._waiting) < 2 else None
 
-    wrap(patch, Orchestrator, "_open", open_)
+    wrap(patch, Orchestrator, "_begin", begin)
 
 
 def more_in_last_row(batch: Any, slots: list[int]) -> Any:
@@ -158,10 +163,10 @@ def a_node_is_sent_twice(patch: pytest.MonkeyPatch) -> None:
 @mutant("L2")
 def idle_before_the_last_run_is_back(patch: pytest.MonkeyPatch) -> None:
     def settle(original: Any, machine: Orchestrator, session: Any) -> Any:
-        if session is not machine._session or len(machine._flight) > 1:
+        if session.is_preempted or session.runs != 1:
             return original(machine, session)
-        machine._session = None
-        return [Idle(session.stats, session.caller_number), *machine._open()]
+        machine._draining.remove(session)
+        return [Idle(session.stats, session.caller_number)]
 
     wrap(patch, Orchestrator, "_settle", settle)
 
@@ -216,11 +221,11 @@ def the_wrong_slot_is_committed(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L3")
 def a_living_slot_is_released(patch: pytest.MonkeyPatch) -> None:
-    def cancel(original: Any, machine: Orchestrator, runs: Any, rows: Any, session: Any) -> Any:
+    def cancel(original: Any, machine: Orchestrator, runs: Any, rows: Any) -> Any:
         living = [node for run in machine._flight for node in run.nodes if node.alive and node.slot is not None]
         if (runs or rows) and living and living[-1].slot in machine._allocator._leased:
-            machine._allocator.release(session.sequence, living[-1].slot)
-        return original(machine, runs, rows, session)
+            machine._allocator.release(living[-1].sequence, living[-1].slot)
+        return original(machine, runs, rows)
 
     wrap(patch, Orchestrator, "_cancel", cancel)
 
@@ -259,8 +264,8 @@ def a_table_forgets_to_release(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L3")
 def a_living_sequence_is_freed(patch: pytest.MonkeyPatch) -> None:
-    def accept_some(original: Any, machine: Orchestrator, session: Any, run: Any) -> Any:
-        commands = original(machine, session, run)
+    def accept_some(original: Any, machine: Orchestrator, session: Any, *rest: Any) -> Any:
+        commands = original(machine, session, *rest)
         if session.emitted % 7 == 6:
             machine._allocator.free(session.sequence)
         return commands
@@ -268,7 +273,7 @@ def a_living_sequence_is_freed(patch: pytest.MonkeyPatch) -> None:
     wrap(patch, Orchestrator, "_accept", accept_some)
 
 
-@mutant("L1", "rounds")
+@mutant("L3", "rounds")
 def a_row_attends_to_another_sequence(patch: pytest.MonkeyPatch) -> None:
     """The canonical slots of the first sequence in the table, whichever the row is of."""
 
@@ -276,7 +281,7 @@ def a_row_attends_to_another_sequence(patch: pytest.MonkeyPatch) -> None:
         batch = original(table, rows, canonical)
         first = next(iter(table._sequences.values()))
         prefix = np.minimum(batch.prefix, len(first.canonical))
-        return replace(batch, canonical=(first.canonical_ranges(),), prefix=prefix)
+        return replace(batch, canonical=(first.canonical_ranges(),) * len(batch.canonical), prefix=prefix)
 
     wrap(patch, SlotTable, "allocate", allocate)
 
@@ -284,8 +289,9 @@ def a_row_attends_to_another_sequence(patch: pytest.MonkeyPatch) -> None:
 @mutant("L2", "plain")
 def a_result_is_taken_for_one_of_the_request_being_served(patch: pytest.MonkeyPatch) -> None:
     def result(original: Any, machine: Orchestrator, message: Any) -> Any:
-        if machine._draining is not None and machine._session is not None:
-            next(iter(machine._flight)).session = machine._session
+        run, living = next(iter(machine._flight)), list(machine._sessions.values())
+        if living and run.sessions[0].is_over:
+            run.sessions[0] = living[0]
         return original(machine, message)
 
     wrap(patch, Orchestrator, "_result", result)
@@ -310,26 +316,23 @@ def a_tombstone_loses_its_operations(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("RemoteProtocolError", "pipeinfer")
 def the_slot_of_a_copy_is_committed(patch: pytest.MonkeyPatch) -> None:
-    def launch(original: Any, machine: Orchestrator, session: Any, step: Any) -> Any:
-        sent = original(machine, session, step)
-        for node in [node for node in step.copies if node.slot in machine._allocator._leased]:
-            allocator, slot = (
-                machine._allocator,
-                next(r.slot for r in sent.message.body.rows if r.position == node.position),
-            )
+    def nodes(original: Any, launcher: Launcher, step: Any, *rest: Any) -> Any:
+        run, allocator = original(launcher, step, *rest), launcher._allocator
+        for node in [node for node in step.copies if node.slot in allocator._leased]:
+            slot = next(row.slot for row in run.rows if row.position == node.position)
             allocator._leased[slot] = allocator._released.pop(slot)
-            allocator.release(session.sequence, node.slot)
+            allocator.release(node.sequence, node.slot)
             node.slot = slot
-        return sent
+        return run
 
-    wrap(patch, Orchestrator, "_launch", launch)
+    wrap(patch, Launcher, "nodes", nodes)
 
 
 @mutant("L3", "continuous")
 def what_is_thrown_away_keeps_its_slots(patch: pytest.MonkeyPatch) -> None:
-    def accept_some(original: Any, machine: Orchestrator, session: Any, run: Any) -> Any:
+    def accept_some(original: Any, machine: Orchestrator, session: Any, *rest: Any) -> Any:
         session.tree.prune = lambda: Tree.prune(session.tree)[:0]
-        return original(machine, session, run)
+        return original(machine, session, *rest)
 
     wrap(patch, Orchestrator, "_accept", accept_some)
 

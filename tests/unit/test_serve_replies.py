@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from launch.requests import RequestOutput
+from pipeinfer.core.messages import TopToken
 from pipeinfer.core.ports import GREEDY, RequestStats
 from pipeinfer.engine.answer import Completion
 from pipeinfer.serve.fields import ApiRequest
@@ -92,13 +93,6 @@ def test_a_conversation_that_the_template_does_not_take() -> None:
         assert (status, answer["error"]["param"]) == (422, "messages")
 
 
-@dataclass(frozen=True, slots=True)
-class Alternatives(RequestOutput):
-    """An output that has alternatives of its tokens."""
-
-    tops: Any = ()
-
-
 class Whole:
     """A handle whose answer is over."""
 
@@ -106,13 +100,16 @@ class Whole:
         self.completion = completion
 
 
+TOPS = [(TopToken(97, -0.5), TopToken(99, -1.0)), (TopToken(100, -0.25), TopToken(98, -2.0))]
+
+
 def watched(stats: RequestStats | None = None) -> Served:
     """The answer ``ab``, and what the engine has told of it."""
     found = Served(range(1))
-    found.handle = Whole(Completion("ab", [120], [97, 98], "stop", logprobs=[-0.5, float("-inf")]))  # type: ignore[assignment]
-    tops = (((97, -0.5), (99, -1.0)), ((100, -0.25), (98, -2.0)))
-    for at_s, token, top in ((0.0, 97, tops[0]), (1.0, 98, tops[1])):
-        found.watch(Alternatives(at_s, (token,), load=(3, 1), tops=(top,)))
+    completion = Completion("ab", [120], [97, 98], "stop", logprobs=[-0.5, float("-inf")], top_logprobs=list(TOPS))
+    found.handle = Whole(completion)  # type: ignore[assignment]
+    for at_s in (0.0, 1.0):
+        found.watch(RequestOutput(at_s, (97,), load=(3, 1)))
     if stats is not None:
         found.watch(RequestOutput(2.0, stats=stats))
     return found
@@ -135,14 +132,13 @@ def test_log_probabilities_of_alternatives() -> None:
 
 
 def test_tokens_wait_for_their_alternatives() -> None:
-    """The engine's thread adds tokens before the server has taken what belongs to them."""
+    """The engine's thread adds a token before what belongs to it."""
     answer = watched()
-    (late,) = answer.tops[1:]
-    del answer.tops[1:]
+    del answer.completion.top_logprobs[1:]
     reply = TextReply("mine", [answer], ApiRequest(["x"], logprobs=2), Scripted().decode)
     (chunk,) = reply.chunks(answer, "a")
     assert chunk["choices"][0]["logprobs"]["top_logprobs"] == [{"a": -0.5, "c": -1.0}]
-    answer.tops.append(late)
+    answer.completion.top_logprobs.append(TOPS[1])
     (chunk,) = reply.chunks(answer, "b")
     assert chunk["choices"][0]["logprobs"]["tokens"] == ["b"]
     assert chunk["choices"][0]["logprobs"]["text_offset"] == [1]
