@@ -114,7 +114,7 @@ def decode(engine: Engine, file: BinaryIO, output: BatchOutput, model: str, conc
     with ProgressBar(os.fstat(file.fileno()).st_size) as bar:
 
         def tell(counts: Counts) -> None:
-            bar.tell(counts.nbytes, in_words(counts, bar.elapsed_s))
+            bar.tell(counts.nbytes, of_lines(counts) + f", {counts.tokens / max(bar.elapsed_s, 1e-9):.1f} tokens/s")
 
         job = BatchJob(engine, read_lines(file), output, model, concurrency, tell)
         job.run()
@@ -128,7 +128,9 @@ def decode(engine: Engine, file: BinaryIO, output: BatchOutput, model: str, conc
 def in_words(counts: Counts, elapsed_s: float) -> str:
     """What became of the lines, and the speed."""
     speed = counts.tokens / max(elapsed_s, 1e-9)
-    return (
-        f"{counts.answered} answered, {counts.errors} refused, {counts.skipped} skipped; "
-        f"{counts.prompt_tokens} prompt tokens, {counts.tokens} new, {speed:.1f} tokens/s"
-    )
+    return f"{of_lines(counts)}; {counts.prompt_tokens} prompt tokens, {counts.tokens} new, {speed:.1f} tokens/s"
+
+
+def of_lines(counts: Counts) -> str:
+    """What became of the lines."""
+    return f"{counts.answered} answered, {counts.errors} refused, {counts.skipped} skipped"

@@ -11,7 +11,7 @@ from pipeinfer.engine.answer import Completion
 from pipeinfer.engine.engine import Engine
 from pipeinfer.serve.fields import DEFAULT_MODEL, parse
 from pipeinfer.serve.front import submit
-from pipeinfer.serve.replies import ChatReply, Reply, TextReply
+from pipeinfer.serve.replies import ChatReply, TextReply
 
 
 class BatchRequest:
@@ -24,7 +24,7 @@ class BatchRequest:
         asked = parse(line.body, line.is_chat, (model, DEFAULT_MODEL))
         self.line = line
         self._answers = submit(engine, asked)
-        kind: type[Reply] = ChatReply if line.is_chat else TextReply
+        kind = ChatReply if line.is_chat else TextReply
         self._reply = kind(model, self._answers, asked, engine.decode)
 
     @property
@@ -38,16 +38,18 @@ class BatchRequest:
         return all(completion.finish_reason for completion in self.completions)
 
     async def wait(self) -> None:
-        """Wait until everything has ended, in whatever way."""
+        """Wait until everything has ended, in whatever way. Pieces are taken, so that ``served`` learns of them."""
         for served in self._answers:
             with contextlib.suppress(PipeinferError):  # the completion has it
-                await served.handle
+                async for _ in served.handle:
+                    pass
 
     def drive(self) -> None:
         """As wait, where the engine is driven by who waits."""
         for served in self._answers:
             with contextlib.suppress(PipeinferError):
-                served.handle.result()
+                for _ in served.handle:
+                    pass
 
     def cancel(self) -> None:
         """No more is wanted."""
