@@ -66,10 +66,10 @@ class Engine:
     many there have to be; fused: how those ranks exchange activations, ``auto``, ``on`` or ``off``. context: most
     tokens of a request. max_num_seqs: requests that are decoded at once; others wait. kv_memory: bytes of each rank for
     keys and values, as a number or as ``8G`` (default: what so many whole contexts need, which is taken from the system
-    as it is used). prefix_caching: whether a request that begins like an earlier one shares what that has computed. comm: an mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may
-    move before the job gives up and says who waits for whom. trace: a file name; each rank N writes all that its roles
-    are told and command to ``<trace>.rankN``, for ``pipeinfer replay``. calibration: a file that ``pipeinfer
-    calibrate`` wrote.
+    as it is used). prefix_caching: whether a request that begins like an earlier one shares what that has computed.
+    comm: an mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may move before the
+    job gives up and says who waits for whom. trace: a file name; each rank N writes all that its roles are told and
+    command to ``<trace>.rankN``, for ``pipeinfer replay``. calibration: a file that ``pipeinfer calibrate`` wrote.
     forced_acceptance: the probability that a draft's first choice is right, or those of its first, second, ...: the
     models compute as always, but the tokens mean nothing and are shown as numbers, and no token ends a text.
     random_weights: with it, the directories need only a config.json; without a tokenizer a prompt is its bytes.
@@ -118,9 +118,9 @@ class Engine:
             known = {} if calibration is None else read_calibrations(_name(calibration))
             shares = forced_acceptance if isinstance(forced_acceptance, Sequence) else (forced_acceptance,)
             more = known, tuple(map(float, shares)), random_weights, numerics, threads
-            config = Config(named, drafts, knobs, dtype, context, timeout_s, file, *more)
-            config = replace(config, tp=tp, stages=stages, fused=fused, prefix_caching=prefix_caching)
-            return replace(config, max_num_seqs=max_num_seqs, kv_memory=byte_count(kv_memory, "kv_memory"))
+            memory = byte_count(kv_memory, "kv_memory")
+            groups = (), tp, stages, fused, max_num_seqs, memory, 0, prefix_caching
+            return Config(named, drafts, knobs, dtype, context, timeout_s, file, *more, *groups)
 
         def prepare() -> Cleared:
             if ranks not in (None, size):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from kvbuffers.slot_allocator import SlotAllocator
+from pipeinfer.core.messages import MAX_KEPT
 from pipeinfer.orchestrator.session import Session
 
 LEAST_SHARED = 16
@@ -25,7 +26,7 @@ class Pool:
         self._keeps = keeps
         self._kept: dict[int, list[int]] = {}  # sequence -> tokens in its canonical slots, least recently used first
 
-    def admit(self, session: Session, sequence: int, active: Iterable[Session]) -> int | None:
+    def begin(self, session: Session, sequence: int, active: Iterable[Session]) -> int | None:
         """Begin the slots of ``sequence``, which ``session`` is about to become, beside the ``active`` ones: how many
         tokens it shares with another sequence, or None if its prompt finds no slots now. Each active session may still
         want slots for the rest of its prompt and for its next token."""
@@ -63,20 +64,25 @@ class Pool:
         """The sequence that begins like ``text`` for longest, and for how many tokens; the last token is not among
         them, as the target's choice after it is wanted."""
         best, longest = 0, LEAST_SHARED - 1
-        live = ((one.sequence, one.text[: self.allocator.length(one.sequence)]) for one in active if one.has_result)
+        live = ((one.sequence, self._verified(one)) for one in active if one.has_result)
         for sequence, tokens in (*self._kept.items(), *live):
-            most = min(len(tokens), len(text) - 1)
+            most = min(len(tokens), len(text) - 1, MAX_KEPT)
             if most > longest and tokens[: longest + 1] == text[: longest + 1]:
                 best, longest = sequence, _common(tokens, text, longest + 1, most)
         return (best, longest) if best else (0, 0)
 
+    def _verified(self, session: Session) -> list[int]:
+        """The tokens in the canonical slots of ``session`` that the target has read. The root is not one of them: its
+        numbers may turn out not to be finite, and then whoever shares them would not fail as it does alone."""
+        return session.text[: min(self.allocator.length(session.sequence), session.tree.root.position)]
+
     def end(self, session: Session, is_whole: bool) -> None:
         """``session`` is over, and no row of it is in flight. ``is_whole``: every stage has computed what is in its
         canonical slots."""
-        length = self.allocator.length(session.sequence)
-        if self._keeps and is_whole and length >= LEAST_SHARED:
+        tokens = self._verified(session)
+        if self._keeps and is_whole and len(tokens) >= LEAST_SHARED:
             self.allocator.retire(session.sequence)
-            self._kept[session.sequence] = session.text[:length]
+            self._kept[session.sequence] = tokens
         else:
             self.allocator.free(session.sequence)
 

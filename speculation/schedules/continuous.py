@@ -143,6 +143,7 @@ class Continuous:
         unasked = 0 if delay and not delay.drafts_unasked else draft_batch
         if governor and unasked != self._ordered:
             self._ordered = unasked
+            self._orders.clear()  # it goes to all
             return Order(UNLIMITED, draft_batch=unasked) if unasked else Order(0)
         if delay:
             delay.look(now.tree, now.now)
