@@ -36,12 +36,17 @@ def draw_many(rng: random.Random, world: WorldSpec) -> WorldSpec:
     requests = draw_requests(rng, world.model, rng.randint(max(2, most), max(3, min(20, 2 * most))))
     needs = [len(request.prompt) + request.max_new_tokens for request in requests]
     context = max(needs) if rng.random() < 0.6 else max(needs) + 60
+    kv_slots, guess_slots = None, world.guess_slots
+    if rng.random() < 0.6:
+        kv_slots = rng.choice((context, rng.randint(context, 2 * context), rng.randint(context, context + sum(needs))))
+        guess_slots = rng.choice((0, 1, rng.randint(2, 12), guess_slots))
     world = replace(
         world,
         requests=requests,
         max_num_seqs=most,
         context=context,
-        kv_slots=rng.randint(context, max(context, sum(needs))) if rng.random() < 0.6 else None,
+        kv_slots=kv_slots,
+        guess_slots=guess_slots,
         keeps_prefixes=rng.random() < 0.6,
         closes_s=rng.uniform(0, 100 * world.stages) if rng.random() < 0.05 else None,
         **_draw_times(rng, len(requests), world.stages),
@@ -95,7 +100,7 @@ def _draw_times(rng: random.Random, count: int, stages: int) -> dict[str, Any]:
         arrivals.append(now)
     aborts = list[tuple[float, int]]()
     if rng.random() < 0.5:
-        end = rng.choice((5.0, 30.0, 100.0)) * stages
+        end = rng.choice((1.0, 5.0, 30.0, 100.0)) * stages
         share = rng.choice((0.1, 0.3, 1.0))
         for number in range(count):
             began = arrivals[number] if arrivals else 0.0

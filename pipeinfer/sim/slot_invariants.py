@@ -181,7 +181,7 @@ class Slots(Reader):
         head = world.orchestrator
         served = {session.sequence for session in (*head._sessions.values(), *head._draining)}
         if lost := allocator._canonical.keys() - served - head._pool._kept.keys():
-            raise InvariantBroken(f"L3: the slots of the sequences {sorted(lost)} are lost: they are over, and not kept")
+            raise InvariantBroken(f"L3: the slots of the sequences {sorted(lost)} are lost: they end, and are not kept")
 
 
 class Replicas(Reader):

@@ -124,11 +124,10 @@ def a_finished_sequence_is_freed_twice(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant("L3")
-def a_preempted_request_keeps_its_slots(patch: pytest.MonkeyPatch) -> None:
+def the_free_of_a_preempted_request_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     def preempt(original: Any, machine: Orchestrator, session: Any) -> Any:
-        patch.setattr(machine._allocator, "free", lambda sequence: None)
-        commands = original(machine, session)
-        patch.delattr(machine._allocator, "free")
+        commands, allocator = original(machine, session), machine._allocator
+        allocator._ops = [op for op in allocator._ops if op.sequence != session.sequence]
         return commands
 
     wrap(patch, Orchestrator, "_preempt", preempt)
@@ -168,13 +167,13 @@ def priorities_are_ignored(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L2")
 def one_request_too_many_is_decoded(patch: pytest.MonkeyPatch) -> None:
-    def admit(original: Any, machine: Orchestrator) -> Any:
+    def begin(original: Any, machine: Orchestrator) -> Any:
         machine._most_sessions += 1
         commands = original(machine)
         machine._most_sessions -= 1
         return commands
 
-    wrap(patch, Orchestrator, "_admit", admit)
+    wrap(patch, Orchestrator, "_begin", begin)
 
 
 # Preemption.
@@ -198,7 +197,7 @@ def a_preempted_request_begins_from_nothing(patch: pytest.MonkeyPatch) -> None:
     wrap(patch, Session, "begin", begin)
 
 
-@mutant("L1")
+@mutant("L8")
 def a_preempted_request_gets_all_its_tokens_again(patch: pytest.MonkeyPatch) -> None:
     def begin(original: Any, session: Session, *rest: Any) -> None:
         session.emitted = 0
