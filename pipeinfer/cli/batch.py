@@ -12,6 +12,7 @@ from pipeinfer.cli.run import (
     Progress,
     add_execution,
     add_models,
+    add_requests,
     note,
     open_engine,
     refuse_half_a_pair,
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from pipeinfer.cli.batch_job import Counts
     from pipeinfer.cli.batch_output import BatchOutput
     from pipeinfer.engine.engine import Engine
+
+MAX_NUM_SEQS = 8
+"""Requests that are decoded at once, unless --max-num-seqs says how many."""
 
 
 def add_parser(commands: Any) -> None:
@@ -42,7 +46,10 @@ def add_parser(commands: Any) -> None:
     )
     files.add_argument("--out", required=True, metavar="OUT", help="the file of answers, in the order of their ends")
     files.add_argument(
-        "--concurrency", type=int, default=16, metavar="N", help="requests with the engine at a time (default 16)"
+        "--concurrency",
+        type=int,
+        metavar="N",
+        help="requests with the engine at a time, waiting ones included (default: twice --max-num-seqs)",
     )
     files.add_argument(
         "--served-model-name",
@@ -50,15 +57,18 @@ def add_parser(commands: Any) -> None:
         help="the model's id in requests (default: the name of the target's directory); `default` always works, too",
     )
     add_models(parser.add_argument_group("models"))
-    add_execution(parser.add_argument_group("execution"))
+    how = parser.add_argument_group("execution")
+    add_execution(how)
+    add_requests(how, MAX_NUM_SEQS)
 
 
 def batch(args: argparse.Namespace) -> int:
     """Decode as ``args`` say."""
     refuse_half_a_pair(args)
     refuse_no_timeout(args)
-    if args.concurrency < 1:
-        refuse(f"--concurrency {args.concurrency}", "use at least 1")
+    concurrency = 2 * args.max_num_seqs if args.concurrency is None else args.concurrency
+    if args.concurrency is not None and concurrency < 1:
+        refuse(f"--concurrency {concurrency}", "use at least 1")
     from launch.collector import frozen
 
     name = model_id(args)
@@ -78,7 +88,7 @@ def batch(args: argparse.Namespace) -> int:
         with frozen(), opened as engine:
             if engine is None:
                 return 0  # this rank has served
-            ended_by = decode(engine, *files[0], name, args.concurrency)
+            ended_by = decode(engine, *files[0], name, concurrency)
     return exit_code(Terminated(ended_by)) if ended_by else 0
 
 
@@ -104,7 +114,7 @@ def decode(engine: Engine, file: BinaryIO, output: BatchOutput, model: str, conc
     with ProgressBar(os.fstat(file.fileno()).st_size) as bar:
 
         def tell(counts: Counts) -> None:
-            bar.tell(counts.nbytes, in_words(counts, bar.elapsed_s))
+            bar.tell(counts.nbytes, of_lines(counts) + f", {counts.tokens / max(bar.elapsed_s, 1e-9):.1f} tokens/s")
 
         job = BatchJob(engine, read_lines(file), output, model, concurrency, tell)
         job.run()
@@ -118,7 +128,9 @@ def decode(engine: Engine, file: BinaryIO, output: BatchOutput, model: str, conc
 def in_words(counts: Counts, elapsed_s: float) -> str:
     """What became of the lines, and the speed."""
     speed = counts.tokens / max(elapsed_s, 1e-9)
-    return (
-        f"{counts.answered} answered, {counts.errors} refused, {counts.skipped} skipped; "
-        f"{counts.prompt_tokens} prompt tokens, {counts.tokens} new, {speed:.1f} tokens/s"
-    )
+    return f"{of_lines(counts)}; {counts.prompt_tokens} prompt tokens, {counts.tokens} new, {speed:.1f} tokens/s"
+
+
+def of_lines(counts: Counts) -> str:
+    """What became of the lines."""
+    return f"{counts.answered} answered, {counts.errors} refused, {counts.skipped} skipped"

@@ -112,6 +112,7 @@ class BatchJob:
                 self._cancel_all()
             self._running[0].drive()
             for one in [one for one in self._running if one.is_over]:
+                one.drive()  # at once; its pieces have not been taken
                 self._finish(one)
 
     def _begin(self) -> BatchRequest | None:

@@ -11,7 +11,7 @@ from pipeinfer.engine.answer import Completion
 from pipeinfer.engine.engine import Engine
 from pipeinfer.serve.fields import DEFAULT_MODEL, parse
 from pipeinfer.serve.front import submit
-from pipeinfer.serve.replies import ChatReply, Reply, TextReply, TokenTexts
+from pipeinfer.serve.replies import ChatReply, TextReply
 
 
 class BatchRequest:
@@ -23,16 +23,14 @@ class BatchRequest:
             raise line.error
         asked = parse(line.body, line.is_chat, (model, DEFAULT_MODEL))
         self.line = line
-        self._handle = submit(engine, asked)
-        previous = self._handle.completion.prompt_tokens[-1]
-        texts = TokenTexts(engine.decode, previous) if asked.with_logprobs else None
-        kind: Any = ChatReply if line.is_chat else TextReply
-        self._reply: Reply = kind(model, texts, False)
+        self._answers = submit(engine, asked)
+        kind = ChatReply if line.is_chat else TextReply
+        self._reply = kind(model, self._answers, asked, engine.decode)
 
     @property
     def completions(self) -> list[Completion]:
         """What is decoded for the request."""
-        return [self._handle.completion]
+        return [served.completion for served in self._answers]
 
     @property
     def is_over(self) -> bool:
@@ -40,19 +38,24 @@ class BatchRequest:
         return all(completion.finish_reason for completion in self.completions)
 
     async def wait(self) -> None:
-        """Wait until everything has ended, in whatever way."""
-        with contextlib.suppress(PipeinferError):  # the completion has it
-            await self._handle
+        """Wait until everything has ended, in whatever way. Pieces are taken, so that ``served`` learns of them."""
+        for served in self._answers:
+            with contextlib.suppress(PipeinferError):  # the completion has it
+                async for _ in served.handle:
+                    pass
 
     def drive(self) -> None:
         """As wait, where the engine is driven by who waits."""
-        with contextlib.suppress(PipeinferError):
-            self._handle.result()
+        for served in self._answers:
+            with contextlib.suppress(PipeinferError):
+                for _ in served.handle:
+                    pass
 
     def cancel(self) -> None:
         """No more is wanted."""
-        self._handle.cancel()
+        for served in self._answers:
+            served.handle.cancel()
 
     def body(self) -> dict[str, Any]:
         """The response object."""
-        return self._reply.whole(self._handle.completion)
+        return self._reply.whole()

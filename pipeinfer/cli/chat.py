@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
         "each of its lines is a turn. Under mpirun or srun the job's ranks are used, and rank 0 talks; otherwise "
         "--ranks N starts N ranks on this machine.\n",
     )
-    parser.set_defaults(command=chat)
+    parser.set_defaults(command=chat, prefix_caching=True)  # a turn begins with all turns before
     add_models(parser.add_argument_group("models"))
     what = parser.add_argument_group("conversation")
     what.add_argument("--system", default="", metavar="TEXT", help="the system message")

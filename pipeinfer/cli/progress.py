@@ -24,11 +24,11 @@ class ProgressBar:
         is_seen = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
         if is_seen and importlib.util.find_spec("rich") is not None:
             from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+            from rich.progress import BarColumn, Progress, TextColumn
 
             share, said = TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.description}")
-            columns = BarColumn(), share, TimeElapsedColumn(), said
-            self._bar = Progress(*columns, console=Console(file=sys.stderr), auto_refresh=False, transient=True)
+            console = Console(file=sys.stderr)
+            self._bar = Progress(BarColumn(20), share, said, console=console, auto_refresh=False, transient=True)
             self._task = self._bar.add_task("", total=total)
 
     @property

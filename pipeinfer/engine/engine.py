@@ -77,6 +77,11 @@ class Engine:
     UserError for what cannot be done as asked.
     """
 
+    traffic = (0, 0)  # messages and bytes between the ranks, once the engine is closed
+    _job: Job | None = None  # of a rank that serves
+    _head: HeadJob | None = None
+    _builder: RequestBuilder | None = None  # on the head
+
     def __init__(
         self,
         target: ModelName = BUILTIN,
@@ -103,24 +108,22 @@ class Engine:
         prefix_caching: bool = True,
         check: Callable[[Engine], object] | None = None,
     ) -> None:
-        self._job: Job | None = None  # of a rank that serves
-        self._head: HeadJob | None = None
-        self._builder: RequestBuilder | None = None  # on the head
-        self.traffic = (0, 0)  # messages and bytes between the ranks, once the engine is closed
         self._world = open_world(comm)
         size = self._world.size if self._world else 1 if ranks is None else ranks
 
         def configure() -> Config:
             named = model_name(target, "target")
             drafts = draft_names(named, draft, drafters)
-            name = _name(policy) if policy else "continuous" if size > 1 or draft or drafts else "plain"
-            knobs, file = read_policy(name, settings).settings(), None if trace is None else _name(trace)
-            known = {} if calibration is None else read_calibrations(_name(calibration))
-            shares = forced_acceptance if isinstance(forced_acceptance, Sequence) else (forced_acceptance,)
-            more = known, tuple(map(float, shares)), random_weights, numerics, threads
-            memory = byte_count(kv_memory, "kv_memory")
-            groups = (), tp, stages, fused, max_num_seqs, memory, 0, prefix_caching
-            return Config(named, drafts, knobs, dtype, context, timeout_s, file, *more, *groups)
+            usual = "continuous" if size > 1 or draft or drafts else "plain"
+            knobs = read_policy(_name(policy) if policy else usual, settings).settings()
+            return Config(
+                target=named, drafts=drafts, policy=knobs, dtype=dtype, context=context,
+                timeout_s=timeout_s, trace=None if trace is None else _name(trace),
+                calibrations={} if calibration is None else read_calibrations(_name(calibration)),
+                forced_acceptance=_shares(forced_acceptance), random_weights=random_weights, numerics=numerics,
+                threads=threads, tp=tp, stages=stages, fused=fused, max_num_seqs=max_num_seqs,
+                kv_memory=byte_count(kv_memory, "kv_memory"), prefix_caching=prefix_caching,
+            )  # fmt: skip
 
         def prepare() -> Cleared:
             if ranks not in (None, size):
@@ -128,9 +131,8 @@ class Engine:
             self._asked = configure()
             cleared = clear(self._asked, size, self._world.has_kernels if self._world else None)
             self.config = cleared.config
-            self._builder = RequestBuilder(self.config, cleared)
-            self.context = self._builder.context
-            self.sampling, self.ignored = self._builder.sampling, self._builder.ignored
+            self._builder = builder = RequestBuilder(self.config, cleared)
+            self.context, self.sampling, self.ignored = builder.context, builder.sampling, builder.ignored
             if check is not None:
                 check(self)
             return cleared
@@ -138,8 +140,7 @@ class Engine:
         if self._world is not None:
             self._join(self._world, timeout_s, configure, prepare)
         else:
-            cleared = prepare()
-            # Spawned ranks resolve the dtypes themselves, together.
+            cleared = prepare()  # spawned ranks resolve the dtypes themselves, together
             self._head = spawn_job(self._asked, size) if size > 1 else lead_job(load_job(cleared))
 
     def _join(
@@ -341,6 +342,12 @@ def _stream(handle: Handle) -> Generator[str | Completion, None, None]:
         yield handle.result()
     finally:
         handle.cancel()  # where it has ended nothing happens
+
+
+def _shares(forced_acceptance: float | Sequence[float]) -> tuple[float, ...]:
+    """The probability that a draft's first choice is right, or those of its first, second, ..., as the last."""
+    given = forced_acceptance if isinstance(forced_acceptance, Sequence) else (forced_acceptance,)
+    return tuple(map(float, given))
 
 
 def _name(given: ModelName) -> str:

@@ -101,4 +101,5 @@ async def _refused(request: Request, error: HTTPException) -> Response:
 async def _unforeseen(request: Request, error: Exception) -> Response:
     """A defect of ours: its traceback goes to standard error, and the server goes on."""
     write("pipeinfer: an unforeseen error; please report this:\n" + "".join(traceback.format_exception(error)).rstrip())
-    return as_json(ApiError(500, "an unforeseen error; the server's standard error has it").body(), 500)
+    told = ApiError(500, "an unforeseen error; the server's standard error has it")
+    return as_json(told.body(), 500, {"Connection": "close"})  # as uvicorn does after an exception

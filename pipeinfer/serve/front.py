@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import inspect
 import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -42,6 +41,7 @@ class Front:
         self._engine: Engine | None = None
         self._is_closing = self._is_cancelling = False
         self._places = 0
+        self._warm: Future[None] | None = None
         # One thread: tokenizers are not made for several, and a long prompt must not hold up the other answers.
         self._submitting = ThreadPoolExecutor(1, "pipeinfer submit")
 
@@ -50,16 +50,25 @@ class Front:
         self._engine = engine
 
     def warm_up(self, engine: Engine) -> None:
-        """From any thread: have what the first chat needs loaded, in the background."""
-        threading.Thread(target=self._warm_up, args=(engine,), name="pipeinfer warm up", daemon=True).start()
+        """From any thread: have what the first chat needs loaded, in the background. Chats wait for that: transformers
+        cannot be imported by two threads at once."""
+        self._warm = Future()
+        threading.Thread(target=self._warm_up, args=(engine, self._warm), name="pipeinfer warm up", daemon=True).start()
 
-    def _warm_up(self, engine: Engine) -> None:
-        with contextlib.suppress(PipeinferError, ImportError):
+    def _warm_up(self, engine: Engine, warm: Future[None]) -> None:
+        try:
             refuse_no_template(engine.config.target_directory)
-            # Seconds; meanwhile completions are tokenized on their own thread.
-            _ = importlib.import_module("transformers").AutoTokenizer
-            with contextlib.suppress(RuntimeError):  # the server has ended
-                self._submitting.submit(engine.tokenize_chat, [{"role": "user", "content": "x"}])
+            _ = importlib.import_module("transformers").AutoTokenizer  # takes seconds; completions do not wait
+            self._submitting.submit(engine.tokenize_chat, [{"role": "user", "content": "x"}])
+        except (PipeinferError, ImportError, RuntimeError):
+            pass  # the first chat says why; or the server has ended
+        finally:
+            warm.set_result(None)
+
+    async def warmed(self) -> None:
+        """Wait for what ``warm_up`` loads."""
+        if self._warm is not None and not self._warm.done():
+            await asyncio.shield(asyncio.wrap_future(self._warm))
 
     def close(self) -> None:
         """From any thread: refuse requests from now on; those that were taken go on."""
@@ -148,6 +157,8 @@ class Front:
     async def decoding(self, engine: Engine, asked: ApiRequest) -> AsyncIterator[list[Served]]:
         """The answers to ``asked``; what is left of them is cancelled at the end of the ``with``. Raises ApiError where
         it cannot be served."""
+        if asked.messages is not None:
+            await self.warmed()
         submitted = self._submitting.submit(submit, engine, asked)
         try:
             answers = await asyncio.wrap_future(submitted)
@@ -201,10 +212,8 @@ def submit(engine: Engine, asked: ApiRequest) -> list[Served]:
                 served = Served(choices, prompt, asked.priority)
                 seed = asked.sampling.get("seed", engine.sampling.seed if greedy else secrets.randbits(64))
                 sampling = replace(engine.sampling, **settings, seed=(seed + choices.start - first) % SEEDS)
-                more: dict[str, Any] = {"priority": asked.priority} if _has_priority(engine) else {}
-                served.handle = engine.submit(
-                    tokens, limit, asked.ignore_eos, sampling=sampling, stop=asked.stop, watch=served.watch, **more
-                )
+                more: dict[str, Any] = {"sampling": sampling, "stop": asked.stop, "priority": asked.priority}
+                served.handle = engine.submit(tokens, limit, asked.ignore_eos, watch=served.watch, **more)
                 answers.append(served)
     except BaseException as error:
         _cancel(answers)
@@ -249,8 +258,6 @@ def chat_tokens(engine: Engine, messages: list[dict[str, str]]) -> list[int]:
 
 def _settings(engine: Engine, asked: ApiRequest) -> dict[str, Any]:
     """The sampling settings of all sequences, without the seed."""
-    if asked.priority and not _has_priority(engine):
-        raise invalid("priority", f"priority={asked.priority} is not supported; leave it out")
     settings = {name: value for name, value in asked.sampling.items() if name != "seed"}
     if asked.logprobs:
         settings["top_logprobs"] = asked.logprobs
@@ -260,10 +267,6 @@ def _settings(engine: Engine, asked: ApiRequest) -> dict[str, Any]:
         except UserError:
             raise invalid("logit_bias", f"logit_bias: token {token} is not in the vocabulary") from None
     return settings
-
-
-def _has_priority(engine: Engine) -> bool:
-    return "priority" in inspect.signature(engine.submit).parameters
 
 
 def _echoed(engine: Engine, asked: ApiRequest, index: int) -> str:

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeinfer.serve.served import Served
+from pipeinfer.serve.served import Served, steps_of
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # The bounds of vLLM's histograms, so that dashboards made for them fit: seconds, and tokens.
@@ -82,7 +82,7 @@ class Metrics:
         if served.stats is not None:
             ended.drafted += served.stats.drafted
             ended.accepted += served.stats.accepted
-            ended.steps += max(0, served.stats.corrections - 1)
+            ended.steps += steps_of(served.stats)[1]
         for gap_s in served.gaps_s:
             self._gap.observe(gap_s)
         if completion.metrics:

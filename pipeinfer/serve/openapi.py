@@ -8,7 +8,7 @@ from pipeinfer.core.sampling import LEAST, MOST, MOST_STOPS
 from pipeinfer.core.version import __version__
 from pipeinfer.serve.fields import MOST_CHOICES, MOST_PRIORITY
 from pipeinfer.serve.prompts import ROLES
-from pipeinfer.serve.sampling_fields import HAS, MOST_BIAS, MOST_BIASES, MOST_PENALTY, MOST_TOP
+from pipeinfer.serve.sampling_fields import MOST_BIAS, MOST_BIASES, MOST_PENALTY, MOST_TOP
 
 Schema = dict[str, Any]
 BOOLEAN: Schema = {"type": ["boolean", "null"]}
@@ -98,16 +98,14 @@ def _model(names: list[str]) -> Schema:
 
 
 def _shared(names: list[str]) -> dict[str, Schema]:
-    """The fields of both endpoints that decode, as far as the engine has them."""
+    """The fields of both endpoints that decode."""
     usage = _object([], {"include_usage": BOOLEAN, "continuous_usage_stats": BOOLEAN})
     stop: Schema = {"type": "string", "minLength": 1}
     bias = {"type": ["object", "null"], "maxProperties": MOST_BIASES, "propertyNames": {"pattern": "^[0-9]{1,9}$"}}
-    optional: dict[str, Schema] = {
+    return {
         "presence_penalty": _number(-MOST_PENALTY, MOST_PENALTY),
         "frequency_penalty": _number(-MOST_PENALTY, MOST_PENALTY),
         "logit_bias": bias | {"additionalProperties": {"type": "number", "minimum": -MOST_BIAS, "maximum": MOST_BIAS}},
-    }
-    return {
         "model": _model(names),
         "n": _whole(1, MOST_CHOICES),
         "max_tokens": {"type": ["integer", "null"], "minimum": 1},
@@ -124,17 +122,13 @@ def _shared(names: list[str]) -> dict[str, Schema]:
         "stream": BOOLEAN,
         "stream_options": usage | {"type": ["object", "null"], "description": "only with stream: true"},
         "user": {"description": "ignored"},
-    } | {name: schema for name, schema in optional.items() if name in HAS}
-
-
-def _top() -> Schema:
-    return _whole(0, MOST_TOP if "top_logprobs" in HAS else 0)
+    }
 
 
 def _completion(names: list[str]) -> Schema:
     text: Schema = {"type": "string", "minLength": 1}
     several = [{"type": "array", "items": one, "minItems": 1, "maxItems": MOST_CHOICES} for one in (text, TOKEN_IDS)]
-    own = {"prompt": {"anyOf": [text, TOKEN_IDS, *several]}, "echo": BOOLEAN, "logprobs": _top()}
+    own = {"prompt": {"anyOf": [text, TOKEN_IDS, *several]}, "echo": BOOLEAN, "logprobs": _whole(0, MOST_TOP)}
     return _object(["prompt"], own | _shared(names))
 
 
@@ -146,7 +140,7 @@ def _messages() -> Schema:
 
 
 def _chat(names: list[str]) -> Schema:
-    own = {"messages": _messages(), "logprobs": BOOLEAN, "top_logprobs": _top()}
+    own = {"messages": _messages(), "logprobs": BOOLEAN, "top_logprobs": _whole(0, MOST_TOP)}
     return _object(["messages"], own | _shared(names))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -48,16 +49,16 @@ class Choice:
         self._told = 0  # tokens whose log-probabilities have been given
         self.offset = 0  # characters of their texts
 
-    def untold(self) -> list[Told]:
-        """The tokens that have come since this was asked last."""
-        completion, tops = self._served.completion, self._served.tops
-        first = self._told
-        found = list(zip(completion.tokens[first:], completion.logprobs[first:], strict=False))
-        self._told += len(found)
+    def untold(self, with_tops: bool) -> list[Told]:
+        """The tokens that have come since this was asked last; ``with_tops``: with their alternatives. The engine's
+        thread adds a token to one list after the other."""
+        completion, first = self._served.completion, self._told
+        tops = completion.top_logprobs[first:] if with_tops else itertools.repeat(())
         told = []
-        for place, (token, logprob) in enumerate(found, first):
-            others = [(self._texts.of(other), _finite(value)) for other, value in (tops[place] if tops else ())]
+        for token, logprob, top in zip(completion.tokens[first:], completion.logprobs[first:], tops, strict=False):
+            others = [(self._texts.of(other), _finite(value)) for other, value in top]
             told.append((self._texts.next(token), _finite(logprob), others))
+        self._told += len(told)
         return told
 
 
@@ -153,7 +154,7 @@ class TextReply(Reply):
         return {"text": piece}
 
     def _logprobs(self, choice: Choice) -> dict[str, Any]:
-        told, offsets = choice.untold(), []
+        told, offsets = choice.untold(bool(self._asked.logprobs)), []
         for text, _, _ in told:
             offsets.append(choice.offset)
             choice.offset += len(text)
@@ -180,7 +181,7 @@ class ChatReply(Reply):
         ]
 
     def _said(self, served: Served, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        return {"message": {"role": "assistant", "content": text, "refusal": None, "annotations": []}}
 
     def _delta(self, piece: str) -> dict[str, Any]:
         return {"delta": {"content": piece} if piece else {}}
@@ -188,7 +189,7 @@ class ChatReply(Reply):
     def _logprobs(self, choice: Choice) -> dict[str, Any]:
         told = [
             _spelled(text, logprob) | {"top_logprobs": [_spelled(*other) for other in others]}
-            for text, logprob, others in choice.untold()
+            for text, logprob, others in choice.untold(bool(self._asked.logprobs))
         ]
         return {"content": told, "refusal": None}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeinfer.core.errors import UserError
-from pipeinfer.core.ports import GREEDY, Sampling
+from pipeinfer.core.ports import GREEDY
 from pipeinfer.core.sampling import exact
 from pipeinfer.serve.checks import number, shown, take, whole
 from pipeinfer.serve.errors import invalid
@@ -26,7 +26,6 @@ FIELDS = {*NUMBERS, *PENALTIES, "logit_bias"}
 MOST_PENALTY, MOST_BIAS, MOST_BIASES = 2.0, 100.0, 300  # as at OpenAI
 MOST_TOP = 20
 """The most alternatives of a token whose log-probabilities may be asked for."""
-HAS = frozenset(field.name for field in dataclasses.fields(Sampling))
 
 
 def sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,17 +48,10 @@ def sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise invalid(name, str(error)) from None
     for name in PENALTIES:
         if penalty := number(fields, name, -MOST_PENALTY, MOST_PENALTY):
-            given[name] = _supported(name, penalty)
+            given[name] = penalty
     if biases := _logit_bias(fields):
-        given["logit_bias"] = _supported("logit_bias", biases)
+        given["logit_bias"] = biases
     return given
-
-
-def _supported(name: str, value: Any) -> Any:
-    """``value``, if the engine's Sampling has a field ``name``."""
-    if name not in HAS:
-        raise invalid(name, f"{name} is not supported; leave it out")
-    return value
 
 
 def _logit_bias(fields: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
@@ -81,16 +73,10 @@ def _logit_bias(fields: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
 def logprobs(fields: Mapping[str, Any], is_chat: bool) -> int | None:
     """Of how many alternatives of each token log-probabilities are wanted, beside its own; None: not its own either."""
     if not is_chat:
-        return _top("logprobs", whole(fields, "logprobs", 0, MOST_TOP))
+        return whole(fields, "logprobs", 0, MOST_TOP)
     top = whole(fields, "top_logprobs", 0, MOST_TOP)
     if not take(fields, "logprobs", (bool,), "true or false", False):
         if top:
             raise invalid("top_logprobs", "top_logprobs needs logprobs: true")
         return None
-    return _top("top_logprobs", top or 0)
-
-
-def _top(name: str, top: int | None) -> int | None:
-    if top and "top_logprobs" not in HAS:
-        raise invalid(name, f"{name}={top} is not supported: only the chosen token's log-probability is known; use 0")
-    return top
+    return top or 0

@@ -25,7 +25,6 @@ class Served:
         self.indices, self.prompt, self.priority = indices, prompt, priority
         self.began_at = time.monotonic()
         self.stats: RequestStats | None = None  # once the request is over
-        self.tops: list[Any] = []  # of each token: alternatives with their log-probabilities, if they were asked for
         self.gaps_s: list[float] = []  # between emissions
         self.runs_in_flight = 0  # of the whole engine, at the last emission
         self.emitted_at: float | None = None
@@ -53,7 +52,6 @@ class Served:
             if self.emitted_at is not None:
                 self.gaps_s.append(output.at_s - self.emitted_at)
             self.emitted_at = output.at_s
-            self.tops += getattr(output, "tops", ())
             self.runs_in_flight = output.load[0]
         self.stats = output.stats or self.stats
 
@@ -67,13 +65,24 @@ class Served:
         stats = self.stats
         if stats is None or not stats.drafted:
             return None
-        steps = max(0, stats.corrections - 1)
-        found: dict[str, Any] = {
+        histogram, steps = steps_of(stats)
+        return {
             "mean_acceptance_length": 1.0 + stats.accepted / max(1, steps),
             "draft_acceptance_rate": stats.accepted / stats.drafted,
             "num_spec_steps": steps,
             "num_accepted_draft_tokens": stats.accepted,
             "num_draft_tokens": stats.drafted,
-        }
-        histogram = getattr(stats, "acceptance_histogram", None)
-        return found if histogram is None else found | {"acceptance_histogram": list(histogram)}
+        } | ({} if histogram is None else {"acceptance_histogram": histogram})
+
+
+def steps_of(stats: RequestStats) -> tuple[list[int] | None, int]:
+    """How many steps accepted 0, 1, ... drafted tokens, if the engine counts that, and how many there were. The end of
+    the answer ends the last one, too."""
+    told: list[int] | None = getattr(stats, "acceptance_histogram", None)
+    if told is None:
+        return None, max(0, stats.corrections - 1)
+    last = stats.accepted - sum(length * count for length, count in enumerate(told))
+    histogram = told + [0] * (last + 1 - len(told))
+    if last:
+        histogram[last] += 1
+    return histogram, sum(histogram)

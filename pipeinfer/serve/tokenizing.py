@@ -51,6 +51,7 @@ class Tokenizing:
         else:
             call = partial(self._encode, engine, _prompt(fields.get("prompt")))
         with self._front.place():
+            await self._front.warmed()
             tokens = await self._front.tokenizing(call)
             texts = await self._front.tokenizing(partial(_texts, engine, tokens)) if with_texts else None
         told = {"count": len(tokens), "max_model_len": engine.context, "tokens": tokens, "token_strs": texts}

@@ -104,10 +104,9 @@ def _penalised(logits: Tensor, draw: SamplingInputs) -> Tensor:
 
 
 def _biased(logits: Tensor, sampling: Sampling) -> Tensor:
-    """What the bias of each token adds. A draft's vocabulary may be the shorter one."""
-    scores, known = logits.clone(), [pair for pair in sampling.logit_bias if pair[0] < logits.shape[-1]]
-    for token, bias in known:
-        scores[:, token] += bias
+    """What the bias of each token adds; no token has two. A draft's vocabulary may be the shorter one."""
+    scores, known = logits.clone(), {token: bias for token, bias in sampling.logit_bias if token < logits.shape[-1]}
+    scores[:, list(known)] += torch.tensor(list(known.values()))
     return scores
 
 

@@ -41,23 +41,24 @@ def draw_body(dice: random.Random) -> dict[str, Any]:
         "prompt": f"x{dice.randrange(1000)} = {dice.randrange(1000)}\n" + dice.choice(BEGINNINGS),
         "max_tokens": dice.randrange(1, 17),
         "ignore_eos": dice.random() < 0.5,
-        "logprobs": 0,
+        "logprobs": dice.randrange(3),
     }
     if dice.random() < 0.5:
         body |= {"temperature": round(dice.uniform(0.2, 1.5), 2), "seed": dice.randrange(1000)}
+    if dice.random() < 0.2:
+        body |= {"presence_penalty": 0.5, "frequency_penalty": 1.0, "repetition_penalty": 1.1}
     return body
 
 
 def answer(client: Client, body: dict[str, Any], stream: bool) -> Any:
-    """Text, finish reason, tokens and log-probabilities, whichever way they come."""
+    """Text, finish reason, tokens and log-probabilities of all kinds, whichever way they come."""
     with client.open("/v1/completions", body | {"stream": stream}) as response:
         if response.status != 200:
             return response.status, response.read()
         found = [chunk["choices"][0] for chunk in (events(response) if stream else [json.loads(response.read())])]
     logprobs = [
-        pair
-        for choice in found
-        for pair in zip(choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"], strict=True)
+        [each for choice in found for each in choice["logprobs"][name] or ()]
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
     ]
     return "".join(choice["text"] for choice in found), found[-1]["finish_reason"], logprobs
 
@@ -182,7 +183,8 @@ class Storm:
                 give_up(self._client, self._bodies[number], dice)
                 self.counts["given up"] += 1
                 continue
-            found = answer(self._client, self._bodies[number], stream=dice.random() < 0.5)
+            body = self._bodies[number] | {"priority": dice.randrange(-2, 3)}
+            found = answer(self._client, body, stream=dice.random() < 0.5)
             self.counts["answered"] += 1
             if found != self._answers[number]:
                 self.wrong.append((self._bodies[number], self._answers[number], found))

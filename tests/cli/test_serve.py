@@ -95,6 +95,24 @@ def test_seeds_repeat_and_stop_strings_stop(server: Client) -> None:
     assert (choice["text"], choice["finish_reason"]) == (whole[: whole.index(word)], "stop")
 
 
+def test_alternatives_biases_and_penalties(server: Client) -> None:
+    (choice,) = server.complete(max_tokens=8, logprobs=3)["choices"]
+    told = choice["logprobs"]
+    for token, logprob, top in zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True):
+        assert 1 <= len(top) <= 3 and top[token] == logprob == max(top.values())
+    body = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4, "logprobs": True, "top_logprobs": 2}
+    with server.open("/v1/chat/completions", body | {"stream": True}) as response:
+        found = [chunk["choices"][0]["logprobs"] for chunk in events(response)]
+    alternatives = [token["top_logprobs"] for each in found if each for token in each["content"]]
+    assert [len(top) for top in alternatives] == [2] * len(alternatives) != []
+    (token,) = server.ask("/tokenize", {"prompt": " pass"})[1]["tokens"]
+    assert server.text(max_tokens=4, logit_bias={str(token): 100}) == " pass" * 4
+    plain = server.text(max_tokens=48)
+    assert server.text(max_tokens=48, frequency_penalty=2, presence_penalty=2) != plain
+    status, answer = server.ask("/v1/completions", {"prompt": "x", "logit_bias": {"99999999": 1}})
+    assert (status, answer["error"]["param"]) == (400, "logit_bias")
+
+
 def test_choices_and_prompts_are_those_of_single_requests(server: Client) -> None:
     more = {"max_tokens": 16, "temperature": 0.9}
     alone = [server.text(seed=seed, **more) for seed in (7, 8)]

@@ -207,6 +207,9 @@ def test_no_rows_are_no_choices() -> None:
 def test_tokens_that_a_shorter_vocabulary_lacks_are_no_matter() -> None:
     draw = SamplingInputs((Sampling(0.0, repetition_penalty=2.0),), np.array([5]), (np.array([1, 2, 500]),))
     assert processed(torch.ones(1, 4), draw).tolist() == [[1.0, 0.5, 0.5, 1.0]]
+    for biases, wanted in ((((4, 9.0),), [1.0] * 4), (((1, 2.0), (7, 1.0)), [1.0, 3.0, 1.0, 1.0])):
+        biased = replace(draw, samplings=(Sampling(logit_bias=biases),))
+        assert processed(torch.ones(1, 4), biased).tolist() == [wanted]
 
 
 def test_greedy_is_what_it_always_was() -> None:
@@ -305,10 +308,10 @@ def test_the_target_s_log_probabilities_are_those_of_its_own_logits() -> None:
             assert logp == pytest.approx(float(own[row, token]), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("name", [*PROCESSORS, "presence", "frequency", "bias and all penalties"])
 def test_a_guess_is_ordered_by_what_decides(name: str) -> None:
     logits = logits_of("ties")
-    draw = draw_of(PROCESSORS[name], 12, is_guess=True)
+    draw = draw_of((PROCESSORS | OURS)[name], 12, is_guess=True)
     scores = drawing_scores(logits, draw)
     target = top_tokens(logits, 1, replace(draw, is_guess=False))
     for row, choices in enumerate(top_tokens(logits, 8, draw)):

@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from launch.requests import OnOutput, RequestOutput
@@ -19,6 +19,13 @@ from pipeinfer.engine.answer import Completion, Handle
 from pipeinfer.serve.server import Server
 
 HANG_S = 60.0
+
+
+def counted(drafted: int, accepted: int, corrections: int, histogram: list[int]) -> RequestStats:
+    """Statistics; ``histogram``: steps by their accepted tokens, where the engine counts them."""
+    has_histogram = any(member.name == "acceptance_histogram" for member in fields(RequestStats))
+    more: dict[str, Any] = {"acceptance_histogram": histogram} if has_histogram else {}
+    return RequestStats(drafted=drafted, accepted=accepted, corrections=corrections, **more)
 
 
 class Letters:
@@ -43,7 +50,7 @@ class Scripted:
     ranks: list[dict[str, Any]] = []  # noqa: RUF012
     failure: BaseException | None = None
     config = Config(target=BUILTIN)
-    stats = RequestStats(drafted=4, accepted=1, corrections=1)
+    stats = counted(4, 1, 2, [0, 1])
 
     def __init__(self, is_brief: bool = False) -> None:
         self.is_brief = is_brief

@@ -26,7 +26,7 @@ def trees_of(schedule: Schedule, count: int, first: int = 1) -> list[Tree]:
 
 
 def now(trees: list[Tree], **more: int) -> Situation:
-    return Situation(trees, **{"credits": 1, "in_flight": 0, "slots": 4, "room": 9} | more)  # type: ignore[arg-type]
+    return Situation(trees, **{"credits": 1, "in_flight": 0, "slots": 4, "room": 9} | more)
 
 
 def sent(step: Step | None) -> list[tuple[int, int]]:

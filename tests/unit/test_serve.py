@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +15,8 @@ from pipeinfer.core.config import Config
 from pipeinfer.core.errors import StallError
 from pipeinfer.serve import bodies
 from pipeinfer.serve.replies import TokenTexts
-from pipeinfer.serve.server import ASKED
-from tests.unit.scripted_engine import HANG_S, Scripted, asked, served, stream, told
+from pipeinfer.serve.server import ASKED, Server
+from tests.unit.scripted_engine import HANG_S, Scripted, address, asked, served, stream, told
 
 
 def test_until_the_model_is_loaded_nothing_is_served() -> None:
@@ -119,9 +122,37 @@ def test_the_first_chat_is_prepared(tmp_path: Path) -> None:
 
     with served(Chatty()) as server:
         front = server._front
-        front._warm_up(front.engine())
-        front._submitting.submit(lambda: None).result()
+        front.warm_up(front.engine())
+        assert front._warm is not None
+        front._warm.result(HANG_S)
+        front._submitting.submit(lambda: None).result(HANG_S)
         assert not rendered.is_set()
         (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "x"}')
         front.warm_up(front.engine())
         assert rendered.wait(HANG_S)
+
+
+def asked_only(server: Server, path: str, body: Any) -> http.client.HTTPConnection:
+    """The connection of a request whose answer nobody has waited for."""
+    connection = http.client.HTTPConnection(address(server), timeout=HANG_S)
+    connection.request("POST", path, json.dumps(body))
+    return connection
+
+
+def test_chats_wait_for_what_they_need_and_completions_do_not() -> None:
+    chat = {"messages": [{"role": "user", "content": "x"}]}
+    with served(Scripted(is_brief=True), max_queue=9) as server, ThreadPoolExecutor() as pool:
+        server._front._warm = warm = Future()
+        given_up = asked_only(server, "/v1/chat/completions", chat)
+        answers = [
+            pool.submit(lambda path=path: told(asked(server, path, chat)))
+            for path in ("/v1/chat/completions", "/tokenize")
+        ]
+        while server._front._places < 3:
+            assert told(asked(server, "/v1/completions", {"prompt": "x"}))[0] == 200
+        given_up.close()
+        while server._front._places > 2:
+            assert told(asked(server, "/v1/completions", {"prompt": "x"}))[0] == 200
+        assert not any(answer.done() for answer in answers)
+        warm.set_result(None)
+        assert [answer.result(HANG_S)[0] for answer in answers] == [200, 200]

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from pipeinfer.serve import sampling_fields
 from pipeinfer.serve.errors import ApiError
 from pipeinfer.serve.fields import ApiRequest, parse
 
@@ -61,23 +60,15 @@ def test_prompts(prompt: Any, wanted: Any) -> None:
         ("logit_bias", {"7": -100, "5": 1.5}, ((5, 1.5), (7, -100.0))),
     ],
 )
-def test_settings_that_the_engine_may_have(field: str, value: Any, wanted: Any) -> None:
-    """Refused by name as long as Sampling has no such field."""
-    if field in sampling_fields.HAS:
-        assert read(**{field: value}).sampling == {field: wanted}
-    else:
-        found = error(**{field: value})
-        assert (found.param, str(found)) == (field, f"{field} is not supported; leave it out")
+def test_penalties_and_biases(field: str, value: Any, wanted: Any) -> None:
+    assert read(**{field: value}).sampling == {field: wanted}
 
 
 def test_log_probabilities() -> None:
     assert read(True, logprobs=True).logprobs == 0
     assert read(True, logprobs=False).logprobs is None
     for is_chat, fields in ((False, {"logprobs": 3}), (True, {"logprobs": True, "top_logprobs": 3})):
-        if "top_logprobs" in sampling_fields.HAS:
-            assert read(is_chat, **fields).logprobs == 3
-        else:
-            assert error(is_chat, **fields).param == ("top_logprobs" if is_chat else "logprobs")
+        assert read(is_chat, **fields).logprobs == 3
 
 
 def test_messages() -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 
 from pipeinfer.core.config import Config
-from pipeinfer.core.ports import RequestStats
 from pipeinfer.serve.metrics import Histogram, Lines
 from pipeinfer.serve.served import Served
 from pipeinfer.serve.server import Server
-from tests.unit.scripted_engine import HANG_S, Scripted, asked, completed, is_watched, served, stream
+from tests.unit.scripted_engine import HANG_S, Scripted, asked, completed, counted, is_watched, served, stream
 
 SAMPLE = re.compile(r'([a-z0-9_:]+)\{((?:[a-z_]+="(?:[^"\\]|\\.)*",?)*)\} (\S+)')
 
@@ -102,7 +101,7 @@ def test_labels_are_escaped() -> None:
 
 def test_speculation_is_counted_at_the_end() -> None:
     found = Served(range(1))
-    found.stats = RequestStats(drafted=5, accepted=2, corrections=3)
+    found.stats = counted(5, 2, 3, [0, 2])
     with served(Scripted(is_brief=True)) as server:
         found.handle = Scripted(is_brief=True).submit([120], 2, False, Scripted.sampling)
         server._front.metrics.finish(found)

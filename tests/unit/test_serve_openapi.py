@@ -7,10 +7,7 @@ from typing import Any
 import pytest
 
 from pipeinfer.serve import fields
-from pipeinfer.serve.sampling_fields import HAS
 from tests.unit.scripted_engine import Scripted, asked, served, told
-
-OPTIONAL = {"presence_penalty", "frequency_penalty", "logit_bias"}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +24,7 @@ def document() -> Any:
 )
 def test_fields(document: Any, path: str, own: set[str]) -> None:
     schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert set(schema["properties"]) == (fields._SUPPORTED | own | {"user"}) - (OPTIONAL - HAS)
+    assert set(schema["properties"]) == fields._SUPPORTED | own | {"user"}
     assert schema["properties"]["model"]["enum"] == ["mine", "default", None]
 
 

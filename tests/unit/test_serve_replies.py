@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from launch.requests import RequestOutput
+from pipeinfer.core.messages import TopToken
 from pipeinfer.core.ports import GREEDY, RequestStats
 from pipeinfer.engine.answer import Completion
 from pipeinfer.serve.fields import ApiRequest
 from pipeinfer.serve.replies import ChatReply, TextReply
 from pipeinfer.serve.served import Served
-from tests.unit.scripted_engine import Scripted, asked, chunks, completed, is_watched, served, told
+from tests.unit.scripted_engine import Scripted, asked, chunks, completed, counted, is_watched, served, told
 
 HELLO = [{"role": "user", "content": "hello"}]
 needs_watching = pytest.mark.skipif(not is_watched(), reason="this engine tells an awaited handle no statistics")
@@ -85,29 +86,11 @@ def test_settings_reach_the_engine() -> None:
     assert engine.priorities == [-4]
 
 
-def test_an_engine_without_priorities() -> None:
-    class Old(Scripted):
-        def submit(self, prompt: Any, limit: int, ignore: bool, sampling: Any, stop: Any, watch: Any) -> Any:  # type: ignore[override]
-            return super().submit(prompt, limit, ignore, sampling, stop, watch)
-
-    with served(Old(is_brief=True)) as server:
-        assert completed(server, prompt="x", priority=0)["choices"][0]["text"] == "ab"
-        status, body = told(asked(server, "/v1/completions", {"prompt": "x", "priority": 1}))
-        assert (status, body["error"]["param"]) == (400, "priority")
-
-
 def test_a_conversation_that_the_template_does_not_take() -> None:
     with served(Scripted()) as server:
         body = {"messages": [{"role": "assistant", "content": "x"}]}
         status, answer = told(asked(server, "/v1/chat/completions", body))
         assert (status, answer["error"]["param"]) == (422, "messages")
-
-
-@dataclass(frozen=True, slots=True)
-class Alternatives(RequestOutput):
-    """An output that has alternatives of its tokens."""
-
-    tops: Any = ()
 
 
 class Whole:
@@ -117,13 +100,16 @@ class Whole:
         self.completion = completion
 
 
+TOPS = [(TopToken(97, -0.5), TopToken(99, -1.0)), (TopToken(100, -0.25), TopToken(98, -2.0))]
+
+
 def watched(stats: RequestStats | None = None) -> Served:
     """The answer ``ab``, and what the engine has told of it."""
     found = Served(range(1))
-    found.handle = Whole(Completion("ab", [120], [97, 98], "stop", logprobs=[-0.5, float("-inf")]))  # type: ignore[assignment]
-    tops = (((97, -0.5), (99, -1.0)), ((100, -0.25), (98, -2.0)))
-    for at_s, token, top in ((0.0, 97, tops[0]), (1.0, 98, tops[1])):
-        found.watch(Alternatives(at_s, (token,), load=(3, 1), tops=(top,)))
+    completion = Completion("ab", [120], [97, 98], "stop", logprobs=[-0.5, float("-inf")], top_logprobs=list(TOPS))
+    found.handle = Whole(completion)  # type: ignore[assignment]
+    for at_s in (0.0, 1.0):
+        found.watch(RequestOutput(at_s, (97,), load=(3, 1)))
     if stats is not None:
         found.watch(RequestOutput(2.0, stats=stats))
     return found
@@ -145,9 +131,24 @@ def test_log_probabilities_of_alternatives() -> None:
     json.dumps(answer, allow_nan=False)
 
 
+def test_tokens_wait_for_their_alternatives() -> None:
+    """The engine's thread adds a token before what belongs to it."""
+    answer = watched()
+    del answer.completion.top_logprobs[1:]
+    reply = TextReply("mine", [answer], ApiRequest(["x"], logprobs=2), Scripted().decode)
+    (chunk,) = reply.chunks(answer, "a")
+    assert chunk["choices"][0]["logprobs"]["top_logprobs"] == [{"a": -0.5, "c": -1.0}]
+    answer.completion.top_logprobs.append(TOPS[1])
+    (chunk,) = reply.chunks(answer, "b")
+    assert chunk["choices"][0]["logprobs"]["tokens"] == ["b"]
+    assert chunk["choices"][0]["logprobs"]["text_offset"] == [1]
+
+
 def test_what_speculation_did() -> None:
     """Twelve tokens: the prompt's successor, and three steps that each end with a correction."""
-    block = watched(RequestStats(drafted=16, accepted=8, corrections=4)).speculation()
+    block = watched(counted(16, 8, 4, [0, 0, 1, 2])).speculation()
+    assert block is not None
+    block.pop("acceptance_histogram", None)
     assert block == {
         "mean_acceptance_length": 1 + 8 / 3,
         "draft_acceptance_rate": 0.5,
@@ -157,6 +158,24 @@ def test_what_speculation_did() -> None:
     }
     assert watched(RequestStats(corrections=4)).speculation() is None
     assert watched().speculation() is None
+
+
+@dataclass(slots=True)
+class Counted(RequestStats):
+    """Statistics of an engine that counts steps by their accepted tokens."""
+
+    acceptance_histogram: list[int] = field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "told", "histogram"),
+    [(7, [1, 0, 2], [1, 0, 2, 1]), (4, [1, 0, 2], [1, 0, 2]), (5, [1, 0, 2], [1, 1, 2]), (2, [], [0, 0, 1])],
+)
+def test_the_end_of_an_answer_ends_a_step(accepted: int, told: list[int], histogram: list[int]) -> None:
+    block = watched(Counted(drafted=9, accepted=accepted, acceptance_histogram=told)).speculation()
+    assert block is not None
+    assert (block["acceptance_histogram"], block["num_spec_steps"]) == (histogram, sum(histogram))
+    assert block["mean_acceptance_length"] == 1 + accepted / sum(histogram)
 
 
 def test_what_is_watched() -> None:
