@@ -81,7 +81,7 @@ def test_a_seed_is_a_world() -> None:
 @pytest.mark.parametrize("schedule", MANY)
 def test_the_first_worlds_contain_what_they_are_there_for(schedule: str) -> None:
     found: Counter[str] = Counter()
-    for seed in QUICK:
+    for seed in range(20):
         found += seen(many_world(seed, schedule))
     assert all(found[what] > 0 for what in ("preempted", "forks", "together", "prompts together")), found
 
