@@ -255,6 +255,21 @@ class RequestStats:
     claimed_error: float = 0.0  # their expected calibration error as the drafts claimed them
     believed_error: float = 0.0  # and as the tree believed them
     calibrations: dict[str, Any] = field(default_factory=dict)  # what was learnt of each source
+    acceptance_histogram: list[int] = field(default_factory=list)  # steps by how many drafted rows they accepted
+
+    def emit(self, is_drafted: bool) -> None:
+        """Count an emitted token, which a drafted row held or none. A step ends with a correction; the first one is the
+        prompt's own successor, which ends none."""
+        if is_drafted:
+            self.accepted += 1
+            return
+        self.corrections += 1
+        if self.corrections == 1:
+            return
+        histogram = self.acceptance_histogram
+        step = self.accepted - sum(length * count for length, count in enumerate(histogram))
+        histogram += [0] * (step + 1 - len(histogram))
+        histogram[step] += 1
 
 
 class Machine(Protocol):

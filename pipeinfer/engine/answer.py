@@ -243,8 +243,12 @@ class Handle:
                     return
                 if not taken:
                     await changed.wait()
-                elif taken[0]:
-                    yield taken[0]
+                    continue
+                piece, output = taken
+                if self._watch is not None:
+                    self._watch(output)
+                if piece:
+                    yield piece
         finally:
             with self._changed:
                 self._listeners.remove(listener)

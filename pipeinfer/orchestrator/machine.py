@@ -368,10 +368,8 @@ class Orchestrator:
         session.emitted += len(outcome.accepted)
         session.stats.verifications += not run.is_prefill
         for node in outcome.accepted:
-            if node.slot is None:
-                session.stats.corrections += 1
-            else:
-                session.stats.accepted += 1
+            session.stats.emit(node.slot is not None)
+            if node.slot is not None:
                 self._allocator.commit(session.sequence, node.slot)
         tokens = tuple(node.token for node in outcome.accepted)
         session.text += tokens
