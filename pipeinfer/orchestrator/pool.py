@@ -43,11 +43,11 @@ class Pool:
                 self._kept[source] = self._kept.pop(source)  # the most recently used one now
         return length
 
-    def secure(self, roots: int) -> None:
-        """Let kept sequences go where ``roots`` known tokens or guesses would find no slot."""
+    def secure(self, known: int) -> None:
+        """Let kept sequences go where ``known`` tokens, roots or of prompts, or guesses would find no slot."""
         if self._kept:
             allocator = self.allocator
-            self._clear(roots + allocator.speculative - allocator.counts()[1], but=0)
+            self._clear(known + allocator.speculative - allocator.counts()[1], but=0)
 
     def _finds(self, count: int, but: int) -> bool:
         """Whether ``count`` slots can be leased, if need be after kept sequences, ``but`` not, have gone. None goes

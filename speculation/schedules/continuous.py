@@ -62,6 +62,7 @@ class Continuous:
         self._sequences = 0  # that are open
         self._orders: dict[int, int] = {}  # the same as ``_ordered`` of each of several sequences
         self._drafting: set[int] = set()  # sequences whose order of one pass is not done
+        self._unordered: list[int] = []  # sequences whose order of one pass has not been given
         self._has_drafted = False  # since the last launch
         self._launches = 0
         self._turns: dict[int, int] = {}  # by sequence the last launch with its root: who waited longest goes first
@@ -98,6 +99,11 @@ class Continuous:
         return self._next_of_one(now) if self._sequences == 1 else self._next_of_many(now)
 
     def _next_of_many(self, now: Situation) -> Step | None:
+        while self._unordered:
+            sequence = self._unordered.pop()
+            if any(tree.sequence == sequence for tree in now.trees):
+                self._drafting.add(sequence)
+                return Order(1, draft_batch=self._policy.draft_batch, sequence=sequence)
         if self._drafting:
             return None
         batch = 0 if self._is_alone else self._policy.draft_batch
@@ -108,9 +114,9 @@ class Continuous:
         if now.slots <= 0 or now.credits <= 0:
             return None
         if self._governor and self._is_alone and not self._has_drafted:
-            self._drafting = {tree.sequence for tree in now.trees}
             self._has_drafted = True
-            return Order(1, draft_batch=self._policy.draft_batch)
+            self._unordered = [tree.sequence for tree in now.trees]  # not those whose prompts are on their way
+            return self._next_of_many(now)
         roots = min(now.root_room, -(-len(now.trees) // self._stages))
         most = max(roots, self._policy.max_rows)
         curve = self._governor.curve if self._governor else None
