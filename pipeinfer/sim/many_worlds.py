@@ -38,7 +38,9 @@ def draw_many(rng: random.Random, world: WorldSpec) -> WorldSpec:
     context = max(needs) if rng.random() < 0.8 else max(needs) + 60
     kv_slots, guess_slots = None, world.guess_slots
     if rng.random() < 0.6:
-        kv_slots = rng.choice((context, context, rng.randint(context, 2 * context), rng.randint(context, context + sum(needs))))
+        kv_slots = rng.choice(
+            (context, context, rng.randint(context, 2 * context), rng.randint(context, context + sum(needs)))
+        )
         guess_slots = rng.choice((0, 1, rng.randint(2, 12), guess_slots))
     world = replace(
         world,
@@ -86,7 +88,9 @@ def _draw_request(rng: random.Random, vocab: int, prompt: tuple[int, ...]) -> Re
     if rng.random() < 0.15:
         sampling = replace(sampling, repetition_penalty=rng.choice((0.8, 1.5)))
     stops = frozenset(rng.randrange(vocab) for _ in range(rng.choice((0, 0, 0, 0, 0, 1, 2))))
-    return Request(prompt, rng.choice((1, rng.randint(1, 24), rng.randint(8, 32), rng.randint(16, 40))), stops, sampling)
+    return Request(
+        prompt, rng.choice((1, rng.randint(1, 24), rng.randint(8, 32), rng.randint(16, 40))), stops, sampling
+    )
 
 
 def _draw_times(rng: random.Random, count: int, stages: int) -> dict[str, Any]:
