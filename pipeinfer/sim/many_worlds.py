@@ -27,7 +27,8 @@ def many_world(seed: int, schedule: str = "") -> WorldSpec:
     """The world of many requests that ``seed`` stands for, by ``schedule``, one of MANY if it is named."""
     rng = random.Random(f"many {seed}")
     chosen = schedule or rng.choices(MANY, (1, 2, 5))[0]
-    return draw_many(rng, draw_world(rng, seed, chosen))
+    world = draw_many(rng, draw_world(rng, seed, chosen))
+    return replace(world, priors=draw_priors(rng, world)) if rng.random() < 0.5 else world
 
 
 def draw_many(rng: random.Random, world: WorldSpec) -> WorldSpec:
@@ -38,9 +39,7 @@ def draw_many(rng: random.Random, world: WorldSpec) -> WorldSpec:
     context = max(needs) if rng.random() < 0.8 else max(needs) + 60
     kv_slots, guess_slots = None, world.guess_slots
     if rng.random() < 0.6:
-        kv_slots = rng.choice(
-            (context, context, rng.randint(context, 2 * context), rng.randint(context, context + sum(needs)))
-        )
+        kv_slots = rng.choice((context, context, rng.randint(context, 2 * context), context + rng.randint(0, sum(needs))))
         guess_slots = rng.choice((0, 1, rng.randint(2, 12), guess_slots))
     world = replace(
         world,
@@ -53,8 +52,7 @@ def draw_many(rng: random.Random, world: WorldSpec) -> WorldSpec:
         closes_s=rng.uniform(0, 100 * world.stages) if rng.random() < 0.05 else None,
         **_draw_times(rng, len(requests), world.stages),
     )
-    world = draw_groups(rng, world)
-    return replace(world, priors=draw_priors(rng, world)) if rng.random() < 0.5 else world
+    return draw_groups(rng, world)
 
 
 def draw_requests(rng: random.Random, model: EmulatedSpec, count: int) -> tuple[Request, ...]:
@@ -88,9 +86,8 @@ def _draw_request(rng: random.Random, vocab: int, prompt: tuple[int, ...]) -> Re
     if rng.random() < 0.15:
         sampling = replace(sampling, repetition_penalty=rng.choice((0.8, 1.5)))
     stops = frozenset(rng.randrange(vocab) for _ in range(rng.choice((0, 0, 0, 0, 0, 1, 2))))
-    return Request(
-        prompt, rng.choice((1, rng.randint(1, 24), rng.randint(8, 32), rng.randint(16, 40))), stops, sampling
-    )
+    most = rng.choice((1, rng.randint(1, 24), rng.randint(8, 32), rng.randint(16, 40)))
+    return Request(prompt, most, stops, sampling)
 
 
 def _draw_times(rng: random.Random, count: int, stages: int) -> dict[str, Any]:

@@ -5,20 +5,23 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
 
 from pipeinfer.core.errors import RemoteProtocolError
 from pipeinfer.core.messages import Run, SlotOpKind
 from pipeinfer.core.ports import Command, Event, Note, Request, Sampling, Send
 from pipeinfer.orchestrator.pool import Pool
-from pipeinfer.sim.history import PREEMPTED, History, InvariantBroken, oracle
-from pipeinfer.sim.many_worlds import MANY, many_world
-from pipeinfer.sim.random_worlds import check_world, first_failures
+from pipeinfer.sim.history import PREEMPTED, InvariantBroken, oracle
+from pipeinfer.sim.many_worlds import MANY, draw_many, many_world
+from pipeinfer.sim.random_worlds import check_world, draw_world, first_failures
 from pipeinfer.sim.world import Checker, World, WorldSpec
-from speculation.schedules.policy import CONTINUOUS, Policy
+from speculation.schedules.policy import CONTINUOUS
 from stages.models.emulated import EmulatedSpec, spread
 from tests.invariants.hunt import wrap
 
@@ -130,8 +133,9 @@ def test_what_was_given_up_in_its_prompt_is_not_shared(monkeypatch: pytest.Monke
         check_world(spec)
 
 
-def test_a_request_that_waits_while_others_get_tokens_is_found() -> None:
-    """The history alone: two sequences are decoded, and results come for one of them."""
-    plain = replace(SPEC, policy=Policy("plain", speculate=False), at_once=True)
-    assert History(plain).spec.max_num_seqs == 3
-    check_world(plain)
+@settings(max_examples=10)
+@given(st.randoms(use_true_random=False), st.integers(0, 0xFFFF), st.sampled_from(MANY))
+def test_any_world(rng: random.Random, seed: int, schedule: str) -> None:
+    spec = draw_many(rng, draw_world(rng, seed, schedule))
+    note(repr(spec))
+    check_world(spec)
