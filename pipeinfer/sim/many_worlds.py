@@ -39,7 +39,9 @@ def draw_many(rng: random.Random, world: WorldSpec) -> WorldSpec:
     context = max(needs) if rng.random() < 0.8 else max(needs) + 60
     kv_slots, guess_slots = None, world.guess_slots
     if rng.random() < 0.6:
-        kv_slots = rng.choice((context, context, rng.randint(context, 2 * context), context + rng.randint(0, sum(needs))))
+        kv_slots = rng.choice(
+            (context, context, rng.randint(context, 2 * context), context + rng.randint(0, sum(needs)))
+        )
         guess_slots = rng.choice((0, 1, rng.randint(2, 12), guess_slots))
     world = replace(
         world,
