@@ -269,7 +269,7 @@ class SlotTable:
     ) -> SamplingInputs:
         """How the tokens after ``rows`` of ``batch`` are drawn, each by its own one of ``samplings``."""
         repeats = [sampling.repetition_penalty != 1.0 for sampling in samplings]
-        counts = [sampling.penalises_generated for sampling in samplings]
+        counts = [sampling.needs_generated for sampling in samplings]
         needing = [index for index in range(len(rows)) if repeats[index] or counts[index]]
         if not needing:
             return SamplingInputs(tuple(samplings), batch.positions[list(rows)] + 1, (), is_guess)

@@ -15,6 +15,7 @@ from launch.compute_threads import start_threads
 from launch.cores import alone
 from launch.driver import Driver
 from launch.failure import write
+from launch.grammars import grammars_of
 from launch.paced_links import PacedLinks
 from launch.pass_cache import PassCache, model_digest
 from launch.start_costs import agreed, are_of_use, measured
@@ -308,6 +309,7 @@ def load(cleared: Cleared, world: World | None, rendezvous: Rendezvous | None = 
             config.draft_dtypes,
             config.numerics,
             group,
+            grammars_of(config.target_directory, cleared.target[0]),
         )
     cache = _cache(cleared, world, threads) if are_of_use(Policy(**config.policy)) else None
     return Job(config, cleared.plan, cleared.context, pair, world, rendezvous=rendezvous, cache=cache, group=group)

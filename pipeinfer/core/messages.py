@@ -20,6 +20,8 @@ MAX_TOP = 20
 """Most (token, log-probability) pairs of a result row."""
 MAX_BIASES = 300
 """Most tokens whose logits a request changes."""
+MAX_GRAMMAR = 0xFFFF
+"""Most bytes of a grammar."""
 NO_SLOT = 0xFFFFFFFF
 """The parent of a row that attends to the canonical slots of its sequence alone; in a Cancelled, every row of a run."""
 
@@ -172,7 +174,7 @@ class Cancel(NamedTuple):
 class Settings(NamedTuple):
     """Orchestrator -> first stage -> ... -> last stage, and -> drafters: a sequence begins, and this is how its tokens
     are drawn; see ports.Sampling. ``prompt_length``: of the request's own prompt, also where the sequence begins again
-    with tokens that were generated before."""
+    with tokens that were generated before. ``grammar``: its text, byte by byte."""
 
     sequence: int
     temperature: float = 0.0
@@ -186,6 +188,7 @@ class Settings(NamedTuple):
     top_logprobs: int = 0
     prompt_length: int = 0
     logit_bias: tuple[TokenBias, ...] = ()
+    grammar: tuple[int, ...] = ()
 
 
 class Prompt(NamedTuple):

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeinfer.core.errors import refuse
+from pipeinfer.core.grammar import exact_grammar
 from pipeinfer.core.messages import MAX_BIASES, MAX_TOP, Settings, TokenBias
 
 LEAST, MOST = float(np.float32(1e-5)), 1e5
@@ -37,6 +38,9 @@ class Sampling:
     each time that it was generated; ``logit_bias``: pairs of a token and what is added to its logit. ``top_logprobs``:
     how many of the most probable tokens by the model's own logits are wanted beside each token.
 
+    ``grammar``: tokens that would contradict it are never drawn; llguidance's JSON (see core.grammar), or empty. It
+    begins with the first generated token.
+
     ``prompt_length``: tokens from this position on count as generated; part of a sequence's Settings, not of what a
     user asks for."""
 
@@ -51,22 +55,29 @@ class Sampling:
     top_logprobs: int = 0
     prompt_length: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: str = ""
 
     @property
     def penalises_generated(self) -> bool:
         """Whether the generated tokens matter, and how often each was."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0
 
+    @property
+    def needs_generated(self) -> bool:
+        """Whether a draw must know the generated tokens."""
+        return self.penalises_generated or bool(self.grammar)
+
     def settings(self, sequence: int, prompt_length: int) -> Settings:
         """As it travels, for the tokens of ``sequence``, whose request has a prompt of ``prompt_length`` tokens."""
         first = (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
         rest = (self.presence_penalty, self.frequency_penalty, self.top_logprobs, prompt_length)
-        return Settings(sequence, *first, *rest, tuple([TokenBias(*pair) for pair in self.logit_bias]))
+        biases = tuple([TokenBias(*pair) for pair in self.logit_bias])
+        return Settings(sequence, *first, *rest, biases, tuple(self.grammar.encode("ascii")))
 
     @classmethod
     def of(cls, settings: Settings) -> Sampling:
         """The sampling of ``settings``."""
-        return cls(*settings[1:])
+        return cls(*settings[1:-1], bytes(settings.grammar).decode("latin-1"))
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> Sampling:
@@ -83,20 +94,24 @@ class SamplingInputs:
     ``positions``: int64 [rows], of the tokens to be drawn (one past their rows'). ``seen``: for each row the different
     tokens before the drawn one, int64 [any], without any where its sampling has no repetition penalty; () if no row's
     has one. ``generated``: for each row the generated tokens before the drawn one, int64 [any], in order and with
-    repeats, where its sampling has a presence or frequency penalty; likewise. ``is_guess``: a drafter asks, for what
-    the target will draw."""
+    repeats, where its sampling has a presence or frequency penalty or a grammar; likewise. ``is_guess``: a drafter
+    asks, for what the target will draw. ``masks``: for each row which tokens its grammar allows, bool [vocabulary],
+    without any where it has none; () if no row has one. Whoever knows the vocabulary adds them (stages.models.guided).
+    """
 
     samplings: tuple[Sampling, ...]
     positions: npt.NDArray[np.int64]
     seen: tuple[npt.NDArray[np.int64], ...] = ()
     is_guess: bool = False
     generated: tuple[npt.NDArray[np.int64], ...] = ()
+    masks: tuple[npt.NDArray[np.bool_], ...] = ()
 
     def of(self, rows: Sequence[int]) -> SamplingInputs:
         """The draw of ``rows`` alone, in their order."""
         samplings = tuple([self.samplings[row] for row in rows])
         seen, generated = (tuple([each[row] for row in rows]) if each else () for each in (self.seen, self.generated))
-        return SamplingInputs(samplings, self.positions[list(rows)], seen, self.is_guess, generated)
+        masks = tuple([self.masks[row] for row in rows]) if self.masks else ()
+        return SamplingInputs(samplings, self.positions[list(rows)], seen, self.is_guess, generated, masks)
 
 
 def exact(sampling: Sampling) -> Sampling:
@@ -132,6 +147,7 @@ def exact(sampling: Sampling) -> Sampling:
         int(sampling.top_logprobs),
         sampling.prompt_length,
         _exact_biases(sampling.logit_bias),
+        exact_grammar(sampling.grammar),
     )
 
 

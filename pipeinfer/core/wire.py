@@ -23,6 +23,7 @@ from typing import Any
 from pipeinfer.core.errors import LocalProtocolError, RemoteProtocolError
 from pipeinfer.core.messages import (
     MAX_BIASES,
+    MAX_GRAMMAR,
     MAX_OPS,
     MAX_ROWS,
     MAX_TOP,
@@ -56,7 +57,7 @@ from pipeinfer.core.messages import (
 )
 
 MAGIC = 0x4950
-VERSION = 4
+VERSION = 5
 ENVELOPE = struct.Struct("<HBBHHII")
 
 
@@ -143,6 +144,7 @@ CANCELLED = Items(struct.Struct("<III"), Cancelled)
 TOKENS = Items(struct.Struct("<i"), None)
 OFFSETS = Items(struct.Struct("<f"), None)
 BIASES = Items(struct.Struct("<if"), TokenBias, MAX_BIASES)
+GRAMMAR = Items(struct.Struct("<B"), None, MAX_GRAMMAR)
 
 
 def _has_its_tops(result: Result) -> bool:
@@ -165,7 +167,7 @@ LAYOUTS = {
         _layout(10, Shutdown, ""),
         _layout(11, Probe, ""),
         _layout(12, Status, "?III"),
-        _layout(13, Settings, "IdIdddQddBI", BIASES),
+        _layout(13, Settings, "IdIdddQddBI", BIASES, GRAMMAR),
         _layout(14, DraftOrder, "I?IIf"),
         _layout(15, Calibrate, "IIf", OFFSETS),
         _layout(16, Failed, "I"),

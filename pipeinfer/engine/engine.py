@@ -34,6 +34,7 @@ from pipeinfer.core.config import (
     model_name,
 )
 from pipeinfer.core.errors import UserError, exit_code, refuse
+from pipeinfer.core.grammar import schema_grammar
 from pipeinfer.core.ports import Sampling
 from pipeinfer.engine.answer import Completion, Handle, HeadJob
 from pipeinfer.engine.opening import RefusedElsewhere, lead_job, load_job, open_world, spawn_job
@@ -209,16 +210,21 @@ class Engine:
         stop: str | Sequence[str] = (),
         watch: Callable[[RequestOutput], None] | None = None,
         priority: int = 0,
+        grammar: str | Mapping[str, Any] = "",
     ) -> Handle:
         """Have ``prompt`` (text, or token ids) decoded; from any thread. Up to ``max_num_seqs`` requests are decoded at
         once. Of those that wait, the ones with the lowest ``priority`` come first, then those that came first.
 
         ``sampling``: None for what the model's generation_config.json says, greedy if it says nothing. ``stop``:
         strings before the first of which the text ends, or special tokens; ``tokens`` then ends with the one that
-        completed it. ``watch``: called with all that the job tells, by whoever takes the pieces.
+        completed it. ``grammar``: what the answer must follow: a JSON schema, or the text of a grammar as
+        core.grammar makes it; it counts instead of that of ``sampling``. ``watch``: called with all that the job tells, by whoever takes the pieces.
         Raises UserError for what cannot be served."""
         job = self._open()
         assert self._builder is not None
+        if grammar:
+            text = grammar if isinstance(grammar, str) else schema_grammar(grammar)
+            sampling = replace(self.sampling if sampling is None else sampling, grammar=text)
         built = self._builder.build(prompt, max_new_tokens, ignore_eos, chat, sampling, stop, priority)
         config, forced = asdict(self.config) | built.settings(), bool(self.config.forced_acceptance)
         tokens = list(built.request.prompt)
@@ -282,6 +288,11 @@ class Engine:
         message has a ``role`` and a ``content``. Raises UserError where there is no template, or it takes them not."""
         assert self._builder is not None
         return self._builder.tokenize_chat(messages)
+
+    def check_grammar(self, grammar: str) -> None:
+        """Raise UserError if an answer cannot follow ``grammar``, a text as for submit."""
+        assert self._builder is not None
+        self._builder.check_grammar(grammar)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of ``tokens``, special tokens left out."""

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from launch.grammars import grammars_of
 from launch.preflight import Cleared
 from pipeinfer.core.config import Config
 from pipeinfer.core.errors import UserError, refuse
+from pipeinfer.core.grammar import exact_grammar
 from pipeinfer.core.ports import Request, Sampling
 from pipeinfer.core.sampling import checked_stops, exact
 from pipeinfer.engine.generation import Generation, model_sampling
@@ -47,6 +49,7 @@ class RequestBuilder:
         self._vocab_size = spec.vocab_size
         self._text = (Numbers if forced else Text)(directory)
         self._stop_tokens = frozenset() if forced else self._text.eos_tokens | frozenset(spec.eos_tokens)
+        self._grammars = None if forced else grammars_of(directory, spec)
         defaults = Generation() if forced else model_sampling(directory)
         self.sampling, self.ignored = defaults.sampling, defaults.ignored
 
@@ -70,8 +73,20 @@ class RequestBuilder:
             else:
                 stop_tokens.add(token)
         drawn = exact(self.sampling if sampling is None else sampling)
+        if drawn.grammar and ignore_eos:
+            refuse("a grammar with ignore_eos", "leave ignore_eos out: the answer ends where the grammar does")
+        self.check_grammar(drawn.grammar)
         request = Request(tuple(tokens), max_new_tokens, frozenset(stop_tokens), drawn, priority)
         return BuiltRequest(request, stops)
+
+    def check_grammar(self, grammar: str) -> None:
+        """Raise UserError if ``grammar`` (see core.grammar) cannot be followed."""
+        grammar = exact_grammar(grammar)
+        if not grammar:
+            return
+        if self._grammars is None:
+            refuse("a grammar for tokens that mean nothing", "leave out --forced-acceptance")
+        self._grammars.check(grammar)
 
     def reader(self, built: BuiltRequest) -> Reader:
         """Return a new reader of the answer to ``built``."""

@@ -13,6 +13,7 @@ from pipeinfer.core.errors import UserError
 from pipeinfer.core.sampling import checked_stops
 from pipeinfer.serve.checks import ANY, Neutral, flag, read_object, refuse_others, shown, take, whole
 from pipeinfer.serve.errors import ApiError, invalid
+from pipeinfer.serve.grammar_fields import GRAMMARS, grammar
 from pipeinfer.serve.prompts import TextOrTokens, messages, prompts
 from pipeinfer.serve.sampling_fields import FIELDS, logprobs, sampling
 
@@ -31,10 +32,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "metadata": (ANY,),
     "safety_identifier": (ANY,),
     "prompt_cache_key": (ANY,),
-    "response_format": ({"type": "text"},),
     "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
     "use_beam_search": (False,),
@@ -74,7 +72,7 @@ _NEUTRAL_CHAT: dict[str, tuple[object, ...]] = {
 }
 _SUPPORTED = {
     "model", "n", "stream", "stream_options", "max_tokens", "max_completion_tokens", "stop", "logprobs", "ignore_eos",
-    "priority", *FIELDS,
+    "priority", *FIELDS, *GRAMMARS,
 }  # fmt: skip
 _STREAM_OPTIONS = ("include_usage", "continuous_usage_stats")
 _NEUTRAL_STREAM_OPTIONS: dict[str, tuple[object, ...]] = {"include_obfuscation": (False,)}
@@ -85,7 +83,8 @@ class ApiRequest:
     """One request. ``prompts``: texts or token ids; ``messages``: those of a chat, which has no prompts. ``n``: choices
     for each prompt. ``sampling``: the sampling settings that were given. ``max_new_tokens``: None if nothing was said.
     ``usage`` and ``continuous_usage``: whether a stream tells how many tokens there were, at its end or in each chunk.
-    ``logprobs``: of how many alternatives, None: of no token at all. ``priority``: lower ones go first."""
+    ``logprobs``: of how many alternatives, None: of no token at all. ``priority``: lower ones go first. ``grammar``: what
+    the answers must follow, and the field that says so; empty for nothing."""
 
     prompts: list[TextOrTokens] = field(default_factory=list)
     messages: list[dict[str, str]] | None = None
@@ -100,6 +99,7 @@ class ApiRequest:
     logprobs: int | None = None
     echo: bool = False
     priority: int = 0
+    grammar: tuple[str, str] = ("", "")
 
 
 def parse(data: bytes, is_chat: bool, models: tuple[str, ...]) -> ApiRequest:
@@ -125,7 +125,10 @@ def parse(data: bytes, is_chat: bool, models: tuple[str, ...]) -> ApiRequest:
         logprobs=logprobs(fields, is_chat),
         echo=not is_chat and flag(fields, "echo"),
         priority=whole(fields, "priority", -MOST_PRIORITY, MOST_PRIORITY) or 0,
+        grammar=grammar(fields),
     )
+    if asked.ignore_eos and asked.grammar[0]:
+        raise invalid("ignore_eos", f"ignore_eos with {asked.grammar[1]}: the answer ends where the grammar does")
     if asked.echo and asked.logprobs is not None:
         raise invalid("echo", "echo with logprobs is not supported: a prompt's log-probabilities are not computed")
     if len(asked.prompts) * asked.n > MOST_CHOICES:

@@ -261,6 +261,13 @@ def _settings(engine: Engine, asked: ApiRequest) -> dict[str, Any]:
     settings = {name: value for name, value in asked.sampling.items() if name != "seed"}
     if asked.logprobs:
         settings["top_logprobs"] = asked.logprobs
+    grammar, field = asked.grammar
+    if grammar:
+        try:
+            engine.check_grammar(grammar)
+        except UserError as error:
+            raise invalid(field, f"{field}: {error}") from None
+        settings["grammar"] = grammar
     for token, _ in settings.get("logit_bias", ()):
         try:
             engine.tokenize([token], 1)

@@ -118,11 +118,21 @@ def _shared(names: list[str]) -> dict[str, Schema]:
         "seed": _whole(-(2**63), 2**64 - 1),
         "stop": {"anyOf": [stop, NULL, {"type": "array", "items": stop, "maxItems": MOST_STOPS}]},
         "ignore_eos": BOOLEAN,
+        "response_format": _response_format(),
+        "guided_json": {"type": ["object", "null"]},
+        "guided_regex": {"type": ["string", "null"]},
         "priority": _whole(-MOST_PRIORITY, MOST_PRIORITY),
         "stream": BOOLEAN,
         "stream_options": usage | {"type": ["object", "null"], "description": "only with stream: true"},
         "user": {"description": "ignored"},
     }
+
+
+def _response_format() -> Schema:
+    named = {"name": TEXT, "description": TEXT, "schema": {"type": "object"}, "strict": BOOLEAN}
+    by_schema = {"type": {"const": "json_schema"}, "json_schema": _object(["schema"], named)}
+    plain = _object(["type"], {"type": {"enum": ["text", "json_object"]}})
+    return {"anyOf": [plain, _object(["type", "json_schema"], by_schema), NULL]}
 
 
 def _completion(names: list[str]) -> Schema:

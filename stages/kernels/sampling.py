@@ -6,7 +6,7 @@ z_v is the processed logit of token v. By the Gumbel-max trick the token is a sa
 seed, the position and the token alone: it is the token's number of a counter-based generator. Every run and every batch
 therefore samples the same token at a position. A draft model with the same noise mostly samples the target's token.
 
-The processors are, in the order of vLLM's sampler: logit bias, the penalties (repetition, frequency, presence) and
+The processors are, in the order of vLLM's sampler: the grammar's mask, logit bias, the penalties (repetition, frequency, presence) and
 temperature; then top_k, top_p and min_p in the order of transformers. Those that transformers has give its bits; only
 which of equal tokens top_p keeps is left to the processor's sorting there, and is the lowest ones here. All treat every
 row by itself, so that a row's token cannot depend on the rows beside it.
@@ -33,7 +33,7 @@ NEVER = float("-inf")
 def changes_nothing(sampling: Sampling) -> bool:
     """Whether the most probable token is what ``sampling`` draws."""
     is_changed = sampling.repetition_penalty != 1 or sampling.penalises_generated or bool(sampling.logit_bias)
-    return sampling.temperature == 0 and not is_changed
+    return sampling.temperature == 0 and not is_changed and not sampling.grammar
 
 
 def alike(draw: SamplingInputs) -> list[list[int]]:
@@ -69,6 +69,8 @@ def processed(logits: Tensor, draw: SamplingInputs) -> Tensor:
     if not draw.samplings:
         return logits
     sampling, scores = draw.samplings[0], logits
+    if sampling.grammar:
+        scores = _masked(scores, draw)
     if sampling.logit_bias:
         scores = _biased(scores, sampling)
     if sampling.repetition_penalty != 1:
@@ -89,6 +91,17 @@ def processed(logits: Tensor, draw: SamplingInputs) -> Tensor:
     if sampling.min_p:
         shares = scores.softmax(-1)
         scores = scores.masked_fill(shares < sampling.min_p * shares.amax(-1, keepdim=True), NEVER)
+    return scores
+
+
+def _masked(logits: Tensor, draw: SamplingInputs) -> Tensor:
+    """Only what the grammar allows can be drawn. A draft whose shorter vocabulary has none of it guesses freely."""
+    scores = logits.clone()
+    for row, mask in zip(scores, draw.masks, strict=True):
+        known = torch.from_numpy(mask[: len(row)])
+        if known.any():
+            row[: len(known)].masked_fill_(~known, NEVER)
+            row[len(known) :] = NEVER
     return scores
 
 

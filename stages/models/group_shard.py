@@ -8,6 +8,7 @@ exchange is left without a partner. A rank that only follows has no machine and 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -112,7 +113,8 @@ class GroupShard:
         """See ShardModel."""
         if rows:
             x = None if hidden is self._last else np.asarray(hidden)[list(rows)]
-            self._group.tell(("choose", self._index, x, list(rows), draw, count))
+            told = draw if draw is None or not draw.masks else replace(draw, masks=())  # the leader alone draws by them
+            self._group.tell(("choose", self._index, x, list(rows), told, count))
         return self._part.sample(hidden, rows, count, draw)
 
 

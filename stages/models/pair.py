@@ -17,7 +17,9 @@ from stages.kernels.group import Group
 from stages.kernels.library import library
 from stages.models.forced import ForcedShard
 from stages.models.generic_spec import GenericSpec
+from stages.models.grammar import Grammars
 from stages.models.group_shard import GroupShard
+from stages.models.guided import GuidedShard
 from stages.models.kernel_shard import KernelShard
 from stages.models.llama import LlamaShard
 from stages.models.split import can_split
@@ -47,7 +49,7 @@ class CheckpointPair:
     """The models in ``target`` and ``drafts``, each a spec and where its weights are; see Pair. ``forced``: how often a
     draft's choices are right, if that is forced (see stages.models.forced). ``dtype``: of the target's weights;
     ``draft_dtypes``: of each draft's, by default the same. ``numerics``: see Config. ``group``: of ranks
-    that share all models of this one.
+    that share all models of this one. ``grammars``: those that answers may follow; None: none can be asked for.
 
     ``activations``: the dtype of what stages send each other."""
 
@@ -60,6 +62,7 @@ class CheckpointPair:
         draft_dtypes: Sequence[str] = (),
         numerics: str = NUMERICS[0],
         group: Group | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self._target = target
         self._drafts = drafts
@@ -71,6 +74,7 @@ class CheckpointPair:
             self.activations = torch.float32
         self._forced = forced
         self._group = group
+        self._grammars = grammars
         self.layers = target[0].layer_count
         self.draft_contexts = tuple(spec.context for spec, _ in drafts)
 
@@ -78,7 +82,9 @@ class CheckpointPair:
         """See Pair."""
         shard = self._load(*self._target, layers, self._dtype, capacity)
         chooses = layers.stop == self.layers
-        return ForcedShard(shard, self._forced, capacity) if self._forced and chooses else shard
+        if not chooses:
+            return shard
+        return ForcedShard(shard, self._forced, capacity) if self._forced else self._guided(shard)
 
     def draft(self, index: int, capacity: int) -> ShardModel:
         """See Pair."""
@@ -87,7 +93,10 @@ class CheckpointPair:
         vocabulary = self._target[0].vocab_size
         layers, dtype = range(spec.layer_count), self._draft_dtypes[index]
         shard = self._load(spec, checkpoint, layers, dtype, capacity, vocabulary)
-        return ForcedShard(shard, self._forced, capacity, is_draft=True) if self._forced else shard
+        return ForcedShard(shard, self._forced, capacity, is_draft=True) if self._forced else self._guided(shard)
+
+    def _guided(self, shard: ShardModel) -> ShardModel:
+        return shard if self._grammars is None else GuidedShard(shard, self._grammars)
 
     def _load(
         self,

@@ -7,6 +7,7 @@ from pipeinfer.core.edges import Edges
 from pipeinfer.core.errors import LocalProtocolError, RemoteProtocolError
 from pipeinfer.core.messages import (
     MAX_BIASES,
+    MAX_GRAMMAR,
     MAX_OPS,
     MAX_ROWS,
     MAX_TOP,
@@ -85,11 +86,13 @@ def test_what_stands_for_a_faulty_row_is_no_token_and_names_the_layer() -> None:
         Message(0, 0x8000, DraftOrder(1, cutoff=1e39)),
         Message(0, 1, Settings(1, seed=1 << 64)),
         Message(0, 1, Settings(1, logit_bias=(TokenBias(1, -0.5),) * (MAX_BIASES + 1))),
+        Message(0, 1, Settings(1, grammar=(123,) * (MAX_GRAMMAR + 1))),
+        Message(0, 1, Settings(1, grammar=(256,))),
         Message(0, 0x8000, Prompt(1, 9, True, (1,) * (MAX_ROWS + 1))),
     ],
     ids=[
         "rows", "ops", "token", "slot", "sequence", "length", "txn", "dest", "payload", "work", "top", "top alone",
-        "passes", "real", "seed", "biases", "prompt",
+        "passes", "real", "seed", "biases", "grammar", "byte", "prompt",
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_our_own_fault(message: Message) -> None:
@@ -102,7 +105,7 @@ def test_what_does_not_fit_is_our_own_fault(message: Message) -> None:
     [
         Run(1, rows=(ROW._replace(token=-1),) * MAX_ROWS, ops=(SlotOp(SlotOpKind.RELEASE, 1, 2),) * MAX_OPS),
         Result(1, rows=(RESULT_ROW._replace(top_count=MAX_TOP),) * MAX_ROWS, top=(TOP,) * (MAX_TOP * MAX_ROWS)),
-        Settings(1, logit_bias=(TokenBias(1, -0.5),) * MAX_BIASES),
+        Settings(1, logit_bias=(TokenBias(1, -0.5),) * MAX_BIASES, grammar=(255,) * MAX_GRAMMAR),
     ],
 )
 def test_most_rows_and_operations_fit(body: Body) -> None:
