@@ -122,8 +122,8 @@ class Grammars:
             if state is not None:
                 return length, state.matcher
         if grammar not in self._roots:
-            matchers = importlib.import_module("llguidance").LLMatcher
-            self._roots[grammar] = matchers(self._tokenizer, grammar, log_level=0)
+            tokenizer = self._tokenizer  # says what is missing
+            self._roots[grammar] = importlib.import_module("llguidance").LLMatcher(tokenizer, grammar, log_level=0)
             if len(self._roots) > ROOTS:
                 self._roots.popitem(last=False)
         self._roots.move_to_end(grammar)

@@ -113,6 +113,27 @@ def test_alternatives_biases_and_penalties(server: Client) -> None:
     assert (status, answer["error"]["param"]) == (400, "logit_bias")
 
 
+def test_answers_that_follow_a_grammar(server: Client) -> None:
+    pytest.importorskip("llguidance", reason="the package llguidance is not installed")
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"], "additionalProperties": False}
+    by_schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    body = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 200, "response_format": by_schema}
+    status, answer = server.ask("/v1/chat/completions", body)
+    (choice,) = answer["choices"]
+    assert (status, choice["finish_reason"]) == (200, "stop")
+    assert json.loads(choice["message"]["content"]) in ({"n": 1}, {"n": 22})
+    with server.open("/v1/chat/completions", body | {"stream": True}) as response:
+        pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in events(response)]
+    assert "".join(pieces) == choice["message"]["content"]
+    for fields, wanted in (({"guided_json": json.dumps(schema)}, "{"), ({"guided_regex": "x(yz){3}"}, "xyzyzyz")):
+        answers = server.complete(max_tokens=200, ignore_eos=False, n=2, temperature=1.0, seed=4, **fields)["choices"]
+        assert all(each["text"].startswith(wanted) and each["finish_reason"] == "stop" for each in answers)
+    for fields in ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}},
+                   {"guided_json": {"uniqueItems": True}}, {"guided_regex": "(x"}):  # fmt: skip
+        status, answer = server.ask("/v1/completions", {"prompt": "x", **fields})
+        assert (status, answer["error"]["param"]) == (400, next(iter(fields)))
+
+
 def test_choices_and_prompts_are_those_of_single_requests(server: Client) -> None:
     more = {"max_tokens": 16, "temperature": 0.9}
     alone = [server.text(seed=seed, **more) for seed in (7, 8)]
@@ -167,7 +188,7 @@ def test_who_may_ask_and_what_exists(server: Client) -> None:
         (b"{", None, None),
         ({"prompt": "x", "n": 200}, "n", None),
         ({"prompt": "x", "best_of": 2}, "best_of", None),
-        ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format", None),
+        ({"prompt": "x", "response_format": {"type": "xml"}}, "response_format", None),
         ({"prompt": ""}, "prompt", None),
         ({"prompt": [99999]}, "prompt", None),
         ({"prompt": "\ud800"}, "prompt", None),
