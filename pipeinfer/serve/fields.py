@@ -83,8 +83,8 @@ class ApiRequest:
     """One request. ``prompts``: texts or token ids; ``messages``: those of a chat, which has no prompts. ``n``: choices
     for each prompt. ``sampling``: the sampling settings that were given. ``max_new_tokens``: None if nothing was said.
     ``usage`` and ``continuous_usage``: whether a stream tells how many tokens there were, at its end or in each chunk.
-    ``logprobs``: of how many alternatives, None: of no token at all. ``priority``: lower ones go first. ``grammar``: what
-    the answers must follow, and the field that says so; empty for nothing."""
+    ``logprobs``: of how many alternatives, None: of no token at all. ``priority``: lower ones go first.
+    ``grammar``: what the answers must follow, and the field that says so; empty for nothing."""
 
     prompts: list[TextOrTokens] = field(default_factory=list)
     messages: list[dict[str, str]] | None = None

@@ -6,10 +6,10 @@ z_v is the processed logit of token v. By the Gumbel-max trick the token is a sa
 seed, the position and the token alone: it is the token's number of a counter-based generator. Every run and every batch
 therefore samples the same token at a position. A draft model with the same noise mostly samples the target's token.
 
-The processors are, in the order of vLLM's sampler: the grammar's mask, logit bias, the penalties (repetition, frequency, presence) and
-temperature; then top_k, top_p and min_p in the order of transformers. Those that transformers has give its bits; only
-which of equal tokens top_p keeps is left to the processor's sorting there, and is the lowest ones here. All treat every
-row by itself, so that a row's token cannot depend on the rows beside it.
+The processors are, in the order of vLLM's sampler: the grammar's mask, logit bias, the penalties (repetition,
+frequency, presence) and temperature; then top_k, top_p and min_p in the order of transformers. Those that transformers
+has give its bits; only which of equal tokens top_p keeps is left to the processor's sorting there, and is the lowest
+ones here. All treat every row by itself, so that a row's token cannot depend on the rows beside it.
 """
 
 from __future__ import annotations

@@ -115,7 +115,8 @@ def test_alternatives_biases_and_penalties(server: Client) -> None:
 
 def test_answers_that_follow_a_grammar(server: Client) -> None:
     pytest.importorskip("llguidance", reason="the package llguidance is not installed")
-    schema = {"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"], "additionalProperties": False}
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"]}
+    schema |= {"additionalProperties": False}
     by_schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
     body = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 200, "response_format": by_schema}
     status, answer = server.ask("/v1/chat/completions", body)

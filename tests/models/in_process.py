@@ -16,6 +16,7 @@ from speculation.schedules.schedule import Placement
 from stages.checkpoint.checkpoint import Checkpoint
 from stages.checkpoint.spec import ModelSpec
 from stages.models.generic_spec import GenericSpec
+from stages.models.grammar import Grammars
 from stages.models.pair import CheckpointPair
 from tests.models.walk import compute, make_batch
 
@@ -27,11 +28,13 @@ POLICIES = {
 }
 
 
-def pair_of(target: Path, draft: Path, dtype: str = "fp32", is_generic: bool = False) -> CheckpointPair:
+def pair_of(
+    target: Path, draft: Path, dtype: str = "fp32", is_generic: bool = False, grammars: Grammars | None = None
+) -> CheckpointPair:
     """The two models, by the Llama family's shard or by the one for any architecture."""
     read: Callable[[Path], Any] = GenericSpec.read if is_generic else ModelSpec.read
     models = [(read(folder), Checkpoint(folder)) for folder in (target, draft)]
-    return CheckpointPair(models[0], models[1:], dtype)
+    return CheckpointPair(models[0], models[1:], dtype, grammars=grammars)
 
 
 def decode(

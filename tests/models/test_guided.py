@@ -91,7 +91,8 @@ def test_what_cannot_be_followed_is_refused() -> None:
     known = grammars()
     known.check(SCHEMA)
     known.check(DIGITS)
-    for text in ("{}", regex_grammar("(a"), schema_grammar({"type": "nonsense"}), schema_grammar({"uniqueItems": True})):
+    bad = [schema_grammar(schema) for schema in ({"type": "nonsense"}, {"uniqueItems": True})]
+    for text in ("{}", regex_grammar("(a"), *bad):
         with pytest.raises(UserError, match="llguidance refuses the grammar"):
             known.check(text)
 
@@ -181,10 +182,8 @@ def test_a_shard_is_told_the_masks_of_the_rows_that_have_a_grammar() -> None:
         shard.sample(None, [0], 1, draw)
         assert inner.draw is draw
     texts = (tokens_of("1"), tokens_of("")[:0], tokens_of("123"))
-    shard.sample(
-        None, [0, 1, 2], 1, SamplingInputs((Sampling(grammar=DIGITS), GREEDY, Sampling(grammar=DIGITS)), np.arange(3), (),
-        False, texts),
-    )  # fmt: skip
+    samplings = (Sampling(grammar=DIGITS), GREEDY, Sampling(grammar=DIGITS))
+    shard.sample(None, [0, 1, 2], 1, SamplingInputs(samplings, np.arange(3), generated=texts))
     assert inner.draw is not None
     first, second, third = inner.draw.masks
     assert first[END] and first.sum() > 9 and not len(second) and third.sum() == 1
