@@ -1,6 +1,6 @@
 """Worlds of many requests keep every invariant, and contain what they are there for.
 
-``python -m pipeinfer.sim.random_worlds --many --worlds 2000 --schedule all --processes 2`` looks at more of them.
+``python -m pipeinfer.sim.many_worlds --worlds 2000 --schedule all --processes 2`` looks at more of them.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def seen(spec: WorldSpec) -> Counter[str]:
 
 @pytest.mark.parametrize("schedule", ["", *MANY])
 def test_ten_worlds_of_each_schedule_keep_every_invariant(schedule: str) -> None:
-    assert not first_failures(QUICK, schedule=schedule, many=True)[1]
+    assert not first_failures(QUICK, schedule=schedule, draw=many_world)[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", MANY)
 def test_a_hundred_worlds_of_each_schedule(schedule: str) -> None:
-    assert not first_failures(ALL[len(QUICK) :], schedule=schedule, many=True)[1]
+    assert not first_failures(ALL[len(QUICK) :], schedule=schedule, draw=many_world)[1]
 
 
 def test_a_seed_is_a_world() -> None:
