@@ -19,6 +19,7 @@ from speculation.schedules.alternation import Alternation
 from speculation.schedules.cost_curve import NO_PRIORS, CostCurve, Priors
 from speculation.schedules.governor import Gear, Governor
 from speculation.schedules.launch_delay import LaunchDelay, Offer
+from speculation.schedules.many import Many
 from speculation.schedules.policy import Policy
 from speculation.schedules.prospect import prospect
 from speculation.schedules.schedule import ANY, UNLIMITED, Launch, Order, Placement, Situation, Step
@@ -58,6 +59,10 @@ class Continuous:
         if policy.launch_delay and is_governed:
             pass_s = CostCurve(priors.drafts).seconds(1) or None
             self._delay = Alternation(pass_s, right) if placement == "alone" else LaunchDelay(pass_s)
+        self._many: Many | None = None
+        if self._governor and not self._is_alone:
+            pass_s = CostCurve(priors.drafts).seconds(1) or None
+            self._many = Many(policy, stages, self._governor.curve, pass_s, right)
         self._ordered: int | None = None  # leaves per draft pass in the last standing order
         self._sequences = 0  # that are open
         self._orders: dict[int, int] = {}  # the same as ``_ordered`` of each of several sequences
@@ -82,6 +87,10 @@ class Continuous:
         self._drafting.discard(tree.sequence)
         self._orders.pop(tree.sequence, None)
         self._turns.pop(tree.sequence, None)
+        if self._many:
+            self._many.closed(tree)
+            if self._sequences <= 1:
+                self._many.pause()
         if self._sequences:
             self._reset()
 
@@ -111,6 +120,8 @@ class Continuous:
             self._drafting = {tree.sequence for tree in now.trees}
             self._has_drafted = True
             return Order(1, draft_batch=self._policy.draft_batch)
+        if self._many and self._governor and self._governor.curve.seconds(1):
+            return self._many.next(now)
         roots = min(now.root_room, -(-len(now.trees) // self._stages))
         most = max(roots, self._policy.max_rows)
         curve = self._governor.curve if self._governor else None
@@ -175,6 +186,8 @@ class Continuous:
     def accepted(self, tree: Tree, tokens: int, now: float) -> str:
         """See Schedule."""
         if self._sequences > 1:
+            if self._many:
+                self._many.accepted(tokens, self._sequences, now)
             return ""
         if self._delay:
             self._delay.accepted(tokens)
