@@ -122,8 +122,8 @@ class Continuous:
             return Order(1, draft_batch=self._policy.draft_batch)
         if self._many and self._governor and self._governor.curve.seconds(1):
             return self._many.next(now)
-        roots = min(now.root_room, -(-len(now.trees) // self._stages))
-        most = max(roots, self._policy.max_rows)
+        roots = min(now.root_room, -(-len(now.trees) // self._stages) if self._policy.balance else ANY)
+        most = max(min(roots, len(now.trees)), self._policy.max_rows)
         curve = self._governor.curve if self._governor else None
         guesses = now.room if self._policy.speculate else 0
         least = curve.least_probability(most, self._policy.min_path_prob) if curve else self._policy.min_path_prob
