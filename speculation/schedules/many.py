@@ -15,8 +15,8 @@ cost_curve.py, and w, d of drafting.py:
                next level is worth in the same run, at most what it costs to send it later; on the right what the
                sequence loses in w
     roots      of ripe roots the K that have waited longest, with the rows of their trees that are worth most:
-               argmax over r of sum(p) - pi T(r). If there are fewer than K, for HOLD (T(r) + T(r / n) - T(r + r / n))
-               others are waited for, the time that it saves to send n + 1 roots in one run.
+               argmax over r of sum(p) - pi T(r). If there are n < K of them, others are waited for, as long as it saves
+               to send n + 1 roots in one run: T(r) + T(r / n) - T(r + r / n)
     riders     guesses of other sequences ride along where rows are nearly free:
                argmax over n of sum(p) - RIDER pi (T(r + n) - T(r)) / (1 - sigma)
     fillers    if no root is unsent, guesses leave alone: argmax over r of sum(p) / (T(r) + eta X^2 / 2), if sum(p) > F(r)
@@ -44,12 +44,10 @@ from speculation.trees.tree import Node, Tree
 
 MOST_COHORTS = 1.5
 """Most cohorts that are drafted for while one for each stage is in flight."""
-HOLD = 2.0
-"""Multiple of the time that a further root in the run saves, for which it is waited for."""
 RIDER = 2.0
 """Multiple of a row's price that a guess of a sequence in flight has to be worth: it might wait, and cost nothing if
 its ancestors are wrong."""
-FILLER = 0.5
+FILLER = 0.25
 """Share of the rate G that a run of guesses has to earn where the stages are idle otherwise."""
 ROWS = 4
 """Rows of a root's tree by which the price of a row is estimated."""
@@ -110,11 +108,11 @@ class Many:
             nodes = self._with_roots(ripe[:cohort], cohort, now)
             if len(ripe) < cohort:
                 rows, each = len(nodes), max(1, len(nodes) // len(ripe))
-                saved_s = curve.seconds(rows) + curve.seconds(each) - curve.seconds(rows + each)
                 self._held_since = now.now if self._held_since is None else self._held_since
-                if now.now < self._held_since + HOLD * saved_s:
+                until = self._held_since + curve.seconds(rows) + curve.seconds(each) - curve.seconds(rows + each)
+                if now.now < until:
                     give_back(_by_sequence(now.trees), nodes)
-                    return self._wait(self._held_since + HOLD * saved_s, now.now)
+                    return self._wait(until, now.now)
             self._note(self._traffic, ripe[:cohort], len(nodes), now.now)
             nodes += self._riders(others, len(nodes), len(ripe[:cohort]), cohort, now)
         elif others:
