@@ -29,7 +29,7 @@ from pipeinfer.core.slots import attended_by, slots_of
 
 SLOT = struct.Struct("q")
 """A slot in a path: int64, as numpy has it."""
-NO_SLOTS = np.zeros(0, np.int64)
+NO_TOKENS = np.zeros(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -268,12 +268,21 @@ class SlotTable:
         self, samplings: Sequence[Sampling], batch: Batch, rows: Sequence[int], is_guess: bool = False
     ) -> SamplingInputs:
         """How the tokens after ``rows`` of ``batch`` are drawn, each by its own one of ``samplings``."""
-        seen: tuple[npt.NDArray[np.int64], ...] = ()
-        needing = [index for index, sampling in enumerate(samplings) if sampling.repetition_penalty != 1.0]
-        if needing:
-            found = dict(zip(needing, attended_by(batch, [rows[index] for index in needing]), strict=True))
-            seen = tuple([np.unique(self._token[found.get(index, NO_SLOTS)]) for index in range(len(rows))])
-        return SamplingInputs(tuple(samplings), batch.positions[list(rows)] + 1, seen, is_guess)
+        repeats = [sampling.repetition_penalty != 1.0 for sampling in samplings]
+        counts = [sampling.penalises_generated for sampling in samplings]
+        needing = [index for index in range(len(rows)) if repeats[index] or counts[index]]
+        if not needing:
+            return SamplingInputs(tuple(samplings), batch.positions[list(rows)] + 1, (), is_guess)
+        texts = [NO_TOKENS] * len(rows)
+        for index, slots in zip(needing, attended_by(batch, [rows[index] for index in needing]), strict=True):
+            texts[index] = self._token[slots]
+        seen = [np.unique(text) if is_seen else NO_TOKENS for text, is_seen in zip(texts, repeats, strict=True)]
+        generated = [
+            text[sampling.prompt_length :] if is_counted else NO_TOKENS
+            for text, sampling, is_counted in zip(texts, samplings, counts, strict=True)
+        ]
+        found = tuple(seen) if any(repeats) else (), tuple(generated) if any(counts) else ()
+        return SamplingInputs(tuple(samplings), batch.positions[list(rows)] + 1, found[0], is_guess, found[1])
 
     def counts(self) -> tuple[int, int, int]:
         """How many slots are free, leased, canonical."""

@@ -71,7 +71,8 @@ class Head:
     def _report(self, at_s: float, command: Any) -> None:
         number = command.number
         if isinstance(command, Emit):
-            self._pass_on(RequestOutput(at_s, command.tokens, logps=command.logps, load=self._job.load, number=number))
+            load, tops = self._job.load, command.tops
+            self._pass_on(RequestOutput(at_s, command.tokens, "", None, command.logps, tops, load, number))
         elif isinstance(command, Finish):
             self._served[number] = command.reason, command.fault
         else:

@@ -100,18 +100,8 @@ class Job:
         self._group = group
         rank = world.rank if world else 0
         one_rank_leads = all(rank_roles[0].part for rank_roles in plan[1:])
-        job_spec = JobSpec(
-            *count(plan),
-            Policy(**config.policy),
-            context,
-            config.digest(),
-            calibrations=config.calibrations,
-            placement=placement or (world.placement if world and not one_rank_leads else "alone"),
-            draft_contexts=pair.draft_contexts,
-            max_num_seqs=config.max_num_seqs,
-            kv_slots=config.kv_slots,
-            keeps_prefixes=config.prefix_caching,
-        )
+        placement = placement or (world.placement if world and not one_rank_leads else "alone")
+        job_spec = _job_spec(config, plan, context, placement, pair.draft_contexts)
         found: dict[str, Any] = {"stages": [], "drafts": []}
         with rendezvous.busy("loading") if rendezvous else nullcontext():
             self._shards = load_shards(job_spec, plan[rank], pair)
@@ -268,6 +258,24 @@ class Job:
             if self._group is not None:
                 self._group.close()
         self.kill()
+
+
+def _job_spec(
+    config: Config, plan: Plan, context: int, placement: Placement, draft_contexts: tuple[int, ...]
+) -> JobSpec:
+    """What ``config`` says of the machines of ``plan``, before anything is measured."""
+    return JobSpec(
+        *count(plan),
+        Policy(**config.policy),
+        context,
+        config.digest(),
+        calibrations=config.calibrations,
+        placement=placement,
+        draft_contexts=draft_contexts,
+        max_num_seqs=config.max_num_seqs,
+        kv_slots=config.kv_slots,
+        keeps_prefixes=config.prefix_caching,
+    )
 
 
 def load(cleared: Cleared, world: World | None, rendezvous: Rendezvous | None = None) -> Job:

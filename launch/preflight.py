@@ -33,8 +33,8 @@ Model = tuple[ModelSpec | GenericSpec, Weights]
 class Cleared:
     """A job that may start: the models' specs and checked weights, the plan, and the context it serves.
 
-    ``config``: with every dtype and the number of KV slots resolved. ``note``: what its user should know of the dtypes, in one line; empty for
-    nothing."""
+    ``config``: with every dtype and the number of KV slots resolved. ``note``: what its user should know of the dtypes,
+    in one line; empty for nothing."""
 
     config: Config
     target: Model

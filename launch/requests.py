@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeinfer.core.errors import PipeinferError
+from pipeinfer.core.messages import TopToken
 from pipeinfer.core.ports import Request, RequestStats
 
 
@@ -35,8 +36,9 @@ Order = Submit | Cancel | Close
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """The output of request ``number`` at ``at_s`` (monotonic seconds): that it was submitted, tokens with
-    their log-probabilities, how it ended. The last output has a ``stats`` or, if the job failed, an ``error``.
+    """The output of request ``number`` at ``at_s`` (monotonic seconds): that it was submitted, tokens with their
+    log-probabilities and, if wanted, the most probable tokens in the place of each, how it ended. The last output has
+    a ``stats`` or, if the job failed, an ``error``.
 
     ``reason``: stop, length, aborted or error; with error, ``fault`` is the layer whose numbers were not finite.
     ``load``: the orchestrator's, for those who watch."""
@@ -46,6 +48,7 @@ class RequestOutput:
     reason: str = ""
     stats: RequestStats | None = None
     logps: tuple[float, ...] = ()
+    tops: tuple[tuple[TopToken, ...], ...] = ()
     load: tuple[int, int] = (0, 0)
     number: int = 0
     fault: int | None = None

@@ -12,6 +12,7 @@ from typing import Any
 
 from launch.requests import Cancel, Close, Order, RequestOutput, Submit
 from pipeinfer.core.errors import PipeinferError
+from pipeinfer.core.messages import TopToken
 from pipeinfer.core.ports import Request, RequestStats, Sampling
 
 
@@ -32,7 +33,7 @@ def request_from_dict(found: dict[str, Any]) -> Request:
         **found,
         "prompt": tuple(found["prompt"]),
         "stop_tokens": frozenset(found["stop_tokens"]),
-        "sampling": Sampling(**found["sampling"]),
+        "sampling": Sampling.from_dict(found["sampling"]),
     })  # fmt: skip
 
 
@@ -65,6 +66,7 @@ def output_from_dict(found: dict[str, Any]) -> RequestOutput:
     return RequestOutput(**{
         **found,
         **{name: tuple(found[name]) for name in ("tokens", "logps", "load")},
+        "tops": tuple(tuple(TopToken(*pair) for pair in top) for top in found["tops"]),
         "stats": None if found["stats"] is None else RequestStats(**found["stats"]),
         "error": None if found["error"] is None else PipeinferError(found["error"]),
     })  # fmt: skip

@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """The parser of the whole command line."""
-    from pipeinfer.cli import bench, calibrate, doctor, plot, replay, run, serve, slurm_script
+    from pipeinfer.cli import batch, bench, bench_serve, calibrate, chat, doctor, plot, replay, run, serve, slurm_script
 
     parser = Parser(
         prog="pipeinfer", description="Decode large language models over MPI with asynchronous speculation."
@@ -33,10 +33,13 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"pipeinfer {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     run.add_parser(commands)
+    chat.add_parser(commands)
     serve.add_parser(commands)
+    batch.add_parser(commands)
     calibrate.add_parser(commands)
     replay.add_parser(commands)
     bench.add_parser(commands)
+    bench_serve.add_parser(commands)
     doctor.add_parser(commands)
     plot.add_parser(commands)
     slurm_script.add_parser(commands)
@@ -59,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(argv: list[str]) -> int:
+    from pipeinfer.cli.bench_serve import commands_of
+
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(commands_of(argv))
     args.argv, args.parse = argv, parser.parse_args
     return int(args.command(args))
 

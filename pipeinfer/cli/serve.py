@@ -14,6 +14,7 @@ from pipeinfer.cli.run import (
     Progress,
     add_execution,
     add_models,
+    add_requests,
     note,
     open_engine,
     refuse_half_a_pair,
@@ -23,6 +24,7 @@ from pipeinfer.core.config import BUILTIN
 from pipeinfer.core.errors import UserError, refuse
 
 KEY = "PIPEINFER_API_KEY"
+MAX_NUM_SEQS = 8  # as an Engine has
 
 
 def add_parser(commands: Any) -> None:
@@ -30,8 +32,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
         help="serve HTTP clients of OpenAI's interface",
-        description="Serve /v1/completions, /v1/chat/completions, /v1/models and /health. Under mpirun or srun the "
-        "job's ranks are used and rank 0 listens; otherwise --ranks N starts N ranks on this machine. SIGTERM ends "
+        description="Serve /v1/completions, /v1/chat/completions, /v1/models, /tokenize, /detokenize, /health, "
+        "/metrics (for Prometheus), /openapi.json and a page at / that shows what is going on. Under mpirun or srun "
+        "the job's ranks are used and rank 0 listens; otherwise --ranks N starts N ranks on this machine. SIGTERM ends "
         "the server.",
     )
     parser.set_defaults(command=serve)
@@ -45,11 +48,16 @@ def add_parser(commands: Any) -> None:
         help="the model's id for clients (default: the name of the target's directory); `default` always works, too",
     )
     http.add_argument(
-        "--max-queue", type=int, default=64, metavar="N", help="requests at a time, waiting ones included (default 64)"
+        "--max-queue",
+        type=int,
+        default=64,
+        metavar="N",
+        help="sequences at a time, waiting ones included (default 64); a sampled request has one for each choice",
     )
     http.add_argument(
         "--grace", type=float, default=10.0, metavar="S", help="seconds to finish requests after SIGTERM (default 10)"
     )
+    add_requests(parser.add_argument_group("requests"), MAX_NUM_SEQS)
     add_models(parser.add_argument_group("models"))
     add_execution(parser.add_argument_group("execution"))
 

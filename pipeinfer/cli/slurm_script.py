@@ -11,7 +11,7 @@ from typing import Any
 from launch.slurm import DIRECTIVES, LAUNCHERS, batch_script
 from pipeinfer.core.errors import refuse
 
-JOBS = ("run", "serve", "bench", "calibrate", "doctor")
+JOBS = ("run", "serve", "batch", "bench", "calibrate", "doctor")
 """The commands that run on several ranks."""
 
 

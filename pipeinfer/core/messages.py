@@ -18,6 +18,8 @@ MAX_KEPT = 0xFFFF
 """Most canonical slots that a FORK shares or a TRUNCATE keeps: wire.py has 16 bits for the length of an operation."""
 MAX_TOP = 20
 """Most (token, log-probability) pairs of a result row."""
+MAX_BIASES = 300
+"""Most tokens whose logits a request changes."""
 NO_SLOT = 0xFFFFFFFF
 """The parent of a row that attends to the canonical slots of its sequence alone; in a Cancelled, every row of a run."""
 
@@ -58,13 +60,14 @@ class Row(NamedTuple):
 class ResultRow(NamedTuple):
     """The target's next token after the row in ``slot``, with its log-probability (natural log). For a row whose
     numbers were not finite ``token`` holds the layer (see ``fault_token``) and ``logp`` is 0. Such rows come back even
-    where no token was wanted after them."""
+    where no token was wanted after them. ``top_count``: how many of the result's ``top`` are this row's."""
 
     token: int
     slot: int
     position: int
     logp: float
     sequence: int = 0
+    top_count: int = 0
 
 
 class TopToken(NamedTuple):
@@ -72,6 +75,13 @@ class TopToken(NamedTuple):
 
     token: int
     logp: float
+
+
+class TokenBias(NamedTuple):
+    """What is added to the logit of a token."""
+
+    token: int
+    bias: float
 
 
 class DraftNode(NamedTuple):
@@ -123,8 +133,9 @@ class Run(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Last stage -> orchestrator: the target's token after each wanted row, prompt rows included. ``top``: the n most
-    probable tokens after each of ``rows``, best first, n per row; none by default. The rest is as in Run."""
+    """Last stage -> orchestrator: the target's token after each wanted row, prompt rows included. ``top``: the most
+    probable tokens after the first of ``rows``, best first, then those after the next one; of each row as many as its
+    ``top_count`` says, which is its sequence's ``top_logprobs``. The rest is as in Run."""
 
     run: int
     is_tombstone: bool = False
@@ -132,6 +143,14 @@ class Result(NamedTuple):
     slowest_us: int = 0
     rows: tuple[ResultRow, ...] = ()
     top: tuple[TopToken, ...] = ()
+
+    def tops(self) -> list[tuple[TopToken, ...]]:
+        """Of each row its part of ``top``."""
+        found, end = list[tuple[TopToken, ...]](), 0
+        for row in self.rows:
+            found.append(self.top[end : end + row.top_count])
+            end += row.top_count
+        return found
 
 
 class Credit(NamedTuple):
@@ -152,7 +171,8 @@ class Cancel(NamedTuple):
 
 class Settings(NamedTuple):
     """Orchestrator -> first stage -> ... -> last stage, and -> drafters: a sequence begins, and this is how its tokens
-    are drawn; see ports.Sampling."""
+    are drawn; see ports.Sampling. ``prompt_length``: of the request's own prompt, also where the sequence begins again
+    with tokens that were generated before."""
 
     sequence: int
     temperature: float = 0.0
@@ -161,6 +181,11 @@ class Settings(NamedTuple):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    top_logprobs: int = 0
+    prompt_length: int = 0
+    logit_bias: tuple[TokenBias, ...] = ()
 
 
 class Prompt(NamedTuple):

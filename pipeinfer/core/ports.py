@@ -9,7 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeinfer.core.messages import Message, Settings
+from pipeinfer.core.messages import Message, TopToken
+from pipeinfer.core.sampling import GREEDY as GREEDY
+from pipeinfer.core.sampling import SampledToken as SampledToken
+from pipeinfer.core.sampling import Sampling as Sampling
+from pipeinfer.core.sampling import SamplingInputs as SamplingInputs
 
 Payload = Any
 """Activations on their way between shards: [rows, hidden]. Machines pass them on and never look inside."""
@@ -40,58 +44,6 @@ class Batch:
     ancestor_ends: npt.NDArray[np.int64]
 
 
-SampledToken = tuple[int, float]
-"""A token and its log-probability (natural log)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the target's next token is drawn from its logits; the names and their order are those of transformers.
-
-    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1 change nothing. The
-    noise of a draw depends on ``seed`` (64 bits) and the drawn token's position alone."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def settings(self, sequence: int) -> Settings:
-        """As it travels, for the tokens of ``sequence``."""
-        return Settings(
-            sequence, self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed
-        )
-
-    @classmethod
-    def of(cls, settings: Settings) -> Sampling:
-        """The sampling of ``settings``."""
-        return cls(*settings[1:])
-
-
-GREEDY = Sampling()
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingInputs:
-    """What a shard must know to choose after rows of one or several sequences. ``samplings``: of each row.
-    ``positions``: int64 [rows], of the tokens to be drawn (one past their rows'). ``seen``: for each row the different
-    tokens before the drawn one, int64 [any], without any where its sampling has no repetition penalty; () if no row's
-    has one. ``is_guess``: a drafter asks, for what the target will draw."""
-
-    samplings: tuple[Sampling, ...]
-    positions: npt.NDArray[np.int64]
-    seen: tuple[npt.NDArray[np.int64], ...] = ()
-    is_guess: bool = False
-
-    def of(self, rows: Sequence[int]) -> SamplingInputs:
-        """The draw of ``rows`` alone, in their order."""
-        samplings = tuple([self.samplings[row] for row in rows])
-        seen = tuple([self.seen[row] for row in rows]) if self.seen else ()
-        return SamplingInputs(samplings, self.positions[list(rows)], seen, self.is_guess)
-
-
 class ShardModel(Protocol):
     """Some layers of a model with the key/value slots of those layers."""
 
@@ -105,7 +57,9 @@ class ShardModel(Protocol):
         self, hidden: Payload, rows: Sequence[int], count: int, draw: SamplingInputs | None = None
     ) -> list[list[SampledToken]]:
         """The ``count`` best next tokens after each of ``rows``, best first; the first one is what ``draw`` draws, by
-        default the most probable one. What stands for a row of ``faults`` means nothing. Only for the last shard.
+        default the most probable one. Behind them, unless they are guesses, come the most probable tokens by the
+        model's own logits, best first and of equal ones the lowest: as many as the row's ``top_logprobs`` says, or all
+        there are. What stands for a row of ``faults`` means nothing. Only for the last shard.
         Log-probabilities are those of the model's own logits; for a guess, of its scores with the noise of the draw in
         them: how likely another model, given the same noise, is to draw that token."""
         ...
@@ -241,11 +195,12 @@ class Wake:
 @dataclass(frozen=True, slots=True)
 class Emit:
     """These tokens of request ``number`` are final: show them. ``logps``: their log-probabilities (natural log) by the
-    target's logits."""
+    target's logits. ``tops``: the most probable tokens in the place of each, where the request wants them."""
 
     tokens: tuple[int, ...]
     logps: tuple[float, ...] = ()
     number: int = 0
+    tops: tuple[tuple[TopToken, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +255,21 @@ class RequestStats:
     claimed_error: float = 0.0  # their expected calibration error as the drafts claimed them
     believed_error: float = 0.0  # and as the tree believed them
     calibrations: dict[str, Any] = field(default_factory=dict)  # what was learnt of each source
+    acceptance_histogram: list[int] = field(default_factory=list)  # steps by how many drafted rows they accepted
+
+    def emit(self, is_drafted: bool) -> None:
+        """Count an emitted token, which a drafted row held or none. A step ends with a correction; the first one is the
+        prompt's own successor, which ends none."""
+        if is_drafted:
+            self.accepted += 1
+            return
+        self.corrections += 1
+        if self.corrections == 1:
+            return
+        histogram = self.acceptance_histogram
+        step = self.accepted - sum(length * count for length, count in enumerate(histogram))
+        histogram += [0] * (step + 1 - len(histogram))
+        histogram[step] += 1
 
 
 class Machine(Protocol):

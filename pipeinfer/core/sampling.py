@@ -1,18 +1,102 @@
-"""What may be asked of sampling, checked and put into the form in which every rank has it."""
+"""How tokens are drawn: what may be asked, checked and put into the form in which every rank has it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeinfer.core.errors import refuse
-from pipeinfer.core.ports import Sampling
+from pipeinfer.core.messages import MAX_BIASES, MAX_TOP, Settings, TokenBias
 
 LEAST, MOST = float(np.float32(1e-5)), 1e5
 """Bounds of temperature and penalty; within them no score leaves the range of 32-bit numbers."""
+MOST_PENALTY = 2.0
+"""Of presence and frequency, either way; as at OpenAI."""
+MOST_BIAS = 100.0
+"""Of a token's logit, either way; as at OpenAI."""
 MOST_STOPS = 16
 """Stop strings of one request."""
+
+
+SampledToken = tuple[int, float]
+"""A token and its log-probability (natural log)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the target's next token is drawn from its logits; the names and their order are those of transformers.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1 change nothing. The
+    noise of a draw depends on ``seed`` (64 bits) and the drawn token's position alone.
+
+    As at OpenAI: the logit of each generated token is lowered by ``presence_penalty``, and by ``frequency_penalty`` for
+    each time that it was generated; ``logit_bias``: pairs of a token and what is added to its logit. ``top_logprobs``:
+    how many of the most probable tokens by the model's own logits are wanted beside each token.
+
+    ``prompt_length``: tokens from this position on count as generated; part of a sequence's Settings, not of what a
+    user asks for."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    top_logprobs: int = 0
+    prompt_length: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def penalises_generated(self) -> bool:
+        """Whether the generated tokens matter, and how often each was."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def settings(self, sequence: int, prompt_length: int) -> Settings:
+        """As it travels, for the tokens of ``sequence``, whose request has a prompt of ``prompt_length`` tokens."""
+        first = (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
+        rest = (self.presence_penalty, self.frequency_penalty, self.top_logprobs, prompt_length)
+        return Settings(sequence, *first, *rest, tuple([TokenBias(*pair) for pair in self.logit_bias]))
+
+    @classmethod
+    def of(cls, settings: Settings) -> Sampling:
+        """The sampling of ``settings``."""
+        return cls(*settings[1:])
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Sampling:
+        """What ``dataclasses.asdict`` made of one, JSON in between or not."""
+        return cls(**{**found, "logit_bias": tuple([(token, bias) for token, bias in found["logit_bias"]])})
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingInputs:
+    """What a shard must know to choose after rows of one or several sequences. ``samplings``: of each row.
+    ``positions``: int64 [rows], of the tokens to be drawn (one past their rows'). ``seen``: for each row the different
+    tokens before the drawn one, int64 [any], without any where its sampling has no repetition penalty; () if no row's
+    has one. ``generated``: for each row the generated tokens before the drawn one, int64 [any], in order and with
+    repeats, where its sampling has a presence or frequency penalty; likewise. ``is_guess``: a drafter asks, for what
+    the target will draw."""
+
+    samplings: tuple[Sampling, ...]
+    positions: npt.NDArray[np.int64]
+    seen: tuple[npt.NDArray[np.int64], ...] = ()
+    is_guess: bool = False
+    generated: tuple[npt.NDArray[np.int64], ...] = ()
+
+    def of(self, rows: Sequence[int]) -> SamplingInputs:
+        """The draw of ``rows`` alone, in their order."""
+        samplings = tuple([self.samplings[row] for row in rows])
+        seen, generated = (tuple([each[row] for row in rows]) if each else () for each in (self.seen, self.generated))
+        return SamplingInputs(samplings, self.positions[list(rows)], seen, self.is_guess, generated)
 
 
 def exact(sampling: Sampling) -> Sampling:
@@ -34,7 +118,41 @@ def exact(sampling: Sampling) -> Sampling:
         refuse(f"repetition_penalty {sampling.repetition_penalty:g}", f"use 1 (none) or {bounds}")
     if not 0 <= sampling.seed < 2**64:
         refuse(f"seed {sampling.seed}", "use a whole number from 0 to 2^64 - 1")
-    return Sampling(temperature, int(sampling.top_k), top_p, min_p, penalty, int(sampling.seed))
+    if not 0 <= sampling.top_logprobs <= MAX_TOP:
+        refuse(f"top_logprobs {sampling.top_logprobs}", f"use a whole number from 0 to {MAX_TOP}")
+    return Sampling(
+        temperature,
+        int(sampling.top_k),
+        top_p,
+        min_p,
+        penalty,
+        int(sampling.seed),
+        _exact_penalty("presence_penalty", sampling.presence_penalty),
+        _exact_penalty("frequency_penalty", sampling.frequency_penalty),
+        int(sampling.top_logprobs),
+        sampling.prompt_length,
+        _exact_biases(sampling.logit_bias),
+    )
+
+
+def _exact_penalty(name: str, value: float) -> float:
+    if not -MOST_PENALTY <= value <= MOST_PENALTY:
+        refuse(f"{name} {value:g}", f"use a number from {-MOST_PENALTY:g} to {MOST_PENALTY:g}")
+    return float(np.float32(value))
+
+
+def _exact_biases(biases: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """``biases`` in the order of their tokens."""
+    if len(biases) > MAX_BIASES:
+        refuse(f"a logit_bias of {len(biases)} tokens", f"use at most {MAX_BIASES}")
+    if len(dict(biases)) < len(biases):
+        refuse("a logit_bias that names a token twice", "give each token once")
+    for token, bias in biases:
+        if not 0 <= token < 2**31:
+            refuse(f"logit_bias of token {token}", "use token ids of the model")
+        if not -MOST_BIAS <= bias <= MOST_BIAS:
+            refuse(f"logit_bias {bias:g} of token {token}", f"use a number from {-MOST_BIAS:g} to {MOST_BIAS:g}")
+    return tuple(sorted([(int(token), float(np.float32(bias))) for token, bias in biases]))
 
 
 def checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:

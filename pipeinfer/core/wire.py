@@ -22,6 +22,7 @@ from typing import Any
 
 from pipeinfer.core.errors import LocalProtocolError, RemoteProtocolError
 from pipeinfer.core.messages import (
+    MAX_BIASES,
     MAX_OPS,
     MAX_ROWS,
     MAX_TOP,
@@ -49,12 +50,13 @@ from pipeinfer.core.messages import (
     SlotOp,
     SlotOpKind,
     Status,
+    TokenBias,
     TopToken,
     Wants,
 )
 
 MAGIC = 0x4950
-VERSION = 3
+VERSION = 4
 ENVELOPE = struct.Struct("<HBBHHII")
 
 
@@ -134,16 +136,18 @@ def _slot_op(kind: int, slot: int, length: int, position: int, sequence: int) ->
 
 OPS = Items(struct.Struct("<BIHIIx"), _slot_op, MAX_OPS)
 ROWS = Items(struct.Struct("<iIIII"), Row)
-RESULTS = Items(struct.Struct("<iIIfI"), ResultRow)
+RESULTS = Items(struct.Struct("<iIIfIB"), ResultRow)
 TOP = Items(struct.Struct("<if"), TopToken, MAX_ROWS * MAX_TOP)
 NODES = Items(struct.Struct("<iIIf"), DraftNode)
 CANCELLED = Items(struct.Struct("<III"), Cancelled)
 TOKENS = Items(struct.Struct("<i"), None)
 OFFSETS = Items(struct.Struct("<f"), None)
+BIASES = Items(struct.Struct("<if"), TokenBias, MAX_BIASES)
 
 
-def _is_rectangle(result: Result) -> bool:
-    return not result.top or (bool(result.rows) and len(result.top) % len(result.rows) == 0)
+def _has_its_tops(result: Result) -> bool:
+    counts = [row.top_count for row in result.rows]
+    return sum(counts) == len(result.top) and max(counts, default=0) <= MAX_TOP
 
 
 LAYOUTS = {
@@ -151,7 +155,7 @@ LAYOUTS = {
     for layout in (
         _layout(1, Hello, "I"),
         _layout(2, Run, "I??BII", OPS, ROWS, enums={3: Wants}),
-        _layout(3, Result, "I?II", RESULTS, TOP, check=_is_rectangle),
+        _layout(3, Result, "I?II", RESULTS, TOP, check=_has_its_tops),
         _layout(4, Credit, "III"),
         _layout(5, Cancel, "?", CANCELLED),
         _layout(6, Prompt, "II?", TOKENS),
@@ -161,7 +165,7 @@ LAYOUTS = {
         _layout(10, Shutdown, ""),
         _layout(11, Probe, ""),
         _layout(12, Status, "?III"),
-        _layout(13, Settings, "IdIdddQ"),
+        _layout(13, Settings, "IdIdddQddBI", BIASES),
         _layout(14, DraftOrder, "I?IIf"),
         _layout(15, Calibrate, "IIf", OFFSETS),
         _layout(16, Failed, "I"),

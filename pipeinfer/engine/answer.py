@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeinfer.core.errors import NotFiniteError, UserError
+from pipeinfer.core.messages import TopToken
 from pipeinfer.core.metrics import measure
 from pipeinfer.core.ports import Request, RequestStats
 
@@ -24,7 +25,8 @@ class Completion:
     """One answer. ``finish_reason``: ``stop``, ``length``, ``cancelled``, or ``error``, which ``error`` explains; then
     text and tokens are what there was. ``metrics`` are those of pipeinfer.core.metrics; ``calibrations`` what has
     been learnt of the sources' probabilities; ``ranks`` says who computed it; ``logprobs`` are those of ``tokens``
-    (natural logarithm), by the model's logits before anything was done to them. ``meaningless``: acceptance was forced,
+    (natural logarithm), by the model's logits before anything was done to them, and ``top_logprobs`` the most probable
+    tokens in the place of each, if the sampling asked for some. ``meaningless``: acceptance was forced,
     the models did not say these tokens."""
 
     text: str = ""
@@ -37,6 +39,7 @@ class Completion:
     config: dict[str, Any] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[tuple[TopToken, ...]] = field(default_factory=list)
     meaningless: bool = False
 
 
@@ -134,6 +137,7 @@ class Handle:
             count, piece = self._reader.read(output.tokens)
             completion.tokens += output.tokens[:count]
             completion.logprobs += output.logps[:count]
+            completion.top_logprobs += output.tops[:count]
             self._emitted_at.append((output.at_s, count))
             if self._reader.is_stopped:
                 self._job.cancel(output.number)
@@ -239,8 +243,12 @@ class Handle:
                     return
                 if not taken:
                     await changed.wait()
-                elif taken[0]:
-                    yield taken[0]
+                    continue
+                piece, output = taken
+                if self._watch is not None:
+                    self._watch(output)
+                if piece:
+                    yield piece
         finally:
             with self._changed:
                 self._listeners.remove(listener)

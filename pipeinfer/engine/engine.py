@@ -66,16 +66,21 @@ class Engine:
     many there have to be; fused: how those ranks exchange activations, ``auto``, ``on`` or ``off``. context: most
     tokens of a request. max_num_seqs: requests that are decoded at once; others wait. kv_memory: bytes of each rank for
     keys and values, as a number or as ``8G`` (default: what so many whole contexts need, which is taken from the system
-    as it is used). prefix_caching: whether a request that begins like an earlier one shares what that has computed. comm: an mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may
-    move before the job gives up and says who waits for whom. trace: a file name; each rank N writes all that its roles
-    are told and command to ``<trace>.rankN``, for ``pipeinfer replay``. calibration: a file that ``pipeinfer
-    calibrate`` wrote.
+    as it is used). prefix_caching: whether a request that begins like an earlier one shares what that has computed.
+    comm: an mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may move before the
+    job gives up and says who waits for whom. trace: a file name; each rank N writes all that its roles are told and
+    command to ``<trace>.rankN``, for ``pipeinfer replay``. calibration: a file that ``pipeinfer calibrate`` wrote.
     forced_acceptance: the probability that a draft's first choice is right, or those of its first, second, ...: the
     models compute as always, but the tokens mean nothing and are shown as numbers, and no token ends a text.
     random_weights: with it, the directories need only a config.json; without a tokenizer a prompt is its bytes.
     check: called on the head before any model is loaded; a UserError it raises refuses the job on all ranks. Raises
     UserError for what cannot be done as asked.
     """
+
+    traffic = (0, 0)  # messages and bytes between the ranks, once the engine is closed
+    _job: Job | None = None  # of a rank that serves
+    _head: HeadJob | None = None
+    _builder: RequestBuilder | None = None  # on the head
 
     def __init__(
         self,
@@ -103,24 +108,22 @@ class Engine:
         prefix_caching: bool = True,
         check: Callable[[Engine], object] | None = None,
     ) -> None:
-        self._job: Job | None = None  # of a rank that serves
-        self._head: HeadJob | None = None
-        self._builder: RequestBuilder | None = None  # on the head
-        self.traffic = (0, 0)  # messages and bytes between the ranks, once the engine is closed
         self._world = open_world(comm)
         size = self._world.size if self._world else 1 if ranks is None else ranks
 
         def configure() -> Config:
             named = model_name(target, "target")
             drafts = draft_names(named, draft, drafters)
-            name = _name(policy) if policy else "continuous" if size > 1 or draft or drafts else "plain"
-            knobs, file = read_policy(name, settings).settings(), None if trace is None else _name(trace)
-            known = {} if calibration is None else read_calibrations(_name(calibration))
-            shares = forced_acceptance if isinstance(forced_acceptance, Sequence) else (forced_acceptance,)
-            more = known, tuple(map(float, shares)), random_weights, numerics, threads
-            config = Config(named, drafts, knobs, dtype, context, timeout_s, file, *more)
-            config = replace(config, tp=tp, stages=stages, fused=fused, prefix_caching=prefix_caching)
-            return replace(config, max_num_seqs=max_num_seqs, kv_memory=byte_count(kv_memory, "kv_memory"))
+            usual = "continuous" if size > 1 or draft or drafts else "plain"
+            knobs = read_policy(_name(policy) if policy else usual, settings).settings()
+            return Config(
+                target=named, drafts=drafts, policy=knobs, dtype=dtype, context=context,
+                timeout_s=timeout_s, trace=None if trace is None else _name(trace),
+                calibrations={} if calibration is None else read_calibrations(_name(calibration)),
+                forced_acceptance=_shares(forced_acceptance), random_weights=random_weights, numerics=numerics,
+                threads=threads, tp=tp, stages=stages, fused=fused, max_num_seqs=max_num_seqs,
+                kv_memory=byte_count(kv_memory, "kv_memory"), prefix_caching=prefix_caching,
+            )  # fmt: skip
 
         def prepare() -> Cleared:
             if ranks not in (None, size):
@@ -128,9 +131,8 @@ class Engine:
             self._asked = configure()
             cleared = clear(self._asked, size, self._world.has_kernels if self._world else None)
             self.config = cleared.config
-            self._builder = RequestBuilder(self.config, cleared)
-            self.context = self._builder.context
-            self.sampling, self.ignored = self._builder.sampling, self._builder.ignored
+            self._builder = builder = RequestBuilder(self.config, cleared)
+            self.context, self.sampling, self.ignored = builder.context, builder.sampling, builder.ignored
             if check is not None:
                 check(self)
             return cleared
@@ -138,8 +140,7 @@ class Engine:
         if self._world is not None:
             self._join(self._world, timeout_s, configure, prepare)
         else:
-            cleared = prepare()
-            # Spawned ranks resolve the dtypes themselves, together.
+            cleared = prepare()  # spawned ranks resolve the dtypes themselves, together
             self._head = spawn_job(self._asked, size) if size > 1 else lead_job(load_job(cleared))
 
     def _join(
@@ -341,6 +342,12 @@ def _stream(handle: Handle) -> Generator[str | Completion, None, None]:
         yield handle.result()
     finally:
         handle.cancel()  # where it has ended nothing happens
+
+
+def _shares(forced_acceptance: float | Sequence[float]) -> tuple[float, ...]:
+    """The probability that a draft's first choice is right, or those of its first, second, ..., as the last."""
+    given = forced_acceptance if isinstance(forced_acceptance, Sequence) else (forced_acceptance,)
+    return tuple(map(float, given))
 
 
 def _name(given: ModelName) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from pipeinfer.core.addresses import ORCHESTRATOR
 from pipeinfer.core.messages import MAX_ROWS, NO_SLOT, Cancel, Cancelled, Message
-from pipeinfer.core.ports import Send
+from pipeinfer.core.ports import Command, Send
+from pipeinfer.orchestrator.flight import InFlight
 from speculation.schedules.policy import Policy
 
 
@@ -20,10 +21,15 @@ class Advice:
         self._policy = policy
         self._stages = stages
 
-    def cancel(self, runs: Sequence[tuple[int, int]], rows: Sequence[Cancelled]) -> list[Send]:
-        """Cancel ``runs``, each with a sequence that it has rows of, and ``rows`` of other runs."""
+    def cancel(self, runs: Sequence[InFlight], rows: Sequence[Cancelled], now: float) -> list[Command]:
+        """Cancel ``runs`` at ``now``, and ``rows`` of others."""
         policy = self._policy
-        dead = (*(Cancelled(run, NO_SLOT, sequence) for run, sequence in runs), *(rows if policy.cancel_rows else ()))
+        for run in runs:
+            run.cancelled_at = now
+            for session in run.sessions:
+                session.stats.cancelled_runs += not run.is_prefill
+        whole = [Cancelled(run.number, NO_SLOT, run.sessions[0].sequence) for run in runs]
+        dead = (*whole, *(rows if policy.cancel_rows else ()))
         if not dead or policy.cancel == "off":
             return []
         is_relay = policy.cancel == "relay"

@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeinfer.core.errors import RemoteProtocolError
-from pipeinfer.core.messages import Cancelled, Result, ResultRow
+from pipeinfer.core.messages import Cancelled, Result, ResultRow, fault_layer
 from pipeinfer.orchestrator.session import Session
 from speculation.trees.tree import Node
 
@@ -16,8 +16,8 @@ from speculation.trees.tree import Node
 class InFlight:
     """A run in flight: whose rows it has, the nodes it carries, and those that it carries once more (see Launch).
 
-    ``prompts``: slots of prompt rows, by sequence. ``carries_root``: whether it carries the root of a tree of that time,
-    prompts aside. ``living``: nodes whose results may be of use."""
+    ``prompts``: slots of prompt rows, by sequence. ``carries_root``: whether it carries the root of a tree of that
+    time, prompts aside. ``living``: nodes whose results may be of use."""
 
     number: int
     sessions: list[Session] = field(default_factory=list)
@@ -32,18 +32,34 @@ class InFlight:
     cancelled_at: float | None = None
     living: int = 0
 
-    def hear(self, result: Result, sequences: Container[int]) -> None:
-        """Take the result of this run, not skipped: each node of ``sequences`` gets the target's token after it. Raises
-        RemoteProtocolError where a living row is missing."""
+    def account(self, result: Result, now: float, stages: int) -> None:
+        """Count what came of this run, which passed ``stages`` stages and is back ``now``, for its sessions."""
+        for session in self.sessions:
+            if result.is_tombstone:
+                session.stats.tombstones += 1
+                session.stats.cancel_s += 0.0 if self.cancelled_at is None else now - self.cancelled_at
+            if not (self.is_prefill or session.is_over):
+                session.stats.busy_s += 1e-6 * result.work_us / stages / len(self.sessions)
+
+    def hear(self, result: Result, sequences: Container[int]) -> dict[int, int | None]:
+        """Take the result of this run: each node of ``sequences`` gets the target's token after it. Returns the
+        sequences whose prompts have rows with numbers that are not finite, with the first layer that is to blame.
+        Raises RemoteProtocolError where a living row is missing, unless the run was skipped."""
+        if result.is_tombstone:
+            return {}
         choices: dict[int | None, ResultRow] = {row.slot: row for row in result.rows}
+        tops = {row.slot: top for row, top in zip(result.rows, result.tops(), strict=True)} if result.top else {}
         for node in self.nodes:
             if node.sequence not in sequences:
                 continue
             choice = choices.get(node.slot)
             if choice is not None:
                 node.choice, node.choice_logp = choice.token, choice.logp
+                node.choice_top = tops.get(choice.slot, ())
             elif node.alive:
                 raise RemoteProtocolError(f"run {self.number} came back without its row at position {node.position}")
+        faulty = [row for row in reversed(result.rows) if row.token < 0] if self.is_prefill else []
+        return {row.sequence: fault_layer(row.token) for row in faulty}
 
 
 class Flight:

@@ -3,8 +3,8 @@
 Theory of operation. Up to ``max_num_seqs`` requests are decoded at once; each is a session (session.py). A prompt is
 cut into chunks that flow through the stages like any run. A token tree starts at the prompt's last token; sources feed
 nodes into it whenever they like (sources.py). A credit from the first stage means that it can take one more run: then
-the schedule (schedule.py) takes nodes from the trees, as a rule the most probable unsent ones, and they leave as one run
-(launcher.py), each in a slot of its own (slot_allocator.py). Runs of prompts and runs of nodes take turns.
+the schedule (schedule.py) takes nodes from the trees, as a rule the most probable unsent ones, and they leave as one
+run (launcher.py), each in a slot of its own (slot_allocator.py). Runs of prompts and runs of nodes take turns.
 
     tree          run 7          run 8          run 9        results come back in launch order
     root --+-- a ---- b ---- c          ...                 RESULT 7: the target's token after each row of run 7
@@ -15,10 +15,9 @@ their slots; a run whose rows are all dead is cancelled, which is advice: the st
 tombstone, or computed and ignored. Accepted slots become canonical by an operation that rides in the next run. If
 nobody had guessed the target's token, the new root is unsent, and being certain it leads the next run.
 
-When the last token of a request is out, everything of it in flight is dead; the request is over for its user at once.
-Its place is free for another one when its last run has come back. Where a known token finds no slot, although no guess
-holds one, the session that came last is preempted: it gives up its slots and begins again later, with all tokens that
-are out as its prompt. pool.py has what is kept and shared.
+When the last token of a request is out, the request is over for its user at once; its place is free when its last run
+has come back. Where a known token finds no slot, although no guess holds one, the session that came last is preempted:
+it gives up its slots and begins again later, with all tokens that are out as its prompt. pool.py has what is shared.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ from pipeinfer.core.edges import Edges
 from pipeinfer.core.errors import LocalProtocolError, RankFailed, RemoteProtocolError
 from pipeinfer.core.messages import (
     Body,
-    Cancelled,
     Credit,
     Failed,
     Hello,
@@ -43,7 +41,6 @@ from pipeinfer.core.messages import (
     Run,
     Shutdown,
     Status,
-    fault_layer,
 )
 from pipeinfer.core.ports import (
     Aborted,
@@ -192,17 +189,13 @@ class Orchestrator:
     def _submit(self, submitted: Submitted) -> list[Command]:
         if self._is_closed:
             raise LocalProtocolError(f"request {submitted.number} was submitted after the last one")
-        number = submitted.number
-        if number in self._waiting.numbers or any(one.caller_number == number for one in self._served()):
+        number, served = submitted.number, (*self._sessions.values(), *self._draining)
+        if number in self._waiting.numbers or any(one.caller_number == number for one in served):
             raise LocalProtocolError(f"request {number} was submitted while another one of that number is there")
         self._waiting.submit(submitted)
         return self._proceed()
 
-    def _served(self) -> list[Session]:
-        """All sessions that are no longer waiting."""
-        return [*self._sessions.values(), *self._draining]
-
-    def _admit(self) -> list[Command] | None:
+    def _begin(self) -> list[Command] | None:
         """Begin the next request, if there is one and a place and slots for it."""
         session = self._waiting.next
         if session is None or len(self._sessions) + len(self._draining) >= self._most_sessions:
@@ -210,7 +203,7 @@ class Orchestrator:
         if any(one.is_preempted and one.rank < session.rank for one in self._draining):
             return None  # it waits for its runs, and is the next one then
         sequence = self._sequences + 1
-        shared = self._pool.admit(session, sequence, self._sessions.values())
+        shared = self._pool.begin(session, sequence, self._sessions.values())
         if shared is None:
             return None
         self._sequences = sequence
@@ -218,14 +211,14 @@ class Orchestrator:
         session.prefilled = shared
         self._sessions[sequence] = session
         self._schedule.opened(session.tree)
-        settings = session.request.sampling.settings(sequence)
+        settings = session.request.sampling.settings(sequence, len(session.request.prompt))
         return [self._send(FIRST_STAGE, settings), *self._sources.open(session)]
 
     def _abort(self, number: int) -> list[Command]:
         waiting = self._waiting.remove(number)
         if waiting is not None:
             return [Finish("aborted", number), Idle(waiting.stats, number), *self._end_if_closed()]
-        for session in self._served():
+        for session in (*self._sessions.values(), *self._draining):
             if session.caller_number == number and session.is_preempted:
                 session.is_preempted = False
                 return [Finish("aborted", number)]  # its runs are on their way back
@@ -235,7 +228,7 @@ class Orchestrator:
 
     def _close(self) -> list[Command]:
         self._is_closed = True
-        numbers = [*self._waiting.numbers, *(session.caller_number for session in self._served())]
+        numbers = [*self._waiting.numbers, *(one.caller_number for one in (*self._sessions.values(), *self._draining))]
         commands = [command for number in numbers for command in self._abort(number)]
         return commands if numbers else self._end_if_closed()
 
@@ -258,7 +251,7 @@ class Orchestrator:
         session.is_over = True
         del self._sessions[session.sequence]
         self._draining.append(session)
-        commands = self._cancel(*self._flight.doomed(session))
+        commands: list[Command] = self._advice.cancel(*self._flight.doomed(session), self._now)
         session.tree.prune()
         self._schedule.closed(session.tree)
         return commands + list(self._sources.close(session.sequence))
@@ -294,13 +287,13 @@ class Orchestrator:
         decoding = [one for one in self._sessions.values() if one.prefilled == one.prompt]
         trees = [one.tree for one in decoding or self._sessions.values()]
         roots = sum(tree.root.pending for tree in trees)
-        self._pool.secure(roots)
+        self._pool.secure(roots + sum(one.prompt - one.prefilled for one in self._sessions.values()))
         now = Situation(
             trees,
             self._credits,
             len(self._flight),
             self._window - len(self._flight),
-            self._allocator.room(len(decoding) if len(decoding) > 1 else 0),
+            self._allocator.room(len(decoding) if len(decoding) > 1 else roots),
             self._now,
             self._allocator.free_slots(),
         )
@@ -308,7 +301,7 @@ class Orchestrator:
             return self._result(self._deferred.popleft())
         if self.roster.awaited:
             return None
-        if (begun := self._admit()) is not None:
+        if (begun := self._begin()) is not None:
             return begun
         if roots > now.root_room and not self._allocator.counts()[1]:  # a guess that holds a slot gives it back
             return self._preempt(max(self._sessions.values(), key=lambda one: one.rank))
@@ -342,39 +335,26 @@ class Orchestrator:
 
     def _result(self, result: Result) -> list[Command]:
         run = self._flight.land(result.run)
-        over = [session for session in run.sessions if session.is_over]
         living = [session for session in run.sessions if not session.is_over]
-        if result.is_tombstone:
-            for session in run.sessions:
-                session.stats.tombstones += 1
-                if run.cancelled_at is not None:
-                    session.stats.cancel_s += self._now - run.cancelled_at
-        elif not run.is_prefill:
+        run.account(result, self._now, len(self.roster.stages))
+        if not (result.is_tombstone or run.is_prefill):
             # Where rows died on the way nobody knows how many the slowest stage had.
             slowest_s = 1e-6 * result.slowest_us if len(result.rows) == run.rows else None
             self._schedule.returned(run.rows, slowest_s, self._now - run.launched_at, run.carries_root)
-        commands: list[Command] = [command for session in over for command in self._settle(session)]
-        for session in living if not run.is_prefill else ():
-            session.stats.busy_s += 1e-6 * result.work_us / len(self.roster.stages) / len(run.sessions)
-        if not result.is_tombstone:
-            run.hear(result, self._sessions)
-        faulty = [row for row in result.rows if row.token < 0] if run.is_prefill else []
-        faults = {row.sequence: fault_layer(row.token) for row in reversed(faulty)}  # the first one of a sequence
+        commands = [command for one in run.sessions if one.is_over for command in self._settle(one)]
+        faults = run.hear(result, self._sessions)
         died, advanced = list[Node](), list[tuple[int, list[Node], bool]]()
         for session in living:
             if session.sequence in faults:
                 commands += self._finish(session, "error", faults[session.sequence])
             else:
                 commands += self._accept(session, run, died, advanced)
-        commands += self._cancel(
-            *self._flight.losses(died, {key: one.tree.root for key, one in self._sessions.items()})
-        )
+        roots = {sequence: one.tree.root for sequence, one in self._sessions.items()}
+        commands += self._advice.cancel(*self._flight.losses(died, roots), self._now)
         guesses = self._schedule.guesses
-        return commands + [
-            send
-            for sequence, accepted, restarts in advanced
-            for send in self._sources.advance(sequence, accepted, restarts, guesses)
-        ]
+        for sequence, accepted, restarts in advanced:
+            commands += self._sources.advance(sequence, accepted, restarts, guesses)
+        return commands
 
     def _accept(
         self, session: Session, run: InFlight, died: list[Node], advanced: list[tuple[int, list[Node], bool]]
@@ -388,20 +368,17 @@ class Orchestrator:
         session.emitted += len(outcome.accepted)
         session.stats.verifications += not run.is_prefill
         for node in outcome.accepted:
-            if node.slot is None:
-                session.stats.corrections += 1
-            else:
-                session.stats.accepted += 1
+            session.stats.emit(node.slot is not None)
+            if node.slot is not None:
                 self._allocator.commit(session.sequence, node.slot)
         tokens = tuple(node.token for node in outcome.accepted)
         session.text += tokens
-        died += outcome.died
-        commands: list[Command] = [Emit(tokens, tuple(outcome.logps), session.caller_number)]
+        tops = tuple(outcome.tops) if session.request.sampling.top_logprobs else ()
+        commands: list[Command] = [Emit(tokens, tuple(outcome.logps), session.caller_number, tops)]
         restarts = self._schedule.restarts(outcome.accepted)
         if restarts:
-            pruned = session.tree.prune()
-            outcome.died += pruned
-            died += pruned
+            outcome.died += session.tree.prune()
+        died += outcome.died
         self._allocator.release(session.sequence, *[node.slot for node in outcome.died if node.slot is not None])
         if outcome.stopped or not session.left:
             return commands + self._finish(session, "stop" if outcome.stopped else "length")
@@ -411,14 +388,6 @@ class Orchestrator:
             commands.append(Note(decided))
         advanced.append((session.sequence, outcome.accepted, restarts))
         return commands
-
-    def _cancel(self, runs: list[InFlight], rows: list[Cancelled]) -> list[Command]:
-        """Advise the stages to skip ``runs``, and ``rows`` of others."""
-        for run in runs:
-            run.cancelled_at = self._now
-            for session in run.sessions:
-                session.stats.cancelled_runs += not run.is_prefill
-        return list(self._advice.cancel([(run.number, run.sessions[0].sequence) for run in runs], rows))
 
     def _send(self, dest: int, body: Body) -> Send:
         return Send(self._edges.message(dest, body))

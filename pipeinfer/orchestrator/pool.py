@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from kvbuffers.slot_allocator import SlotAllocator
+from pipeinfer.core.messages import MAX_KEPT
 from pipeinfer.orchestrator.session import Session
 
 LEAST_SHARED = 16
@@ -25,16 +26,16 @@ class Pool:
         self._keeps = keeps
         self._kept: dict[int, list[int]] = {}  # sequence -> tokens in its canonical slots, least recently used first
 
-    def admit(self, session: Session, sequence: int, active: Iterable[Session]) -> int | None:
+    def begin(self, session: Session, sequence: int, active: Iterable[Session]) -> int | None:
         """Begin the slots of ``sequence``, which ``session`` is about to become, beside the ``active`` ones: how many
         tokens it shares with another sequence, or None if its prompt finds no slots now. Each active session may still
         want slots for the rest of its prompt and for its next token."""
         active = list(active)
         owed = sum(one.prompt - one.prefilled + 1 for one in active)
         source, length = self._match(session.text, active) if self._keeps else (0, 0)
-        if not self._clear(owed + len(session.text) - length + 1, but=source):
+        if not self._finds(owed + len(session.text) - length + 1, but=source):
             source, length = 0, 0
-            if not self._clear(owed + len(session.text) + 1, but=0):
+            if not self._finds(owed + len(session.text) + 1, but=0):
                 return None
         if length:
             self.allocator.fork(sequence, source, length)
@@ -42,41 +43,52 @@ class Pool:
                 self._kept[source] = self._kept.pop(source)  # the most recently used one now
         return length
 
-    def secure(self, roots: int) -> None:
-        """Let kept sequences go where ``roots`` known tokens or guesses would find no slot."""
+    def secure(self, known: int) -> None:
+        """Let kept sequences go where ``known`` tokens, roots or of prompts, or guesses would find no slot."""
         if self._kept:
             allocator = self.allocator
-            self._clear(roots + allocator.speculative - allocator.counts()[1], but=0)
+            self._clear(known + allocator.speculative - allocator.counts()[1], but=0)
+
+    def _finds(self, count: int, but: int) -> bool:
+        """Whether ``count`` slots can be leased, if need be after kept sequences, ``but`` not, have gone. None goes
+        where all of them would not be enough."""
+        held = sum(len(tokens) for sequence, tokens in self._kept.items() if sequence != but)
+        return count <= self.allocator.free_slots() + held and self._clear(count, but)
 
     def _clear(self, count: int, but: int) -> bool:
         """Free kept sequences, ``but`` not, until ``count`` slots can be leased; whether they can."""
         allocator = self.allocator
-        for sequence in list(self._kept) if allocator.free_slots() < count else ():
-            if sequence != but:
-                del self._kept[sequence]
-                allocator.free(sequence)
-                if allocator.free_slots() >= count:
-                    break
-        return allocator.free_slots() >= count
+        free = allocator.free_slots()
+        for sequence in [kept for kept in self._kept if kept != but] if free < count else ():
+            del self._kept[sequence]
+            allocator.free(sequence)
+            if (free := allocator.free_slots()) >= count:
+                break
+        return free >= count
 
     def _match(self, text: Sequence[int], active: Iterable[Session]) -> tuple[int, int]:
         """The sequence that begins like ``text`` for longest, and for how many tokens; the last token is not among
         them, as the target's choice after it is wanted."""
         best, longest = 0, LEAST_SHARED - 1
-        live = ((one.sequence, one.text[: self.allocator.length(one.sequence)]) for one in active if one.has_result)
+        live = ((one.sequence, self._verified(one)) for one in active if one.has_result)
         for sequence, tokens in (*self._kept.items(), *live):
-            most = min(len(tokens), len(text) - 1)
+            most = min(len(tokens), len(text) - 1, MAX_KEPT)
             if most > longest and tokens[: longest + 1] == text[: longest + 1]:
                 best, longest = sequence, _common(tokens, text, longest + 1, most)
         return (best, longest) if best else (0, 0)
 
+    def _verified(self, session: Session) -> list[int]:
+        """The tokens in the canonical slots of ``session`` that the target has read. The root is not one of them: its
+        numbers may turn out not to be finite, and then whoever shares them would not fail as it does alone."""
+        return session.text[: min(self.allocator.length(session.sequence), session.tree.root.position)]
+
     def end(self, session: Session, is_whole: bool) -> None:
         """``session`` is over, and no row of it is in flight. ``is_whole``: every stage has computed what is in its
         canonical slots."""
-        length = self.allocator.length(session.sequence)
-        if self._keeps and is_whole and length >= LEAST_SHARED:
+        tokens = self._verified(session)
+        if self._keeps and is_whole and len(tokens) >= LEAST_SHARED:
             self.allocator.retire(session.sequence)
-            self._kept[session.sequence] = session.text[:length]
+            self._kept[session.sequence] = tokens
         else:
             self.allocator.free(session.sequence)
 

@@ -117,7 +117,8 @@ class Sources:
 
     def _prompt(self, drafter: int, session: Session) -> list[Send]:
         prompt, sequence = tuple(session.text), session.sequence
-        sends = [self._send_to(drafter, session.request.sampling.settings(sequence)), *self._teach(drafter)]
+        settings = session.request.sampling.settings(sequence, len(session.request.prompt))
+        sends = [self._send_to(drafter, settings), *self._teach(drafter)]
         for start in range(0, len(prompt), MAX_ROWS):
             is_last = start + MAX_ROWS >= len(prompt)
             part = Prompt(sequence, session.last_position, is_last, prompt[start : start + MAX_ROWS])

@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeinfer.core.errors import refuse
-from pipeinfer.core.messages import Message
+from pipeinfer.core.messages import Message, TopToken
 from pipeinfer.core.ports import (
     Batch,
     Command,
@@ -144,7 +144,8 @@ def _batch_form(batch: Batch) -> tuple[Any, ...]:
 
 
 def _draw_form(draw: SamplingInputs) -> tuple[Any, ...]:
-    return draw.samplings, draw.positions.tolist(), [_packed(tokens.tobytes()) for tokens in draw.seen], draw.is_guess
+    seen, generated = ([_packed(tokens.tobytes()) for tokens in each] for each in (draw.seen, draw.generated))
+    return draw.samplings, draw.positions.tolist(), seen, draw.is_guess, generated
 
 
 _FORMS: dict[type, Callable[[Any], Any]] = {kind: _named(kind) for kind in (*get_args(Event), *get_args(Command))}
@@ -251,12 +252,16 @@ def _ranges(stored: list[str]) -> tuple[npt.NDArray[np.int64], ...]:
     return tuple(np.frombuffer(_unpacked(packed), np.int64).reshape(-1, 2) for packed in stored)
 
 
+def _texts(stored: list[str]) -> tuple[npt.NDArray[np.int64], ...]:
+    return tuple(np.frombuffer(_unpacked(tokens), np.int64) for tokens in stored)
+
+
 def _payload(is_there: bool) -> str | None:
     return TENSOR if is_there else None
 
 
 _KINDS = {layout.kind.__name__: layout for layout in LAYOUTS.values()}
-_SAMPLING = _maker(Sampling)
+_SAMPLING = _maker(Sampling, logit_bias=lambda stored: tuple(map(tuple, stored)))
 _READERS: dict[type, dict[str, Callable[[Any], Any]]] = {
     Received: {"message": _message, "payload": _payload},
     Computed: {
@@ -285,10 +290,15 @@ _READERS: dict[type, dict[str, Callable[[Any], Any]]] = {
             SamplingInputs,
             samplings=lambda stored: tuple(map(_SAMPLING, stored)),
             positions=_integers,
-            seen=lambda stored: tuple(np.frombuffer(_unpacked(tokens), np.int64) for tokens in stored),
+            seen=_texts,
+            generated=_texts,
         ),
     },
-    Emit: {"tokens": tuple, "logps": tuple},
+    Emit: {
+        "tokens": tuple,
+        "logps": tuple,
+        "tops": lambda stored: tuple(tuple(TopToken(*pair) for pair in pairs) for pairs in stored),
+    },
     Idle: {"stats": _maker(RequestStats)},
 }
 _EVENTS = {kind.__name__: _maker(kind, **_READERS.get(kind, {})) for kind in get_args(Event)}

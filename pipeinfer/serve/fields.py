@@ -1,164 +1,154 @@
-"""The fields of a request body: read, checked and turned into what the engine takes.
+"""The fields of a request to decode: read, checked and turned into what the engine takes.
 
 A field that would change the answer and that the engine does not support is refused by name, unless it has the value
 that changes nothing. A field that nobody knows is refused, too."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from dataclasses import dataclass, field
+from typing import Any
 
 from pipeinfer.core.errors import UserError
-from pipeinfer.core.ports import GREEDY
-from pipeinfer.core.sampling import checked_stops, exact
+from pipeinfer.core.sampling import checked_stops
+from pipeinfer.serve.checks import ANY, Neutral, flag, read_object, refuse_others, shown, take, whole
 from pipeinfer.serve.errors import ApiError, invalid
+from pipeinfer.serve.prompts import TextOrTokens, messages, prompts
+from pipeinfer.serve.sampling_fields import FIELDS, logprobs, sampling
 
 DEFAULT_MODEL = "default"
 """The id by which the model can always be asked for."""
 COMPLETION_TOKENS = 16
 """New tokens of a completion that does not say how many, as at OpenAI. A chat has what is left of the context."""
-SAMPLING: dict[str, tuple[type, ...]] = {
-    "temperature": (float, int),
-    "top_p": (float, int),
-    "min_p": (float, int),
-    "repetition_penalty": (float, int),
-    "top_k": (int,),
-    "seed": (int,),
-}
-ROLES = ("system", "developer", "user", "assistant")
-MOST_SHOWN = 60  # characters of a name that an error message repeats
+MOST_CHOICES = 128
+"""Choices of one response, as at OpenAI."""
+MOST_PRIORITY = 2**31 - 1
 
-ANY = object()
-# Fields that are not supported, with the values that change nothing; null is always one. ANY: no value does.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
     "store": (False,),
     "service_tier": ("auto", "default"),
     "user": (ANY,),
     "metadata": (ANY,),
     "safety_identifier": (ANY,),
     "prompt_cache_key": (ANY,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "use_beam_search": (False,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),
+    "prompt_logprobs": (),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
 }
-_NEUTRAL_COMPLETION: dict[str, tuple[object, ...]] = {"echo": (False,), "best_of": (1,), "suffix": ("",)}
+_NEUTRAL_COMPLETION: dict[str, tuple[object, ...]] = {
+    "best_of": (1,),
+    "suffix": ("",),
+    "add_special_tokens": (True,),
+}
 _NEUTRAL_CHAT: dict[str, tuple[object, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (ANY,),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
-    "top_logprobs": (0,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "add_special_tokens": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "echo": (False,),
 }
 _SUPPORTED = {
-    "model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "stop", "logprobs", "ignore_eos",
-    *SAMPLING,
+    "model", "n", "stream", "stream_options", "max_tokens", "max_completion_tokens", "stop", "logprobs", "ignore_eos",
+    "priority", *FIELDS,
 }  # fmt: skip
-_NEUTRAL_STREAM_OPTIONS: dict[str, tuple[object, ...]] = {
-    "include_obfuscation": (False,),
-    "continuous_usage_stats": (False,),
-}
+_STREAM_OPTIONS = ("include_usage", "continuous_usage_stats")
+_NEUTRAL_STREAM_OPTIONS: dict[str, tuple[object, ...]] = {"include_obfuscation": (False,)}
 
 
 @dataclass(frozen=True, slots=True)
 class ApiRequest:
-    """One request. ``prompt``: text or token ids; ``messages``: those of a chat, which has no prompt. ``sampling``: the
-    sampling settings that were given. ``max_new_tokens``: None if nothing was said."""
+    """One request. ``prompts``: texts or token ids; ``messages``: those of a chat, which has no prompts. ``n``: choices
+    for each prompt. ``sampling``: the sampling settings that were given. ``max_new_tokens``: None if nothing was said.
+    ``usage`` and ``continuous_usage``: whether a stream tells how many tokens there were, at its end or in each chunk.
+    ``logprobs``: of how many alternatives, None: of no token at all. ``priority``: lower ones go first."""
 
-    prompt: str | list[int] = ""
+    prompts: list[TextOrTokens] = field(default_factory=list)
     messages: list[dict[str, str]] | None = None
+    n: int = 1
     sampling: dict[str, Any] = field(default_factory=dict)
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     stream: bool = False
-    include_usage: bool = False
-    with_logprobs: bool = False
+    usage: bool = False
+    continuous_usage: bool = False
+    logprobs: int | None = None
+    echo: bool = False
+    priority: int = 0
 
 
 def parse(data: bytes, is_chat: bool, models: tuple[str, ...]) -> ApiRequest:
     """The request in the body ``data``, for one of ``models``. Raises ApiError: 404 for another model, 400 for whatever
     else cannot be served."""
-    fields = _read_object(data)
-    model = _take(fields, "model", (str,), "a text", models[0])
-    if model not in models:
-        known = " or ".join(map(_shown, models))
-        raise ApiError(404, f"the model {_shown(model)} does not exist; use {known}", "model", "model_not_found")
-    name = "messages" if is_chat else "prompt"
-    _refuse_others(fields, _SUPPORTED | {name}, _NEUTRAL | (_NEUTRAL_CHAT if is_chat else _NEUTRAL_COMPLETION))
-    stream = _take(fields, "stream", (bool,), "true or false", False)
-    return ApiRequest(
-        prompt="" if is_chat else _prompt(fields.get(name)),
-        messages=_messages(fields.get(name)) if is_chat else None,
-        sampling=_sampling(fields),
+    fields = read_object(data)
+    check_model(fields, models)
+    own = {"messages", "top_logprobs"} if is_chat else {"prompt", "echo"}
+    refuse_others(fields, _SUPPORTED | own, _neutral(is_chat))
+    stream = flag(fields, "stream")
+    usage, continuous = _stream_options(fields, stream)
+    asked = ApiRequest(
+        prompts=[] if is_chat else prompts(fields.get("prompt")),
+        messages=messages(fields.get("messages")) if is_chat else None,
+        n=whole(fields, "n", 1, MOST_CHOICES) or 1,
+        sampling=sampling(fields),
         max_new_tokens=_limit(fields),
         stop=_stop(fields.get("stop")),
-        ignore_eos=_take(fields, "ignore_eos", (bool,), "true or false", False),
+        ignore_eos=flag(fields, "ignore_eos"),
         stream=stream,
-        include_usage=_include_usage(fields, stream),
-        with_logprobs=_with_logprobs(fields, is_chat),
+        usage=usage,
+        continuous_usage=continuous,
+        logprobs=logprobs(fields, is_chat),
+        echo=not is_chat and flag(fields, "echo"),
+        priority=whole(fields, "priority", -MOST_PRIORITY, MOST_PRIORITY) or 0,
     )
+    if asked.echo and asked.logprobs is not None:
+        raise invalid("echo", "echo with logprobs is not supported: a prompt's log-probabilities are not computed")
+    if len(asked.prompts) * asked.n > MOST_CHOICES:
+        raise invalid("prompt", f"{len(asked.prompts)} prompts with n={asked.n}: at most {MOST_CHOICES} choices")
+    return asked
 
 
-def _read_object(data: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(data.decode(), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise invalid(None, f"the body is not JSON ({str(error) or type(error).__name__})") from None
-    if not isinstance(fields, dict):
-        raise invalid(None, "the body is not a JSON object")
-    return fields
+def check_model(fields: Mapping[str, Any], models: tuple[str, ...]) -> None:
+    """Raises ApiError (404) where the field ``model`` names none of ``models``; it may be absent."""
+    model = take(fields, "model", (str,), "a text", models[0])
+    if model not in models:
+        known = " or ".join(map(shown, models))
+        raise ApiError(404, f"the model {shown(model)} does not exist; use {known}", "model", "model_not_found")
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number in JSON")
-
-
-def _shown(value: object) -> str:
-    """``value`` as JSON, the beginning of a long one."""
-    said = json.dumps(value)
-    return said if len(said) <= MOST_SHOWN else said[:MOST_SHOWN] + "..."
-
-
-def _take(fields: Mapping[str, Any], name: str, kinds: tuple[type, ...], what: str, default: Any = None) -> Any:
-    """The value of a field, which must be ``what``; ``default`` where it is absent or null."""
-    value = fields.get(name)
-    if value is None:
-        return default
-    if type(value) not in kinds:  # True is no number
-        raise invalid(name, f"{name} must be {what}, not {_shown(value)}")
-    return value
-
-
-def _is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
-    return value is None or any(
-        same is ANY or (value == same and isinstance(value, bool) == isinstance(same, bool)) for same in neutral
-    )
-
-
-def _refuse_others(fields: Mapping[str, Any], supported: set[str], neutral: Mapping[str, tuple[object, ...]]) -> None:
-    """Refuse fields that are not ``supported``, but for their ``neutral`` values."""
-    for name, value in fields.items():
-        if name in supported or _is_neutral(value, neutral.get(name, ())):
-            continue
-        what = f"{name}={_shown(value)} is not supported" if name in neutral else f"unknown field {_shown(name)}"
-        raise invalid(name[:MOST_SHOWN], f"{what}; leave it out")
+def _neutral(is_chat: bool) -> Neutral:
+    return _NEUTRAL | (_NEUTRAL_CHAT if is_chat else _NEUTRAL_COMPLETION)
 
 
 def _limit(fields: Mapping[str, Any]) -> int | None:
     """The most new tokens, under its new or its old name."""
     for name in ("max_completion_tokens", "max_tokens"):
-        limit: int | None = _take(fields, name, (int,), "a whole number")
+        limit: int | None = take(fields, name, (int,), "a whole number")
         if limit is not None and limit < 1:
             raise invalid(name, f"{name} must be at least 1, not {limit}")
         if limit is not None:
@@ -166,100 +156,23 @@ def _limit(fields: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampling settings that are given, each within its bounds."""
-    given: dict[str, Any] = {}
-    for name, kinds in SAMPLING.items():
-        value = _take(fields, name, kinds, "a number" if float in kinds else "a whole number")
-        if value is None:
-            continue
-        if name == "seed" and -(2**63) <= value < 0:
-            value += 2**64  # OpenAI's seeds are signed
-        try:
-            given[name] = float(value) if float in kinds else value
-            exact(replace(GREEDY, **{name: given[name]}))
-        except OverflowError:
-            raise invalid(name, f"{name} is too large") from None
-        except UserError as error:
-            raise invalid(name, str(error)) from None
-    return given
-
-
 def _stop(value: object) -> tuple[str, ...]:
     stops = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise invalid("stop", f"stop must be a text or a list of texts, not {_shown(value)}")
+        raise invalid("stop", f"stop must be a text or a list of texts, not {shown(value)}")
     try:
         return checked_stops(stops)
     except UserError as error:
         raise invalid("stop", str(error)) from None
 
 
-def _include_usage(fields: Mapping[str, Any], stream: bool) -> bool:
-    options = _take(fields, "stream_options", (dict,), "an object")
+def _stream_options(fields: Mapping[str, Any], stream: bool) -> tuple[bool, bool]:
+    """Whether the last chunk, and whether every chunk, is to tell the usage."""
+    options = take(fields, "stream_options", (dict,), "an object")
     if options is None:
-        return False
+        return False, False
     if not stream:
         raise invalid("stream_options", "stream_options needs stream: true")
-    _refuse_others(options, {"include_usage"}, _NEUTRAL_STREAM_OPTIONS)
-    return bool(_take(options, "include_usage", (bool,), "true or false", False))
-
-
-def _with_logprobs(fields: Mapping[str, Any], is_chat: bool) -> bool:
-    """Whether the chosen tokens' log-probabilities are wanted; there are none of other tokens."""
-    if is_chat:
-        return bool(_take(fields, "logprobs", (bool,), "true or false", False))
-    most = _take(fields, "logprobs", (int,), "a whole number")
-    if most not in (None, 0):
-        raise invalid("logprobs", "log-probabilities are those of the chosen tokens only; use logprobs: 0")
-    return most is not None
-
-
-def _prompt(value: object) -> str | list[int]:
-    """Text or token ids; a list of one of them is taken for the one."""
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
-        value = value[0]
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value and isinstance(value[0], str | list):
-        raise invalid("prompt", f"{len(value)} prompts at once are not supported; send one request for each")
-    if not isinstance(value, list) or not all(type(token) is int for token in value):
-        raise invalid("prompt", f"prompt must be a text or a list of token ids, not {_shown(value)}")
-    return value
-
-
-def _messages(value: object) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise invalid("messages", "messages must be a list of at least one message")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
-
-
-def _message(value: object, place: str) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise invalid(place, f"{place} must be an object with role and content")
-    role = value.get("role")
-    if role not in ROLES:
-        raise invalid(f"{place}.role", f"{place}.role must be one of {', '.join(ROLES)}, not {_shown(role)}")
-    for name, said in value.items():
-        if name not in ("role", "content") and said not in (None, "", []):
-            raise invalid(f"{place}.{name[:MOST_SHOWN]}", f"{place}: {_shown(name)} is not supported; leave it out")
-    content = _content(value.get("content"), f"{place}.content")
-    return {"role": "system" if role == "developer" else role, "content": content}
-
-
-def _content(value: object, place: str) -> str:
-    """The text of a message, which may come in parts."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise invalid(place, f"{place} must be a text or a list of parts")
-    texts = []
-    for index, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            where = f"{place}[{index}]"
-            raise invalid(f"{where}.type", f"{where} is not of type text; other parts are not supported")
-        if not isinstance(part.get("text"), str):
-            raise invalid(f"{place}[{index}].text", f"{place}[{index}].text must be a text")
-        texts.append(part["text"])
-    return "\n".join(texts)
+    refuse_others(options, _STREAM_OPTIONS, _NEUTRAL_STREAM_OPTIONS)
+    usage, continuous = (flag(options, name) for name in _STREAM_OPTIONS)
+    return usage, usage and continuous

@@ -2,158 +2,201 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from pipeinfer.engine.answer import Completion
+from pipeinfer.serve.fields import ApiRequest
+from pipeinfer.serve.served import Served
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
+
+Decode = Callable[[Sequence[int]], str]
+Told = tuple[str, float, list[tuple[str, float]]]
+"""A token's text, its log-probability, and the same of its alternatives."""
 
 
 class TokenTexts:
     """The text of each token of an answer, one after another. ``decode`` gives the text of tokens; ``previous``: the
     prompt's last token, for some tokenizers drop the blank before the first word."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], previous: int) -> None:
+    def __init__(self, decode: Decode, previous: int) -> None:
         self._decode, self._previous = decode, previous
 
     def next(self, token: int) -> str:
-        """The text of ``token``. A part of a character is the replacement character."""
+        """The text of ``token``."""
+        text = self.of(token)
+        self._previous = token
+        return text
+
+    def of(self, token: int) -> str:
+        """The text of a ``token`` that might come next. A part of a character is the replacement character."""
         before = self._decode([self._previous])
         text = self._decode([self._previous, token])
-        self._previous = token
         is_apart = text.startswith(before) and REPLACEMENT not in text
         return text[len(before) :] if is_apart else self._decode([token])
 
 
-class Reply(Protocol):
-    """Makes the response objects of one request."""
+class Choice:
+    """What has been told of the choice ``index``, which ``served`` gives."""
 
-    with_usage: bool  # whether chunks have a field for it
+    def __init__(self, index: int, served: Served, decode: Decode) -> None:
+        self.index, self._served = index, served
+        self._texts = TokenTexts(decode, served.completion.prompt_tokens[-1])
+        self._told = 0  # tokens whose log-probabilities have been given
+        self.offset = 0  # characters of their texts
 
-    def whole(self, completion: Completion) -> dict[str, Any]:
-        """The answer as one object."""
-        ...
-
-    def opening(self) -> list[dict[str, Any]]:
-        """The chunks that come before any text."""
-        ...
-
-    def chunk(self, completion: Completion, piece: str, finish_reason: str | None = None) -> dict[str, Any]:
-        """The chunk with the text ``piece``; ``completion`` has what is known so far."""
-        ...
-
-    def usage_chunk(self, completion: Completion) -> dict[str, Any]:
-        """The last chunk, where usage was asked for."""
-        ...
+    def untold(self, with_tops: bool) -> list[Told]:
+        """The tokens that have come since this was asked last; ``with_tops``: with their alternatives. The engine's
+        thread adds a token to one list after the other."""
+        completion, first = self._served.completion, self._told
+        tops = completion.top_logprobs[first:] if with_tops else itertools.repeat(())
+        told = []
+        for token, logprob, top in zip(completion.tokens[first:], completion.logprobs[first:], tops, strict=False):
+            others = [(self._texts.of(other), _finite(value)) for other, value in top]
+            told.append((self._texts.next(token), _finite(logprob), others))
+        self._told += len(told)
+        return told
 
 
-class _Reply:
-    """What both kinds of answers have in common."""
+class Reply:
+    """Makes the response objects of one request, for which ``answers`` are decoded."""
 
     prefix = kind = chunk_kind = ""
 
-    def __init__(self, model: str, texts: TokenTexts | None, with_usage: bool) -> None:
-        """``model``: its name. ``texts``: where log-probabilities are wanted."""
-        self.with_usage = with_usage
-        self._texts = texts
+    def __init__(self, model: str, answers: Sequence[Served], asked: ApiRequest, decode: Decode) -> None:
+        self._answers, self._asked = answers, asked
+        self._choices = {served: [Choice(index, served, decode) for index in served.indices] for served in answers}
         self._shared = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._told = 0  # tokens whose log-probabilities have been given
+
+    def whole(self) -> dict[str, Any]:
+        """The answers as one object."""
+        choices = [
+            self._choice(choice, self._said(served, served.completion.text), served.completion.finish_reason)
+            for served in self._answers
+            for choice in self._choices[served]
+        ]
+        return self._object(self.kind, choices) | {"usage": self._usage(), "metrics": self._metrics()}
+
+    def opening(self) -> list[dict[str, Any]]:
+        """The chunks that come before any text."""
+        return []
+
+    def chunks(self, served: Served, piece: str, finish_reason: str | None = None) -> list[dict[str, Any]]:
+        """The chunks with ``piece`` more of the text that ``served`` gives."""
+        delta = self._delta(piece)
+        return [self._chunk([self._choice(choice, delta, finish_reason)]) for choice in self._choices[served]]
+
+    def closing(self) -> list[dict[str, Any]]:
+        """The chunks that come after all text."""
+        if not self._asked.usage:
+            return []
+        told = {"usage": self._usage(), "metrics": self._metrics()}
+        return [self._object(self.chunk_kind, []) | told]
+
+    def _said(self, served: Served, text: str) -> dict[str, Any]:
+        """The fields of a choice for the whole ``text``."""
+        raise NotImplementedError
+
+    def _delta(self, piece: str) -> dict[str, Any]:
+        """The fields of a choice for a ``piece`` of text."""
+        raise NotImplementedError
+
+    def _logprobs(self, choice: Choice) -> dict[str, Any]:
+        """What is told of the log-probabilities of tokens that are new."""
+        raise NotImplementedError
+
+    def _choice(self, choice: Choice, said: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+        logprobs = None if self._asked.logprobs is None else self._logprobs(choice)
+        return {"index": choice.index, **said, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self._shared["id"], "object": kind, **self._shared, "choices": choices}
 
-    def _choice(self, completion: Completion, said: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        logprobs = None if self._texts is None else self._logprobs(self._untold(completion, self._texts))
-        return {"index": 0, **said, "logprobs": logprobs, "finish_reason": finish_reason}
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        usage = {"usage": self._usage() if self._asked.continuous_usage else None} if self._asked.usage else {}
+        return self._object(self.chunk_kind, choices) | usage
 
-    def _untold(self, completion: Completion, texts: TokenTexts) -> list[tuple[str, float]]:
-        """Text and log-probability of the tokens that have come since this was asked last."""
-        found = list(zip(completion.tokens[self._told :], completion.logprobs[self._told :], strict=False))
-        self._told += len(found)
-        return [(texts.next(token), max(logprob, LEAST_LOGPROB)) for token, logprob in found]
+    def _every(self) -> Iterable[tuple[Served, Choice]]:
+        return ((served, choice) for served in self._answers for choice in self._choices[served])
 
-    def _logprobs(self, tokens: list[tuple[str, float]]) -> dict[str, Any]:
-        raise NotImplementedError
+    def _usage(self) -> dict[str, int]:
+        """How many tokens the prompts, each counted once, and the choices have so far."""
+        prompts = {served.indices.start // self._asked.n: served.completion.prompt_tokens for served in self._answers}
+        prompt = sum(map(len, prompts.values()))
+        new = sum(len(served.completion.tokens) for served, _ in self._every())
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
-    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
-        return self._object(self.chunk_kind, choices) | ({"usage": usage} if self.with_usage else {})
+    def _metrics(self) -> dict[str, Any] | None:
+        """vLLM's block of this name, which is about responses with one choice."""
+        (served, _), *others = self._every()
+        speculation = None if others else served.speculation()
+        return None if speculation is None else {"speculative_decoding": speculation}
 
-    def usage_chunk(self, completion: Completion) -> dict[str, Any]:
-        """See Reply."""
-        return self._chunk([], usage(completion))
 
-
-class TextReply(_Reply):
+class TextReply(Reply):
     """Answers of /v1/completions."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
-    _offset = 0  # characters of the tokens' texts so far
-
-    def whole(self, completion: Completion) -> dict[str, Any]:
-        """See Reply."""
-        choice = self._choice(completion, {"text": completion.text}, completion.finish_reason)
-        return self._object(self.kind, [choice]) | {"usage": usage(completion)}
 
     def opening(self) -> list[dict[str, Any]]:
-        """See Reply."""
-        return []
+        """See Reply. The prompts, where they are to be repeated."""
+        echoed = [served for served in self._answers if served.prompt]
+        return [chunk for served in echoed for chunk in self.chunks(served, served.prompt or "")]
 
-    def chunk(self, completion: Completion, piece: str, finish_reason: str | None = None) -> dict[str, Any]:
-        """See Reply."""
-        return self._chunk([self._choice(completion, {"text": piece}, finish_reason)])
+    def _said(self, served: Served, text: str) -> dict[str, Any]:
+        return {"text": (served.prompt or "") + text}
 
-    def _logprobs(self, tokens: list[tuple[str, float]]) -> dict[str, Any]:
-        offsets = []
-        for text, _ in tokens:
-            offsets.append(self._offset)
-            self._offset += len(text)
+    def _delta(self, piece: str) -> dict[str, Any]:
+        return {"text": piece}
+
+    def _logprobs(self, choice: Choice) -> dict[str, Any]:
+        told, offsets = choice.untold(bool(self._asked.logprobs)), []
+        for text, _, _ in told:
+            offsets.append(choice.offset)
+            choice.offset += len(text)
+        tops = [{text: logprob} | dict(others) for text, logprob, others in told] if self._asked.logprobs else None
         return {
-            "tokens": [text for text, _ in tokens],
-            "token_logprobs": [logprob for _, logprob in tokens],
-            "top_logprobs": None,
+            "tokens": [text for text, _, _ in told],
+            "token_logprobs": [logprob for _, logprob, _ in told],
+            "top_logprobs": tops,
             "text_offset": offsets,
         }
 
 
-class ChatReply(_Reply):
+class ChatReply(Reply):
     """Answers of /v1/chat/completions."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def whole(self, completion: Completion) -> dict[str, Any]:
-        """See Reply."""
-        message = {"role": "assistant", "content": completion.text, "refusal": None}
-        choice = self._choice(completion, {"message": message}, completion.finish_reason)
-        return self._object(self.kind, [choice]) | {"usage": usage(completion)}
-
     def opening(self) -> list[dict[str, Any]]:
         """See Reply."""
         said = {"delta": {"role": "assistant", "content": ""}}
-        return [self._chunk([{"index": 0, **said, "logprobs": None, "finish_reason": None}])]
+        return [
+            self._chunk([{"index": choice.index, **said, "logprobs": None, "finish_reason": None}])
+            for _, choice in self._every()
+        ]
 
-    def chunk(self, completion: Completion, piece: str, finish_reason: str | None = None) -> dict[str, Any]:
-        """See Reply."""
-        delta = {"content": piece} if piece else {}
-        return self._chunk([self._choice(completion, {"delta": delta}, finish_reason)])
+    def _said(self, served: Served, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None, "annotations": []}}
 
-    def _logprobs(self, tokens: list[tuple[str, float]]) -> dict[str, Any]:
+    def _delta(self, piece: str) -> dict[str, Any]:
+        return {"delta": {"content": piece} if piece else {}}
+
+    def _logprobs(self, choice: Choice) -> dict[str, Any]:
         told = [
-            {
-                "token": text,
-                "logprob": logprob,
-                "bytes": None if REPLACEMENT in text else list(text.encode()),
-                "top_logprobs": [],
-            }
-            for text, logprob in tokens
+            _spelled(text, logprob) | {"top_logprobs": [_spelled(*other) for other in others]}
+            for text, logprob, others in choice.untold(bool(self._asked.logprobs))
         ]
         return {"content": told, "refusal": None}
 
 
-def usage(completion: Completion) -> dict[str, int]:
-    """How many tokens the prompt and the answer have."""
-    prompt, new = len(completion.prompt_tokens), len(completion.tokens)
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+def _spelled(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": None if REPLACEMENT in text else list(text.encode())}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)

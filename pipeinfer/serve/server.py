@@ -15,6 +15,7 @@ import uvicorn
 from pipeinfer.core.errors import PipeinferError, refuse
 from pipeinfer.engine.engine import Engine
 from pipeinfer.serve.api import application
+from pipeinfer.serve.connection import Connection
 from pipeinfer.serve.front import Front
 
 FLUSH_S = 5.0
@@ -23,7 +24,9 @@ LOOK_S = 0.5
 """How often an idle server looks whether the engine has failed."""
 ASKED, IDLE, ENDED = "a signal asks for the end", "no request is left", "the thread has ended"
 SPARE_CONNECTIONS = 256
-"""Connections beside those that wait for an answer."""
+"""Connections beside those that wait for an answer. Further ones are refused with 503; of twice as many, closed."""
+MAX_HEAD_NBYTES = 64 << 10
+"""Of a request's line and headers."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -51,17 +54,18 @@ class Server:
         self._socket: socket.socket | None = None
         self._error: BaseException | None = None  # what has ended the thread
         self._held = ExitStack()
+        most = max_queue + SPARE_CONNECTIONS
         config = uvicorn.Config(
-            application(self._front, api_key),
+            application(self._front, api_key, lambda: len(self._uvicorn.server_state.connections) > most),
             loop="asyncio",
-            http="h11",
+            http=type("Bounded", (Connection,), {"most": 2 * most}),
             ws="none",
             lifespan="off",
             log_config=None,
             log_level="critical",
             access_log=False,
             server_header=False,
-            limit_concurrency=max_queue + SPARE_CONNECTIONS,
+            h11_max_incomplete_event_size=MAX_HEAD_NBYTES,
         )
         self._uvicorn = uvicorn.Server(config)
 
@@ -102,6 +106,7 @@ class Server:
         grace time, or at a second signal, are cancelled. On the main thread. Raises what has ended the engine's job."""
         self._take_signals()
         self._front.open(engine)
+        self._front.warm_up(engine)
         while engine.failure is None and self._error is None:
             with suppress(Empty):
                 self._events.get(timeout=LOOK_S)

@@ -15,6 +15,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 from pipeinfer.core.addresses import FIRST_DRAFTER, ORCHESTRATOR
@@ -49,7 +50,7 @@ class Network2(Network):
         """See Network."""
         body = message.body
         if isinstance(body, Settings) and message.dest < FIRST_DRAFTER:
-            edge, sampling = (message.source, message.dest), Sampling.of(body)
+            edge, sampling = (message.source, message.dest), replace(Sampling.of(body), prompt_length=0)
             before, self._settings[edge] = self._settings.get(edge, GREEDY), sampling
             if sampling == before:
                 return [max(now, self._last_arrival.get((source, dest), 0.0))]

@@ -31,7 +31,6 @@ from pipeinfer.core.ports import Command, Emit, Event, Finish, Idle, Note, Reque
 from pipeinfer.sim.world import Checker, World, WorldSpec
 from stages.models.emulated import EmulatedSpec, plain_answer
 
-
 PREEMPTED = "preempt request "
 """How a note about a preemption begins."""
 

@@ -32,16 +32,23 @@ def many_world(seed: int, schedule: str = "") -> WorldSpec:
 
 def draw_many(rng: random.Random, world: WorldSpec) -> WorldSpec:
     """``world`` with other requests, drawn with ``rng``, many of which are decoded at once."""
-    most = rng.choice((1, 2, 2, 3, 4, 4, 6, 8, 12, 16))
+    most = rng.choice((1, 2, 3, 3, 4, 4, 6, 8, 8, 12, 16))
     requests = draw_requests(rng, world.model, rng.randint(max(2, most), max(3, min(20, 2 * most))))
     needs = [len(request.prompt) + request.max_new_tokens for request in requests]
-    context = max(needs) if rng.random() < 0.6 else max(needs) + 60
+    context = max(needs) if rng.random() < 0.8 else max(needs) + 60
+    kv_slots, guess_slots = None, world.guess_slots
+    if rng.random() < 0.6:
+        kv_slots = rng.choice(
+            (context, context, rng.randint(context, 2 * context), rng.randint(context, context + sum(needs)))
+        )
+        guess_slots = rng.choice((0, 1, rng.randint(2, 12), guess_slots))
     world = replace(
         world,
         requests=requests,
         max_num_seqs=most,
         context=context,
-        kv_slots=rng.randint(context, max(context, sum(needs))) if rng.random() < 0.6 else None,
+        kv_slots=kv_slots,
+        guess_slots=guess_slots,
         keeps_prefixes=rng.random() < 0.6,
         closes_s=rng.uniform(0, 100 * world.stages) if rng.random() < 0.05 else None,
         **_draw_times(rng, len(requests), world.stages),
@@ -61,7 +68,7 @@ def draw_requests(rng: random.Random, model: EmulatedSpec, count: int) -> tuple[
         lot = rng.random()
         if lot < share / 4 and requests:  # a second turn of a conversation
             before = rng.choice(requests)
-            prompt = [*before.prompt, *oracle(model, before), *prompt[:4]][:100]
+            prompt = [*before.prompt, *oracle(model, before), *prompt[:4]][:60]
         elif lot < share / 2 and requests:
             prompt = list(rng.choice(requests).prompt)
         elif lot < share:
@@ -80,23 +87,25 @@ def _draw_request(rng: random.Random, vocab: int, prompt: tuple[int, ...]) -> Re
     sampling = Sampling(rng.choice((0.75, 1.0)), seed=rng.randrange(2**64)) if rng.random() < 0.5 else GREEDY
     if rng.random() < 0.15:
         sampling = replace(sampling, repetition_penalty=rng.choice((0.8, 1.5)))
-    stops = frozenset(rng.randrange(vocab) for _ in range(rng.choice((0, 0, 0, 1, 2))))
-    return Request(prompt, rng.choice((1, rng.randint(1, 8), rng.randint(1, 24), rng.randint(8, 32))), stops, sampling)
+    stops = frozenset(rng.randrange(vocab) for _ in range(rng.choice((0, 0, 0, 0, 0, 1, 2))))
+    return Request(
+        prompt, rng.choice((1, rng.randint(1, 24), rng.randint(8, 32), rng.randint(16, 40))), stops, sampling
+    )
 
 
 def _draw_times(rng: random.Random, count: int, stages: int) -> dict[str, Any]:
     """When requests arrive, one by one or in bursts, and when users abort some."""
-    kind = rng.choice(("at once", "stream", "stream", "bursts", "one by one"))
-    gap_s = rng.choice((0.2, 1.0, 5.0)) * stages
+    kind = rng.choice(("at once", "at once", "at once", "stream", "stream", "stream", "bursts", "bursts", "one by one"))
+    gap_s = rng.choice((0.1, 0.5, 2.0)) * stages
     arrivals, now = list[float](), 0.0
     for _ in range(count if kind in ("stream", "bursts") else 0):
         if kind == "stream" or rng.random() < 0.3:
             now += rng.expovariate(1 / gap_s)
         arrivals.append(now)
     aborts = list[tuple[float, int]]()
-    if rng.random() < 0.5:
-        end = rng.choice((5.0, 30.0, 100.0)) * stages
-        share = rng.choice((0.1, 0.3, 1.0))
+    if rng.random() < 0.4:
+        end = rng.choice((1.0, 5.0, 30.0, 100.0)) * stages
+        share = rng.choice((0.1, 0.3, 0.3, 1.0))
         for number in range(count):
             began = arrivals[number] if arrivals else 0.0
             if rng.random() < share:

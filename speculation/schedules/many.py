@@ -19,7 +19,8 @@ cost_curve.py, and w, d of drafting.py:
                to send n + 1 roots in one run: T(r) + T(r / n) - T(r + r / n)
     riders     guesses of other sequences ride along where rows are nearly free:
                argmax over n of sum(p) - RIDER pi (T(r + n) - T(r)) / (1 - sigma)
-    fillers    if no root is unsent, guesses leave alone: argmax over r of sum(p) / (T(r) + eta X^2 / 2), if sum(p) > F(r)
+    fillers    if no root is unsent, guesses leave alone: argmax over r of sum(p) / (T(r) + eta X^2 / 2) where
+               sum(p) > F(r)
                X(r) = max(T(r), S (T(r) - c) + c), the time for which such a run may hold up one with roots behind it
                F(r) = eta k mu X^2 / 2 + FILLER G T(r) / (1 - sigma)
 

@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeinfer.core.messages import fault_layer
+from pipeinfer.core.messages import TopToken, fault_layer
 from speculation.trees.tree import Node, Tree
 
 
 @dataclass(slots=True)
 class Acceptance:
-    """The outcome of one walk: nodes that became accepted, in order, the target's log-probabilities of their tokens,
-    nodes that died, whether a stop token came, and the layer whose numbers are not finite for the last one, if any."""
+    """The outcome of one walk: nodes that became accepted, in order, the target's log-probabilities of their
+    tokens, the most probable tokens in their places, nodes that died, whether a stop token came, and the layer
+    whose numbers are not finite for the last one, if any."""
 
     accepted: list[Node] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    tops: list[tuple[TopToken, ...]] = field(default_factory=list)
     died: list[Node] = field(default_factory=list)
     stopped: bool = False
     fault: int | None = None
@@ -40,6 +42,7 @@ def accept(
             break
         on_verified(tree.root)
         outcome.logps.append(tree.root.choice_logp)
+        outcome.tops.append(tree.root.choice_top)
         heir, died = tree.advance(tree.root.choice)
         outcome.accepted.append(heir)
         outcome.died.extend(died)

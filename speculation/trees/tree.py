@@ -15,7 +15,7 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 
-from pipeinfer.core.messages import NO_SLOT, Row
+from pipeinfer.core.messages import NO_SLOT, Row, TopToken
 
 LEAST_LOGP = -100.0
 """What counts as impossible; also what a number that is none counts as."""
@@ -25,13 +25,13 @@ SLACK = 32
 
 class Node:
     """A token of ``sequence`` after its parent's tokens. ``slot`` and ``run`` say where it was sent, ``choice`` what
-    follows it.
+    follows it, and ``choice_top`` the most probable tokens there, if they are wanted.
 
     ``rank``, ``claim`` and ``source``: whose k-th guess it was, and the log-probability that was claimed for it."""
 
     __slots__ = (
-        "alive", "children", "choice", "choice_logp", "claim", "is_drafted", "is_open", "logp", "name", "parent",
-        "pending", "position", "rank", "run", "sequence", "slot", "source", "token",
+        "alive", "children", "choice", "choice_logp", "choice_top", "claim", "is_drafted", "is_open", "logp", "name",
+        "parent", "pending", "position", "rank", "run", "sequence", "slot", "source", "token",
     )  # fmt: skip
 
     def __init__(
@@ -59,6 +59,7 @@ class Node:
         self.run: int | None = None
         self.choice: int | None = None
         self.choice_logp = 0.0
+        self.choice_top: tuple[TopToken, ...] = ()
         self.name: int | None = None
         self.source = source
         self.rank = rank

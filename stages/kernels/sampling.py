@@ -1,4 +1,4 @@
-"""From logits to the scores by which a token is drawn: transformers' processors, then noise.
+"""From logits to the scores by which a token is drawn: processors, then noise.
 
     token = argmax over v of (z_v + g_v),   g_v = -log(-log(u_v)),   u_v = Philox(seed, position, v) in (0, 1)
 
@@ -6,9 +6,10 @@ z_v is the processed logit of token v. By the Gumbel-max trick the token is a sa
 seed, the position and the token alone: it is the token's number of a counter-based generator. Every run and every batch
 therefore samples the same token at a position. A draft model with the same noise mostly samples the target's token.
 
-The processors are those of transformers in its order, bit for bit; only which of equal tokens top_p keeps is left to
-the processor's sorting there, and is the lowest ones here. They treat every row by itself, so that a row's token cannot
-depend on the rows beside it.
+The processors are, in the order of vLLM's sampler: logit bias, the penalties (repetition, frequency, presence) and
+temperature; then top_k, top_p and min_p in the order of transformers. Those that transformers has give its bits; only
+which of equal tokens top_p keeps is left to the processor's sorting there, and is the lowest ones here. All treat every
+row by itself, so that a row's token cannot depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -31,20 +32,22 @@ NEVER = float("-inf")
 
 def changes_nothing(sampling: Sampling) -> bool:
     """Whether the most probable token is what ``sampling`` draws."""
-    return sampling.temperature == 0 and sampling.repetition_penalty == 1
+    is_changed = sampling.repetition_penalty != 1 or sampling.penalises_generated or bool(sampling.logit_bias)
+    return sampling.temperature == 0 and not is_changed
 
 
 def alike(draw: SamplingInputs) -> list[list[int]]:
-    """The rows of ``draw`` in groups whose samplings are equal, seeds aside."""
+    """The rows of ``draw`` in groups that have the same processors."""
     groups: dict[Sampling, list[int]] = {}
     for row, sampling in enumerate(draw.samplings):
-        groups.setdefault(_unseeded(sampling), []).append(row)
+        groups.setdefault(processors(sampling), []).append(row)
     return list(groups.values())
 
 
 @lru_cache(SAMPLINGS)
-def _unseeded(sampling: Sampling) -> Sampling:
-    return replace(sampling, seed=0)
+def processors(sampling: Sampling) -> Sampling:
+    """``sampling`` without what its processors do not depend on, or only by way of a draw's other fields."""
+    return replace(sampling, seed=0, top_logprobs=0, prompt_length=0)
 
 
 def drawing_scores(logits: Tensor, draw: SamplingInputs) -> Tensor:
@@ -61,13 +64,17 @@ def drawing_scores(logits: Tensor, draw: SamplingInputs) -> Tensor:
 
 
 def processed(logits: Tensor, draw: SamplingInputs) -> Tensor:
-    """``logits`` (float32 [rows, vocabulary], of rows that are alike) after repetition penalty, temperature, top_k,
-    top_p and min_p; the last four are not for greedy choice, whose result they cannot change."""
+    """``logits`` (float32 [rows, vocabulary], of rows that are alike) after the processors; temperature and those
+    that follow it are not for greedy choice, whose result they cannot change."""
     if not draw.samplings:
         return logits
     sampling, scores = draw.samplings[0], logits
+    if sampling.logit_bias:
+        scores = _biased(scores, sampling)
     if sampling.repetition_penalty != 1:
         scores = _penalised(scores, draw)
+    if sampling.penalises_generated:
+        scores = _varied(scores, draw)
     if sampling.temperature == 0:
         return scores
     if sampling.temperature != 1:
@@ -93,6 +100,23 @@ def _penalised(logits: Tensor, draw: SamplingInputs) -> Tensor:
         tokens = torch.from_numpy(seen[(seen >= 0) & (seen < len(row))])
         known = row[tokens]
         row[tokens] = torch.where(known < 0, known * penalty, known / penalty)
+    return scores
+
+
+def _biased(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What the bias of each token adds; no token has two. A draft's vocabulary may be the shorter one."""
+    scores, known = logits.clone(), {token: bias for token, bias in sampling.logit_bias if token < logits.shape[-1]}
+    scores[:, list(known)] += torch.tensor(list(known.values()))
+    return scores
+
+
+def _varied(logits: Tensor, draw: SamplingInputs) -> Tensor:
+    """Generated tokens become less likely, by how often they were generated and because they were."""
+    sampling, scores = draw.samplings[0], logits.clone()
+    for row, generated in zip(scores, draw.generated, strict=True):
+        found = np.unique(generated[(generated >= 0) & (generated < len(row))], return_counts=True)
+        tokens, counts = torch.from_numpy(found[0]), torch.from_numpy(found[1]).float()
+        row[tokens] = row[tokens] - sampling.frequency_penalty * counts - sampling.presence_penalty
     return scores
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -23,16 +24,36 @@ def top_tokens(
     the logits where it is known.
 
     Each row is drawn by its own sampling. Rows whose samplings are alike are processed together, and no row's numbers
-    depend on the others."""
+    depend on the others. Behind the choices come those of ``add_tops``."""
+    if log_totals is None and not (draw and draw.is_guess):
+        log_totals = _log_totals(logits)
     groups = [] if draw is None else alike(draw)
     if draw is None or len(groups) == 1:
-        return _of_alike(logits, count, draw, log_totals)
-    choices: list[list[SampledToken]] = [[] for _ in logits]
-    for rows in groups:
-        totals = None if log_totals is None else log_totals[rows]
-        for row, found in zip(rows, _of_alike(logits[rows], count, draw.of(rows), totals), strict=True):
-            choices[row] = found
+        choices = _of_alike(logits, count, draw, log_totals)
+    else:
+        choices = [[] for _ in logits]
+        for rows in groups:
+            totals = None if log_totals is None else log_totals[rows]
+            for row, found in zip(rows, _of_alike(logits[rows], count, draw.of(rows), totals), strict=True):
+                choices[row] = found
+    if draw is not None and not draw.is_guess and log_totals is not None:
+        add_tops(choices, range(len(choices)), logits, draw, log_totals)
     return choices
+
+
+def add_tops(
+    choices: list[list[SampledToken]], rows: Iterable[int], logits: Tensor, draw: SamplingInputs, log_totals: Tensor
+) -> None:
+    """Put behind the choices of each of ``rows`` the most probable tokens by its ``logits``, as many as its sampling
+    says; see ShardModel.sample. None are put where there is no choice."""
+    wanted: dict[int, list[int]] = {}
+    for row in rows:
+        if draw.samplings[row].top_logprobs and choices[row]:
+            wanted.setdefault(draw.samplings[row].top_logprobs, []).append(row)
+    for count, some in wanted.items():
+        known = logits[some]
+        for row, tops in zip(some, _ranked(known, count, known, log_totals[some]), strict=True):
+            choices[row] += tops
 
 
 def _of_alike(

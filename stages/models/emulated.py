@@ -145,19 +145,34 @@ class EmulatedShard:
         """See ShardModel; log-probabilities of a draft are what it believes, with or without noise."""
         wanted = hidden[list(rows)]
         self._note_faults(wanted, rows, self._spec.layers)
-        return self._choices(wanted if draw is None else stirred(wanted, draw), count, draw)
+        return self._choices(wanted if draw is None else stirred(wanted, draw), wanted, count, draw)
 
-    def _choices(self, wanted: Words, count: int, draw: SamplingInputs | None) -> list[list[SampledToken]]:
-        """``count`` tokens after each of the rows whose words, stirred by ``draw``, are ``wanted``."""
-        truths = (mix(wanted + np.uint64(1)) % np.uint64(self._spec.vocab)).tolist()
+    def _choices(
+        self, wanted: Words, words: Words, count: int, draw: SamplingInputs | None
+    ) -> list[list[SampledToken]]:
+        """``count`` tokens after each of the rows with ``words``, which stirred by ``draw`` are ``wanted``."""
+        truths = self._truths(wanted)
         if not self._is_draft:
-            return [[(truth, 0.0)] for truth in truths]
+            choices: list[list[SampledToken]] = [[(truth, 0.0)] for truth in truths]
+            if draw is not None and any(sampling.top_logprobs for sampling in draw.samplings):
+                self._add_tops(choices, words, draw)
+            return choices
         lots = _lot(wanted, 2)
         if draw is not None and self._spec.burst[1]:
             length, share = self._spec.burst
             blocks = (draw.positions // length).astype(np.uint64) + np.uint64(self._spec.seed << 32)
             lots = np.where(_lot(wanted, 3) < share, _lot(mix(blocks), 4), lots)
         return [self._guess(truth, lot, count) for truth, lot in zip(truths, lots.tolist(), strict=True)]
+
+    def _truths(self, words: Words) -> list[int]:
+        return (mix(words + np.uint64(1)) % np.uint64(self._spec.vocab)).tolist()  # type: ignore[no-any-return]
+
+    def _add_tops(self, choices: list[list[SampledToken]], words: Words, draw: SamplingInputs) -> None:
+        """Behind the choice after each row come its most probable tokens, from the greedy one on; see ShardModel."""
+        vocab = self._spec.vocab
+        for found, first, sampling in zip(choices, self._truths(words), draw.samplings, strict=True):
+            most = range(min(sampling.top_logprobs, vocab))
+            found += [((first + index) % vocab, -1.0 - index) for index in most]
 
     def clear(self, slots: int) -> None:
         """Make the first ``slots`` slots as they were before any pass."""
@@ -197,6 +212,11 @@ def stirred(words: Words, draw: SamplingInputs) -> Words:
         seen = [_seen_word(draw.samplings[row].repetition_penalty, draw.seen[row]) for row in penalised]
         words = words.copy()
         words[penalised] = mix(words[penalised] ^ np.array(seen, np.uint64))
+    changed = [row for row, one in enumerate(draw.samplings) if one.penalises_generated or one.logit_bias]
+    if changed:
+        generated = [_generated_word(draw.samplings[row], draw.generated, row) for row in changed]
+        words = words.copy()
+        words[changed] = mix(words[changed] ^ np.array(generated, np.uint64))
     return words
 
 
@@ -212,6 +232,17 @@ def _seen_word(penalty: float, tokens: npt.NDArray[np.int64]) -> np.uint64:
     """One word that depends on a repetition penalty and on which tokens it is for."""
     first = np.frombuffer(struct.pack("<f4x", penalty), np.uint64)
     return _folded(np.append(first, np.unique(tokens).astype(np.uint64)))
+
+
+def _generated_word(sampling: Sampling, generated: Sequence[npt.NDArray[np.int64]], row: int) -> np.uint64:
+    """One word that depends on the biases of ``sampling``, on its presence and frequency penalties, and on how often
+    each token of ``row`` was generated, or only on whether it was where there is no frequency penalty."""
+    reals = (sampling.presence_penalty, sampling.frequency_penalty, *[bias for _, bias in sampling.logit_bias])
+    given = [np.array(reals, np.float32).view(np.uint32), [token for token, _ in sampling.logit_bias]]
+    if sampling.penalises_generated:
+        tokens, counts = np.unique(generated[row], return_counts=True)
+        given += [tokens, counts if sampling.frequency_penalty else []]
+    return _folded(np.concatenate([np.array(each, np.uint64) for each in given]))
 
 
 def _folded(words: Words) -> np.uint64:
@@ -324,12 +355,13 @@ def _plain(
         choices = list[list[SampledToken]]()
         if position >= len(prompt) - 1:
             given = (sampling,), np.array([position + 1]), (np.unique(tokens),)
-            draw = None if sampling == GREEDY else SamplingInputs(*given)
+            generated = (np.array(tokens[len(prompt) :], np.int64),)
+            draw = None if sampling == GREEDY else SamplingInputs(*given, generated=generated)
             choices = shard.sample(hidden, (0,), 1, draw)
         if shard.faults:
             yield -1, hidden, shard.faults[0]
             return
-        for ((token, _),) in choices:
+        for (token, _), *_ in choices:
             tokens.append(token)
             yield token, hidden, None
 

@@ -148,7 +148,7 @@ class EmulatedPart(EmulatedShard):
         wanted = hidden[list(rows)]
         self._note_faults(wanted, rows, self._spec.layers)
         self.choose(wanted, draw, count)
-        return self._choices(self._team.take(self._group.teams)[0], count, draw)
+        return self._choices(self._team.take(self._group.teams)[0], wanted, count, draw)
 
     def choose(self, x: Words, draw: SamplingInputs | None, count: int) -> None:
         """See Part."""

@@ -38,8 +38,8 @@ from stages.kernels.library import (
     library,
 )
 from stages.kernels.linear import FORMATS, Linear, padded
-from stages.kernels.sampling import changes_nothing
-from stages.kernels.top_tokens import top_tokens
+from stages.kernels.sampling import changes_nothing, processors
+from stages.kernels.top_tokens import add_tops, top_tokens
 from stages.models.bulk import compute_in_bulk
 from stages.models.ends import Chosen, choose, spread
 from stages.models.experts import Experts
@@ -250,14 +250,32 @@ class KernelShard:
         found = zip(chosen["token"].tolist(), (chosen["logit"] - log_totals).tolist(), strict=True)
         choices: list[list[SampledToken]] = [[choice] if math.isfinite(choice[1]) else [] for choice in found]
         if logits is not None:
-            stored = _stored(len(rows), draw, count)
-            some, totals = draw and draw.of(stored), torch.from_numpy(log_totals[stored])[:, None]
-            named = top_tokens(logits if len(stored) == len(rows) else logits[stored], count, some, totals)
-            for index, choice in zip(stored, named, strict=True):
-                choices[index] = choice
+            self._choose_by_logits(choices, logits, count, draw, torch.from_numpy(log_totals)[:, None])
         for row in [row for row, found in zip(rows, choices, strict=True) if not found]:
             self.faults.setdefault(row, self._spec.layer_count)
         return choices
+
+    def _choose_by_logits(
+        self,
+        choices: list[list[SampledToken]],
+        logits: Tensor,
+        count: int,
+        draw: SamplingInputs | None,
+        log_totals: Tensor,
+    ) -> None:
+        """Complete ``choices``, which hold what the kernel chose after each row: by its logits where it needs them,
+        else with the most probable tokens beside it."""
+        if draw is None:
+            choices[:] = top_tokens(logits, count, None, log_totals)
+            return
+        stored = _stored(len(choices), draw, count)
+        if stored:
+            some = logits if len(stored) == len(choices) else logits[stored]
+            for row, found in zip(stored, top_tokens(some, count, draw.of(stored), log_totals[stored]), strict=True):
+                choices[row] = found
+        if not draw.is_guess:
+            chosen = set(stored)
+            add_tops(choices, [row for row in range(len(choices)) if row not in chosen], logits, draw, log_totals)
 
     @torch.inference_mode()
     def choose(self, x: Payload, draw: SamplingInputs | None, count: int) -> tuple[Chosen, Tensor | None]:
@@ -275,11 +293,13 @@ class KernelShard:
             if temperatures.any():
                 head.positions, head.seeds = positions.ctypes.data, seeds.ctypes.data
                 head.temperatures = temperatures.ctypes.data
-        return choose(self._lib, self._group, head, self._spec.vocab_size, self._limit, x, with_logits=bool(stored))
+        has_tops = draw is not None and not draw.is_guess and any(one.top_logprobs for one in draw.samplings)
+        with_logits = bool(stored) or has_tops
+        return choose(self._lib, self._group, head, self._spec.vocab_size, self._limit, x, with_logits)
 
 
 def _stored(rows: int, draw: SamplingInputs | None, count: int) -> list[int]:
-    """Of ``rows`` rows those whose logits are needed, as the kernel cannot draw after them by itself."""
+    """Of ``rows`` rows those that are drawn by their logits, as the kernel cannot do it by itself."""
     if count > 1:
         return list(range(rows))
     if draw is None:
@@ -292,7 +312,7 @@ def _is_fused(sampling: Sampling, is_guess: bool) -> bool:
     """Whether the kernel draws by itself: the highest logit, or by temperature alone."""
     if changes_nothing(sampling):
         return True
-    return replace(sampling, temperature=0.0, seed=0) == GREEDY and not is_guess
+    return replace(processors(sampling), temperature=0.0) == GREEDY and not is_guess
 
 
 def _pack(split: Split, read: dict[str, Tensor], kv: Tensor) -> _Layer:

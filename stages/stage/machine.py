@@ -39,6 +39,7 @@ from pipeinfer.core.messages import (
     SlotOp,
     SlotOpKind,
     Status,
+    TopToken,
     Wants,
     fault_token,
 )
@@ -227,8 +228,7 @@ class Stage:
             commands.append(self._entomb(run))
         elif self._is_last:
             self._done(run)
-            result = Result(run.run, False, run.work_us, run.slowest_us, _result_rows(run, event))
-            commands.append(self._send(ORCHESTRATOR, result))
+            commands.append(self._send(ORCHESTRATOR, _result(run, event)))
         else:
             self._done(run)
             commands.append(self._send(self.address + 1, run, event.hidden))
@@ -265,17 +265,19 @@ def _wanted(run: Run) -> tuple[int, ...]:
     return tuple(range(len(rows)))
 
 
-def _result_rows(run: Run, event: Computed) -> tuple[ResultRow, ...]:
-    """The tokens that are wanted, and every row whose numbers were not finite."""
+def _result(run: Run, event: Computed) -> Result:
+    """The tokens that are wanted, each with the most probable ones that its sequence wants beside it, and every row
+    whose numbers were not finite."""
     chosen = dict(zip(_wanted(run), event.choices or (), strict=True))
-    found = []
+    found, top = list[ResultRow](), list[TopToken]()
     for index, row in enumerate(run.rows):
         if row.token < 0:
             found.append(ResultRow(row.token, row.slot, row.position, 0.0, row.sequence))
         elif index in chosen:
-            token, logp = chosen[index][0]
-            found.append(ResultRow(token, row.slot, row.position, logp, row.sequence))
-    return tuple(found)
+            (token, logp), *most = chosen[index]
+            found.append(ResultRow(token, row.slot, row.position, logp, row.sequence, len(most)))
+            top += [TopToken(*each) for each in most]
+    return Result(run.run, False, run.work_us, run.slowest_us, tuple(found), tuple(top))
 
 
 def _marked(run: Run, event: Computed) -> tuple[Row, ...]:

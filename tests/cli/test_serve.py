@@ -2,124 +2,21 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import os
-import queue
-import re
 import socket
-import subprocess
 import sys
-import threading
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeinfer.core.config import BUILTIN, model_directory
-from tests.cli.run import ROOT, here, pipeinfer
+from tests.cli.run import here, pipeinfer
+from tests.cli.serving import HANG_S, KEY, PROMPT, Client, events, serving
 
 pytestmark = pytest.mark.slow
-HANG_S = 300.0
-PROMPT = "def read_lines(path):\n"
-KEY = "secret"
 TEMPLATE = "{% for m in messages %}# {{ m.role }}\n{{ m.content }}{% endfor %}"
-READY = re.compile(r"pipeinfer: (.*) is served at http://(127\.0\.0\.1:\d+)\n")
-
-
-class Client:
-    """Talks to the server at ``address``, which serves ``model``; ``process``: the server."""
-
-    def __init__(self, process: subprocess.Popen[str], model: str, address: str) -> None:
-        self.process, self.model, self.address = process, model, address
-
-    def open(self, path: str, body: Any = None, key: str | None = KEY) -> http.client.HTTPResponse:
-        """The answer's head; whoever closes it closes the connection."""
-        connection = http.client.HTTPConnection(self.address, timeout=HANG_S)
-        headers = {"Connection": "close"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request("GET" if body is None else "POST", path, data, headers)
-        return connection.getresponse()
-
-    def ask(self, path: str, body: Any = None, key: str | None = KEY) -> tuple[int, Any]:
-        with self.open(path, body, key) as response:
-            return response.status, json.loads(response.read())
-
-    def complete(self, prompt: Any = PROMPT, **more: Any) -> Any:
-        status, answer = self.ask("/v1/completions", {"prompt": prompt, "ignore_eos": True, **more})
-        assert status == 200, answer
-        return answer
-
-    def text(self, **more: Any) -> str:
-        return str(self.complete(**more)["choices"][0]["text"])
-
-
-def events(response: http.client.HTTPResponse) -> Iterator[Any]:
-    """The chunks of a stream up to its end, which must be as OpenAI has it."""
-    while (line := response.readline()) != b"data: [DONE]\n":
-        assert line.startswith(b"data: "), line
-        yield json.loads(line.removeprefix(b"data: "))
-        assert response.readline() == b"\n"
-
-
-def marked(mark: str) -> list[str]:
-    """The processes with ``mark`` in their environment."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (process / "environ").read_bytes():
-                found.append(process.name)
-        except OSError:
-            continue
-    return found
-
-
-def terminate(client: Client) -> None:
-    """Send SIGTERM while a request is served, and take the rest of the answer."""
-    body = {"prompt": PROMPT, "max_tokens": 200, "ignore_eos": True, "stream": True}
-    with client.open("/v1/completions", body) as response:
-        chunks = events(response)
-        next(chunks)
-        client.process.terminate()
-        *_, last = chunks
-    assert last["choices"][0]["finish_reason"] == "length"
-
-
-@contextmanager
-def serving(*arguments: str) -> Iterator[Client]:
-    """A server on a free port. At SIGTERM it lets the request under way end, exits with 0, and leaves no rank."""
-    mark = uuid.uuid4().hex
-    line = [sys.executable, "-m", "pipeinfer", "serve", "--port", "0", "--ranks", "2", *arguments]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PIPEINFER_API_KEY": KEY, "MARK": mark}
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    with subprocess.Popen(line, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-
-        def read() -> None:
-            assert process.stderr is not None
-            for said in process.stderr:
-                lines.put(said)
-            lines.put("")
-
-        reader = threading.Thread(target=read, daemon=True)
-        reader.start()
-        try:
-            said = []
-            while not (ready := READY.fullmatch((said or [""])[-1])):
-                said.append(lines.get(timeout=HANG_S))
-                assert said[-1], said
-            assert len(marked(mark)) >= 3
-            client = Client(process, ready[1], ready[2])
-            yield client
-            terminate(client)
-            assert process.wait(HANG_S) == 0
-            assert not marked(mark)
-        finally:
-            process.kill()
-            reader.join(HANG_S)
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +95,60 @@ def test_seeds_repeat_and_stop_strings_stop(server: Client) -> None:
     assert (choice["text"], choice["finish_reason"]) == (whole[: whole.index(word)], "stop")
 
 
+def test_alternatives_biases_and_penalties(server: Client) -> None:
+    (choice,) = server.complete(max_tokens=8, logprobs=3)["choices"]
+    told = choice["logprobs"]
+    for token, logprob, top in zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True):
+        assert 1 <= len(top) <= 3 and top[token] == logprob == max(top.values())
+    body = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4, "logprobs": True, "top_logprobs": 2}
+    with server.open("/v1/chat/completions", body | {"stream": True}) as response:
+        found = [chunk["choices"][0]["logprobs"] for chunk in events(response)]
+    alternatives = [token["top_logprobs"] for each in found if each for token in each["content"]]
+    assert [len(top) for top in alternatives] == [2] * len(alternatives) != []
+    (token,) = server.ask("/tokenize", {"prompt": " pass"})[1]["tokens"]
+    assert server.text(max_tokens=4, logit_bias={str(token): 100}) == " pass" * 4
+    plain = server.text(max_tokens=48)
+    assert server.text(max_tokens=48, frequency_penalty=2, presence_penalty=2) != plain
+    status, answer = server.ask("/v1/completions", {"prompt": "x", "logit_bias": {"99999999": 1}})
+    assert (status, answer["error"]["param"]) == (400, "logit_bias")
+
+
+def test_choices_and_prompts_are_those_of_single_requests(server: Client) -> None:
+    more = {"max_tokens": 16, "temperature": 0.9}
+    alone = [server.text(seed=seed, **more) for seed in (7, 8)]
+    answer = server.complete(n=2, seed=7, **more)
+    assert [choice["text"] for choice in answer["choices"]] == alone
+    prompts = [PROMPT, "import os\n"]
+    texts = [server.text(prompt=prompt, max_tokens=16) for prompt in prompts]
+    answer = server.complete(prompt=prompts, n=2, echo=True, max_tokens=16)
+    said = [prompt + text for prompt, text in zip(prompts, texts, strict=True) for _ in range(2)]
+    assert [choice["text"] for choice in answer["choices"]] == said
+    assert answer["usage"]["completion_tokens"] == 64
+
+
+def test_tokens_and_texts(server: Client) -> None:
+    status, answer = server.ask("/tokenize", {"prompt": PROMPT, "return_token_strs": True})
+    assert (status, "".join(answer["token_strs"])) == (200, PROMPT)
+    assert server.complete(max_tokens=4)["usage"]["prompt_tokens"] == answer["count"]
+    assert server.ask("/detokenize", {"tokens": answer["tokens"]}) == (200, {"prompt": PROMPT})
+    chat = {"messages": [{"role": "user", "content": PROMPT}]}
+    same = server.ask("/tokenize", {"prompt": f"# user\n{PROMPT}"})[1]["tokens"]
+    assert server.ask("/tokenize", chat)[1]["tokens"] == same
+
+
+def test_requests_are_counted(server: Client) -> None:
+    def count(name: str) -> float:
+        with server.open("/metrics", key=None) as response:
+            lines = response.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f'vllm:{name}{{model_name="chatty"'))
+
+    before = count("generation_tokens_total"), count("e2e_request_latency_seconds_count")
+    server.complete(max_tokens=24)
+    assert count("generation_tokens_total") - before[0] == 24
+    assert count("e2e_request_latency_seconds_count") - before[1] == 1
+    assert count("num_requests_running") == count("num_requests_waiting") == 0
+
+
 def test_who_may_ask_and_what_exists(server: Client) -> None:
     assert server.ask("/health", key=None)[0] == 200
     for key in (None, "guess"):
@@ -214,7 +165,9 @@ def test_who_may_ask_and_what_exists(server: Client) -> None:
     ("body", "param", "code"),
     [
         (b"{", None, None),
-        ({"prompt": "x", "n": 2}, "n", None),
+        ({"prompt": "x", "n": 200}, "n", None),
+        ({"prompt": "x", "best_of": 2}, "best_of", None),
+        ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format", None),
         ({"prompt": ""}, "prompt", None),
         ({"prompt": [99999]}, "prompt", None),
         ({"prompt": "\ud800"}, "prompt", None),

@@ -34,7 +34,7 @@ def a_stage_draws_as_for_the_sequence_before(patch: pytest.MonkeyPatch) -> None:
 @mutant("L1")
 def a_stage_passes_on_other_settings(patch: pytest.MonkeyPatch) -> None:
     def send(original: Any, stage: Stage, dest: int, body: Any, *rest: Any) -> Any:
-        return original(stage, dest, GREEDY.settings(body.sequence) if isinstance(body, Settings) else body, *rest)
+        return original(stage, dest, GREEDY.settings(body.sequence, 0) if isinstance(body, Settings) else body, *rest)
 
     wrap(patch, Stage, "_send", send)
 
@@ -43,9 +43,9 @@ def a_stage_passes_on_other_settings(patch: pytest.MonkeyPatch) -> None:
 def settings_are_those_of_the_sequence_before(patch: pytest.MonkeyPatch) -> None:
     told = [GREEDY]
 
-    def settings(original: Any, sampling: Sampling, sequence: int) -> Any:
+    def settings(original: Any, sampling: Sampling, *rest: int) -> Any:
         told.append(sampling)
-        return original(told[-2], sequence)
+        return original(told[-2], *rest)
 
     wrap(patch, Sampling, "settings", settings)
 

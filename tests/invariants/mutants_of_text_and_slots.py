@@ -90,10 +90,10 @@ def withdrawing_ends_whatever_is_served(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("StallError")
 def the_next_request_is_forgotten(patch: pytest.MonkeyPatch) -> None:
-    def admit(original: Any, machine: Orchestrator) -> Any:
+    def begin(original: Any, machine: Orchestrator) -> Any:
         return original(machine) if len(machine._waiting) < 2 else None
 
-    wrap(patch, Orchestrator, "_admit", admit)
+    wrap(patch, Orchestrator, "_begin", begin)
 
 
 def more_in_last_row(batch: Any, slots: list[int]) -> Any:

@@ -36,6 +36,7 @@ from pipeinfer.core.messages import (
     SlotOp,
     SlotOpKind,
     Status,
+    TokenBias,
     TopToken,
     Wants,
     accepted_name,
@@ -46,7 +47,7 @@ from tests.unit.bodies import bodies
 GOLDEN: tuple[tuple[Message, str], ...] = (
     (
         Message(3, 0, Hello(0xDEADBEEF), txn=1),
-        "50490301030000000100000000000000 efbeadde",
+        "50490401030000000100000000000000 efbeadde",
     ),
     (
         Message(
@@ -62,7 +63,7 @@ GOLDEN: tuple[tuple[Message, str], ...] = (
             ),
             txn=4, payload_nbytes=4096,
         ),
-        "50490302000001000400000000100000 05000000010001020100000300000005000200 "
+        "50490402000001000400000000100000 05000000010001020100000300000005000200 "
         "03000000000000000000000600000000 "
         "01070000000200090000000800000000 "
         "020b0000000300000000000800000000 "
@@ -73,26 +74,28 @@ GOLDEN: tuple[tuple[Message, str], ...] = (
     ),
     (
         Message(1, 2, Run(7, False, True, Wants.NOTHING, 258, 3, (SlotOp(SlotOpKind.COMMIT, 1, 1, 1, 2),)), txn=6),
-        "50490302010002000600000000000000 07000000000100020100000300000001000000 "
+        "50490402010002000600000000000000 07000000000100020100000300000001000000 "
         "01010000000100010000000200000000",
     ),
     (
         Message(2, 0, Result(5, False, 0xFFFFFFFF, 1 << 31, (ResultRow(17, 13, 14, -0.5, 8),)), txn=8),
-        "50490303020000000800000000000000 0500000000ffffffff0000008001000000 "
-        "110000000d0000000e000000000000bf08000000",
+        "50490403020000000800000000000000 0500000000ffffffff0000008001000000 "
+        "110000000d0000000e000000000000bf0800000000",
     ),
     (
         Message(
             2, 0,
             Result(
-                6, False, 9, 4, (ResultRow(17, 13, 14, -0.5, 8), ResultRow(-3, 2, 15, 0.0, 9)),
+                6, False, 9, 4,
+                (ResultRow(17, 13, 14, -0.5, 8, 3), ResultRow(-3, 2, 15, 0.0, 9), ResultRow(2, 3, 4, -4.0, 9, 1)),
                 (TopToken(17, -0.5), TopToken(18, -1.0), TopToken(1, -2.0), TopToken(2, -4.0)),
             ),
             txn=9,
         ),
-        "50490303020000000900000000000000 0600000000090000000400000002000400 "
-        "110000000d0000000e000000000000bf08000000 "
-        "fdffffff020000000f0000000000000009000000 "
+        "50490403020000000900000000000000 0600000000090000000400000003000400 "
+        "110000000d0000000e000000000000bf0800000003 "
+        "fdffffff020000000f000000000000000900000000 "
+        "020000000300000004000000000080c00900000001 "
         "11000000000000bf "
         "12000000000080bf "
         "01000000000000c0 "
@@ -100,73 +103,83 @@ GOLDEN: tuple[tuple[Message, str], ...] = (
     ),
     (
         Message(2, 0, Result(7, True, 258, 3), txn=10),
-        "50490303020000000a00000000000000 0700000001020100000300000000000000",
+        "50490403020000000a00000000000000 0700000001020100000300000000000000",
     ),
     (
         Message(1, 0, Credit(5), txn=9),
-        "50490304010000000900000000000000 050000000000000000000000",
+        "50490404010000000900000000000000 050000000000000000000000",
     ),
     (
         Message(1, 0, Credit(6, 8, 70_000), txn=10),
-        "50490304010000000a00000000000000 060000000800000070110100",
+        "50490404010000000a00000000000000 060000000800000070110100",
     ),
     (
         Message(0, 2, Cancel(True, (Cancelled(6, NO_SLOT, 2), Cancelled(7, 3, 2)))),
-        "50490305000002000000000000000000 010200 "
+        "50490405000002000000000000000000 010200 "
         "06000000ffffffff02000000 "
         "070000000300000002000000",
     ),
     (
-        Message(0, 1, Settings(2, 0.75, 20, 0.875, 0.0625, 1.25, 0x7DEADBEEF), txn=1),
-        "5049030d000001000100000000000000 "
-        "02000000000000000000e83f14000000000000000000ec3f000000000000b03f000000000000f43fefbeadde07000000",
+        Message(
+            0, 1,
+            Settings(
+                2, 0.75, 20, 0.875, 0.0625, 1.25, 0x7DEADBEEF, 0.5, -2.0, 5, 258,
+                (TokenBias(5, -1.0), TokenBias(258, 2.0)),
+            ),
+            txn=1,
+        ),
+        "5049040d000001000100000000000000 "
+        "02000000000000000000e83f14000000000000000000ec3f000000000000b03f000000000000f43fefbeadde07000000 "
+        "000000000000e03f00000000000000c005020100000200 "
+        "05000000000080bf "
+        "0201000000000040",
     ),
     (
         Message(0, 0x8000, Prompt(2, 40, True, (5, 258)), txn=1),
-        "50490306000000800100000000000000 0200000028000000010200 "
+        "50490406000000800100000000000000 0200000028000000010200 "
         "05000000 "
         "02010000",
     ),
     (
         Message(0x8000, 0, Nodes(2, 12, True, (DraftNode(5, 1, accepted_name(12), -2.0),)), txn=3),
-        "50490307008000000300000000000000 020000000c000000010100 "
+        "50490407008000000300000000000000 020000000c000000010100 "
         "05000000010000000c000080000000c0",
     ),
     (
         Message(0, 0x8002, Advance(2, 13, True, (5, 6)), txn=2),
-        "50490308000002800200000000000000 020000000d000000010200 "
+        "50490408000002800200000000000000 020000000d000000010200 "
         "05000000 "
         "06000000",
     ),
     (
         Message(0, 0x8000, Close(2), txn=3),
-        "50490309000000800300000000000000 02000000",
+        "50490409000000800300000000000000 02000000",
     ),
     (
         Message(0, 0x8001, DraftOrder(2, True, 3, 4, 0.5), txn=4),
-        "5049030e000001800400000000000000 020000000103000000040000000000003f",
+        "5049040e000001800400000000000000 020000000103000000040000000000003f",
     ),
     (
         Message(0, 0x8000, Calibrate(7, 56, 0.5, (1.0, -2.0)), txn=5),
-        "5049030f000000800500000000000000 07000000380000000000003f0200 "
+        "5049040f000000800500000000000000 07000000380000000000003f0200 "
         "0000803f "
         "000000c0",
     ),
     (
         Message(0, 1, Shutdown(), txn=10),
-        "5049030a000001000a00000000000000",
+        "5049040a000001000a00000000000000",
     ),
     (
         Message(0, 1, Probe()),
-        "5049030b000001000000000000000000",
+        "5049040b000001000000000000000000",
     ),
     (
         Message(1, 0, Status(True, 5, 2, 33)),
-        "5049030c010000000000000000000000 01050000000200000021000000",
+        "5049040c010000000000000000000000 01050000000200000021000000",
     ),
     (
         Message(3, 0, Failed(143)),
-        "50490310030000000000000000000000 8f000000",
+        "50490410030000000000000000000000 8f000000",
     ),)  # fmt: skip
 """Messages and their bytes, a space between the envelope, the numbers, and the items of lists."""
 
@@ -273,28 +286,38 @@ def test_a_list_beyond_its_bound_is_refused(layout: Layout, place: int) -> None:
         counts = [count if other == place else 0 for other in range(len(layout.lists))]
         numbers = [1] * layout.numbers
         body = layout.kind(*numbers, *(made if other == place else () for other in range(len(layout.lists))))
-        envelope = encode(Message(1, 0, Hello(0)))[: ENVELOPE.size]
-        data = envelope[:3] + bytes([layout.code]) + envelope[4:] + layout.fixed.pack(*numbers, *counts)
+        data = envelope_of(layout) + layout.fixed.pack(*numbers, *counts)
         refused(body, data + bytes([1] * (items.item.size * count)))
 
 
-TOP_ROWS = (ResultRow(1, 2, 3, -0.5), ResultRow(2, 3, 4, -0.5))
+def with_tops(*counts: int, pairs: int) -> Result:
+    rows = tuple([ResultRow(1, 2 + index, 3, -0.5, 0, count) for index, count in enumerate(counts)])
+    return Result(5, rows=rows, top=(TopToken(7, -1.0),) * pairs)
 
 
-@pytest.mark.parametrize(("rows", "pairs"), [(2, 1), (2, 3), (0, 1), (0, 2)])
-def test_pairs_that_are_not_so_many_per_row_are_refused(rows: int, pairs: int) -> None:
-    sound = Result(5, rows=TOP_ROWS[:rows])
-    wrong = sound._replace(top=(TopToken(7, -1.0),) * pairs)
-    data = bytearray(encode(Message(1, 0, sound)))
-    end_of_fixed = ENVELOPE.size + LAYOUTS[Result].fixed.size
-    data[end_of_fixed - 2 : end_of_fixed] = pairs.to_bytes(2, "little")
-    refused(wrong, bytes(data) + LAYOUTS[Result].lists[1].item.pack(7, -1.0) * pairs)
+@pytest.mark.parametrize(("counts", "pairs"), [((0, 2), 1), ((1, 1), 3), ((), 1), ((21,), 21), ((0, 20, 21), 41)])
+def test_pairs_that_no_row_has_are_refused(counts: tuple[int, ...], pairs: int) -> None:
+    """Neither are rows taken that have pairs which are not there, or too many."""
+    wrong, layout = with_tops(*counts, pairs=pairs), LAYOUTS[Result]
+    fixed = layout.fixed.pack(*wrong[: layout.numbers], len(wrong.rows), pairs)
+    both = zip(layout.lists, wrong[layout.numbers :], strict=True)
+    lists = b"".join(items.item.pack(*one) for items, found in both for one in found)
+    refused(wrong, envelope_of(layout) + fixed + lists)
 
 
-@pytest.mark.parametrize("pairs", [0, 2, 4])
-def test_so_many_pairs_per_row_are_taken(pairs: int) -> None:
-    message = Message(1, 0, Result(5, rows=TOP_ROWS, top=(TopToken(7, -1.0),) * pairs))
+def envelope_of(layout: Layout) -> bytes:
+    envelope = encode(Message(1, 0, Hello(0)))[: ENVELOPE.size]
+    return envelope[:3] + bytes([layout.code]) + envelope[4:]
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (1, 1), (0, 3, 0, 20), (2, 0)])
+def test_each_row_has_its_own_number_of_pairs(counts: tuple[int, ...]) -> None:
+    result = with_tops(*counts, pairs=sum(counts))
+    result = result._replace(top=tuple([TopToken(index, -1.0) for index in range(sum(counts))]))
+    message = Message(1, 0, result)
     assert is_same(decode(encode(message)), message)
+    assert [len(top) for top in result.tops()] == list(counts)
+    assert [pair for top in result.tops() for pair in top] == list(result.top)
 
 
 @pytest.mark.parametrize("number", [0, 6, 255])

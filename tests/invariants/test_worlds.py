@@ -64,6 +64,20 @@ def test_advice_changes_time_and_never_tokens(seed: int, schedule: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("seed", range(6))
+def test_penalties_of_what_was_generated_and_biases_keep_every_invariant(seed: int, schedule: str) -> None:
+    spec, dice = random_world(seed, schedule), random.Random(seed)
+    requests = []
+    for request in spec.requests:
+        penalties = dice.choice(((0.5, 0.0), (0.0, 0.25), (-1.0, 0.5)))
+        biases = ((0, 1.0), (5, -2.0)) if dice.random() < 0.5 else ()
+        changed = dict(zip(("presence_penalty", "frequency_penalty"), penalties, strict=True))
+        sampling = replace(request.sampling, **changed, logit_bias=biases, top_logprobs=dice.randint(0, 3))
+        requests.append(replace(request, sampling=sampling))
+    check_world(replace(spec, requests=tuple(requests)))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("seed", range(4))
 def test_groups_change_time_and_never_tokens(seed: int, schedule: str) -> None:
     alone = replace(random_world(seed, schedule), aborts=(), closes_s=None, tp=1, late=0.0, exchange_s=0.0)

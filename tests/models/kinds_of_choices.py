@@ -20,6 +20,10 @@ MIXED = (
     Sampling(repetition_penalty=2.0),
     Sampling(0.8, top_k=20, top_p=0.9, seed=4),
     Sampling(0.25, min_p=0.125),
+    Sampling(top_logprobs=5),
+    Sampling(0.8, seed=9, top_logprobs=1),
+    Sampling(0.8, top_k=20, top_logprobs=20, presence_penalty=0.5, frequency_penalty=0.25),
+    Sampling(logit_bias=((3, 5.0), (7, -5.0), (400, 9.0))),
 )
 """The samplings of rows in turn, by their positions."""
 
@@ -27,7 +31,8 @@ MIXED = (
 def mixed_draw(positions: Sequence[int], is_guess: bool = False) -> SamplingInputs:
     """A draw of tokens at ``positions``, each by a sampling that depends on its position."""
     samplings = tuple([MIXED[position % len(MIXED)] for position in positions])
-    return SamplingInputs(samplings, np.array(positions), tuple([np.arange(each) for each in positions]), is_guess)
+    seen = tuple([np.arange(each) for each in positions])
+    return SamplingInputs(samplings, np.array(positions), seen, is_guess, tuple([each % 7 for each in seen]))
 
 
 def say(shard: Any, hidden: Tensor, rows: Sequence[int], positions: Sequence[int], kind: str) -> Any:

@@ -1,8 +1,7 @@
-"""Sampling: the processors are transformers', the noise is fixed for ever, and what is drawn follows the softmax."""
+"""Sampling: the processors are transformers' and vLLM's, and what is drawn follows the softmax."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +42,16 @@ PROCESSORS = {
     "reward": Sampling(1.0, repetition_penalty=0.5),
     "everything": Sampling(0.75, 40, 0.9375, 0.03125, 1.25, seed=3),
 }
+OURS = {
+    "presence": Sampling(1.0, presence_penalty=1.5),
+    "frequency": Sampling(0.5, frequency_penalty=-0.75),
+    "both": Sampling(presence_penalty=-0.5, frequency_penalty=0.25),
+    "bias": Sampling(logit_bias=((3, 5.5), (96, -100.0), (500, 100.0))),
+    "bias and all penalties": Sampling(
+        0.75, 40, 0.9375, 0.03125, 1.25, 3, 0.5, 0.25, 2, logit_bias=((3, 5.5), (7, -0.3), (96, -100.0))
+    ),
+}
+"""Those that transformers has no processors for."""
 KINDS = ("plain", "ties", "flat", "peaked")
 
 
@@ -62,7 +71,8 @@ def draw_of(
 ) -> SamplingInputs:
     """A draw at neighbouring positions; row r has seen some tokens of its own."""
     seen = tuple(np.unique(np.random.default_rng(row).integers(0, vocab, 20)) for row in range(rows))
-    return SamplingInputs((sampling,) * rows, np.arange(first, first + rows), seen, is_guess)
+    texts = [np.random.default_rng(100 + row).integers(0, min(vocab, 12), 20) for row in range(rows)]
+    return SamplingInputs((sampling,) * rows, np.arange(first, first + rows), seen, is_guess, tuple(texts))
 
 
 def theirs(sampling: Sampling) -> Any:
@@ -110,6 +120,74 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
         assert torch.isin(torch.maximum(mine, its)[odd], last).all()
 
 
+def by_the_book(logits: torch.Tensor, draw: SamplingInputs) -> torch.Tensor:
+    """Logits after bias and penalties, number by number in 32 bits; then transformers' processors."""
+    found = []
+    for row, sampling, seen, generated in zip(logits, draw.samplings, draw.seen, draw.generated, strict=True):
+        scores, text, biases = row.numpy().copy(), generated.tolist(), dict(sampling.logit_bias)
+        for token in range(len(scores)):
+            score, count = scores[token], np.float32(text.count(token))
+            score += np.float32(biases.get(token, 0.0))
+            if sampling.repetition_penalty != 1 and token in seen:
+                factor = np.float32(sampling.repetition_penalty)
+                score = score * factor if score < 0 else score / factor
+            score -= np.float32(sampling.frequency_penalty) * count
+            score -= np.float32(sampling.presence_penalty) * np.float32(count > 0)
+            scores[token] = score
+        rest = [] if sampling.temperature == 0 else theirs(replace(sampling, repetition_penalty=1.0))
+        processed = torch.from_numpy(scores)[None]
+        for processor in rest:
+            processed = processor(None, processed)
+        found.append(processed)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OURS)
+def test_biases_and_penalties_are_those_of_openai_in_vllm_s_order(name: str, kind: str) -> None:
+    for seed in range(8):
+        logits = logits_of(kind, seed=seed)
+        before, draw = logits.clone(), draw_of(OURS[name], len(logits))
+        ours = processed(logits, draw)
+        same(ours, by_the_book(logits, draw))
+        assert not torch.equal(ours, logits)
+        assert torch.equal(logits, before)
+        assert not changes_nothing(OURS[name])
+
+
+def test_what_was_generated_is_counted_and_the_rest_of_the_text_is_not() -> None:
+    sampling = Sampling(presence_penalty=0.5, frequency_penalty=0.25)
+    generated = np.array([1, 3, 1, -2, 9]), np.array([], np.int64)
+    draw = SamplingInputs((sampling,) * 2, np.arange(2), generated=generated)
+    assert processed(torch.ones(2, 4), draw).tolist() == [[1.0, 0.0, 1.0, 0.25], [1.0] * 4]
+
+
+def test_the_most_probable_tokens_come_behind_what_is_drawn() -> None:
+    """By the model's own logits, whatever is drawn; ties go to the lower token; each row has as many as it wants."""
+    logits = logits_of("ties", rows=24, vocab=40)
+    wanted = [0, 1, 5, 20, 3, 0]
+    samplings = [replace(sampling, top_logprobs=0) for sampling in (GREEDY, *PROCESSORS.values(), *OURS.values())]
+    mixed = tuple([replace(samplings[row % len(samplings)], top_logprobs=wanted[row % 6]) for row in range(24)])
+    draw = replace(draw_of(GREEDY, 24, vocab=40), samplings=mixed)
+    found = top_tokens(logits, 1, draw)
+    plain = replace(draw, samplings=tuple([replace(sampling, top_logprobs=0) for sampling in mixed]))
+    for row, ((drawn,), choices) in enumerate(zip(top_tokens(logits, 1, plain), found, strict=True)):
+        assert choices[0] == drawn
+        own = logits[row].log_softmax(-1).tolist()
+        best = sorted(range(40), key=lambda token: (-logits[row, token].item(), token))[: wanted[row % 6]]
+        assert [token for token, _ in choices[1:]] == best
+        assert [logp for _, logp in choices[1:]] == pytest.approx([own[token] for token in best], abs=1e-5)
+        assert not [logp for token, logp in choices[1:] if token == drawn[0] and logp != drawn[1]], "equal bits"
+    assert top_tokens(logits, 4, replace(draw, is_guess=True)) == top_tokens(logits, 4, replace(plain, is_guess=True))
+
+
+def test_there_are_no_more_most_probable_tokens_than_tokens() -> None:
+    draw = SamplingInputs((Sampling(top_logprobs=20), Sampling(0.5, top_logprobs=2)), np.arange(2))
+    found = top_tokens(torch.stack([torch.arange(3.0), torch.full((3,), torch.nan)]), 1, draw)
+    assert [token for token, _ in found[0]] == [2, 2, 1, 0]
+    assert found[1] == [], "of a row whose logits are not finite nothing is known"
+
+
 def test_of_equally_likely_tokens_the_lowest_are_kept() -> None:
     draw = SamplingInputs((Sampling(1.0, top_p=0.5),), np.array([0]))
     assert (processed(torch.zeros(1, 8), draw) > -torch.inf).tolist() == [[True] * 4 + [False] * 4]
@@ -129,6 +207,9 @@ def test_no_rows_are_no_choices() -> None:
 def test_tokens_that_a_shorter_vocabulary_lacks_are_no_matter() -> None:
     draw = SamplingInputs((Sampling(0.0, repetition_penalty=2.0),), np.array([5]), (np.array([1, 2, 500]),))
     assert processed(torch.ones(1, 4), draw).tolist() == [[1.0, 0.5, 0.5, 1.0]]
+    for biases, wanted in ((((4, 9.0),), [1.0] * 4), (((1, 2.0), (7, 1.0)), [1.0, 3.0, 1.0, 1.0])):
+        biased = replace(draw, samplings=(Sampling(logit_bias=biases),))
+        assert processed(torch.ones(1, 4), biased).tolist() == [wanted]
 
 
 def test_greedy_is_what_it_always_was() -> None:
@@ -148,62 +229,6 @@ def test_a_penalty_alone_keeps_the_choice_greedy() -> None:
     sampled = replace(draw, samplings=(Sampling(1.0, repetition_penalty=8.0),) * 12)
     assert chosen == by_transformers(logits, sampled).argmax(-1).tolist()
     assert chosen != logits.argmax(-1).tolist()
-
-
-# Noise.
-
-# Tokens 0 to 4 and 1002, for some seeds and positions. These numbers decide every sampled text, for ever.
-GOLDEN = {
-    (0, 0): [-1.49545161157695, -0.3511371183614868, -0.7859067841514997, 0.5586754626449686, 0.3733862877981871,
-             -0.05259229670267841],
-    (0, 1): [-0.4394360086828338, -0.4282578804306737, 1.2735127182046522, 0.46475426029220757, 1.4171651651406563,
-             -0.45856930152062264],
-    (1, 0): [-0.17575800360186283, 1.8076498398198788, -0.6189814975417195, -1.2442527174409201, 2.253201972288481,
-             0.5320784731464008],
-    (2**64 - 1, 4095): [0.8628794755325787, 2.7443102773140953, -0.14998352702636472, -0.6168522560626822,
-                        3.969991991776007, 2.563628450828431],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("seed", "position"), GOLDEN)
-def test_the_noise_never_changes(seed: int, position: int) -> None:
-    found = noise(seed, position, 1003)[[0, 1, 2, 3, 4, 1002]].tolist()
-    assert found == pytest.approx(GOLDEN[seed, position], rel=1e-12)
-
-
-def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]:
-    """One block of Philox4x64-10 (Salmon and others, SC'11), written down once more."""
-    (a, b, c, d), (k, m) = counter, key
-    for _ in range(10):
-        p, q = 0xD2E7470EE14C6C93 * a, 0xCA5A826395121157 * c
-        a, b, c, d = (q >> 64) ^ b ^ k, q % 2**64, (p >> 64) ^ d ^ m, p % 2**64
-        k, m = (k + 0x9E3779B97F4A7C15) % 2**64, (m + 0xBB67AE8584CAA73B) % 2**64
-    return [a, b, c, d]
-
-
-def test_the_noise_is_made_of_philox() -> None:
-    assert philox((0, 0, 0, 0), (0, 0)) == [  # the authors' own test vector
-        0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B
-    ]  # fmt: skip
-    for seed, position in ((0, 0), (123, 456), (2**64 - 1, 2**31)):
-        words = [word for block in range(1, 26) for word in philox((block, position, 0, 0), (seed, 0))]
-        wanted = [-math.log(-math.log(((word >> 12) + 0.5) / 2**52)) for word in words]
-        assert noise(seed, position, 100).tolist() == pytest.approx(wanted, rel=1e-12)
-
-
-def test_noise_depends_on_seed_position_and_token_alone() -> None:
-    assert torch.equal(noise(5, 7, 100), noise(5, 7, 1000)[:100])
-    heads = {tuple(noise(seed, position, 4).tolist()) for seed in (0, 1, 2**64 - 1) for position in (0, 1, 2**20)}
-    assert len(heads) == 9
-
-
-def test_noise_is_gumbel_s() -> None:
-    """Against exp(-exp(-x)), by the distance of Kolmogorov and Smirnov."""
-    count = 200_000
-    found = noise(11, 12, count).sort().values
-    assert found.isfinite().all()
-    distance = (torch.exp(-torch.exp(-found)) - torch.arange(count) / count).abs().max()
-    assert distance * count**0.5 < 1.63  # exceeded by one sample in a hundred
 
 
 # What is drawn.
@@ -256,9 +281,9 @@ def test_a_row_s_choices_do_not_depend_on_the_rows_beside_it(name: str, is_guess
 @pytest.mark.parametrize("count", [1, 4])
 def test_each_row_is_drawn_by_its_own_sampling(count: int, is_guess: bool) -> None:
     """As if it were alone, to the bit; also where rows of several seeds or samplings take turns."""
-    logits = logits_of("plain", rows=3 * len(PROCESSORS), vocab=40_000)
-    named = (GREEDY, *PROCESSORS.values()) * 3
-    samplings = tuple([replace(named[row], seed=row % 5) for row in range(len(logits))])
+    logits = logits_of("plain", rows=3 * (1 + len(PROCESSORS) + len(OURS)), vocab=40_000)
+    named = (GREEDY, *PROCESSORS.values(), *OURS.values()) * 3
+    samplings = tuple([replace(named[row], seed=row % 5, top_logprobs=row % 4) for row in range(len(logits))])
     draw = replace(draw_of(GREEDY, len(logits), is_guess=is_guess, vocab=40_000), samplings=samplings)
     together = top_tokens(logits, count, draw)
     for row in range(len(logits)):
@@ -283,10 +308,10 @@ def test_the_target_s_log_probabilities_are_those_of_its_own_logits() -> None:
             assert logp == pytest.approx(float(own[row, token]), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("name", [*PROCESSORS, "presence", "frequency", "bias and all penalties"])
 def test_a_guess_is_ordered_by_what_decides(name: str) -> None:
     logits = logits_of("ties")
-    draw = draw_of(PROCESSORS[name], 12, is_guess=True)
+    draw = draw_of((PROCESSORS | OURS)[name], 12, is_guess=True)
     scores = drawing_scores(logits, draw)
     target = top_tokens(logits, 1, replace(draw, is_guess=False))
     for row, choices in enumerate(top_tokens(logits, 8, draw)):

@@ -31,13 +31,14 @@ def lists_of(items: Items, real: Real, least: int = 0, most: int = 4) -> st.Sear
 
 
 def with_top(real: Real) -> Any:
-    """The lists of a Result: rows, and of each row as many pairs as of any other."""
-    shapes = st.tuples(st.integers(0, 3), st.integers(0, 3))
-    return shapes.flatmap(
-        lambda shape: st.tuples(
-            lists_of(RESULTS, real, shape[0], shape[0]), lists_of(TOP, real, shape[0] * shape[1], shape[0] * shape[1])
-        )
-    )
+    """The lists of a Result: rows, and of each row as many pairs as it says."""
+
+    def with_rows(counts: list[int]) -> Any:
+        rows = lists_of(RESULTS, real, len(counts), len(counts))
+        counted = rows.map(lambda rows: tuple(map(lambda row, count: row._replace(top_count=count), rows, counts)))
+        return st.tuples(counted, lists_of(TOP, real, sum(counts), sum(counts)))
+
+    return st.lists(st.integers(0, 3), max_size=3).flatmap(with_rows)
 
 
 def bodies_of(layout: Layout, real: Real) -> st.SearchStrategy[Any]:

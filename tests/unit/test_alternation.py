@@ -142,13 +142,13 @@ def test_what_was_looked_up_is_no_reason_not_to_draft_but_what_the_draft_has_see
 
 def test_the_schedule_orders_single_passes_and_waits_for_each() -> None:
     schedule, tree = Continuous(CONTINUOUS, "alone"), Tree(0, 0, 100)
-    schedule.opened()
-    now = Situation(tree, credits=1, in_flight=0, slots=4, room=8, now=10.0)
+    schedule.opened(tree)
+    now = Situation([tree], credits=1, in_flight=0, slots=4, room=8, now=10.0)
     assert schedule.next(now) == Order(0), "nothing is drafted but when it is told"
     schedule.returned(1, 1.0, 8.0, carries_root=True)
     assert schedule.next(now) == Order(1, draft_batch=8)
     assert schedule.next(replace(now, now=12.0)) is None
-    schedule.drafted([])
+    schedule.drafted(tree, [])
     launch = schedule.next(replace(now, now=12.0))
     assert isinstance(launch, Launch)
     assert launch.nodes == [tree.root]

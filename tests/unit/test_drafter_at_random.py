@@ -122,7 +122,7 @@ class Play:
             return
         self.begun += 1
         self.known[self.begun] = Known([self.dice.randrange(9) for _ in range(self.dice.randint(1, 20))])
-        self.say(Sampling(self.dice.choice((0.0, 0.7)), seed=self.begun).settings(self.begun))
+        self.say(Sampling(self.dice.choice((0.0, 0.7)), seed=self.begun).settings(self.begun, 0))
 
     def prompt(self) -> None:
         for sequence, known in self.known.items():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,6 +135,46 @@ def test_every_number_of_a_draw_matters() -> None:
     assert len({drawn(draw, spec) for draw in draws}) == len(draws)
 
 
+def test_every_number_of_biases_and_of_penalties_of_what_was_generated_matters() -> None:
+    spec, text = replace(SPEC, vocab=2**40), np.array([2, 3, 2])
+    for temperature in (0.0, 0.5):
+        sampling = Sampling(temperature, presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((3, 1.0), (5, -1.0)))
+        draw = SamplingInputs((sampling,), np.array([9]), generated=(text,))
+        changes: list[dict[str, Any]] = [
+            {"presence_penalty": 0.25}, {"frequency_penalty": 0.5}, {"frequency_penalty": 0.0}, {"logit_bias": ()},
+            {"logit_bias": ((3, 1.0), (5, 1.0))}, {"logit_bias": ((3, 1.0), (6, -1.0))}, {"logit_bias": ((3, 1.0),)},
+            {"presence_penalty": 0.0, "frequency_penalty": 0.0},
+        ]  # fmt: skip
+        draws = [replace(draw, samplings=(replace(sampling, **change),)) for change in changes]
+        draws += [draw, replace(draw, generated=(text[:2],)), replace(draw, generated=(np.array([2, 3, 4]),))]
+        draws.append(replace(draw, samplings=(Sampling(temperature),)))
+        assert len({drawn(draw, spec) for draw in draws}) == len(draws)
+        same = replace(draw, generated=(text[::-1],), samplings=(replace(sampling, prompt_length=3, top_logprobs=2),))
+        assert drawn(same, spec) == drawn(draw, spec)
+        present = replace(draw, samplings=(replace(sampling, frequency_penalty=0.0),))
+        assert drawn(present, spec) == drawn(replace(present, generated=(np.array([3, 2]),)), spec), "it is a set"
+
+
+def test_the_most_probable_tokens_begin_with_the_greedy_one() -> None:
+    hidden, shard = mix(np.arange(4, dtype=np.uint64)), EmulatedShard(SPEC, range(1), 8)
+    counts = 3, 0, 2, 1
+    asked = zip((SAMPLED, GREEDY, GREEDY, SAMPLED), counts, strict=True)
+    wanted = tuple([replace(sampling, top_logprobs=count) for sampling, count in asked])
+    draw = SamplingInputs(wanted, np.arange(4), (SEEN,) * 4)
+    found = shard.sample(hidden, range(4), 1, draw)
+    greedy = [choices[0][0] for choices in shard.sample(hidden, range(4), 1, None)]
+    assert [choices[1:] for choices in found] == [
+        [((greedy[row] + index) % SPEC.vocab, -1.0 - index) for index in range(top)] for row, top in enumerate(counts)
+    ]
+    assert [choices[:1] for choices in found] == shard.sample(hidden, range(4), 1, unwanted(draw))
+    draft = EmulatedShard(SPEC, range(1), 8, is_draft=True)
+    assert draft.sample(hidden, range(4), 2, draw) == draft.sample(hidden, range(4), 2, unwanted(draw))
+
+
+def unwanted(draw: SamplingInputs) -> SamplingInputs:
+    return replace(draw, samplings=tuple([replace(sampling, top_logprobs=0) for sampling in draw.samplings]))
+
+
 def test_nothing_else_does() -> None:
     draw = SamplingInputs((SAMPLED,), np.array([9]), (SEEN,))
     assert drawn(replace(draw, seen=(np.array([5, 2, 3, 2]),))) == drawn(draw), "what was seen is a set"
@@ -173,9 +214,20 @@ def test_each_row_draws_by_its_own_sampling() -> None:
         assert [row for row in range(6) if greedy[row][0][0] == together[row][0][0]] == [1], "the others are drawn"
 
 
+def test_plain_tokens_are_drawn_by_what_was_generated() -> None:
+    prompt, shard = [3, 1, 4, 1, 5], EmulatedShard(SPEC, range(4), 32)
+    sampling, tokens = Sampling(0.5, presence_penalty=1.0, frequency_penalty=0.5, logit_bias=((3, 1.0),)), list(prompt)
+    for count in range(6):
+        hidden = finish(shard.forward(prompt_batch(tokens), None))
+        draw = SamplingInputs((sampling,), np.array([len(tokens)]), generated=(np.array(tokens[5:], np.int64),))
+        tokens.append(shard.sample(hidden, (len(tokens) - 1,), 1, draw)[0][0][0])
+        assert plain_tokens(SPEC, prompt, count + 1, frozenset(), sampling) == tokens[5:]
+
+
 def test_a_missing_set_of_seen_tokens_is_an_error() -> None:
-    with pytest.raises(IndexError):
-        drawn(SamplingInputs((SAMPLED,), np.array([9])))
+    for sampling in (SAMPLED, Sampling(presence_penalty=1.0)):
+        with pytest.raises(IndexError):
+            drawn(SamplingInputs((sampling,), np.array([9])))
 
 
 def test_the_draft_knows_what_the_target_will_draw() -> None:

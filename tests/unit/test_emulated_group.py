@@ -56,7 +56,8 @@ def test_a_group_is_the_undivided_model(size: int, sampling: Sampling, is_draft:
 @pytest.mark.parametrize("size", SIZES)
 def test_a_group_draws_each_row_by_its_own_sampling(size: int) -> None:
     alone, shared = EmulatedShard(SPEC, range(4), 16), EmulatedGroup(size).shard(SPEC, range(4), 16)
-    batch, mixed = batch_in_order(PROMPT), replace(draw(8, DRAWN), samplings=(GREEDY, DRAWN, Sampling(0.5), DRAWN) * 2)
+    named = (Sampling(top_logprobs=3), DRAWN, Sampling(0.5), Sampling(0.5, presence_penalty=0.5, top_logprobs=2))
+    batch, mixed = batch_in_order(PROMPT), replace(draw(8, DRAWN), samplings=named * 2, generated=(np.arange(3),) * 8)
     found = [shard.sample(finish(shard.forward(batch, None)), range(8), 3, mixed) for shard in (alone, shared)]
     assert found[0] == found[1]
 

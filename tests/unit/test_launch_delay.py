@@ -176,8 +176,8 @@ def test_it_waits_even_if_nobody_had_time_to_guess_so_far() -> None:
 def test_the_schedule_asks_to_be_woken_once_and_then_sends_the_root() -> None:
     """Who is woken in vain, the request being over, asks for nothing more: else it would be woken for ever."""
     schedule, tree = Continuous(CONTINUOUS), Tree(0, 0, 100)
-    schedule.opened()
-    now = Situation(tree, credits=1, in_flight=0, slots=4, room=8, now=10.0)
+    schedule.opened(tree)
+    now = Situation([tree], credits=1, in_flight=0, slots=4, room=8, now=10.0)
     assert isinstance(schedule.next(now), Order)
     schedule.returned(1, 1.0, 8.0, carries_root=True)
     assert schedule.next(now) == Wait(10.5)
@@ -189,8 +189,8 @@ def test_the_schedule_asks_to_be_woken_once_and_then_sends_the_root() -> None:
 
 def test_a_run_that_is_held_leaves_with_the_drafts_it_was_held_for() -> None:
     schedule, tree = Continuous(CONTINUOUS), Tree(0, 0, 100)
-    schedule.opened()
-    now = Situation(tree, credits=1, in_flight=0, slots=4, room=8, now=10.0)
+    schedule.opened(tree)
+    now = Situation([tree], credits=1, in_flight=0, slots=4, room=8, now=10.0)
     schedule.next(now)
     schedule.returned(1, 1.0, 8.0, carries_root=True)
     assert schedule.next(now) == Wait(10.5)

@@ -6,6 +6,7 @@ from pipeinfer.core.addresses import address_name, drafter_address, stage_addres
 from pipeinfer.core.edges import Edges
 from pipeinfer.core.errors import LocalProtocolError, RemoteProtocolError
 from pipeinfer.core.messages import (
+    MAX_BIASES,
     MAX_OPS,
     MAX_ROWS,
     MAX_TOP,
@@ -29,6 +30,7 @@ from pipeinfer.core.messages import (
     SlotOp,
     SlotOpKind,
     Status,
+    TokenBias,
     TopToken,
     accepted_name,
     fault_layer,
@@ -82,11 +84,12 @@ def test_what_stands_for_a_faulty_row_is_no_token_and_names_the_layer() -> None:
         Message(0, 0x8000, DraftOrder(1, passes=-1)),
         Message(0, 0x8000, DraftOrder(1, cutoff=1e39)),
         Message(0, 1, Settings(1, seed=1 << 64)),
+        Message(0, 1, Settings(1, logit_bias=(TokenBias(1, -0.5),) * (MAX_BIASES + 1))),
         Message(0, 0x8000, Prompt(1, 9, True, (1,) * (MAX_ROWS + 1))),
     ],
     ids=[
         "rows", "ops", "token", "slot", "sequence", "length", "txn", "dest", "payload", "work", "top", "top alone",
-        "passes", "real", "seed", "prompt",
+        "passes", "real", "seed", "biases", "prompt",
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_our_own_fault(message: Message) -> None:
@@ -98,7 +101,8 @@ def test_what_does_not_fit_is_our_own_fault(message: Message) -> None:
     "body",
     [
         Run(1, rows=(ROW._replace(token=-1),) * MAX_ROWS, ops=(SlotOp(SlotOpKind.RELEASE, 1, 2),) * MAX_OPS),
-        Result(1, rows=(RESULT_ROW,) * MAX_ROWS, top=(TOP,) * (MAX_TOP * MAX_ROWS)),
+        Result(1, rows=(RESULT_ROW._replace(top_count=MAX_TOP),) * MAX_ROWS, top=(TOP,) * (MAX_TOP * MAX_ROWS)),
+        Settings(1, logit_bias=(TokenBias(1, -0.5),) * MAX_BIASES),
     ],
 )
 def test_most_rows_and_operations_fit(body: Body) -> None:

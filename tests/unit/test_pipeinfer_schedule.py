@@ -21,12 +21,12 @@ class Game:
         )
         self.tree = Tree(0, 4, 100)
         self.tree.take(self.tree.root)
-        self.schedule.opened()
+        self.schedule.opened(self.tree)
         self.in_flight = 1
         self.credits, self.slots, self.room = 1, 9, 9
 
     def now(self) -> Situation:
-        return Situation(self.tree, self.credits, self.in_flight, self.slots, self.room)
+        return Situation([self.tree], self.credits, self.in_flight, self.slots, self.room)
 
     def step(self) -> Step | None:
         step = self.schedule.next(self.now())
@@ -54,7 +54,7 @@ class Game:
         for token in tokens:
             self.tree.advance(token)
         if tokens:
-            self.schedule.accepted(len(tokens), 0.0)
+            self.schedule.accepted(self.tree, len(tokens), 0.0)
 
     def chain(self, parent: Node, *tokens: int) -> list[Node]:
         nodes = list[Node]()
@@ -70,7 +70,7 @@ class Game:
         while tip.children:
             tip = next(iter(tip.children.values()))
         nodes = self.chain(tip, *tokens)
-        self.schedule.drafted(nodes)
+        self.schedule.drafted(self.tree, nodes)
         return nodes
 
 
@@ -87,7 +87,7 @@ def cutoffs(game: Game, *drafts: bool) -> list[float]:
     found = []
     for finds in drafts:
         found.append(round(game.order().cutoff, 6))
-        game.draft(1) if finds else game.schedule.drafted([])
+        game.draft(1) if finds else game.schedule.drafted(game.tree, [])
         if finds:
             assert not game.launch().is_canonical
     return found
@@ -157,7 +157,7 @@ def test_what_is_drafted_anew_goes_out_anew() -> None:
     game.launch()
     game.order()
     (fourth,) = game.chain(third, 4)
-    game.schedule.drafted([second, third, fourth])
+    game.schedule.drafted(game.tree, [second, third, fourth])
     assert game.launch() == Launch([fourth], [second, third])
     assert game.tree.root is first
 
@@ -174,7 +174,7 @@ def test_ends_of_other_chains_are_left_out() -> None:
     game.order()
     kept, dead = game.chain(game.tree.root, 1)[0], game.chain(game.tree.root, 5, 6)
     dead[0].alive = False
-    game.schedule.drafted([dead[1], kept, kept, dead[0]])
+    game.schedule.drafted(game.tree, [dead[1], kept, kept, dead[0]])
     assert game.launch().nodes == [kept]
 
 
@@ -284,6 +284,6 @@ def test_nothing_leaves_without_a_credit_and_a_slot(busy: dict[str, int]) -> Non
 def test_a_new_request_begins_anew() -> None:
     game = begun(p_recovery=0.2)
     game.order()
-    game.schedule.opened()
+    game.schedule.opened(game.tree)
     assert game.step() is None
     assert not game.defers_results

@@ -41,7 +41,7 @@ OTHER_NAN = float("nan")
         ([1, (2, 3)], [1, (2, 4)], "commands.1.1 was 3, is 4"),
         ((Wake(1.0), Halt()), (Wake(1.0),), "commands.1 was Halt(), is None"),
         ((), (Halt(),), "commands.0 was None, is Halt()"),
-        ((Emit((1,)),), (Halt(),), "commands.0 was Emit(tokens=(1,), logps=(), number=0), is Halt()"),
+        ((Emit((1,)),), (Halt(),), "commands.0 was Emit(tokens=(1,), logps=(), number=0, tops=()), is Halt()"),
         (Emit((1, 2)), Emit((1, 3)), "commands.tokens.1 was 2, is 3"),
         (run(FIRST, SECOND), run(FIRST, SECOND), ""),
         (run(FIRST, SECOND), run(FIRST, Row(5, 6, 9, 8)), "commands.body.rows.1.parent was 7, is 9"),

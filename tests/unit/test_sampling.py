@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeinfer.core.errors import UserError
-from pipeinfer.core.ports import GREEDY, Sampling
-from pipeinfer.core.sampling import LEAST, MOST, MOST_STOPS, checked_stops, exact
+from pipeinfer.core.messages import Message, Settings
+from pipeinfer.core.sampling import GREEDY, LEAST, MOST, MOST_STOPS, Sampling, checked_stops, exact
+from pipeinfer.core.wire import decode, encode
 
 SAMPLINGS = st.builds(
     Sampling,
@@ -23,6 +24,12 @@ SAMPLINGS = st.builds(
     min_p=st.floats(0.0, 1.0),
     repetition_penalty=st.floats(1e-5, MOST),
     seed=st.integers(0, 2**64 - 1),
+    presence_penalty=st.floats(-2.0, 2.0),
+    frequency_penalty=st.floats(-2.0, 2.0),
+    top_logprobs=st.integers(0, 20),
+    logit_bias=st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-100.0, 100.0), max_size=4).map(
+        lambda biases: tuple(biases.items())
+    ),
 )
 
 
@@ -30,11 +37,17 @@ SAMPLINGS = st.builds(
 def test_an_exact_sampling_survives_the_journey(sampling: Sampling) -> None:
     found = exact(sampling)
     assert exact(found) == found
-    for value in (found.temperature, found.top_p, found.min_p, found.repetition_penalty):
+    reals = (found.temperature, found.top_p, found.min_p, found.repetition_penalty)
+    for value in (*reals, found.presence_penalty, found.frequency_penalty, *dict(found.logit_bias).values()):
         assert struct.unpack("<f", struct.pack("<f", value)) == (value,)
     assert (found.top_k, found.seed) == (sampling.top_k, sampling.seed)
     assert found.temperature == pytest.approx(sampling.temperature, rel=1e-6)
-    assert Sampling(**json.loads(json.dumps(asdict(found)))) == found
+    assert Sampling.from_dict(json.loads(json.dumps(asdict(found)))) == found
+    assert found.logit_bias == tuple(sorted(found.logit_bias))
+    assert dict(found.logit_bias).keys() == dict(sampling.logit_bias).keys()
+    message = decode(encode(Message(0, 1, found.settings(5, 17))))
+    assert isinstance(message.body, Settings)
+    assert (message.body.sequence, Sampling.of(message.body)) == (5, replace(found, prompt_length=17))
 
 
 def test_greedy_is_exact() -> None:
@@ -50,12 +63,32 @@ def test_greedy_is_exact() -> None:
         ("min_p", [-0.5, 1.001, float("nan")]),
         ("repetition_penalty", [0.0, -1.0, 1e6, float("inf"), float("nan")]),
         ("seed", [-1, 2**64]),
+        ("presence_penalty", [-2.01, 2.01, float("nan")]),
+        ("frequency_penalty", [-2.01, 2.01, float("inf")]),
+        ("top_logprobs", [-1, 21]),
     ],
 )
 def test_what_nobody_can_mean_is_refused(name: str, values: list[Any]) -> None:
     for value in values:
         with pytest.raises(UserError, match=f"^{name} .*; use "):
             exact(replace(GREEDY, **{name: value}))
+
+
+@pytest.mark.parametrize(
+    "biases",
+    [
+        ((-1, 1.0),),
+        ((2**31, 1.0),),
+        ((1, 100.5),),
+        ((1, float("nan")),),
+        ((1, 1.0), (1, 2.0)),
+        tuple((token, 1.0) for token in range(301)),
+    ],
+)
+def test_biases_that_nobody_can_mean_are_refused(biases: tuple[tuple[int, float], ...]) -> None:
+    with pytest.raises(UserError, match="logit_bias"):
+        exact(replace(GREEDY, logit_bias=biases))
+    assert exact(replace(GREEDY, logit_bias=((7, 0.5), (3, -100.0)))).logit_bias == ((3, -100.0), (7, 0.5))
 
 
 def test_the_bounds_themselves_are_allowed() -> None:

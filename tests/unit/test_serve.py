@@ -5,113 +5,18 @@ from __future__ import annotations
 import http.client
 import json
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch.requests import OnOutput, RequestOutput
+from pipeinfer.core.config import Config
 from pipeinfer.core.errors import StallError
-from pipeinfer.core.ports import GREEDY, Request, RequestStats, Sampling
-from pipeinfer.engine.answer import Completion, Handle
-from pipeinfer.serve import api
+from pipeinfer.serve import bodies
 from pipeinfer.serve.replies import TokenTexts
 from pipeinfer.serve.server import ASKED, Server
-
-HANG_S = 60.0
-
-
-class Letters:
-    """A reader for which a token is a letter."""
-
-    shown, is_stopped = "", False
-
-    def read(self, tokens: tuple[int, ...]) -> tuple[int, str]:
-        piece = "".join(map(chr, tokens))
-        self.shown += piece
-        return len(tokens), piece
-
-    def close(self) -> str:
-        return ""
-
-
-class Scripted:
-    """An engine and its job: a request says ``ab`` at once, and ends when it is cancelled or when the test says so."""
-
-    is_threaded, context, sampling = True, 100, GREEDY
-    ranks: list[dict[str, Any]] = []  # noqa: RUF012
-    failure: BaseException | None = None
-
-    def __init__(self) -> None:
-        self.settings: list[Sampling | None] = []
-        self.cancelled = threading.Semaphore(0)
-        self._outputs: dict[int, OnOutput] = {}
-
-    def tokenize(self, prompt: Any, max_new_tokens: int) -> list[int]:
-        if prompt == "boom":
-            raise RuntimeError("a defect")
-        return [ord(letter) for letter in prompt] if isinstance(prompt, str) else prompt
-
-    def decode(self, tokens: list[int]) -> str:
-        return "".join(map(chr, tokens))
-
-    def submit(self, prompt: Any, *others: Any, sampling: Sampling | None = None, stop: Any = ()) -> Any:
-        if isinstance(prompt, Request):  # the job's
-            number = len(self._outputs)
-            self._outputs[number] = others[0]
-            others[0](RequestOutput(0.0, number=number))
-            others[0](RequestOutput(1.0, (97, 98), logps=(-0.5, -1.5), number=number))
-            return number
-        self.settings.append(sampling)
-        request = Request(tuple(prompt), 10)
-        return Handle(self, request, Letters(), Completion(prompt_tokens=prompt))  # type: ignore[arg-type]
-
-    def end(self, number: int, reason: str = "length") -> None:
-        self._outputs[number](RequestOutput(2.0, reason=reason, stats=RequestStats(), number=number))
-
-    def fail(self, number: int, error: BaseException) -> None:
-        self._outputs[number](RequestOutput(2.0, reason="error", number=number, error=error))
-
-    def cancel(self, number: int) -> None:
-        self.end(number, "aborted")
-        self.cancelled.release()
-
-    def wait(self, changed: threading.Condition, ready: Callable[[], bool], timeout_s: float | None = None) -> bool:
-        return changed.wait_for(ready, HANG_S)
-
-
-@contextmanager
-def served(engine: Scripted | None, max_queue: int = 2) -> Iterator[Server]:
-    with Server("127.0.0.1", 0, "mine", None, max_queue, 0.0) as server:
-        server.start()
-        if engine is not None:
-            server._front.open(engine)  # type: ignore[arg-type]
-        yield server
-
-
-def asked(
-    server: Server, path: str, body: dict[str, Any] | None = None, headers: dict[str, str] | None = None
-) -> http.client.HTTPResponse:
-    """The answer's head; whoever closes it closes the connection."""
-    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=HANG_S)
-    data = None if body is None else json.dumps(body).encode()
-    connection.request("GET" if body is None else "POST", path, data, {"Connection": "close"} | (headers or {}))
-    return connection.getresponse()
-
-
-def told(response: http.client.HTTPResponse) -> tuple[int, Any]:
-    with response:
-        return response.status, json.loads(response.read())
-
-
-def stream(server: Server, **more: Any) -> http.client.HTTPResponse:
-    """A stream of which the first chunk has come."""
-    response = asked(server, "/v1/completions", {"prompt": "x", "stream": True, **more})
-    assert response.status == 200
-    assert json.loads(response.readline().removeprefix(b"data: "))["choices"][0]["text"] == "ab"
-    response.readline()
-    return response
+from tests.unit.scripted_engine import HANG_S, Scripted, address, asked, served, stream, told
 
 
 def test_until_the_model_is_loaded_nothing_is_served() -> None:
@@ -148,7 +53,7 @@ def test_a_client_that_leaves_cancels_its_request() -> None:
 
 def test_a_body_has_a_bound() -> None:
     with served(Scripted()) as server:
-        size = {"Content-Length": str(api.MAX_BODY_NBYTES + 1)}
+        size = {"Content-Length": str(bodies.MAX_BODY_NBYTES + 1)}
         assert told(asked(server, "/v1/completions", {}, size))[0] == 413
 
 
@@ -190,7 +95,7 @@ def test_without_a_seed_each_sample_is_another_one() -> None:
         for more in ({"temperature": 1}, {"temperature": 1}, {"temperature": 1, "seed": 7}, {}):
             stream(server, **more).close()
             assert engine.cancelled.acquire(timeout=HANG_S)
-    seeds = [settings.seed for settings in engine.settings if settings is not None]
+    seeds = [settings.seed for settings in engine.settings]
     assert seeds[2:] == [7, 0]
     assert len(set(seeds)) == 4
 
@@ -201,3 +106,53 @@ def test_texts_of_tokens() -> None:
     assert [texts.next(6), texts.next(7)] == [" 6", " 7"]
     texts = TokenTexts(lambda tokens: bytes(tokens).decode(errors="replace"), 65)
     assert [texts.next(0xC3), texts.next(0xA9), texts.next(66)] == ["\ufffd", "\ufffd", "B"]
+
+
+@pytest.mark.slow
+def test_the_first_chat_is_prepared(tmp_path: Path) -> None:
+    """Where the tokenizer has a chat template, and nowhere else."""
+    rendered = threading.Event()
+
+    class Chatty(Scripted):
+        config = Config(target=str(tmp_path))
+
+        def tokenize_chat(self, messages: list[dict[str, str]]) -> list[int]:
+            rendered.set()
+            return super().tokenize_chat(messages)
+
+    with served(Chatty()) as server:
+        front = server._front
+        front.warm_up(front.engine())
+        assert front._warm is not None
+        front._warm.result(HANG_S)
+        front._submitting.submit(lambda: None).result(HANG_S)
+        assert not rendered.is_set()
+        (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+        front.warm_up(front.engine())
+        assert rendered.wait(HANG_S)
+
+
+def asked_only(server: Server, path: str, body: Any) -> http.client.HTTPConnection:
+    """The connection of a request whose answer nobody has waited for."""
+    connection = http.client.HTTPConnection(address(server), timeout=HANG_S)
+    connection.request("POST", path, json.dumps(body))
+    return connection
+
+
+def test_chats_wait_for_what_they_need_and_completions_do_not() -> None:
+    chat = {"messages": [{"role": "user", "content": "x"}]}
+    with served(Scripted(is_brief=True), max_queue=9) as server, ThreadPoolExecutor() as pool:
+        server._front._warm = warm = Future()
+        given_up = asked_only(server, "/v1/chat/completions", chat)
+        answers = [
+            pool.submit(lambda path=path: told(asked(server, path, chat)))
+            for path in ("/v1/chat/completions", "/tokenize")
+        ]
+        while server._front._places < 3:
+            assert told(asked(server, "/v1/completions", {"prompt": "x"}))[0] == 200
+        given_up.close()
+        while server._front._places > 2:
+            assert told(asked(server, "/v1/completions", {"prompt": "x"}))[0] == 200
+        assert not any(answer.done() for answer in answers)
+        warm.set_result(None)
+        assert [answer.result(HANG_S)[0] for answer in answers] == [200, 200]

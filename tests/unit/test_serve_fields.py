@@ -26,22 +26,49 @@ def error(is_chat: bool = False, **fields: Any) -> ApiError:
 
 def test_everything_at_once() -> None:
     sampling = {"temperature": 1, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.5, "top_k": 4, "seed": -1}
-    more = {"stop": ["a", "b"], "max_tokens": 7, "stream": True, "stream_options": {"include_usage": True}}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    more = {"stop": ["a", "b"], "max_tokens": 7, "stream": True, "stream_options": options, "n": 3, "priority": -2}
     asked = read(**sampling, **more, logprobs=0, ignore_eos=True, model="default")
     wanted = sampling | {"temperature": 1.0, "seed": 2**64 - 1}
-    assert asked == ApiRequest("x", None, wanted, 7, ("a", "b"), True, True, True, True)
+    assert asked == ApiRequest(["x"], None, 3, wanted, 7, ("a", "b"), True, True, True, True, logprobs=0, priority=-2)
     assert read(max_tokens=7, max_completion_tokens=8).max_new_tokens == 8
-    assert read() == ApiRequest("x")
+    assert read(top_k=-1).sampling == {"top_k": 0}
+    assert read(echo=True).echo
+    assert read() == ApiRequest(["x"])
 
 
-@pytest.mark.parametrize("prompt", ["text", ["text"]])
-def test_prompts_of_text(prompt: Any) -> None:
-    assert read(prompt=prompt).prompt == "text"
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("text", ["text"]),
+        (["text"], ["text"]),
+        (["a", "b"], ["a", "b"]),
+        ([5, 7], [[5, 7]]),
+        ([[5, 7]], [[5, 7]]),
+        ([[5], [7, 8]], [[5], [7, 8]]),
+    ],
+)
+def test_prompts(prompt: Any, wanted: Any) -> None:
+    assert read(prompt=prompt).prompts == wanted
 
 
-@pytest.mark.parametrize("prompt", [[5, 7], [[5, 7]]])
-def test_prompts_of_tokens(prompt: Any) -> None:
-    assert read(prompt=prompt).prompt == [5, 7]
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("presence_penalty", 1, 1.0),
+        ("frequency_penalty", -0.5, -0.5),
+        ("logit_bias", {"7": -100, "5": 1.5}, ((5, 1.5), (7, -100.0))),
+    ],
+)
+def test_penalties_and_biases(field: str, value: Any, wanted: Any) -> None:
+    assert read(**{field: value}).sampling == {field: wanted}
+
+
+def test_log_probabilities() -> None:
+    assert read(True, logprobs=True).logprobs == 0
+    assert read(True, logprobs=False).logprobs is None
+    for is_chat, fields in ((False, {"logprobs": 3}), (True, {"logprobs": True, "top_logprobs": 3})):
+        assert read(is_chat, **fields).logprobs == 3
 
 
 def test_messages() -> None:
@@ -49,38 +76,51 @@ def test_messages() -> None:
     given = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts, "name": None}]
     asked = read(True, messages=given, logprobs=True)
     assert asked.messages == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a\nb"}]
-    assert asked.with_logprobs
+    assert asked.logprobs == 0
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
 def test_values_that_change_nothing_are_taken(is_chat: bool) -> None:
     read(is_chat, n=1, logit_bias={}, presence_penalty=0, frequency_penalty=0.0, user="me", metadata={"a": "b"})
-    read(is_chat, n=None, temperature=None, stop=None, stream=None, max_tokens=None, model=None, unheard_of=None)
+    read(is_chat, n=None, temperature=None, stop=None, stream=None, max_tokens=None, model=None)
     read(True, tools=[], tool_choice="none", response_format={"type": "text"}, top_logprobs=0, modalities=["text"])
-    read(echo=False, best_of=1, suffix="")
+    read(echo=False, best_of=1, suffix="", min_tokens=0, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(
     ("is_chat", "field", "value"),
     [
-        (False, "n", 2),
+        (False, "n", 0),
+        (False, "n", 129),
         (False, "n", True),
-        (False, "echo", True),
+        (False, "echo", 1),
         (False, "best_of", 3),
+        (True, "echo", True),
+        (False, "priority", 1.5),
+        (False, "priority", 2**31),
         (False, "suffix", "end"),
-        (False, "logit_bias", {"5": 1}),
-        (False, "presence_penalty", 0.5),
+        (False, "logit_bias", {"-5": 1}),
+        (False, "logit_bias", {"5": 101}),
+        (False, "logit_bias", {"5": "1"}),
+        (False, "logit_bias", {str(token): 1 for token in range(301)}),
+        (False, "logit_bias", [5]),
+        (False, "presence_penalty", 2.5),
+        (False, "frequency_penalty", -3),
+        (False, "guided_json", {}),
+        (False, "min_tokens", 4),
         (False, "tools", []),
-        (False, "logprobs", 1),
+        (False, "logprobs", 21),
         (False, "logprobs", True),
         (False, "prompt", None),
         (False, "prompt", 5),
-        (False, "prompt", ["a", "b"]),
-        (False, "prompt", [[1], [2]]),
+        (False, "prompt", ["a", 5]),
+        (False, "prompt", [[1], ["a"]]),
+        (False, "prompt", ["a"] * 129),
         (False, "prompt", [1, "a"]),
         (False, "prompt", [1, True]),
         (False, "messages", HELLO),
         (False, "unheard_of", 1),
+        (False, "unheard_of", None),
         (False, "temperature", "warm"),
         (False, "temperature", True),
         (False, "temperature", -1),
@@ -109,6 +149,7 @@ def test_values_that_change_nothing_are_taken(is_chat: bool) -> None:
         (True, "response_format", {"type": "json_object"}),
         (True, "modalities", ["audio"]),
         (True, "logprobs", 1),
+        (True, "response_format", {"type": "json_schema", "json_schema": {}}),
         (True, "top_logprobs", 3),
         (True, "prompt", "x"),
     ],
@@ -116,7 +157,7 @@ def test_values_that_change_nothing_are_taken(is_chat: bool) -> None:
 def test_refusals_name_the_field(is_chat: bool, field: str, value: Any) -> None:
     found = error(is_chat, **{field: value})
     assert (found.status, found.param) == (400, field)
-    assert field in str(found) or field in ("logprobs", "stop", "prompt")
+    assert field in str(found) or field in ("stop", "prompt")
     assert set(found.body()["error"]) == {"message", "type", "param", "code"}
 
 
@@ -136,6 +177,13 @@ def test_refusals_name_the_field(is_chat: bool, field: str, value: Any) -> None:
 def test_messages_that_are_refused(message: Any, param: str) -> None:
     found = error(True, messages=[message])
     assert (found.status, found.param) == (400, param)
+
+
+def test_a_value_too_deep_to_be_shown() -> None:
+    for depth in (900, 960, 980):
+        with pytest.raises(ApiError) as found:
+            parse(b'{"prompt": "x", "suffix": ' + b"[" * depth + b"]" * depth + b"}", False, ("mine", "default"))
+        assert found.value.status == 400
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -186,6 +188,22 @@ def test_only_penalised_rows_say_what_they_see() -> None:
     assert (some.samplings, some.positions.tolist()) == (samplings[:0:-1], [5, 5])
     assert [tokens.tolist() for tokens in some.seen] == [[], [2, 8, 9]]
     assert draw.of([]).seen == table.draw((), batch, ()).seen == ()
+
+
+def test_what_was_generated_begins_behind_the_request_s_prompt() -> None:
+    """In order and with repeats, of penalised rows alone; the rest of a row's text is not counted."""
+    table = prompted()
+    table.allocate([Row(1, 3, NO_SLOT, 3), Row(2, 4, NO_SLOT, 3)])
+    batch = table.allocate([Row(1, 5, 3, 4), Row(8, 6, 4, 4), Row(7, 7, 2, 3)])
+    counted, early = Sampling(presence_penalty=0.5, prompt_length=3), Sampling(frequency_penalty=0.5, prompt_length=2)
+    draw = table.draw((counted, early, replace(PENALISED, prompt_length=3)), batch, (0, 1, 2))
+    assert [tokens.tolist() for tokens in draw.generated] == [[1, 1], [9, 2, 8], []]
+    assert [tokens.tolist() for tokens in draw.seen] == [[], [], [7, 9]]
+    both = table.draw([replace(PENALISED, frequency_penalty=0.5, prompt_length=4)], batch, (0,))
+    assert [tokens.tolist() for tokens in both.generated + both.seen] == [[1], [1, 9]]
+    late = table.draw([replace(counted, prompt_length=9)], batch, (0,))
+    assert (late.generated[0].tolist(), late.seen) == ([], ())
+    assert draw.of([1]).generated[0].tolist() == [9, 2, 8]
 
 
 def test_a_slot_that_is_used_again_is_seen_with_its_new_token() -> None:

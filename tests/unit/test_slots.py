@@ -122,10 +122,11 @@ class Twins:
         mask = visible_slots(batch)
         assert [row.nonzero()[0].tolist() for row in mask] == [sorted(slots) for slots in wanted]
         assert [attended(batch, row).tolist() for row in range(len(wanted))] == wanted, "in order of position"
-        draw = self.table.draw([Sampling(repetition_penalty=1.5)] * len(wanted), batch, range(len(wanted)))
-        assert [found.tolist() for found in draw.seen] == [
-            sorted({self.token[slot] for slot in slots}) for slots in wanted
-        ]
+        sampling = Sampling(repetition_penalty=1.5, presence_penalty=0.5, prompt_length=self.dice.randrange(9))
+        draw = self.table.draw([sampling] * len(wanted), batch, range(len(wanted)))
+        texts = [[self.token[slot] for slot in slots] for slots in wanted]
+        assert [found.tolist() for found in draw.seen] == [sorted(set(text)) for text in texts]
+        assert [found.tolist() for found in draw.generated] == [text[sampling.prompt_length :] for text in texts]
         self.table.check()
         counts = [(len(one.leased), len(one.canonical)) for one in self.naive.values()]
         assert self.table.counts()[1:] == tuple(map(sum, zip(*counts, strict=True)))

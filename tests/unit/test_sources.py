@@ -23,10 +23,11 @@ from pipeinfer.core.messages import (
     accepted_name,
 )
 from pipeinfer.core.ports import Request, Sampling, Send
+from pipeinfer.orchestrator.session import Session
 from pipeinfer.orchestrator.sources import LOOKUP, Sources
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import UNLIMITED, Order
-from speculation.trees.tree import SLACK, Node, Tree
+from speculation.trees.tree import SLACK, Node
 
 FIRST, SECOND = 0x8000, 0x8001
 PROMPT = (5, 6, 7, 5, 6)
@@ -36,6 +37,13 @@ ROOT = accepted_name(4)
 
 def say(dest: int, body: Body) -> Send:
     return Send(Message(ORCHESTRATOR, dest, body))
+
+
+def begun(request: Request, sequence: int, sources: Sources) -> Session:
+    """The session of ``request``, as ``sequence``."""
+    session = Session(request, 7, 1, list(request.prompt))
+    session.begin(sequence, sources.most_nodes())
+    return session
 
 
 class Served:
@@ -52,10 +60,10 @@ class Served:
     ) -> None:
         policy = Policy("test", **{"max_rows": 4, "topk": 2, "max_ahead": 8} | knobs)
         self.sources = Sources(drafters, policy, 2000, say, {})
-        self.request = Request(prompt, most, stops, sampling or Sampling())
-        self.tree = Tree(prompt[-1], len(prompt) - 1, self.sources.most_nodes())
-        self.tree.take(self.tree.root)
-        self.told = self.sources.open(self.request, 1, self.tree, len(prompt) + most - 2)
+        request = Request(prompt, most, stops, sampling or Sampling())
+        session = begun(request, 1, self.sources)
+        self.tree = session.tree
+        self.told = self.sources.open(session)
 
     def grow(self, source: int, *rows: tuple[int, int, int], ends: bool = False, sequence: int = 1) -> Any:
         """Nodes as (token, name, parent's name), each claimed to be certain by half."""
@@ -68,7 +76,7 @@ class Served:
             self.tree.root.choice = token
             self.sources.verified(self.tree.root)
             heirs.append(self.tree.advance(token)[0])
-        return self.sources.advance(heirs, restart, wanted)
+        return self.sources.advance(1, heirs, restart, wanted)
 
     def paths(self, node: Node | None = None) -> dict[int, Any]:
         """The tree below the root as tokens in tokens."""
@@ -84,7 +92,7 @@ def test_every_drafter_hears_how_tokens_are_drawn_then_the_prompt() -> None:
     sampling = Sampling(0.5, seed=3)
     told = Served(sampling=sampling).told
     assert kinds(told) == [(Settings, FIRST), (Prompt, FIRST), (Settings, SECOND), (Prompt, SECOND)]
-    assert [send.message.body for send in told[:2]] == [sampling.settings(1), Prompt(1, 23, True, PROMPT)]
+    assert [send.message.body for send in told[:2]] == [sampling.settings(1, len(PROMPT)), Prompt(1, 23, True, PROMPT)]
 
 
 def test_a_long_prompt_comes_in_parts_and_the_last_says_so() -> None:
@@ -219,7 +227,8 @@ def test_the_end_is_told_to_all() -> None:
     said = served.sources.close(1)
     assert kinds(said) == [(Close, FIRST), (Close, SECOND)]
     assert {send.message.body for send in said} == {Close(1)}
-    assert served.sources.advance([], False, True) == []
+    assert served.sources.names == [0, 0]
+    assert served.sources.order(Order(1)) == [], "nobody is left to draft for"
 
 
 def test_only_a_drafter_of_which_something_was_learnt_is_told() -> None:
@@ -294,7 +303,7 @@ def test_a_new_round_looks_up_again_what_was_thrown_away() -> None:
 
 def test_the_last_request_is_not_looked_up() -> None:
     served = Served((), prompt=(1, 2, 3, 1, 2), prompt_lookup=2)
-    tree = Tree(2, 1, 50)
     served.sources.close(1)
-    served.sources.open(Request((1, 2), 9), 2, tree, 9)
-    assert tree.root.children == {}
+    session = begun(Request((1, 2), 9), 2, served.sources)
+    served.sources.open(session)
+    assert session.tree.root.children == {}

@@ -25,6 +25,7 @@ from pipeinfer.core.messages import (
     Settings,
     SlotOp,
     SlotOpKind,
+    TopToken,
     Wants,
     fault_layer,
     fault_token,
@@ -204,15 +205,15 @@ def test_a_row_of_a_dead_run_is_not_relayed() -> None:
 
 def test_how_tokens_are_drawn_is_passed_on_to_the_last_stage() -> None:
     sampling = Sampling(0.5, 7, 0.25, 0.125, 1.5, seed=1 << 40)
-    (passed_on,) = sends(Neighbours(MIDDLE).tell(sampling.settings(1)))
-    assert (passed_on.message.dest, passed_on.message.body) == (LAST, sampling.settings(1))
+    (passed_on,) = sends(Neighbours(MIDDLE).tell(sampling.settings(1, 0)))
+    assert (passed_on.message.dest, passed_on.message.body) == (LAST, sampling.settings(1, 0))
     assert type(passed_on.message.body) is Settings
-    assert Neighbours(LAST).tell(sampling.settings(1)) == []
+    assert Neighbours(LAST).tell(sampling.settings(1, 0)) == []
 
 
 def test_every_row_draws_the_token_after_it() -> None:
     around, sampling = Neighbours(LAST), Sampling(0.5, seed=9)
-    around.tell(sampling.settings(1))
+    around.tell(sampling.settings(1, 0))
     command = compute_of(around.run(2, *TREE))
     assert (command.rows, command.choices) == ((0, 1, 2, 3), 1)
     assert command.draw is not None
@@ -223,7 +224,7 @@ def test_every_row_draws_the_token_after_it() -> None:
 
 def test_a_penalty_is_for_what_the_row_itself_descends_from() -> None:
     around = Neighbours(LAST)
-    around.tell(Sampling(repetition_penalty=1.5).settings(1))
+    around.tell(Sampling(repetition_penalty=1.5).settings(1, 0))
     draw = compute_of(around.run(2, *TREE)).draw
     assert draw is not None
     assert [tokens.tolist() for tokens in draw.seen] == [[1, 2, 10], [1, 2, 10, 11], [1, 2, 10, 12], [1, 2, 10, 11, 13]]
@@ -231,8 +232,8 @@ def test_a_penalty_is_for_what_the_row_itself_descends_from() -> None:
 
 def test_rows_of_several_sequences_are_drawn_by_their_own_settings() -> None:
     around, first, second = Neighbours(LAST), Sampling(0.5, seed=9), Sampling(0.75, repetition_penalty=1.5)
-    around.tell(first.settings(1))
-    around.tell(second.settings(2))
+    around.tell(first.settings(1, 0))
+    around.tell(second.settings(2, 0))
     rows = (Row(7, 2, NO_SLOT, 2, 1), Row(8, 3, 2, 3, 1), Row(5, 4, NO_SLOT, 0, 2), Row(6, 5, NO_SLOT, 0, 3))
     draw = compute_of(around.run(2, *rows)).draw
     assert draw is not None
@@ -242,7 +243,7 @@ def test_rows_of_several_sequences_are_drawn_by_their_own_settings() -> None:
 
 def test_the_last_row_of_each_sequence_is_wanted() -> None:
     around = Neighbours(LAST)
-    around.tell(Sampling(0.5).settings(2))
+    around.tell(Sampling(0.5).settings(2, 0))
     rows = (Row(7, 2, NO_SLOT, 2, 1), Row(8, 3, NO_SLOT, 3, 1), Row(5, 4, NO_SLOT, 0, 2), Row(4, 5, NO_SLOT, 0, 3))
     command = compute_of(around.run(2, *rows, is_canonical=True, wants=Wants.LAST))
     assert (command.rows, command.choices) == ((1, 2, 3), 1)
@@ -252,6 +253,25 @@ def test_the_last_row_of_each_sequence_is_wanted() -> None:
     assert [(row.token, row.slot, row.position, row.sequence) for row in result.rows] == [
         (90, 3, 3, 1), (91, 4, 0, 2), (92, 5, 0, 3),
     ]  # fmt: skip
+
+
+def test_each_row_has_as_many_most_probable_tokens_as_its_sequence_wants() -> None:
+    around = Neighbours(LAST)
+    rows = (Row(7, 2, NO_SLOT, 2, 1), Row(8, 3, 2, 3, 1), Row(5, 4, NO_SLOT, 0, 2))
+    around.run(2, *rows)
+    choices = [[(4, -0.5), (4, -0.5), (6, -1.0)], [(3, -2.0), (1, -0.5), (3, -2.0)], [(9, -0.25)]]
+    (result,) = sent(around.stage.handle(Computed(2, None, choices, 0.0), 0.0), Result)
+    assert [(row.token, row.logp, row.top_count) for row in result.rows] == [(4, -0.5, 2), (3, -2.0, 2), (9, -0.25, 0)]
+    assert result.tops() == [((4, -0.5), (6, -1.0)), ((1, -0.5), (3, -2.0)), ()]
+    assert all(type(pair) is TopToken for pair in result.top)
+
+
+def test_penalties_of_what_was_generated_begin_at_the_prompt_s_length() -> None:
+    around = Neighbours(LAST)
+    around.tell(Sampling(presence_penalty=0.5).settings(1, 1))
+    draw = compute_of(around.run(2, *TREE)).draw
+    assert draw is not None
+    assert [tokens.tolist() for tokens in draw.generated] == [[2, 10], [2, 10, 11], [2, 10, 12], [2, 10, 11, 13]]
 
 
 def test_rows_that_died_are_not_drawn_for() -> None:
@@ -275,7 +295,7 @@ def test_settings_are_kept_by_sequence_until_it_is_freed() -> None:
     """Two sequences with runs in turn draw each by their own; another one, and one that was freed, are greedy."""
     around, first, second = Neighbours(LAST), Sampling(0.5, seed=9), Sampling(0.75, seed=8)
     for sequence, sampling in ((1, first), (2, second)):
-        around.tell(sampling.settings(sequence))
+        around.tell(sampling.settings(sequence, 0))
     for run, slot, sequence, sampling in ((2, 2, 1, first), (3, 3, 2, second), (4, 4, 1, first), (5, 5, 3, GREEDY)):
         row = Row(7, slot, NO_SLOT, 2 if sequence == 1 else 0, sequence)
         assert draw_of(around.run(run, row)) == sampling
@@ -290,7 +310,7 @@ def test_settings_are_kept_by_sequence_until_it_is_freed() -> None:
 
 def test_a_skipped_run_that_frees_a_sequence_forgets_its_settings_too() -> None:
     around, sampling = Neighbours(LAST), Sampling(0.5, seed=9)
-    around.tell(sampling.settings(1))
+    around.tell(sampling.settings(1, 0))
     around.cancel((2, NO_SLOT))
     (tombstone,) = sent(around.run(2, Row(7, 2, NO_SLOT, 0, 2), ops=(SlotOp(SlotOpKind.FREE, sequence=1),)), Result)
     assert tombstone.is_tombstone

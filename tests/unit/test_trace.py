@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipeinfer.core.config import Config
 from pipeinfer.core.errors import UserError
-from pipeinfer.core.messages import Body, DraftNode, Message, Nodes, Run
+from pipeinfer.core.messages import Body, DraftNode, Message, Nodes, Run, TopToken
 from pipeinfer.core.ports import (
     Abandon,
     Aborted,
@@ -70,11 +70,15 @@ def batches(rows: int, others: int) -> st.SearchStrategy[Batch]:
 BODIES = bodies(REAL)
 MESSAGES = st.builds(Message, WORD, WORD, st.sampled_from(list(BODIES)).flatmap(BODIES.__getitem__), WORD, WORD)
 PAYLOADS = st.sampled_from([None, TENSOR])
-SAMPLINGS = st.builds(Sampling, REAL, WORD, REAL, REAL, REAL, st.integers(0, 2**64 - 1))
+BIASED = st.lists(st.tuples(TOKEN, REAL), max_size=3).map(tuple)
+SAMPLINGS = st.builds(
+    Sampling, REAL, WORD, REAL, REAL, REAL, st.integers(0, 2**64 - 1), REAL, REAL, COUNT, WORD, BIASED
+)
 TUPLES, REALS = st.lists(INTEGER, max_size=4).map(tuple), st.lists(REAL, max_size=4).map(tuple)
 SEEN = st.lists(COUNT.flatmap(arrays), max_size=3).map(tuple)
 ROW_SAMPLINGS = st.lists(SAMPLINGS, max_size=3).map(tuple)
-DRAWS = st.builds(SamplingInputs, ROW_SAMPLINGS, COUNT.flatmap(arrays), SEEN, st.booleans())
+DRAWS = st.builds(SamplingInputs, ROW_SAMPLINGS, COUNT.flatmap(arrays), SEEN, st.booleans(), SEEN)
+TOPS = st.lists(st.builds(TopToken, TOKEN, REAL), max_size=2).map(tuple)
 WORDS = st.fixed_dictionaries({"slope": REAL, "offsets": st.lists(REAL, max_size=2)})
 LEARNT = st.dictionaries(st.text(), WORDS, max_size=2)
 CHOICES = st.lists(st.lists(st.tuples(TOKEN, REAL), max_size=3), max_size=3)
@@ -106,7 +110,7 @@ COMMANDS: dict[type, st.SearchStrategy[Any]] = {
     ),
     Abandon: st.builds(Abandon, INTEGER),
     Wake: st.builds(Wake, REAL),
-    Emit: st.builds(Emit, TUPLES, REALS, COUNT),
+    Emit: st.builds(Emit, TUPLES, REALS, COUNT, st.lists(TOPS, max_size=2).map(tuple)),
     Finish: st.builds(Finish, st.text(), COUNT, st.none() | COUNT),
     Idle: st.builds(Idle, st.builds(RequestStats, *[COUNT] * 8, REAL, REAL, COUNT, REAL, REAL, LEARNT), COUNT),
     Note: st.builds(Note, st.text()),

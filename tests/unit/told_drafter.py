@@ -39,7 +39,7 @@ class Told:
         assert self.accept(7) == [], "it waits for its order"
 
     def begin(self, sequence: int, prompt: tuple[int, ...], sampling: Sampling = GREEDY) -> list[Command]:
-        assert self.say(sampling.settings(sequence)) == []
+        assert self.say(sampling.settings(sequence, 0)) == []
         return self.say(Prompt(sequence, 20, True, prompt))
 
     def say(self, body: Body) -> list[Command]:
