@@ -50,6 +50,8 @@ RIDER = 2.0
 its ancestors are wrong."""
 FILLER = 0.25
 """Share of the rate G that a run of guesses has to earn where the stages are idle otherwise."""
+LONGEST = 1.1
+"""A run with roots takes at most this multiple of the mean one, unless its roots alone take longer."""
 ROWS = 4
 """Rows of a root's tree by which the price of a row is estimated."""
 
@@ -66,6 +68,8 @@ class Many:
         self._drafting = Drafting(pass_s, right)
         self._traffic: Traffic | None = None
         self._count = 1  # A
+        self._earns = 0.0  # G
+        self._wanted = 1
         self._roots: dict[int, Node] = {}  # the last one seen of each sequence
         self._since: dict[int, float] = {}  # when it became known
         self._ripe_at: dict[int, float] = {}  # when an unsent one was ripe first
@@ -92,9 +96,10 @@ class Many:
         """The next step while there are credits."""
         curve, count = self._curve, len(now.trees)
         self._count = count
+        roots = -(-count // self._stages)
         if self._traffic is None:
-            rate = count / (self._stages * curve.seconds(-(-count // self._stages)))
-            self._traffic = Traffic(now.now, count, rate, curve.seconds(1))
+            self._traffic = Traffic(now.now, count, self._stages, roots, curve.seconds(roots))
+        self._earns = max(self._traffic.rate, count / (self._stages * curve.seconds(roots)))
         self._drafting.look(now.trees, now.now, self._is_waiting)
         unsent, others = self._sorted(now)
         cohort = min(self._cohort(self._traffic), now.root_room)
@@ -152,7 +157,7 @@ class Many:
     def _price(self, cohort: int) -> float:
         """pi."""
         assert self._traffic
-        return self._traffic.rate * max(1.0, cohort * self._stages / self._count)
+        return self._earns * max(1.0, cohort * self._stages / self._count)
 
     def _row_price(self, price: float, rows: int) -> float:
         """What each of as many further rows as ``rows`` costs in tokens."""
@@ -163,7 +168,7 @@ class Many:
         traffic, drafting = self._traffic, self._drafting
         assert traffic
         least = self._row_price(self._price(cohort), ROWS * cohort)
-        earns = traffic.rate / self._count
+        earns = self._earns / self._count
         later = self._filler_price(2)
         ripe, until = list[Tree](), 0.0
         for tree in unsent:
@@ -185,9 +190,13 @@ class Many:
         guesses = now.room if self._policy.speculate else 0
         most = min(len(ripe) + self._policy.max_rows, max(len(ripe), curve.reach))
         nodes = take_best(ripe, most, len(ripe), guesses, self._policy.min_path_prob)
-        price, roots = self._price(cohort), len(ripe)
+        assert self._traffic
+        price, roots, usual_s = self._price(cohort), len(ripe), self._traffic.run_s
         totals = list(accumulate(probabilities(trees, nodes)))
         best = max(range(roots, len(nodes) + 1), key=lambda rows: totals[rows - 1] - price * curve.seconds(rows))
+        self._wanted = best
+        while best > roots and curve.seconds(best) > LONGEST * usual_s:
+            best -= 1
         give_back(trees, nodes[best:])
         return nodes[:best]
 
@@ -195,11 +204,9 @@ class Many:
         """A run leaves with the roots of ``ripe``."""
         self._held_since = None
         waited_s = sum(self._ripe_at[tree.sequence] - self._since[tree.sequence] for tree in ripe)
-        traffic.launched(len(ripe), rows, self._curve.seconds(rows), waited_s)
+        traffic.launched(len(ripe), rows, self._curve.seconds(self._wanted), waited_s)
 
-    def _riders(
-        self, others: Sequence[Tree], rows: int, roots: int, cohort: int, now: Situation
-    ) -> list[Node]:
+    def _riders(self, others: Sequence[Tree], rows: int, roots: int, cohort: int, now: Situation) -> list[Node]:
         """Take the guesses of ``others`` that are worth a place beside ``rows`` rows, of ``roots`` roots."""
         assert self._traffic
         curve = self._curve
@@ -243,8 +250,8 @@ class Many:
         """F."""
         traffic = self._traffic
         assert traffic
-        late = traffic.runs_per_s * traffic.roots * traffic.rate / self._count * self._holds_up_s(rows) ** 2 / 2
-        return late + FILLER * traffic.rate * self._curve.seconds(rows) / (1 - traffic.busy)
+        late = traffic.runs_per_s * traffic.roots * self._earns / self._count * self._holds_up_s(rows) ** 2 / 2
+        return late + FILLER * self._earns * self._curve.seconds(rows) / (1 - traffic.busy)
 
 
 def _by_sequence(trees: Sequence[Tree]) -> dict[int, Tree]:
