@@ -15,7 +15,7 @@ cost_curve.py, and w, d of drafting.py:
                next level is worth in the same run, at most what it costs to send it later; on the right what the
                sequence loses in w
     roots      of ripe roots the K that have waited longest, with the rows of their trees that are worth most:
-               argmax over r of sum(p) - pi T(r). If there are n < K of them, others are waited for, as long as it saves
+               argmax over r of sum(p) - pi T(r), but T(r) <= LONGEST c. If there are n < K of them, others are waited for, as long as it saves
                to send n + 1 roots in one run: T(r) + T(r / n) - T(r + r / n)
     riders     guesses of other sequences ride along where rows are nearly free:
                argmax over n of sum(p) - RIDER pi (T(r + n) - T(r)) / (1 - sigma)
@@ -69,7 +69,8 @@ class Many:
         self._traffic: Traffic | None = None
         self._count = 1  # A
         self._earns = 0.0  # G
-        self._wanted = 1
+        self._wanted = 1  # rows that the last run with roots would have had
+        self._launches = 0  # runs with roots so far, of which the first ones fill the stages
         self._roots: dict[int, Node] = {}  # the last one seen of each sequence
         self._since: dict[int, float] = {}  # when it became known
         self._ripe_at: dict[int, float] = {}  # when an unsent one was ripe first
@@ -79,7 +80,7 @@ class Many:
 
     def pause(self) -> None:
         """There are no several sequences any more."""
-        self._traffic, self._held_since, self._until, self._is_waiting = None, None, 0.0, False
+        self._traffic, self._held_since, self._until, self._is_waiting, self._launches = None, None, 0.0, False, 0
 
     def closed(self, tree: Tree) -> None:
         """The sequence of ``tree`` is over."""
@@ -195,7 +196,7 @@ class Many:
         totals = list(accumulate(probabilities(trees, nodes)))
         best = max(range(roots, len(nodes) + 1), key=lambda rows: totals[rows - 1] - price * curve.seconds(rows))
         self._wanted = best
-        while best > roots and curve.seconds(best) > LONGEST * usual_s:
+        while self._launches > self._stages and best > roots and curve.seconds(best) > LONGEST * usual_s:
             best -= 1
         give_back(trees, nodes[best:])
         return nodes[:best]
@@ -203,6 +204,7 @@ class Many:
     def _note(self, traffic: Traffic, ripe: Sequence[Tree], rows: int, now: float) -> None:
         """A run leaves with the roots of ``ripe``."""
         self._held_since = None
+        self._launches += 1
         waited_s = sum(self._ripe_at[tree.sequence] - self._since[tree.sequence] for tree in ripe)
         traffic.launched(len(ripe), rows, self._curve.seconds(self._wanted), waited_s)
 
