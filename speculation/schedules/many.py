@@ -3,7 +3,7 @@
 A known token that has not been sent is an unsent root. A stage should always have work, a run should hold many roots
 with the rows of their trees, and all runs should be equally long: over S stages a run that is longer than those behind
 it holds each of them up at every stage. For A sequences, with G, mu, c, eta, sigma, k, m of traffic.py, T(r) of
-cost_curve.py, and w, d of drafting.py:
+cost_curve.py, and w of drafting.py, where G is at least what plain decoding gives by T(r):
 
     cohort     a run has at most K roots, K = argmax over n of min(n, q) / T(n m) with q = A / (S + D)
                D = min(MOST_COHORTS, 2 wait / c): while S cohorts are in flight, others are drafted for
@@ -15,8 +15,8 @@ cost_curve.py, and w, d of drafting.py:
                next level is worth in the same run, at most what it costs to send it later; on the right what the
                sequence loses in w
     roots      of ripe roots the K that have waited longest, with the rows of their trees that are worth most:
-               argmax over r of sum(p) - pi T(r), but T(r) <= LONGEST c. If there are n < K of them, others are waited for, as long as it saves
-               to send n + 1 roots in one run: T(r) + T(r / n) - T(r + r / n)
+               argmax over r of sum(p) - pi T(r), but T(r) <= LONGEST c. If there are n < K of them, others are waited
+               for, as long as it saves to send n + 1 roots in one run: T(r) + T(r / n) - T(r + r / n)
     riders     guesses of other sequences ride along where rows are nearly free:
                argmax over n of sum(p) - RIDER pi (T(r + n) - T(r)) / (1 - sigma)
     fillers    if no root is unsent, guesses leave alone: argmax over r of sum(p) / (T(r) + eta X^2 / 2) where

@@ -24,8 +24,8 @@ BUSIEST = 0.98
 
 
 class Traffic:
-    """The sums. ``began_at``: when measuring began. At first plain decoding of ``sequences`` sequences is expected, with
-    runs of ``roots`` roots that take ``run_s`` at each of ``stages`` stages."""
+    """The sums. ``began_at``: when measuring began. At first plain decoding of ``sequences`` sequences is expected,
+    with runs of ``roots`` roots that take ``run_s`` at each of ``stages`` stages."""
 
     def __init__(self, began_at: float, sequences: int, stages: int, roots: int, run_s: float) -> None:
         self._tokens = self._roots = self._rows = float(FIRST * sequences)

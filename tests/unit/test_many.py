@@ -1,4 +1,4 @@
-"""Many sequences over many stages (see speculation/schedules/many.py): who leaves, who waits, and with how many rows."""
+"""Many sequences over many stages (see speculation/schedules/many.py): who leaves, who waits, with how many rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from speculation.schedules.cost_curve import CostCurve, Costs
 from speculation.schedules.drafting import GRACE, Drafting
-from speculation.schedules.many import LONGEST, Many
+from speculation.schedules.many import Many
 from speculation.schedules.policy import CONTINUOUS
 from speculation.schedules.schedule import Launch, Situation, Step, Wait
 from speculation.schedules.traffic import Traffic
