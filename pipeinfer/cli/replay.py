@@ -151,7 +151,8 @@ def event_text(event: Event) -> str:
         return f"computed {event.job}" if event.hidden is not None else f"abandoned {event.job}"
     if isinstance(event, Submitted):
         request = event.request
-        return f"submitted request {event.number}: {_many(len(request.prompt), 'prompt token')}, {request.max_new_tokens} new"
+        size = f"{_many(len(request.prompt), 'prompt token')}, {request.max_new_tokens} new"
+        return f"submitted request {event.number}: {size}"
     if isinstance(event, Aborted):
         return f"aborted request {event.number}"
     return type(event).__name__.lower()

@@ -86,8 +86,8 @@ class Timeline:
     """What the ``traces`` of a job tell.
 
     ``ranks``: of each role, by address. ``emitted``: when so many tokens became final. ``in_flight``: from when on so
-    many runs were on their way. ``requests``: in the order of submission. ``began_at``: seconds of the Unix epoch (of no
-    meaning for a simulated job)."""
+    many runs were on their way. ``requests``: in the order of submission. ``began_at``: seconds of the Unix epoch (of
+    no meaning for a simulated job)."""
 
     header: Header
     ranks: dict[int, int]
