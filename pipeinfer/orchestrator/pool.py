@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from kvbuffers.slot_allocator import SlotAllocator
 from pipeinfer.core.messages import MAX_KEPT
 from pipeinfer.orchestrator.session import Session
+from speculation.trees.forest import pending_roots
+from speculation.trees.tree import Tree
 
 LEAST_SHARED = 16
 """A shorter common prefix is not worth an operation."""
@@ -43,11 +45,11 @@ class Pool:
                 self._kept[source] = self._kept.pop(source)  # the most recently used one now
         return length
 
-    def secure(self, roots: int) -> None:
-        """Let kept sequences go where ``roots`` known tokens or guesses would find no slot."""
+    def secure(self, trees: Iterable[Tree]) -> None:
+        """Let kept sequences go where known tokens, the roots of ``trees``, or guesses would find no slot."""
         if self._kept:
             allocator = self.allocator
-            self._clear(roots + allocator.speculative - allocator.counts()[1], but=0)
+            self._clear(pending_roots(trees) + allocator.speculative - allocator.leased, but=0)
 
     def _clear(self, count: int, but: int) -> bool:
         """Free kept sequences, ``but`` not, until ``count`` slots can be leased; whether they can."""
