@@ -1,14 +1,15 @@
 """`pipeinfer serve` beside llama.cpp's server: the same weights, threads, client and requests, one server at a time.
 
-    python -m benchmarks.serve_beside_llama                           the built-in pair in bf16, at 1, 4 and 16 clients
-    python -m benchmarks.serve_beside_llama --dtype fp32              the same in fp32
-    python -m benchmarks.serve_beside_llama --pair DIR --tokens 64    a pair of `python -m pipeinfer.bench.shaped_pair DIR`
+    python -m benchmarks.serve_beside_llama                          the built-in pair in bf16, at 1, 4 and 16 clients
+    python -m benchmarks.serve_beside_llama --dtype fp32             the same in fp32
+    python -m benchmarks.serve_beside_llama --pair DIR --tokens 64   a pair of `python -m pipeinfer.bench.shaped_pair`
 
 Each round starts every server anew for each number of clients, warms it up, and measures it; the order turns from round
 to round. Ours has one rank and two ranks that share the threads. llama.cpp's has as many slots as there are clients,
 and decodes with and without the draft; the better one counts. All is greedy, and every answer has the same number of
 tokens. Needs pipeinfer[peers,serve]. xllamacpp's llama.cpp is for any processor with AVX2; --llama-server names a
-program that was built for this one. The exit code is 1 where texts of ours differ.
+program that was built for this one. The exit code is 1 where texts of ours differ, or prompts are other tokens to
+another server.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tokens", type=int, default=128, metavar="T", help="new tokens of a request (default 128)")
     made.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds (default 3)")
     made.add_argument("--threads", type=int, default=0, metavar="N", help="of a server (default: all usable cores)")
+    made.add_argument("--llama-threads", type=int, default=0, metavar="N", help="of llama.cpp's (default: --threads)")
     made.add_argument("--ranks", type=numbers, default=[1, 2], metavar="N,...", help="of ours (default 1,2)")
     made.add_argument(
         "--n-max", type=numbers, default=[4, 8, 16], metavar="N,...", help="llama.cpp's drafts (default 4,8,16)"
@@ -77,16 +79,26 @@ def parser() -> argparse.ArgumentParser:
 
 def refuse_numbers(args: argparse.Namespace) -> None:
     """Raise UserError for numbers that mean nothing."""
-    least = {"requests": 0, "tokens": 2, "repeats": 1, "threads": 0, "clients": 1, "ranks": 1, "n_max": 1}
+    least = {
+        "requests": 0,
+        "tokens": 2,
+        "repeats": 1,
+        "threads": 0,
+        "llama_threads": 0,
+        "clients": 1,
+        "ranks": 1,
+        "n_max": 1,
+    }
     for name, low in least.items():
         given = getattr(args, name)
         if min(given if isinstance(given, list) else [given], default=low) < low:
             refuse(f"--{name.replace('_', '-')} below {low}", f"use at least {low}")
     args.threads = args.threads or usable_cores()
+    args.llama_threads = args.llama_threads or args.threads
 
 
 def compare(args: argparse.Namespace, pair: Pair) -> int:
-    """Measure all rounds and print the rows; 1 if texts of ours differ."""
+    """Measure all rounds and print the rows; 1 if there are remarks."""
     prompts = read_prompts(args.prompts)
     loads = {
         clients: load_of(prompts, args.requests or max(LEAST_REQUESTS, REQUESTS_EACH * clients), clients, args.tokens)
@@ -116,7 +128,8 @@ def measured(args: argparse.Namespace, pair: Pair, loads: dict[int, Load]) -> It
     for turn in range(args.repeats):
         for clients, load in loads.items():
             for contender in every if turn % 2 == 0 else every[::-1]:
-                with running(contender, pair, clients, args.threads, args.llama_server) as url:
+                threads = args.threads if contender.is_ours else args.llama_threads
+                with running(contender, pair, clients, threads, args.llama_server) as url:
                     yield clients, contender, measure(url, load, args.timeout)
 
 
@@ -124,7 +137,8 @@ def facts(args: argparse.Namespace, pair: Pair) -> dict[str, Any]:
     """What all rows share."""
     return {
         "pair": pair.name, "dtype": pair.dtype, "gguf": pair.form, "context": pair.context, "tokens": args.tokens,
-        "threads": args.threads, "llama.cpp": args.llama_server or f"xllamacpp {version('xllamacpp')}",
+        "threads": args.threads,
+        "llama_threads": args.llama_threads, "llama.cpp": args.llama_server or f"xllamacpp {version('xllamacpp')}",
         "fingerprint": fingerprint({}, ""),
     }  # fmt: skip
 
@@ -133,8 +147,8 @@ def about(args: argparse.Namespace, pair: Pair) -> str:
     """The line over the heading."""
     told = facts(args, pair)
     return (
-        f"# {told['pair']}: ours in {told['dtype']}, {told['llama.cpp']} in {told['gguf']}; {args.tokens} tokens, "
-        f"{args.threads} threads, {args.repeats} rounds; ms; x: times the best of llama.cpp's (*)"
+        f"# {told['pair']}: ours in {told['dtype']} on {args.threads} threads, {told['llama.cpp']} in {told['gguf']} "
+        f"on {args.llama_threads}; {args.tokens} tokens, {args.repeats} rounds; ms; x: times the best of llama.cpp's (*)"
     )
 
 

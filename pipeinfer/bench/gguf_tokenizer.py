@@ -16,6 +16,8 @@ from stages.checkpoint.spec import ModelSpec
 NAME = "tokenizer.json"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """GGUF's types of tokens: from the vocabulary, special, added but not special, and without a text."""
+BLANK = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"
+"""What byte-level BPE writes for a blank."""
 GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
@@ -80,12 +82,10 @@ def tokens_of(read: dict[str, Any], count: int) -> tuple[list[str], list[int]]:
 
 
 def with_texts(read: dict[str, Any], count: int) -> dict[str, Any]:
-    """The tokenizer ``read`` with a text of its own, `` <id>``, for each of ``count`` token ids that has none. Such
-    a token is never found in a text, as no merge makes it."""
+    """The tokenizer ``read`` with a text of its own, `` <id>``, for each of ``count`` token ids that has none. Such a
+    token is never found in a text, as no merge makes it. Added tokens become entries of the vocabulary too: the
+    tokenizers library numbers those that are none anew, after the vocabulary."""
     _, types = tokens_of(read, count)
-    more = {
-        f"\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}<{number}>": number
-        for number, kind in enumerate(types)
-        if kind == UNUSED
-    }
+    more = {f"{BLANK}<{number}>": number for number, kind in enumerate(types) if kind == UNUSED}
+    more |= {added["content"]: added["id"] for added in read.get("added_tokens") or ()}
     return read | {"model": read["model"] | {"vocab": read["model"]["vocab"] | more}}
