@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ LEAST_REQUESTS, REQUESTS_EACH = 8, 3
 def main() -> int:
     """Compare as the command line says."""
     args = parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the server that runs is ended, too
     try:
         refuse_numbers(args)
         refuse_missing(args.llama_server)
@@ -137,9 +139,8 @@ def facts(args: argparse.Namespace, pair: Pair) -> dict[str, Any]:
     """What all rows share."""
     return {
         "pair": pair.name, "dtype": pair.dtype, "gguf": pair.form, "context": pair.context, "tokens": args.tokens,
-        "threads": args.threads,
-        "llama_threads": args.llama_threads, "llama.cpp": args.llama_server or f"xllamacpp {version('xllamacpp')}",
-        "fingerprint": fingerprint({}, ""),
+        "threads": args.threads, "llama_threads": args.llama_threads,
+        "llama.cpp": args.llama_server or f"xllamacpp {version('xllamacpp')}", "fingerprint": fingerprint({}, ""),
     }  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def about(args: argparse.Namespace, pair: Pair) -> str:
     told = facts(args, pair)
     return (
         f"# {told['pair']}: ours in {told['dtype']} on {args.threads} threads, {told['llama.cpp']} in {told['gguf']} "
-        f"on {args.llama_threads}; {args.tokens} tokens, {args.repeats} rounds; ms; x: times the best of llama.cpp's (*)"
+        f"on {args.llama_threads}; {args.tokens} tokens, {args.repeats} rounds; ms; x: times llama.cpp's best (*)"
     )
 
 
