@@ -59,7 +59,6 @@ class Pool:
         held = sum(len(tokens) for sequence, tokens in self._kept.items() if sequence != but)
         return count <= self.allocator.free_slots() + held and self._clear(count, but)
 
-
     def _clear(self, count: int, but: int) -> bool:
         """Free kept sequences, ``but`` not, until ``count`` slots can be leased; whether they can."""
         allocator = self.allocator
