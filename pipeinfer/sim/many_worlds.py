@@ -1,6 +1,6 @@
 """Random worlds of many requests: 1 to 16 are decoded at once, and few slots, common prefixes and aborts are frequent.
 
-    python -m pipeinfer.sim.random_worlds --many --worlds 5000 --schedule all --processes 2
+    python -m pipeinfer.sim.many_worlds --worlds 5000 --schedule all --processes 2
 
 Where slots are few, requests lose theirs and begin again. Prompts begin like others, or go on where another request
 ended, so that sequences share slots. The invariants are those of all worlds.
@@ -9,13 +9,14 @@ ended, so that sequences share slots. The invariants are those of all worlds.
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import replace
 from typing import Any
 
 from pipeinfer.core.ports import GREEDY, Request, Sampling
 from pipeinfer.orchestrator.pool import LEAST_SHARED
 from pipeinfer.sim.history import oracle
-from pipeinfer.sim.random_worlds import draw_groups, draw_priors, draw_world
+from pipeinfer.sim.random_worlds import draw_groups, draw_priors, draw_world, main
 from pipeinfer.sim.world import WorldSpec
 from stages.models.emulated import EmulatedSpec
 
@@ -39,9 +40,8 @@ def draw_many(rng: random.Random, world: WorldSpec) -> WorldSpec:
     context = max(needs) if rng.random() < 0.8 else max(needs) + 60
     kv_slots, guess_slots = None, world.guess_slots
     if rng.random() < 0.6:
-        kv_slots = rng.choice(
-            (context, context, rng.randint(context, 2 * context), context + rng.randint(0, sum(needs)))
-        )
+        more = rng.choice((0, 0, rng.randint(0, context), rng.randint(0, sum(needs))))
+        kv_slots = context + more
         guess_slots = rng.choice((0, 1, rng.randint(2, 12), guess_slots))
     world = replace(
         world,
@@ -110,3 +110,7 @@ def _draw_times(rng: random.Random, count: int, stages: int) -> dict[str, Any]:
             if rng.random() < share:
                 aborts.append((began + rng.uniform(0, end), number))
     return {"arrivals": tuple(arrivals), "at_once": kind != "one by one", "aborts": tuple(aborts)}
+
+
+if __name__ == "__main__":
+    sys.exit(main(draw=many_world, schedules=MANY))

@@ -86,11 +86,6 @@ def a_table_frees_a_slot_that_is_shared(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SlotTable, "_give_up", lambda table, canonical: table._used.difference_update(canonical))
 
 
-@mutant("RemoteProtocolError")
-def what_was_given_up_in_its_prompt_is_kept(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, Pool, "end", lambda original, pool, session, is_whole: original(pool, session, True))
-
-
 @mutant("LocalProtocolError")
 def what_was_freed_is_still_offered(patch: pytest.MonkeyPatch) -> None:
     def clear(original: Any, pool: Pool, *rest: Any, **options: Any) -> Any:

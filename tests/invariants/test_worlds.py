@@ -13,7 +13,7 @@ from hypothesis import given, note
 from hypothesis import strategies as st
 
 from pipeinfer.core.ports import Command, Event
-from pipeinfer.sim.many_worlds import MANY
+from pipeinfer.sim.many_worlds import MANY, many_world
 from pipeinfer.sim.random_worlds import (
     SCHEDULES,
     check_world,
@@ -131,15 +131,15 @@ def test_the_command_line_tells_the_seed_and_fails(
     monkeypatch.setattr("pipeinfer.orchestrator.machine.accept", lambda *arguments: 1 / 0)
     assert main(["--worlds", "2", "--seed", "3", "--schedule", "rounds"]) == 1
     assert "--worlds 1 --seed 3 --schedule rounds" in capsys.readouterr().out
-    assert main(["--worlds", "1", "--seed", "3", "--schedule", "rounds", "--many"]) == 1
-    assert "--worlds 1 --seed 3 --many --schedule rounds" in capsys.readouterr().out
+    assert main(["--worlds", "1", "--seed", "3", "--schedule", "rounds"], many_world, MANY) == 1
+    assert "pipeinfer.sim.many_worlds --worlds 1 --seed 3 --schedule rounds" in capsys.readouterr().out
 
 
 def test_the_command_line_takes_every_schedule_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--worlds", "1", "--schedule", "all"]) == 0
     told = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert told == list(SCHEDULES)
-    assert main(["--worlds", "1", "--schedule", "all", "--many"]) == 0
+    assert main(["--worlds", "1", "--schedule", "all"], many_world, MANY) == 0
     assert {line.split(":")[0] for line in capsys.readouterr().out.splitlines()} == set(MANY)
 
 
