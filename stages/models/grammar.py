@@ -69,7 +69,7 @@ class Grammars:
         try:
             text = path.read_text("utf-8")
             # With its default slices llguidance computes parts of masks beforehand; they change no mask.
-            return llguidance.LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._ends)
+            return llguidance.LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._ends[0])
         except OSError as error:
             refuse(f"a grammar needs {path} ({error.strerror})", "use a model that has one")
         except Exception as error:  # of Rust, of any kind
@@ -109,6 +109,8 @@ class Grammars:
                     return _State(None, self._only_ends)
                 bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
                 mask = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(np.bool_)
+                if mask[self._ends[0]]:
+                    mask[self._ends] = True  # llguidance knows one of them; any other one contradicts its grammar
                 if mask.any() and not matcher.is_error():
                     return _State(matcher, mask)
         except Exception as error:  # of Rust, of any kind; it must not end the job

@@ -79,6 +79,15 @@ def test_an_answer_begins_as_the_grammar_says_and_ends_where_it_is_complete() ->
         assert np.flatnonzero(known.mask(answer, tokens_of(done))).tolist() == [END]
 
 
+def test_any_token_that_ends_a_text_ends_an_answer() -> None:
+    (other,) = tokens_of("x")
+    known = Grammars(DIRECTORY, VOCABULARY, lambda: [int(other), END])
+    assert not known.mask(DIGITS, tokens_of("")[:0])[[END, other]].any()
+    assert known.mask(DIGITS, tokens_of("1"))[[END, other]].all()
+    for text in ("123", "1x"):
+        assert np.flatnonzero(known.mask(DIGITS, tokens_of(text))).tolist() == [END, other]
+
+
 def test_what_contradicts_the_grammar_can_only_end() -> None:
     known = grammars()
     for tokens in (tokens_of("x"), tokens_of("1x"), np.array([-3]), np.array([VOCABULARY + 5]), np.array([END, END])):

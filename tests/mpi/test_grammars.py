@@ -11,7 +11,10 @@ import pytest
 
 from pipeinfer import Engine, Sampling, UserError
 from pipeinfer.core.grammar import regex_grammar, schema_grammar
+from pipeinfer.core.ports import Command
 from pipeinfer.engine.answer import Completion
+from pipeinfer.orchestrator.machine import Orchestrator
+from pipeinfer.orchestrator.session import Session
 
 pytest.importorskip("llguidance", reason="the package llguidance is not installed")
 pytestmark = pytest.mark.slow
@@ -36,7 +39,7 @@ COUNT = 160
 
 def answers(**more: Any) -> list[Completion]:
     """Of several requests at once, with a grammar and without."""
-    with Engine(max_num_seqs=4, context=256, **more) as engine:
+    with Engine(context=256, **{"max_num_seqs": 4, **more}) as engine:
         assert engine is not None
         handles = []
         for prompt in PROMPTS:
@@ -81,15 +84,28 @@ def test_answers_follow_their_grammars() -> None:
     [
         {"ranks": 1, "policy": "continuous"},
         {"ranks": 2, "policy": "continuous"},
-        {"ranks": 2, "policy": "plain", "kv_memory": "2M"},  # little: requests are preempted
         {"ranks": 2, "policy": "continuous", "tp": 2},
         {"ranks": 2, "policy": "continuous", "draft": "none"},  # guesses from the text may contradict the grammar
     ],
-    ids=["alone", "two", "preempted", "group", "lookup"],
+    ids=["alone", "two", "group", "lookup"],
 )
 def test_tokens_are_those_of_plain_decoding(more: dict[str, Any]) -> None:
     for one, wanted in zip(answers(**more), reference(), strict=True):
         assert (one.tokens, one.finish_reason, one.text) == (wanted.tokens, wanted.finish_reason, wanted.text)
+
+
+def test_a_request_that_begins_again_goes_on_in_its_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin_again, count = Orchestrator._preempt, 0
+
+    def counted(self: Orchestrator, session: Session) -> list[Command]:
+        nonlocal count
+        count += 1
+        return begin_again(self, session)
+
+    monkeypatch.setattr(Orchestrator, "_preempt", counted)
+    found = answers(policy="plain", max_num_seqs=16, kv_memory="1100K", dtype="bf16")
+    assert [one.tokens for one in found] == [one.tokens for one in answers(policy="plain", dtype="bf16")]
+    assert count, "there was room for all"
 
 
 def test_the_grammar_may_be_part_of_the_sampling() -> None:
