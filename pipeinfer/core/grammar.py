@@ -14,16 +14,17 @@ from typing import Any
 from pipeinfer.core.errors import refuse
 from pipeinfer.core.messages import MAX_GRAMMAR
 
-BLANKS = r"[\x20\x0A\x0D\x09]{0,24}"
-"""White space between the parts of a JSON text, as a regular expression. Bounded, as a weak model may not end it."""
+FORM: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""How a JSON text is written, as llguidance's options: on one line. Where any white space may come, some models end none.
+"""
 OBJECT: Mapping[str, Any] = {"type": "object"}
 """The schema of any JSON object."""
 
 
 def schema_grammar(schema: Mapping[str, Any]) -> str:
     """The grammar of the JSON texts that ``schema``, a JSON schema, describes. ``x-guidance`` in it has llguidance's
-    options. Raises UserError for what is no JSON."""
-    return _text({"grammars": [{"json_schema": {"x-guidance": {"whitespace_pattern": BLANKS}, **schema}}]})
+    options instead of FORM. Raises UserError for what is no JSON."""
+    return _text({"grammars": [{"json_schema": {"x-guidance": FORM, **schema}}]})
 
 
 def regex_grammar(pattern: str) -> str:

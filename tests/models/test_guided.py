@@ -74,7 +74,7 @@ def test_an_answer_begins_as_the_grammar_says_and_ends_where_it_is_complete() ->
     for index in np.flatnonzero(known.mask(DIGITS, tokens_of("")[:0])):
         assert text.decode([int(index)]).isdigit()
     assert known.mask(DIGITS, tokens_of("1"))[[END, *tokens_of("2")]].all()
-    for done in ("123", '{"name":"a","n":22}'):
+    for done in ("123", '{"name": "a", "n": 22}'):
         answer = DIGITS if done == "123" else SCHEMA
         assert np.flatnonzero(known.mask(answer, tokens_of(done))).tolist() == [END]
 

@@ -28,7 +28,6 @@ SCHEMA = schema_grammar(
         "type": "object",
         "properties": {"name": {"type": "string", "maxLength": 12}, "tags": {"items": {"enum": ["a", "long one"]}}},
         "required": ["name", "tags"],
-        "x-guidance": {"whitespace_flexible": False},
     }
 )
 WORDS = regex_grammar("([a-z]{2,6} ){4}end")

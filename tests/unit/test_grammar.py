@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeinfer.core.errors import UserError
-from pipeinfer.core.grammar import OBJECT, exact_grammar, regex_grammar, schema_grammar
+from pipeinfer.core.grammar import FORM, OBJECT, exact_grammar, regex_grammar, schema_grammar
 from pipeinfer.core.messages import MAX_GRAMMAR, Message
 from pipeinfer.core.ports import GREEDY, Sampling, SamplingInputs
 from pipeinfer.core.sampling import exact
@@ -40,11 +39,9 @@ def test_a_grammar_keeps_the_order_of_properties_and_travels_unchanged() -> None
     assert exact(GREEDY).grammar == ""
 
 
-def test_white_space_is_bounded_unless_the_schema_says_otherwise() -> None:
-    given = json.loads(schema_grammar(OBJECT))["grammars"][0]["json_schema"]["x-guidance"]
-    blanks = re.compile(given["whitespace_pattern"])
-    assert blanks.fullmatch("\n  \t ") and blanks.fullmatch("") and not blanks.fullmatch(" " * 25)
-    own = {"whitespace_flexible": False}
+def test_a_json_text_is_one_line_unless_the_schema_says_otherwise() -> None:
+    assert json.loads(schema_grammar(OBJECT))["grammars"][0]["json_schema"] == {**OBJECT, "x-guidance": FORM}
+    own = {"whitespace_flexible": True}
     found = json.loads(schema_grammar({**OBJECT, "x-guidance": own}))["grammars"][0]["json_schema"]
     assert found == {**OBJECT, "x-guidance": own}
 
