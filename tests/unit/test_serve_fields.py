@@ -46,10 +46,17 @@ def test_everything_at_once() -> None:
         ([5, 7], [[5, 7]]),
         ([[5, 7]], [[5, 7]]),
         ([[5], [7, 8]], [[5], [7, 8]]),
+        ([5.0, 7], [[5, 7]]),
     ],
 )
 def test_prompts(prompt: Any, wanted: Any) -> None:
     assert read(prompt=prompt).prompts == wanted
+
+
+def test_whole_numbers_may_be_written_with_a_fraction_of_zero() -> None:
+    asked = read(max_tokens=7.0, n=3.0, seed=1.0, top_k=4.0, logprobs=2.0, priority=-2.0)
+    assert asked == read(max_tokens=7, n=3, seed=1, top_k=4, logprobs=2, priority=-2)
+    assert type(asked.max_new_tokens) is type(asked.sampling["seed"]) is int
 
 
 @pytest.mark.parametrize(
@@ -118,6 +125,7 @@ def test_values_that_change_nothing_are_taken(is_chat: bool) -> None:
         (False, "prompt", ["a"] * 129),
         (False, "prompt", [1, "a"]),
         (False, "prompt", [1, True]),
+        (False, "prompt", [1, 2.5]),
         (False, "messages", HELLO),
         (False, "unheard_of", 1),
         (False, "unheard_of", None),
@@ -130,7 +138,7 @@ def test_values_that_change_nothing_are_taken(is_chat: bool) -> None:
         (False, "min_p", 2),
         (False, "repetition_penalty", 0),
         (False, "seed", 2**64),
-        (False, "seed", 1.0),
+        (False, "seed", 1.5),
         (False, "max_tokens", 0),
         (False, "max_tokens", 1.5),
         (False, "max_completion_tokens", -1),
