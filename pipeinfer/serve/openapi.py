@@ -15,6 +15,7 @@ BOOLEAN: Schema = {"type": ["boolean", "null"]}
 NULL: Schema = {"type": "null"}
 TEXT: Schema = {"type": "string"}
 TOKEN_IDS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+LEAST_TOP_P = 2.0**-150  # in 32 bits this and less is 0
 ERRORS = {
     400: "a field is wrong, or not supported; `param` names it",
     401: "the API key is missing or wrong",
@@ -117,7 +118,7 @@ def _shared(names: list[str]) -> dict[str, Schema]:
         "max_tokens": {"type": ["integer", "null"], "minimum": 1},
         "max_completion_tokens": {"type": ["integer", "null"], "minimum": 1},
         "temperature": {"anyOf": [{"const": 0}, _number(LEAST, MOST)]},
-        "top_p": {"type": ["number", "null"], "exclusiveMinimum": 1e-6, "maximum": 1},
+        "top_p": {"type": ["number", "null"], "exclusiveMinimum": LEAST_TOP_P, "maximum": 1},
         "top_k": _whole(-1, 2**31 - 1),
         "min_p": _number(0, 1),
         "repetition_penalty": _number(LEAST, MOST),

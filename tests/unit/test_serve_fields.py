@@ -78,6 +78,11 @@ def test_log_probabilities() -> None:
         assert read(is_chat, **fields).logprobs == 3
 
 
+def test_the_old_name_is_checked_beside_the_new_one() -> None:
+    found = error(max_completion_tokens=8, max_tokens=0)
+    assert (found.status, found.param) == (400, "max_tokens")
+
+
 def test_messages() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     given = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts, "name": None}]
