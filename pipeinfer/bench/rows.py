@@ -17,7 +17,7 @@ MEDIANS = (
 )  # fmt: skip
 AXES = (
     "hardware", "target", "draft", "ranks", "stages", "tp", "fused", "efficiency", "top1", "claims", "burst",
-    "draft_time", "prompt_tokens", "tokens", "dtype", "set",
+    "draft_time", "prompt_tokens", "tokens", "dtype", "set", "requests", "arrivals", "row_costs",
 )  # fmt: skip
 """What tells points apart in a table."""
 COLUMNS = {
@@ -60,9 +60,14 @@ def make_row(
         "tokens_digest": _digest(samples),
         **medians,
         "calibration_error": metrics[-1]["calibration_error"] if is_ours else None,
+        **({"goodput": _middle_of(metrics, "goodput"), "request_tpot_ms": _middle_of(metrics, "request_tpot_ms")} if "goodput" in metrics[0] else {}),
         "messages_per_token": percentile([sample.messages for sample in samples], 0.5),
         "bytes_per_token": percentile([sample.nbytes for sample in samples], 0.5),
     }  # fmt: skip
+
+
+def _middle_of(metrics: Sequence[Mapping[str, Any]], key: str) -> float:
+    return percentile([one[key] for one in metrics], 0.5)
 
 
 def _digest(samples: Sequence[Sample]) -> str:

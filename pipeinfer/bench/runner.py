@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeinfer.bench.contenders import Contender, contender, ideal_speed
 from pipeinfer.bench.fingerprint import fingerprint
+from pipeinfer.bench.load import reference_speed
 from pipeinfer.bench.report import Report
 from pipeinfer.bench.rows import make_row
 from pipeinfer.bench.sample import Sample
@@ -28,6 +29,8 @@ CONFIG = (
 """What a fingerprint's digest of the configuration is made of."""
 OF_GROUPS = ("tp", "fused", "efficiency")
 """The same, where ranks share stages."""
+OF_LOADS = ("requests", "arrivals", "row_costs")
+"""The same, where there are many requests or measured costs."""
 
 
 def run_simulated(suite: Suite, report: Report) -> None:
@@ -98,6 +101,8 @@ def _pool() -> ProcessPoolExecutor:
 
 def _ideals(here: Scenario, repeats: int, pool: ProcessPoolExecutor) -> list[float]:
     """What ideal scheduling gives on each of the texts that are measured."""
+    if here.point.requests:
+        return [pool.submit(reference_speed, here).result()] * repeats
     return [job.result() for job in [pool.submit(ideal_speed, here, seed) for seed in range(repeats)]]
 
 
@@ -124,6 +129,6 @@ def with_ratios(rows: list[dict[str, Any]], mpi: str) -> list[dict[str, Any]]:
     plain = next((row["tokens_per_s"]["median"] for row in rows if row["policy"] == "plain"), None)
     for row in rows:
         row["ratio_to_plain"] = row["tokens_per_s"]["median"] / plain if plain else None
-        groups = {key: row[key] for key in OF_GROUPS if row.get(key)}
+        groups = {key: row[key] for key in (*OF_GROUPS, *OF_LOADS) if row.get(key)}
         row["fingerprint"] = fingerprint({key: row[key] for key in CONFIG} | groups, mpi)
     return rows

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pipeinfer.bench.suite import Point
+from pipeinfer.bench.suite import ROW_COUNTS, Point
 from pipeinfer.core.config import AUTO
 from pipeinfer.core.errors import refuse
 from pipeinfer.core.links import Link
@@ -61,6 +61,22 @@ class Flat:
     def __call__(self, rows: int, context: int) -> float:
         """See Pace."""
         return self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A pace through measured ``costs`` of ROW_COUNTS rows, straight on beyond the last one; one row takes
+    ``seconds``."""
+
+    seconds: float
+    costs: tuple[float, ...]
+
+    def __call__(self, rows: int, context: int) -> float:
+        """See Pace."""
+        high = next((index for index, count in enumerate(ROW_COUNTS) if rows <= count), len(ROW_COUNTS) - 1) or 1
+        few, many = ROW_COUNTS[high - 1 : high + 1]
+        low_s, high_s = self.costs[high - 1 : high + 1]
+        return self.seconds / self.costs[0] * (low_s + (high_s - low_s) * (rows - few) / (many - few))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +133,13 @@ class Scenario:
         return self.point.prompt_tokens or PROMPT_TOKENS
 
     def stages(self, policy: Policy) -> int:
-        """Stages of ``policy``: all ranks but a drafter's, or their groups."""
-        return max(1, (self.point.ranks - policy.speculate) // self.point.tp)
+        """Stages of ``policy``: all ranks but a drafter's, or their groups. Of many requests all policies have the same
+        stages."""
+        return max(1, (self.point.ranks - (policy.speculate or self.point.requests > 0)) // self.point.tp)
 
     def is_rank_0_shared(self, policy: Policy) -> bool:
         """Whether rank 0 has a role beside the orchestrator."""
-        return policy.speculate or self.point.tp == 1
+        return policy.speculate or (self.point.tp == 1 and not self.point.requests)
 
     def shares(self, policy: Policy, head_share: float = 1.0) -> tuple[int, ...]:
         """Layers of each stage, as even as can be; the first one has ``head_share`` of what another has."""
@@ -174,6 +191,9 @@ class Scenario:
             "set": list(point.set),
             "claims": list(point.claims),
             "burst": list(point.burst),
+            "requests": point.requests or None,
+            "arrivals": point.arrivals if point.requests else None,
+            "row_costs": list(point.row_costs) or None,
             "bytes_per_rank": None,
             "ceiling_tokens_per_s": self.ceiling,
         }
@@ -204,7 +224,11 @@ def scenario(point: Point) -> Scenario:
         stages = point.ranks - 1
         each = max(3, round(LAYERS / stages))
         layer_s, draft_s = 1e-3 * point.stage_ms / each, 1e-3 * point.stage_ms * point.draft_time
-        return Scenario(point, acceptance, each * stages, _shared(point, Flat(layer_s)), Flat(draft_s), LOCAL_LINK)
+        layer: Pace = Flat(layer_s)
+        draft: Pace = Flat(draft_s)
+        if point.row_costs:
+            layer, draft = Measured(layer_s, point.row_costs), Measured(draft_s, point.row_costs)
+        return Scenario(point, acceptance, each * stages, _shared(point, layer), draft, LOCAL_LINK)
     if not point.target or not point.draft:
         refuse(f"a point with hardware {point.hardware} but no models", "name `target` and `draft` shapes in the suite")
     from pipeinfer.costs.hardware import read_hardware

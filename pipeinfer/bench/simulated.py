@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 
 from pipeinfer.bench.contenders import Contender, variants
+from pipeinfer.bench.load import simulate_load
 from pipeinfer.bench.sample import Sample, sample
 from pipeinfer.bench.scenario import LATE, Scenario
 from pipeinfer.sim.world import World, WorldSpec
@@ -61,5 +62,6 @@ def simulate_all(
     scenario: Scenario, contenders: Sequence[Contender], repeats: int, pool: ProcessPoolExecutor
 ) -> list[list[Sample]]:
     """``repeats`` samples of each contender, every one of a text of its own."""
-    asked = [[pool.submit(simulate, scenario, contender, seed) for seed in range(repeats)] for contender in contenders]
+    simulate_one = simulate_load if scenario.point.requests else simulate
+    asked = [[pool.submit(simulate_one, scenario, contender, seed) for seed in range(repeats)] for contender in contenders]
     return [[job.result() for job in jobs] for jobs in asked]

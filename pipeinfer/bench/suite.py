@@ -13,8 +13,11 @@ from pipeinfer.core.errors import refuse
 from pipeinfer.costs.paths import find
 
 EXECUTIONS = ("real", "emulated", "simulated")
-VECTORS = ("claims", "burst", "acceptance", "set")
+VECTORS = ("claims", "burst", "acceptance", "set", "row_costs")
 """Keys of a point that are lists themselves; a list of lists is an axis."""
+ARRIVALS = ("at once", "poisson", "bursts")
+ROW_COUNTS = (1, 2, 4, 8, 16, 32)
+"""Rows of the passes that ``row_costs`` are of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,9 @@ class Point:
     weights may be random. ``prompt_tokens``: 0 for prompts as they come. ``set``: changes to every policy that drafts,
     as ``knob=value``. ``dtype``, ``numerics`` and ``threads`` (of a rank; 0 for its fair share): see Engine. ``tp``:
     ranks that share a stage; ``fused``, of real ones: how they exchange activations, see Engine; ``efficiency``, of
-    others: the share of ``tp`` times a rank's speed that they have together before exchanges."""
+    others: the share of ``tp`` times a rank's speed that they have together before exchanges. ``requests``, simulated:
+    that are decoded at once, 0 for one after the other; ``arrivals``: how they come (see load.py); ``row_costs``:
+    without a ``hardware``, times of passes of ROW_COUNTS rows in any unit, of target and draft."""
 
     ranks: int = 0
     top1: float = 0.0
@@ -54,6 +59,9 @@ class Point:
     tp: int = 1
     fused: str = "auto"
     efficiency: float = 0.9
+    requests: int = 0
+    arrivals: str = ARRIVALS[0]
+    row_costs: tuple[float, ...] = ()
 
     def processes(self, execution: str) -> int:
         """Ranks of the job: all, but where groups are emulated only those with a role: a drafter's, and one of each
@@ -141,6 +149,10 @@ def checked(point: Point) -> Point:
         raise ValueError(f"tp must be 1 or more, not {point.tp}")
     if not 0 < point.efficiency <= 1:
         raise ValueError(f"efficiency must be above 0 and at most 1, not {point.efficiency}")
+    if point.arrivals not in ARRIVALS:
+        raise ValueError(f"arrivals must be one of {', '.join(ARRIVALS)}, not {point.arrivals!r}")
+    if point.row_costs and (len(point.row_costs) != len(ROW_COUNTS) or not all(point.row_costs)):
+        raise ValueError(f"row_costs must be {len(ROW_COUNTS)} times, not {point.row_costs!r}")
     if point.tokens < 2 or point.prompts < 1:
         raise ValueError("a point needs a prompt and two tokens at least")
     if point.top1 > 1 or sum(point.acceptance) > 1 + 1e-9:

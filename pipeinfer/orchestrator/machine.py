@@ -287,7 +287,7 @@ class Orchestrator:
         decoding = [one for one in self._sessions.values() if one.prefilled == one.prompt]
         trees = [one.tree for one in decoding or self._sessions.values()]
         roots = sum(tree.root.pending for tree in trees)
-        self._pool.secure(roots)
+        self._pool.secure(roots + sum(one.prompt - one.prefilled for one in self._sessions.values()))
         now = Situation(
             trees,
             self._credits,

@@ -33,9 +33,9 @@ class Pool:
         active = list(active)
         owed = sum(one.prompt - one.prefilled + 1 for one in active)
         source, length = self._match(session.text, active) if self._keeps else (0, 0)
-        if not self._clear(owed + len(session.text) - length + 1, but=source):
+        if not self._finds(owed + len(session.text) - length + 1, but=source):
             source, length = 0, 0
-            if not self._clear(owed + len(session.text) + 1, but=0):
+            if not self._finds(owed + len(session.text) + 1, but=0):
                 return None
         if length:
             self.allocator.fork(sequence, source, length)
@@ -43,22 +43,28 @@ class Pool:
                 self._kept[source] = self._kept.pop(source)  # the most recently used one now
         return length
 
-    def secure(self, roots: int) -> None:
-        """Let kept sequences go where ``roots`` known tokens or guesses would find no slot."""
+    def secure(self, known: int) -> None:
+        """Let kept sequences go where ``known`` tokens, roots or of prompts, or guesses would find no slot."""
         if self._kept:
             allocator = self.allocator
-            self._clear(roots + allocator.speculative - allocator.counts()[1], but=0)
+            self._clear(known + allocator.speculative - allocator.counts()[1], but=0)
+
+    def _finds(self, count: int, but: int) -> bool:
+        """Whether ``count`` slots can be leased, if need be after kept sequences, ``but`` not, have gone. None goes
+        where all of them would not be enough."""
+        held = sum(len(tokens) for sequence, tokens in self._kept.items() if sequence != but)
+        return count <= self.allocator.free_slots() + held and self._clear(count, but)
 
     def _clear(self, count: int, but: int) -> bool:
         """Free kept sequences, ``but`` not, until ``count`` slots can be leased; whether they can."""
         allocator = self.allocator
-        for sequence in list(self._kept) if allocator.free_slots() < count else ():
-            if sequence != but:
-                del self._kept[sequence]
-                allocator.free(sequence)
-                if allocator.free_slots() >= count:
-                    break
-        return allocator.free_slots() >= count
+        free = allocator.free_slots()
+        for sequence in [kept for kept in self._kept if kept != but] if free < count else ():
+            del self._kept[sequence]
+            allocator.free(sequence)
+            if (free := allocator.free_slots()) >= count:
+                break
+        return free >= count
 
     def _match(self, text: Sequence[int], active: Iterable[Session]) -> tuple[int, int]:
         """The sequence that begins like ``text`` for longest, and for how many tokens; the last token is not among

@@ -64,7 +64,8 @@ class Guessed(Reader):
             return
         for node in nodes.nodes:
             position = node.parent - accepted_name(0)
-            parent = mine.text[position] if position >= 0 else mine.names.get((source, node.parent))
+            known = mine.text[position : position + 1] if position >= 0 else [mine.names.get((source, node.parent))]
+            parent = known[0] if known else None
             if parent is None:
                 who = address_name(source)
                 raise InvariantBroken(

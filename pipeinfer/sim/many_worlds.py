@@ -1,6 +1,6 @@
 """Random worlds of many requests: 1 to 16 are decoded at once, and few slots, common prefixes and aborts are frequent.
 
-    python -m pipeinfer.sim.random_worlds --many --worlds 5000 --schedule all --processes 2
+    python -m pipeinfer.sim.many_worlds --worlds 5000 --schedule all --processes 2
 
 Where slots are few, requests lose theirs and begin again. Prompts begin like others, or go on where another request
 ended, so that sequences share slots. The invariants are those of all worlds.
@@ -9,13 +9,14 @@ ended, so that sequences share slots. The invariants are those of all worlds.
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import replace
 from typing import Any
 
 from pipeinfer.core.ports import GREEDY, Request, Sampling
 from pipeinfer.orchestrator.pool import LEAST_SHARED
 from pipeinfer.sim.history import oracle
-from pipeinfer.sim.random_worlds import draw_groups, draw_priors, draw_world
+from pipeinfer.sim.random_worlds import draw_groups, draw_priors, draw_world, main
 from pipeinfer.sim.world import WorldSpec
 from stages.models.emulated import EmulatedSpec
 
@@ -27,27 +28,33 @@ def many_world(seed: int, schedule: str = "") -> WorldSpec:
     """The world of many requests that ``seed`` stands for, by ``schedule``, one of MANY if it is named."""
     rng = random.Random(f"many {seed}")
     chosen = schedule or rng.choices(MANY, (1, 2, 5))[0]
-    return draw_many(rng, draw_world(rng, seed, chosen))
+    world = draw_many(rng, draw_world(rng, seed, chosen))
+    return replace(world, priors=draw_priors(rng, world)) if rng.random() < 0.5 else world
 
 
 def draw_many(rng: random.Random, world: WorldSpec) -> WorldSpec:
     """``world`` with other requests, drawn with ``rng``, many of which are decoded at once."""
-    most = rng.choice((1, 2, 2, 3, 4, 4, 6, 8, 12, 16))
+    most = rng.choice((1, 2, 3, 3, 4, 4, 6, 8, 8, 12, 16))
     requests = draw_requests(rng, world.model, rng.randint(max(2, most), max(3, min(20, 2 * most))))
     needs = [len(request.prompt) + request.max_new_tokens for request in requests]
-    context = max(needs) if rng.random() < 0.6 else max(needs) + 60
+    context = max(needs) if rng.random() < 0.8 else max(needs) + 60
+    kv_slots, guess_slots = None, world.guess_slots
+    if rng.random() < 0.6:
+        more = rng.choice((0, 0, rng.randint(0, context), rng.randint(0, sum(needs))))
+        kv_slots = context + more
+        guess_slots = rng.choice((0, 1, rng.randint(2, 12), guess_slots))
     world = replace(
         world,
         requests=requests,
         max_num_seqs=most,
         context=context,
-        kv_slots=rng.randint(context, max(context, sum(needs))) if rng.random() < 0.6 else None,
+        kv_slots=kv_slots,
+        guess_slots=guess_slots,
         keeps_prefixes=rng.random() < 0.6,
         closes_s=rng.uniform(0, 100 * world.stages) if rng.random() < 0.05 else None,
         **_draw_times(rng, len(requests), world.stages),
     )
-    world = draw_groups(rng, world)
-    return replace(world, priors=draw_priors(rng, world)) if rng.random() < 0.5 else world
+    return draw_groups(rng, world)
 
 
 def draw_requests(rng: random.Random, model: EmulatedSpec, count: int) -> tuple[Request, ...]:
@@ -61,7 +68,7 @@ def draw_requests(rng: random.Random, model: EmulatedSpec, count: int) -> tuple[
         lot = rng.random()
         if lot < share / 4 and requests:  # a second turn of a conversation
             before = rng.choice(requests)
-            prompt = [*before.prompt, *oracle(model, before), *prompt[:4]][:100]
+            prompt = [*before.prompt, *oracle(model, before), *prompt[:4]][:60]
         elif lot < share / 2 and requests:
             prompt = list(rng.choice(requests).prompt)
         elif lot < share:
@@ -80,25 +87,30 @@ def _draw_request(rng: random.Random, vocab: int, prompt: tuple[int, ...]) -> Re
     sampling = Sampling(rng.choice((0.75, 1.0)), seed=rng.randrange(2**64)) if rng.random() < 0.5 else GREEDY
     if rng.random() < 0.15:
         sampling = replace(sampling, repetition_penalty=rng.choice((0.8, 1.5)))
-    stops = frozenset(rng.randrange(vocab) for _ in range(rng.choice((0, 0, 0, 1, 2))))
-    return Request(prompt, rng.choice((1, rng.randint(1, 8), rng.randint(1, 24), rng.randint(8, 32))), stops, sampling)
+    stops = frozenset(rng.randrange(vocab) for _ in range(rng.choice((0, 0, 0, 0, 0, 1, 2))))
+    most = rng.choice((1, rng.randint(1, 24), rng.randint(8, 32), rng.randint(16, 40)))
+    return Request(prompt, most, stops, sampling)
 
 
 def _draw_times(rng: random.Random, count: int, stages: int) -> dict[str, Any]:
     """When requests arrive, one by one or in bursts, and when users abort some."""
-    kind = rng.choice(("at once", "stream", "stream", "bursts", "one by one"))
-    gap_s = rng.choice((0.2, 1.0, 5.0)) * stages
+    kind = rng.choice(("at once", "at once", "at once", "stream", "stream", "stream", "bursts", "bursts", "one by one"))
+    gap_s = rng.choice((0.1, 0.5, 2.0)) * stages
     arrivals, now = list[float](), 0.0
     for _ in range(count if kind in ("stream", "bursts") else 0):
         if kind == "stream" or rng.random() < 0.3:
             now += rng.expovariate(1 / gap_s)
         arrivals.append(now)
     aborts = list[tuple[float, int]]()
-    if rng.random() < 0.5:
-        end = rng.choice((5.0, 30.0, 100.0)) * stages
-        share = rng.choice((0.1, 0.3, 1.0))
+    if rng.random() < 0.4:
+        end = rng.choice((1.0, 5.0, 30.0, 100.0)) * stages
+        share = rng.choice((0.1, 0.3, 0.3, 1.0))
         for number in range(count):
             began = arrivals[number] if arrivals else 0.0
             if rng.random() < share:
                 aborts.append((began + rng.uniform(0, end), number))
     return {"arrivals": tuple(arrivals), "at_once": kind != "one by one", "aborts": tuple(aborts)}
+
+
+if __name__ == "__main__":
+    sys.exit(main(draw=many_world, schedules=MANY))

@@ -15,7 +15,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -45,6 +45,8 @@ SCHEDULES = ("plain", "rounds", "pipeinfer", "continuous")
 MOST_FAILURES = 3
 CHUNK = 25
 """Worlds that a process takes at a time."""
+Draw = Callable[[int, str], WorldSpec]
+"""Makes a world of a seed and the name of a schedule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,21 +277,19 @@ def check_world(spec: WorldSpec, twin: bool = True) -> Report:
 
 
 def first_failures(
-    seeds: Sequence[int], most: int = MOST_FAILURES, schedule: str = "", many: bool = False
+    seeds: Sequence[int], most: int = MOST_FAILURES, schedule: str = "", draw: Draw = random_world
 ) -> tuple[list[Report], list[str]]:
-    """Check the worlds of ``seeds`` (and ``schedule``), those of ``many`` requests or not, until ``most`` have failed:
-    reports of the good ones, a line for each bad one."""
-    from pipeinfer.sim.many_worlds import many_world  # it draws from these worlds
-
+    """Check the worlds that ``draw`` makes of ``seeds`` (and ``schedule``) until ``most`` have failed: reports of the
+    good ones, a line for each bad one."""
     reports, failures = list[Report](), list[str]()
-    option = (" --many" if many else "") + (f" --schedule {schedule}" if schedule else "")
+    option = f" --schedule {schedule}" if schedule else ""
     for seed in seeds:
         try:
-            reports.append(check_world((many_world if many else random_world)(seed, schedule)))
+            reports.append(check_world(draw(seed, schedule)))
         except Exception as error:  # any exception at all condemns a world
             failures.append(
                 f"seed {seed}: {type(error).__name__}: {error}\n"
-                f"  again: python -m pipeinfer.sim.random_worlds --worlds 1 --seed {seed}{option}"
+                f"  again: python -m pipeinfer.sim.{draw.__name__}s --worlds 1 --seed {seed}{option}"
             )
             if len(failures) == most:
                 break
@@ -314,11 +314,12 @@ class Survey:
         )
 
 
-def survey(seeds: Sequence[int], schedule: str = "", processes: int = 1, many: bool = False) -> Survey:
-    """Check the worlds of ``seeds`` (and ``schedule``, ``many``) on so many processes until a few have failed."""
+def survey(seeds: Sequence[int], schedule: str = "", processes: int = 1, draw: Draw = random_world) -> Survey:
+    """Check the worlds that ``draw`` makes of ``seeds`` (and ``schedule``) on so many processes until a few have
+    failed."""
     found, began = Survey(), time.perf_counter()
     chunks = [seeds[start : start + CHUNK] for start in range(0, len(seeds), CHUNK)]
-    check = partial(first_failures, schedule=schedule, many=many)
+    check = partial(first_failures, schedule=schedule, draw=draw)
     with contextlib.ExitStack() as stack:
         answers: Iterable[tuple[list[Report], list[str]]] = map(check, chunks)
         if processes > 1:
@@ -336,24 +337,24 @@ def survey(seeds: Sequence[int], schedule: str = "", processes: int = 1, many: b
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+def main(
+    arguments: Sequence[str] | None = None, draw: Draw = random_world, schedules: Sequence[str] = SCHEDULES
+) -> int:
+    """The command line; ``draw`` makes the worlds, by one of ``schedules`` or by any."""
     parser = argparse.ArgumentParser(
-        prog="pipeinfer.sim.random_worlds", description="Check the invariants in random worlds."
+        prog=f"pipeinfer.sim.{draw.__name__}s", description="Check the invariants in random worlds."
     )
     parser.add_argument("--worlds", type=int, default=2000, help="of each schedule")
     parser.add_argument("--seed", type=int, default=0, help="of the first world")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument(
-        "--schedule", default="", choices=["", "all", *SCHEDULES], help="only this one, or all one by one; else mixed"
+        "--schedule", default="", choices=["", "all", *schedules], help="only this one, or all one by one; else mixed"
     )
-    parser.add_argument("--many", action="store_true", help="worlds of many requests at once")
     options = parser.parse_args(arguments)
     failed = False
-    every = [one for one in SCHEDULES if one != "pipeinfer"] if options.many else SCHEDULES
-    for schedule in every if options.schedule == "all" else (options.schedule,):
+    for schedule in schedules if options.schedule == "all" else (options.schedule,):
         seeds = range(options.seed, options.seed + options.worlds)
-        found = survey(seeds, schedule, options.processes, options.many)
+        found = survey(seeds, schedule, options.processes, draw)
         print(f"{schedule or 'mixed'}: {found}", flush=True)
         print("\n".join(found.failures), end="\n" if found.failures else "", flush=True)
         failed |= bool(found.failures)

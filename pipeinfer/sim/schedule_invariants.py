@@ -134,7 +134,7 @@ class OneRoundAtATime(Reader):
         body = message.body
         if isinstance(body, Close):
             self._rounds.pop(sequence)
-        elif isinstance(body, Cancel):
+        elif isinstance(body, Cancel) and not self.history.sequences[sequence].dropped:
             raise InvariantBroken(f"L11: rounds have nothing to cancel, but {message} was sent")
         elif isinstance(body, DraftOrder):
             if one.in_flight or not body.restart:

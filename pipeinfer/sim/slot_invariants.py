@@ -178,6 +178,10 @@ class Slots(Reader):
         freed = {op.sequence for op in allocator._ops if op.kind is SlotOpKind.FREE}
         if lost := self._shadows.keys() - allocator._canonical.keys() - freed:
             raise InvariantBroken(f"L3: the slots of the sequences {sorted(lost)} are lost: nobody will free them")
+        head = world.orchestrator
+        served = {session.sequence for session in (*head._sessions.values(), *head._draining)}
+        if lost := allocator._canonical.keys() - served - head._pool._kept.keys():
+            raise InvariantBroken(f"L3: the slots of the sequences {sorted(lost)} are lost: they end, and are not kept")
 
 
 class Replicas(Reader):

@@ -20,6 +20,7 @@ start.
 
 from __future__ import annotations
 
+from speculation.schedules.cost_curve import CostCurve
 from speculation.schedules.launch_delay import Offer
 from speculation.schedules.schedule import Order
 from speculation.trees.tree import Node, Tree
@@ -116,12 +117,26 @@ class Alternation:
             for share, node in zip(useful, nodes, strict=True)
             if not node.is_drafted
         ][:draft_batch]
-        least = sum(useful) / (spent_s + curve.seconds(len(nodes)))
-        for _ in range(FAR):
-            spent_s += pass_s
-            useful = sorted(useful + found, reverse=True)[:most_rows]
-            rows = curve.best_count(useful)
-            if sum(useful[:rows]) > least * (spent_s + curve.seconds(rows)):
-                return True
-            found = [right * share for share in found]
-        return False
+        return pays(useful, found, spent_s, pass_s, right, curve, most_rows)
+
+
+def pays(
+    useful: list[float],
+    found: list[float],
+    spent_s: float,
+    pass_s: float,
+    right: float,
+    curve: CostCurve,
+    most_rows: int,
+) -> bool:
+    """The inequality of this module. ``useful``: the probabilities of the rows of the run at hand; ``found``: useful
+    rows that the next pass is expected to add."""
+    least = sum(useful) / (spent_s + curve.seconds(len(useful)))
+    for _ in range(FAR):
+        spent_s += pass_s
+        useful = sorted(useful + found, reverse=True)[:most_rows]
+        rows = curve.best_count(useful)
+        if sum(useful[:rows]) > least * (spent_s + curve.seconds(rows)):
+            return True
+        found = [right * share for share in found]
+    return False

@@ -7,8 +7,9 @@ is the policy's ``max_rows``. A node in flight is never sent again. Credits arri
 so each run is chosen with the latest knowledge. The governor picks the gear: how many rows a run may have, and how many
 leaves a draft pass evaluates. Plain decoding is the same schedule without drafts.
 
-Of several sequences the nodes come from one heap (speculation/trees/forest.py), at most ceil(sequences / stages) roots
-a run, so that the sequences spread over the stages. Governor and launch delay are for a sequence that is alone.
+Of several sequences many.py decides, or turns.py where all roles share one rank. Until passes are measured, and without
+``govern``, the nodes come from one heap (speculation/trees/forest.py), with ``balance`` at most ceil(sequences / stages)
+roots a run, so that the sequences spread over the stages. Governor and launch delay are for a sequence that is alone.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from speculation.schedules.alternation import Alternation
 from speculation.schedules.cost_curve import NO_PRIORS, CostCurve, Priors
 from speculation.schedules.governor import Gear, Governor
 from speculation.schedules.launch_delay import LaunchDelay, Offer
+from speculation.schedules.many import Many
 from speculation.schedules.policy import Policy
 from speculation.schedules.prospect import prospect
 from speculation.schedules.schedule import ANY, UNLIMITED, Launch, Order, Placement, Situation, Step
+from speculation.schedules.turns import Turns
 from speculation.trees.forest import give_back, probabilities, take_best
 from speculation.trees.tree import Node, Tree
 
@@ -58,11 +61,19 @@ class Continuous:
         if policy.launch_delay and is_governed:
             pass_s = CostCurve(priors.drafts).seconds(1) or None
             self._delay = Alternation(pass_s, right) if placement == "alone" else LaunchDelay(pass_s)
+        self._many: Many | None = None
+        self._taking_turns: Turns | None = None
+        if self._governor:
+            pass_s = CostCurve(priors.drafts).seconds(1) or None
+            if self._is_alone:
+                self._taking_turns = Turns(policy, self._governor.curve, pass_s, right)
+            else:
+                self._many = Many(policy, stages, self._governor.curve, pass_s, right)
         self._ordered: int | None = None  # leaves per draft pass in the last standing order
         self._sequences = 0  # that are open
         self._orders: dict[int, int] = {}  # the same as ``_ordered`` of each of several sequences
         self._drafting: set[int] = set()  # sequences whose order of one pass is not done
-        self._has_drafted = False  # since the last launch
+        self._unordered: list[int] = []  # sequences whose order of one pass has not been given
         self._launches = 0
         self._turns: dict[int, int] = {}  # by sequence the last launch with its root: who waited longest goes first
 
@@ -82,6 +93,12 @@ class Continuous:
         self._drafting.discard(tree.sequence)
         self._orders.pop(tree.sequence, None)
         self._turns.pop(tree.sequence, None)
+        if self._many:
+            self._many.closed(tree)
+            if self._sequences <= 1:
+                self._many.pause()
+        if self._taking_turns:
+            self._taking_turns.closed(tree)
         if self._sequences:
             self._reset()
 
@@ -98,6 +115,11 @@ class Continuous:
         return self._next_of_one(now) if self._sequences == 1 else self._next_of_many(now)
 
     def _next_of_many(self, now: Situation) -> Step | None:
+        while self._unordered:
+            sequence = self._unordered.pop()
+            if any(tree.sequence == sequence for tree in now.trees):
+                self._drafting.add(sequence)
+                return Order(1, draft_batch=self._policy.draft_batch, sequence=sequence)
         if self._drafting:
             return None
         batch = 0 if self._is_alone else self._policy.draft_batch
@@ -107,12 +129,10 @@ class Continuous:
                 return Order(UNLIMITED if batch else 0, draft_batch=batch, sequence=tree.sequence)
         if now.slots <= 0 or now.credits <= 0:
             return None
-        if self._governor and self._is_alone and not self._has_drafted:
-            self._drafting = {tree.sequence for tree in now.trees}
-            self._has_drafted = True
-            return Order(1, draft_batch=self._policy.draft_batch)
-        roots = min(now.root_room, -(-len(now.trees) // self._stages))
-        most = max(roots, self._policy.max_rows)
+        if self._governor and self._governor.curve.seconds(1):
+            return self._many.next(now) if self._many else self._next_on_one_rank(now)
+        roots = min(now.root_room, -(-len(now.trees) // self._stages) if self._policy.balance else ANY)
+        most = max(min(roots, len(now.trees)), self._policy.max_rows)
         curve = self._governor.curve if self._governor else None
         guesses = now.room if self._policy.speculate else 0
         least = curve.least_probability(most, self._policy.min_path_prob) if curve else self._policy.min_path_prob
@@ -129,8 +149,15 @@ class Continuous:
             count = max(certain, curve.best_count(probabilities(trees, nodes)))
             give_back(trees, nodes[count:])
             del nodes[count:]
-        self._has_drafted = False
         return Launch(nodes)
+
+    def _next_on_one_rank(self, now: Situation) -> Step | None:
+        assert self._taking_turns
+        nodes = self._taking_turns.next(now)
+        if nodes is None:
+            self._unordered = [tree.sequence for tree in now.trees]  # not those whose prompts are on their way
+            return self._next_of_many(now)
+        return Launch(nodes) if nodes else None
 
     def _next_of_one(self, now: Situation) -> Step | None:
         governor = self._governor
@@ -176,6 +203,10 @@ class Continuous:
     def accepted(self, tree: Tree, tokens: int, now: float) -> str:
         """See Schedule."""
         if self._sequences > 1:
+            if self._many:
+                self._many.accepted(tokens, self._sequences, now)
+            if self._taking_turns:
+                self._taking_turns.accepted(tree, now)
             return ""
         if self._delay:
             self._delay.accepted(tokens)

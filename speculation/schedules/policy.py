@@ -44,6 +44,9 @@ class Policy:
     calibrate: bool = False  # fit the drafts' probabilities to observed acceptance
     prompt_lookup: int = 0  # maximum number of tokens drafted by prompt lookup; 0: off
     prefill_chunk: int = 128  # prompt tokens per run
+    balance: bool = True  # a run has at most a stage's share of the known tokens of many requests
+    speculate_below: int = 0  # rounds: number of requests from which on nothing is drafted; 0: always
+    most_drafted: int = 0  # rounds: drafted rows of a run, the most probable of all requests; 0: max_rows of each
     num_steps: int = 1  # rounds: draft passes per round
     p_accept: float = 0.0  # pipeinfer: least probability of a drafted token
     p_recovery: float = 0.0  # pipeinfer: added to p_accept per run launched without a result
@@ -55,7 +58,7 @@ class Policy:
                 raise ValueError(f"policy {self.name}: {what} must be 1 to {MAX_ROWS}, not {getattr(self, what)}")
         if self.draft_batch * self.topk > MAX_ROWS:
             raise ValueError(f"policy {self.name}: draft_batch x topk must be at most {MAX_ROWS}")
-        for what in ("max_ahead", "window", "prompt_lookup"):
+        for what in ("max_ahead", "window", "prompt_lookup", "speculate_below", "most_drafted"):
             if not 0 <= getattr(self, what) <= 1_000_000:
                 raise ValueError(f"policy {self.name}: {what} must be 0 or more, not {getattr(self, what)}")
         for what in ("min_path_prob", "p_accept", "p_recovery", "p_decay"):

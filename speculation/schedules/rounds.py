@@ -6,6 +6,9 @@ The drafter makes ``num_steps`` passes on a new tree below the last accepted tok
 leaves per pass. The best ``max_rows`` nodes, the root among them, are verified in one run. The drafter idles meanwhile.
 With ``topk`` = 1 the schedule is chain speculation (Leviathan et al. 2023), otherwise speculation with a dynamic tree
 of the most probable nodes (SpecInfer, Miao et al. 2024; EAGLE-2, Li et al. 2024).
+
+From ``speculate_below`` requests on rounds have no drafts. With ``most_drafted`` a run has that many drafted nodes, the
+most probable ones of all its requests (TETRIS, Wu et al. 2025).
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 
+from pipeinfer.core.messages import MAX_ROWS
 from speculation.schedules.continuous import choose_rows
 from speculation.schedules.policy import Policy
 from speculation.schedules.schedule import ANY, Launch, Order, Situation, Step
+from speculation.trees.forest import take_best
 from speculation.trees.tree import Node, Tree
 
 
@@ -50,6 +55,9 @@ class Rounds:
         """See Schedule."""
         for tree in now.trees:
             if self._phases[tree.sequence] is _Phase.TURNING:
+                if 0 < self._policy.speculate_below <= len(now.trees):
+                    self._is_ready(tree)
+                    continue
                 self._phases[tree.sequence] = _Phase.DRAFTING
                 tree.prune()  # none of its nodes is in flight
                 return Order(self._policy.num_steps, restart=True, sequence=tree.sequence)
@@ -57,9 +65,16 @@ class Rounds:
         ready = [trees[one] for one, phase in self._phases.items() if phase is _Phase.READY and one in trees]
         if not ready or now.slots <= 0 or (len(now.trees) > 1 and now.credits <= 0):
             return None
-        nodes, room = list[Node](), now.room
-        for tree in ready[: min(now.root_room, -(-len(now.trees) // self._stages))]:
-            self._phases[tree.sequence] = _Phase.VERIFYING
+        nodes, room, most = list[Node](), now.room, now.root_room
+        if self._policy.balance:
+            most = min(most, -(-len(now.trees) // self._stages))
+        del ready[most:]
+        self._phases |= {tree.sequence: _Phase.VERIFYING for tree in ready}
+        if self._policy.most_drafted:
+            rows = min(MAX_ROWS, len(ready) + self._policy.most_drafted)
+            nodes = take_best(ready, rows, len(ready), room, self._policy.min_path_prob)
+            return Launch(nodes) if nodes else None
+        for tree in ready:
             mine = choose_rows(tree, self._policy, room)
             room -= len(mine) - 1
             nodes += mine
@@ -68,8 +83,11 @@ class Rounds:
     def drafted(self, tree: Tree, nodes: list[Node]) -> None:
         """See Schedule."""
         if self._phases.get(tree.sequence) is _Phase.DRAFTING:
-            del self._phases[tree.sequence]
-            self._phases[tree.sequence] = _Phase.READY  # behind those that wait already
+            self._is_ready(tree)
+
+    def _is_ready(self, tree: Tree) -> None:
+        del self._phases[tree.sequence]
+        self._phases[tree.sequence] = _Phase.READY  # behind those that wait already
 
     def computed(self, rows: int, seconds: float) -> None:
         """See Schedule."""

@@ -221,6 +221,9 @@ class Library:
         return count / (time.perf_counter() - began)
 
 
+VERSION = 2
+"""Of kernels.h, as this file knows it."""
+REBUILD = "build it anew (python stages/kernels/build.py)"
 _forgone: list[str] = []
 
 
@@ -235,7 +238,10 @@ def opened() -> tuple[Library | None, str]:
     try:
         if not _is_whole(PATH):
             raise OSError(f"{PATH} is damaged")
-        found = Library(ctypes.CDLL(str(PATH)))
+        binary = ctypes.CDLL(str(PATH))
+        if (version := binary.pipeinfer_version()) != VERSION:
+            return None, f"the library of decode kernels is of version {version}, not {VERSION}: {REBUILD}"
+        found = Library(binary)
         if asked:
             found.use(asked)
     except KeyError:

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
 
 from stages.kernels import build
+from stages.kernels.library import VERSION
 from tests.house.source import ROOT, checkout, text
 
 READ = ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "pipeinfer/core/version.py")  # what a build reads
@@ -141,3 +143,11 @@ def test_kernels_ask_the_processor_themselves() -> None:
     for name in checkout():
         if name.startswith("stages/kernels/native/"):
             assert "__builtin_cpu_supports(" not in text(name), f"{name}: use cpuid.h"
+
+
+def test_a_change_of_the_structures_has_a_new_version() -> None:
+    """A bare checkout may have a library of an earlier commit, which would read wrong memory."""
+    source = (ROOT / "stages/kernels/native/kernels.h").read_bytes()
+    known = {2: 0xC7B44200}
+    assert known.get(VERSION) == zlib.crc32(source), "kernels.h has changed: raise its version, here and in dispatch.c"
+    assert f"return {VERSION};" in (ROOT / "stages/kernels/native/dispatch.c").read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ import pytest
 
 from pipeinfer.core.errors import LocalProtocolError, RemoteProtocolError, StallError
 from pipeinfer.sim.history import InvariantBroken
+from pipeinfer.sim.many_worlds import many_world
 from pipeinfer.sim.random_worlds import check_world, random_world
 
 WORLDS = range(300)  # the rarest fault shows in one of a hundred and fifty
@@ -27,21 +28,23 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 class Mutant:
     """A fault, and the invariant (or the error of the machines' own checks) that must be among those who catch it.
 
-    ``schedule``: of the worlds in which it is looked for; mixed ones if empty."""
+    ``schedule``: of the worlds in which it is looked for; mixed ones if empty. ``many``: whether these are worlds of
+    many requests."""
 
     name: str
     caught_by: str
     plant: Plant
     schedule: str = ""
+    many: bool = False
 
 
-def roll(mutants: list[Mutant]) -> Callable[..., Callable[[Plant], Plant]]:
+def roll(mutants: list[Mutant], many: bool = False) -> Callable[..., Callable[[Plant], Plant]]:
     """A decorator that enlists faults in ``mutants``: ``@mutant("L3")`` says who must notice, a second word in the
-    worlds of which schedule."""
+    worlds of which schedule. ``many``: see Mutant."""
 
     def mutant(caught_by: str, schedule: str = "") -> Callable[[Plant], Plant]:
         def enlist(plant: Plant) -> Plant:
-            mutants.append(Mutant(plant.__name__, caught_by, plant, schedule))
+            mutants.append(Mutant(plant.__name__, caught_by, plant, schedule, many))
             return plant
 
         return enlist
@@ -56,13 +59,13 @@ def hunt(
 
     ``most`` catches, or one by ``until``, are enough."""
     catches: Counter[str] = Counter()
-    tried = 0
+    tried, draw = 0, many_world if planted.many else random_world
     with pytest.MonkeyPatch.context() as patch:
         planted.plant(patch)
         for seed in seeds:
             tried += 1
             try:
-                check_world(random_world(seed, planted.schedule))
+                check_world(draw(seed, planted.schedule))
             except CATCHES as error:  # whatever else is raised is the fault's own: what it patches has changed
                 invariant = str(error).partition(":")[0]
                 catches[invariant if invariant[:1] == "L" and invariant[1:].isdigit() else type(error).__name__] += 1
@@ -83,8 +86,8 @@ def main() -> None:
     for planted in MUTANTS:
         catches, tried = hunt(planted)
         by = ", ".join(f"{invariant} {count}" for invariant, count in catches.most_common())
-        worlds = f"{tried} {planted.schedule or 'mixed'}"
-        print(f"{planted.name:51} {catches.total():4} of {worlds:14}  ({planted.caught_by} wanted)  {by}", flush=True)
+        worlds = f"{tried} {'many ' * planted.many}{planted.schedule or 'mixed'}"
+        print(f"{planted.name:57} {catches.total():4} of {worlds:19}  ({planted.caught_by} wanted)  {by}", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pipeinfer.orchestrator.machine import Orchestrator
 from pipeinfer.runtime.job_spec import JobSpec
 from pipeinfer.runtime.replay import Retold, retell
 from pipeinfer.runtime.trace import Trace
+from pipeinfer.sim.many_worlds import MANY, many_world
 from pipeinfer.sim.random_worlds import random_world
 from pipeinfer.sim.world import WorldSpec
 from speculation.schedules.policy import CONTINUOUS
@@ -48,7 +49,17 @@ def replayed(path: Path) -> Retold:
 @pytest.mark.parametrize("schedule", ["plain", "rounds", "pipeinfer", "continuous"])
 @pytest.mark.parametrize("seed", range(8))
 def test_worlds_replay_from_files(seed: int, schedule: str, tmp_path: Path) -> None:
-    for path in trace_world(random_world(seed, schedule), tmp_path / "world"):
+    must_replay(trace_world(random_world(seed, schedule), tmp_path / "world"))
+
+
+@pytest.mark.parametrize("schedule", MANY)
+@pytest.mark.parametrize("seed", range(2))
+def test_worlds_of_many_requests_replay_from_files(seed: int, schedule: str, tmp_path: Path) -> None:
+    must_replay(trace_world(many_world(seed, schedule), tmp_path / "world"))
+
+
+def must_replay(paths: list[Path]) -> None:
+    for path in paths:
         trace = Trace(path)
         retold = replayed(path)
         assert retold.difference == ""

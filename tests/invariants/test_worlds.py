@@ -13,6 +13,7 @@ from hypothesis import given, note
 from hypothesis import strategies as st
 
 from pipeinfer.core.ports import Command, Event
+from pipeinfer.sim.many_worlds import MANY, many_world
 from pipeinfer.sim.random_worlds import (
     SCHEDULES,
     check_world,
@@ -31,7 +32,7 @@ QUICK, ALL = range(25), range(100)
 """Worlds of each schedule; the mutants are caught in the first of them, and so these must keep every invariant."""
 
 
-@pytest.mark.parametrize("schedule", sorted({mutant.schedule for mutant in MUTANTS}))
+@pytest.mark.parametrize("schedule", sorted({mutant.schedule for mutant in MUTANTS if not mutant.many}))
 def test_the_worlds_of_the_mutants_keep_every_invariant(schedule: str) -> None:
     assert not first_failures(QUICK, schedule=schedule)[1]
 
@@ -89,9 +90,9 @@ def test_groups_change_time_and_never_tokens(seed: int, schedule: str) -> None:
         assert [answer.tokens for answer in answers] == [answer.tokens for answer in found[0]]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", MANY)
 def test_two_sequences_live_in_the_shards_of_some_worlds(schedule: str) -> None:
-    """The next request is prefilled while the runs of the one before return, and its slots are in use until then."""
+    """Two requests are decoded at once."""
 
     class Living(Checker):
         most = 0
@@ -103,7 +104,7 @@ def test_two_sequences_live_in_the_shards_of_some_worlds(schedule: str) -> None:
 
     living = Living()
     for seed in range(40):
-        World(replace(random_world(seed, schedule), overlap=True, at_once=True), (living,)).run()
+        World(replace(random_world(seed, schedule), max_num_seqs=2, at_once=True), (living,)).run()
     assert living.most == 2
 
 
@@ -130,12 +131,16 @@ def test_the_command_line_tells_the_seed_and_fails(
     monkeypatch.setattr("pipeinfer.orchestrator.machine.accept", lambda *arguments: 1 / 0)
     assert main(["--worlds", "2", "--seed", "3", "--schedule", "rounds"]) == 1
     assert "--worlds 1 --seed 3 --schedule rounds" in capsys.readouterr().out
+    assert main(["--worlds", "1", "--seed", "3", "--schedule", "rounds"], many_world, MANY) == 1
+    assert "pipeinfer.sim.many_worlds --worlds 1 --seed 3 --schedule rounds" in capsys.readouterr().out
 
 
 def test_the_command_line_takes_every_schedule_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--worlds", "1", "--schedule", "all"]) == 0
     told = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert told == list(SCHEDULES)
+    assert main(["--worlds", "1", "--schedule", "all"], many_world, MANY) == 0
+    assert {line.split(":")[0] for line in capsys.readouterr().out.splitlines()} == set(MANY)
 
 
 @pytest.mark.slow

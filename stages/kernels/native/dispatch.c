@@ -17,8 +17,8 @@ extern const struct kernels pipeinfer_kernels_avx512;
 extern const struct kernels pipeinfer_kernels_avx512bf16;
 #endif
 
-/* Of the structures in kernels.h. */
-EXPORT int pipeinfer_version(void) { return 1; }
+/* Of kernels.h. It grows with each change there: a library of another version would read wrong memory. */
+EXPORT int pipeinfer_version(void) { return 2; }
 
 #if defined(__x86_64__)
 #include <cpuid.h>

@@ -1,0 +1,251 @@
+"""Many sequences in one pipeline: which rows of which sequences leave together, and which wait.
+
+A known token that has not been sent is an unsent root. A stage should always have work, a run should hold many roots
+with the rows of their trees, and all runs should be equally long: over S stages a run that is longer than those behind
+it holds each of them up at every stage. For A sequences, with G, mu, c, eta, sigma, k, m of traffic.py, T(r) of
+cost_curve.py, and w, d of drafting.py:
+
+    cohort     a run has at most K roots, K = argmax over n of min(n, q) / T(n m) with q = A / (S + D)
+               D = min(MOST_COHORTS, 2 wait / c): while S cohorts are in flight, others are drafted for
+    price      pi = G max(1, K S / A), tokens per second of a run with roots; s = pi (T(2 n) - T(n)) / n, of one more
+               row, n = max(4, 4 K)
+    ripe       an unsent root leaves with what its tree has, unless
+               min(g p, s / (1 - sigma) + g p mu c / 2, F(2)) - s  >  w mu
+               with p the path probability of its best undrafted node and g that of a first choice: on the left what the
+               next level is worth in the same run, at most what it costs to send it later; on the right what the
+               sequence loses in w
+    roots      of ripe roots the K that have waited longest, with the rows of their trees that are worth most:
+               argmax over r of sum(p) - pi T(r). If there are n < K of them, others are waited for, as long as it saves
+               to send n + 1 roots in one run: T(r) + T(r / n) - T(r + r / n)
+    riders     guesses of other sequences ride along where rows are nearly free:
+               argmax over n of sum(p) - RIDER pi (T(r + n) - T(r)) / (1 - sigma)
+    fillers    if no root is unsent, guesses leave alone: argmax over r of sum(p) / (T(r) + eta X^2 / 2) where
+               sum(p) > F(r)
+               X(r) = max(T(r), S (T(r) - c) + c), the time for which such a run may hold up one with roots behind it
+               F(r) = eta k mu X^2 / 2 + FILLER G T(r) / (1 - sigma)
+
+Where roots keep the stages busy, sigma is near 1: a guess leaves in the run of its root or not at all, since its
+ancestors will be known when the next root leaves. Where they do not, fillers run ahead as for one sequence. Where rows
+are dear, s exceeds all g p: no root waits, none has company, and this is plain decoding. Found by simulation, see
+docs/log.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from speculation.schedules.cost_curve import CostCurve
+from speculation.schedules.drafting import Drafting
+from speculation.schedules.policy import Policy
+from speculation.schedules.schedule import Launch, Situation, Wait
+from speculation.schedules.traffic import Traffic
+from speculation.trees.forest import give_back, probabilities, take_best
+from speculation.trees.tree import Node, Tree
+
+MOST_COHORTS = 1.5
+"""Most cohorts that are drafted for while one for each stage is in flight."""
+RIDER = 2.0
+"""Multiple of a row's price that a guess of a sequence in flight has to be worth: it might wait, and cost nothing if
+its ancestors are wrong."""
+FILLER = 0.25
+"""Share of the rate G that a run of guesses has to earn where the stages are idle otherwise."""
+ROWS = 4
+"""Rows of a root's tree by which the price of a row is estimated."""
+
+
+class Many:
+    """Decides for several sequences. ``curve``: T(r); ``pass_s``, ``right``: see Drafting."""
+
+    def __init__(
+        self, policy: Policy, stages: int, curve: CostCurve, pass_s: float | None = None, right: float = 0.5
+    ) -> None:
+        self._policy = policy
+        self._stages = stages
+        self._curve = curve
+        self._drafting = Drafting(pass_s, right)
+        self._traffic: Traffic | None = None
+        self._count = 1  # A
+        self._roots: dict[int, Node] = {}  # the last one seen of each sequence
+        self._since: dict[int, float] = {}  # when it became known
+        self._ripe_at: dict[int, float] = {}  # when an unsent one was ripe first
+        self._held_since: float | None = None  # when a run that might have had more roots might have left
+        self._until = 0.0  # of the last Wait
+        self._is_waiting = False
+
+    def pause(self) -> None:
+        """There are no several sequences any more."""
+        self._traffic, self._held_since, self._until, self._is_waiting = None, None, 0.0, False
+
+    def closed(self, tree: Tree) -> None:
+        """The sequence of ``tree`` is over."""
+        for kept in (self._roots, self._since, self._ripe_at):
+            kept.pop(tree.sequence, None)
+        self._drafting.closed(tree.sequence)
+
+    def accepted(self, tokens: int, sequences: int, now: float) -> None:
+        """``tokens`` tokens of one of ``sequences`` sequences were emitted."""
+        if self._traffic:
+            self._traffic.accepted(tokens, sequences, now)
+
+    def next(self, now: Situation) -> Launch | Wait | None:
+        """The next step while there are credits."""
+        curve, count = self._curve, len(now.trees)
+        self._count = count
+        if self._traffic is None:
+            rate = count / (self._stages * curve.seconds(-(-count // self._stages)))
+            self._traffic = Traffic(now.now, count, rate, curve.seconds(1))
+        self._drafting.look(now.trees, now.now, self._is_waiting)
+        unsent, others = self._sorted(now)
+        cohort = min(self._cohort(self._traffic), now.root_room)
+        if cohort <= 0:
+            return None
+        ripe, until = self._ripe(unsent, cohort, now.now)
+        self._is_waiting = len(ripe) < len(unsent)
+        if unsent and not ripe:
+            return self._wait(until, now.now)
+        nodes = list[Node]()
+        if ripe:
+            nodes = self._with_roots(ripe[:cohort], cohort, now)
+            if len(ripe) < cohort:
+                rows, each = len(nodes), max(1, len(nodes) // len(ripe))
+                self._held_since = now.now if self._held_since is None else self._held_since
+                until = self._held_since + curve.seconds(rows) + curve.seconds(each) - curve.seconds(rows + each)
+                if now.now < until:
+                    give_back(_by_sequence(now.trees), nodes)
+                    return self._wait(until, now.now)
+            self._note(self._traffic, ripe[:cohort], len(nodes), now.now)
+            nodes += self._riders(others, len(nodes), len(ripe[:cohort]), cohort, now)
+        elif others:
+            nodes = self._fillers(others, now)
+        return Launch(nodes) if nodes else None
+
+    def _sorted(self, now: Situation) -> tuple[list[Tree], list[Tree]]:
+        """The trees with unsent roots, those that have waited longest first, and the others."""
+        unsent, others = list[Tree](), list[Tree]()
+        for tree in now.trees:
+            if self._roots.get(tree.sequence) is not tree.root:
+                self._roots[tree.sequence], self._since[tree.sequence] = tree.root, now.now
+                self._ripe_at.pop(tree.sequence, None)
+            (unsent if tree.root.pending else others).append(tree)
+        unsent.sort(key=lambda tree: self._since[tree.sequence])
+        return unsent, others
+
+    def _wait(self, until: float, now: float) -> Wait | None:
+        """A Wait, unless there is one already that ends no later."""
+        if now < self._until <= until:
+            return None
+        self._until = until
+        return Wait(until)
+
+    def _cohort(self, traffic: Traffic) -> int:
+        """K."""
+        drafted_for = min(MOST_COHORTS, 2 * traffic.wait_s / traffic.run_s)
+        share, each = self._count / (self._stages + drafted_for), max(1.0, traffic.rows_per_root)
+        few = max(1, int(share))
+
+        def known(roots: int) -> float:
+            return min(roots, share) / self._curve.seconds(max(roots, round(roots * each)))
+
+        return few + (known(few + 1) > known(few))
+
+    def _price(self, cohort: int) -> float:
+        """pi."""
+        assert self._traffic
+        return self._traffic.rate * max(1.0, cohort * self._stages / self._count)
+
+    def _row_price(self, price: float, rows: int) -> float:
+        """What each of as many further rows as ``rows`` costs in tokens."""
+        return price * max(0.0, self._curve.seconds(2 * rows) - self._curve.seconds(rows)) / rows
+
+    def _ripe(self, unsent: Sequence[Tree], cohort: int, now: float) -> tuple[list[Tree], float]:
+        """Those of ``unsent`` that wait for no drafts, and when the others have waited too long."""
+        traffic, drafting = self._traffic, self._drafting
+        assert traffic
+        least = self._row_price(self._price(cohort), ROWS * cohort)
+        earns = traffic.rate / self._count
+        later = self._filler_price(2)
+        ripe, until = list[Tree](), 0.0
+        for tree in unsent:
+            wait_s = drafting.wait_s(tree, now) if self._policy.speculate else None
+            if wait_s is not None:
+                found = drafting.right * drafting.leaf(tree)
+                saved = min(found, least / (1 - traffic.busy) + found * earns * traffic.run_s / 2, later)
+                if saved - least > wait_s * earns:
+                    ends = drafting.until(tree, now)
+                    until = ends if not until else min(until, ends)
+                    continue
+            self._ripe_at.setdefault(tree.sequence, now)
+            ripe.append(tree)
+        return ripe, until
+
+    def _with_roots(self, ripe: Sequence[Tree], cohort: int, now: Situation) -> list[Node]:
+        """Take the roots of ``ripe`` and the rows of their trees that are worth most."""
+        trees, curve = _by_sequence(ripe), self._curve
+        guesses = now.room if self._policy.speculate else 0
+        most = min(len(ripe) + self._policy.max_rows, max(len(ripe), curve.reach))
+        nodes = take_best(ripe, most, len(ripe), guesses, self._policy.min_path_prob)
+        price, roots = self._price(cohort), len(ripe)
+        totals = list(accumulate(probabilities(trees, nodes)))
+        best = max(range(roots, len(nodes) + 1), key=lambda rows: totals[rows - 1] - price * curve.seconds(rows))
+        give_back(trees, nodes[best:])
+        return nodes[:best]
+
+    def _note(self, traffic: Traffic, ripe: Sequence[Tree], rows: int, now: float) -> None:
+        """A run leaves with the roots of ``ripe``."""
+        self._held_since = None
+        waited_s = sum(self._ripe_at[tree.sequence] - self._since[tree.sequence] for tree in ripe)
+        traffic.launched(len(ripe), rows, self._curve.seconds(rows), waited_s)
+
+    def _riders(
+        self, others: Sequence[Tree], rows: int, roots: int, cohort: int, now: Situation
+    ) -> list[Node]:
+        """Take the guesses of ``others`` that are worth a place beside ``rows`` rows, of ``roots`` roots."""
+        assert self._traffic
+        curve = self._curve
+        room = now.room - rows + roots
+        most = min(self._policy.max_rows, curve.reach - rows)
+        price = RIDER * self._price(cohort) / (1 - self._traffic.busy)
+        least = self._row_price(price, max(ROWS, rows))
+        if room <= 0 or most <= 0 or least >= 1 or not self._policy.speculate:
+            return []
+        found = take_best(others, most, 0, room, max(least / 2, self._policy.min_path_prob))
+        trees = _by_sequence(others)
+        totals = [0.0, *accumulate(probabilities(trees, found))]
+        best = max(range(len(found) + 1), key=lambda more: totals[more] - price * curve.seconds(rows + more))
+        give_back(trees, found[best:])
+        return found[:best]
+
+    def _fillers(self, others: Sequence[Tree], now: Situation) -> list[Node]:
+        """Take the guesses of ``others`` that are worth a run of their own."""
+        traffic, curve = self._traffic, self._curve
+        assert traffic
+        if not self._policy.speculate or now.room <= 0:
+            return []
+        most = min(self._policy.max_rows, curve.reach)
+        found = take_best(others, most, 0, now.room, self._policy.min_path_prob)
+        trees = _by_sequence(others)
+        best, most_useful = 0, 0.0
+        for rows, total in enumerate(accumulate(probabilities(trees, found)), 1):
+            useful = total / (curve.seconds(rows) + traffic.runs_per_s * self._holds_up_s(rows) ** 2 / 2)
+            if useful >= most_useful and total > self._filler_price(rows):
+                best, most_useful = rows, useful
+        give_back(trees, found[best:])
+        return found[:best]
+
+    def _holds_up_s(self, rows: int) -> float:
+        """X."""
+        assert self._traffic
+        run_s, usual_s = self._curve.seconds(rows), self._traffic.run_s
+        return max(run_s, self._stages * (run_s - usual_s) + usual_s)
+
+    def _filler_price(self, rows: int) -> float:
+        """F."""
+        traffic = self._traffic
+        assert traffic
+        late = traffic.runs_per_s * traffic.roots * traffic.rate / self._count * self._holds_up_s(rows) ** 2 / 2
+        return late + FILLER * traffic.rate * self._curve.seconds(rows) / (1 - traffic.busy)
+
+
+def _by_sequence(trees: Sequence[Tree]) -> dict[int, Tree]:
+    return {tree.sequence: tree for tree in trees}
