@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 MOST_S = 900
 REFUSED = {"chat-tool-calling", "chat-image-input", "chat-error-handling"}
-"""Tests of llm-comply that a server of text cannot pass: tools, images, and a request without a model, which we take."""
+"""Tests of llm-comply that the server does not pass: it has neither tools nor images, and takes a request without model."""
 Verdict = tuple[bool, str]
 
 
@@ -148,9 +148,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run clients that others wrote against a server.")
     parser.add_argument("--url", required=True, help="http://HOST:PORT of the server")
     parser.add_argument("--plain-url", help="a server without speculation, whose answers lm-eval compares")
-    parser.add_argument(
-        "--tokenizer", required=True, help="the target's directory: guidellm and aiperf make prompts by it"
-    )
+    parser.add_argument("--tokenizer", required=True, help="the target's directory, for guidellm and aiperf")
     parser.add_argument("--model", default="builtin", help="the model's id (default: builtin)")
     parser.add_argument("--venvs", type=Path, help="directory with an environment for each package, under its name")
     parser.add_argument("--out", type=Path, help="directory for logs (default: a new temporary one)")
