@@ -139,6 +139,11 @@ class Checks:
         error = refusal(lambda: self.chatted(tools=[tool]))
         assert isinstance(error, openai.BadRequestError) and error.param == "tools", error
 
+    def wrong_key(self) -> None:
+        with openai.OpenAI(base_url=self.url, api_key="wrong", max_retries=0) as client:
+            error = refusal(client.models.list)
+        assert isinstance(error, openai.AuthenticationError) and error.code == "invalid_api_key", error
+
     def completed(self, **more: Any) -> Any:
         given = {"model": self.model, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "extra_body": WHOLE}
         return self.client.completions.create(**given | more)
@@ -149,6 +154,7 @@ class Checks:
 
     def all(self) -> list[Callable[[], None]]:
         return [
+            *([] if self.api_key == "none" else [self.wrong_key]),
             self.models, self.completion, self.completion_of_several_prompts, self.completion_sampled,
             self.completion_log_probabilities, self.completion_stop, self.completion_stream,
             self.completion_many_at_once, self.chat, self.chat_parts_and_log_probabilities, self.chat_stream,
@@ -169,7 +175,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Check a server by the openai package.")
     parser.add_argument("url", help="http://HOST:PORT")
     parser.add_argument("--model", default="builtin")
-    parser.add_argument("--api-key", default="none")
+    parser.add_argument(
+        "--api-key", default="none", help="the server's key, if it wants one; a wrong one is tried, too"
+    )
     args = parser.parse_args()
     checks, failed = Checks(f"{args.url}/v1", args.model, args.api_key).all(), 0
     for check in checks:

@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 MOST_S = 900
 REFUSED = {"chat-tool-calling", "chat-image-input", "chat-error-handling"}
-"""Tests of llm-comply that the server does not pass: it has neither tools nor images, and takes a request without model."""
+"""Tests of llm-comply that the server does not pass: it has neither tools nor images, and `model` may be absent."""
 Verdict = tuple[bool, str]
 
 
