@@ -1,6 +1,6 @@
 """What the OpenAPI document cannot say, for schemathesis (SCHEMATHESIS_HOOKS).
 
-The model's context and vocabulary bound a request. Requests are cut to that. What violates the document stays as it is."""
+The model's context and vocabulary bound a request. Requests are cut to that. What violates the document stays."""
 
 from __future__ import annotations
 
