@@ -60,7 +60,9 @@ def simulate_load(scenario: Scenario, contender: Contender, seed: int) -> Sample
     for answer in answers[:: max(1, len(answers) // CHECKED)]:
         request = requests[answer.number]
         if answer.tokens != plain_tokens(model, request.prompt, request.max_new_tokens, frozenset()):
-            raise AssertionError(f"seed {seed}, {contender.name}: request {answer.number} is not that of plain decoding")
+            raise AssertionError(
+                f"seed {seed}, {contender.name}: request {answer.number} is not that of plain decoding"
+            )
     return _sample(scenario, answers, world)
 
 

@@ -63,5 +63,7 @@ def simulate_all(
 ) -> list[list[Sample]]:
     """``repeats`` samples of each contender, every one of a text of its own."""
     simulate_one = simulate_load if scenario.point.requests else simulate
-    asked = [[pool.submit(simulate_one, scenario, contender, seed) for seed in range(repeats)] for contender in contenders]
+    asked = [
+        [pool.submit(simulate_one, scenario, contender, seed) for seed in range(repeats)] for contender in contenders
+    ]
     return [[job.result() for job in jobs] for jobs in asked]

@@ -197,9 +197,7 @@ class Many:
         waited_s = sum(self._ripe_at[tree.sequence] - self._since[tree.sequence] for tree in ripe)
         traffic.launched(len(ripe), rows, self._curve.seconds(rows), waited_s)
 
-    def _riders(
-        self, others: Sequence[Tree], rows: int, roots: int, cohort: int, now: Situation
-    ) -> list[Node]:
+    def _riders(self, others: Sequence[Tree], rows: int, roots: int, cohort: int, now: Situation) -> list[Node]:
         """Take the guesses of ``others`` that are worth a place beside ``rows`` rows, of ``roots`` roots."""
         assert self._traffic
         curve = self._curve

@@ -25,7 +25,7 @@ from speculation.schedules.policy import CONTINUOUS
 from stages.models.emulated import EmulatedSpec, spread
 from tests.invariants.hunt import wrap
 
-QUICK, ALL = range(10), range(100)
+QUICK, ALL = range(8), range(100)
 PREFIX = tuple(range(40))
 SPEC = WorldSpec(
     seed=1,
@@ -65,7 +65,7 @@ def seen(spec: WorldSpec) -> Counter[str]:
 
 
 @pytest.mark.parametrize("schedule", ["", *MANY])
-def test_ten_worlds_of_each_schedule_keep_every_invariant(schedule: str) -> None:
+def test_eight_worlds_of_each_schedule_keep_every_invariant(schedule: str) -> None:
     assert not first_failures(QUICK, schedule=schedule, draw=many_world)[1]
 
 
@@ -98,7 +98,7 @@ def test_worlds_have_every_number_of_requests_at_once() -> None:
     assert sum(mixed) > 20
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("schedule", MANY)
 def test_company_changes_time_and_never_tokens(seed: int, schedule: str) -> None:
     world = replace(many_world(seed, schedule), aborts=(), closes_s=None, arrivals=(), at_once=True)
