@@ -1,10 +1,11 @@
 """Where the time goes: microseconds of this project's own Python, part by part, beside what it may take.
 
     python -m benchmarks.profile                    about a minute; --json: one row a line
-    python -m benchmarks.profile --only layers      one part: machines, tables, ranks or layers
+    python -m benchmarks.profile --only layers      one part: machines, crowds, tables, ranks or layers
     python -m benchmarks.profile --trace FILE       the machines of a real job's rank, from its trace
 
 machines  per event of a simulated job of 8 stages, replayed; the orchestrator's mean has a limit
+crowds    the orchestrator of 64 requests at once over 4 stages: what a token takes, and so how many one core can lead
 tables    the wire's encoding and decoding, and operations on slots, on that job's messages
 ranks     what a stage on an MPI rank of its own takes around its layers, for each run
 layers    what a Llama shard's layer takes beside its kernels
@@ -29,12 +30,19 @@ from pipeinfer.core.errors import PipeinferError
 from speculation.schedules.policy import CONTINUOUS, PLAIN, read_policy
 
 SYNC_TREE = Path(__file__).parent / "baselines" / "sync-tree.toml"
+CROWD_BUDGETS_US = ((PLAIN, 60.0), (CONTINUOUS, 200.0))
 
 
 def of_machines() -> Iterator[Cost]:
     """The machines of three policies."""
     for policy in (CONTINUOUS, PLAIN, read_policy(str(SYNC_TREE))):
         yield from machines.costs(policy.name, jobs.simulated(policy))
+
+
+def of_crowds() -> Iterator[Cost]:
+    """The orchestrator of many requests, of two policies."""
+    for policy, budget_us in CROWD_BUDGETS_US:
+        yield from machines.per_token(f"{policy.name}, {jobs.CROWD} at once", jobs.crowded(policy), budget_us)
 
 
 def of_tables() -> Iterator[Cost]:
@@ -60,6 +68,7 @@ def of_layers() -> Iterator[Cost]:
 
 PARTS: dict[str, Callable[[], Iterator[Cost]]] = {
     "machines": of_machines,
+    "crowds": of_crowds,
     "tables": of_tables,
     "ranks": of_ranks,
     "layers": of_layers,

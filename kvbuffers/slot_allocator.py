@@ -203,6 +203,11 @@ class SlotAllocator:
                 raise LocalProtocolError(f"forks need more than {MAX_OPS} operations at once")
         return ops
 
+    @property
+    def leased(self) -> int:
+        """How many slots are leased."""
+        return len(self._leased)
+
     def counts(self) -> tuple[int, int, int]:
         """How many slots are free (or about to be), leased, canonical."""
         free = len(self._free) + len(self._released) + len(self._freed)

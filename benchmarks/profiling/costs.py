@@ -17,11 +17,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What something takes, in microseconds, each time; ``budget_us`` is for the mean."""
+    """What something takes, in microseconds, each time; ``budget_us`` is for the mean. ``is_per_token``: it is what one
+    core spends on a token, so that 1e6 / mean tokens a second are the most that it can lead."""
 
     what: str
     us: Sequence[float] = field(repr=False)
     budget_us: float | None = None
+    is_per_token: bool = False
 
     def row(self) -> dict[str, object]:
         """As a JSON object."""
@@ -34,6 +36,7 @@ class Cost:
             "p99_us": percentile(self.us, 0.99),
             "budget_us": self.budget_us,
             "ok": self.budget_us is None or mean_us <= self.budget_us,
+            **({"ceiling_tokens_per_s": 1e6 / mean_us} if self.is_per_token else {}),
         }
 
     def line(self) -> str:
@@ -41,7 +44,8 @@ class Cost:
         row = self.row()
         shown = "".join(f"{row[column]:>11.1f}" for column in COLUMNS[1:4])
         budget = f"{'-':>11}" if self.budget_us is None else f"{self.budget_us:>11.1f} {'yes' if row['ok'] else 'NO'}"
-        return f"{self.what:<58}{len(self.us):>7}{shown}{budget}"
+        ceiling = f"  at most {row['ceiling_tokens_per_s']:.0f} tokens/s" if self.is_per_token else ""
+        return f"{self.what:<58}{len(self.us):>7}{shown}{budget}{ceiling}"
 
 
 def heading() -> str:

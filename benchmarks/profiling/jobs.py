@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeinfer.core.addresses import FIRST_DRAFTER, ORCHESTRATOR
@@ -16,6 +17,8 @@ from stages.models.emulated import EmulatedSpec, spread
 
 STAGES = 8
 PROMPT, TOKENS = 256, 256
+CROWD, CROWD_STAGES = 64, 4
+CROWD_PROMPT, CROWD_TOKENS = 16, 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,20 @@ def simulated(policy: Policy) -> Job:
     request = Request(tuple(range(PROMPT)), TOKENS)
     spec = WorldSpec(1, policy, STAGES, (request,), model, draft_s=0.5, context=PROMPT + TOKENS)
     recorder = Recorder()
+    World(spec, (recorder,)).run()
+    return Job(make_job_spec(spec), recorder.trace)
+
+
+def crowded(policy: Policy) -> Job:
+    """CROWD requests at once over CROWD_STAGES stages. Their passes take next to nothing of the time that counts: the
+    orchestrator gets its events as fast as it can take them."""
+    rng = random.Random(0)
+    requests = tuple(Request(tuple(rng.randrange(50) for _ in range(CROWD_PROMPT)), CROWD_TOKENS) for _ in range(CROWD))
+    model = EmulatedSpec(CROWD_STAGES, 50, 1, spread(0.8))
+    context = CROWD_PROMPT + CROWD_TOKENS
+    spec = WorldSpec(0, policy, CROWD_STAGES, requests, model, draft_s=0.3, row_cost=0.05, context=context)
+    recorder = Recorder()
+    spec = replace(spec, at_once=True, max_num_seqs=CROWD)
     World(spec, (recorder,)).run()
     return Job(make_job_spec(spec), recorder.trace)
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 from benchmarks.profiling.costs import Cost, Stopwatch
 from benchmarks.profiling.jobs import Job, kind_of, role_of
-from pipeinfer.core.ports import Command, Event, Machine, Received
+from pipeinfer.core.addresses import ORCHESTRATOR
+from pipeinfer.core.ports import Command, Emit, Event, Machine, Received
 from pipeinfer.runtime.replay import retell
 
 ORCHESTRATOR_BUDGET_US = 50.0
@@ -44,6 +45,22 @@ def costs(name: str, job: Job) -> Iterator[Cost]:
             has_budget = role == "orchestrator" and kind == "all events"
             if len(us) >= RARE:
                 yield Cost(f"{name}: {role}, {kind}", us, ORCHESTRATOR_BUDGET_US if has_budget else None)
+
+
+def per_token(name: str, job: Job, budget_us: float) -> Iterator[Cost]:
+    """What the orchestrator of ``job`` takes for each token that it emits, all events together; how often they come and
+    what those of each kind take."""
+    mine = Job(job.job_spec, [step for step in job.steps if step.address == ORCHESTRATOR])
+    emitted = [command for step in mine.steps for command in step.commands if isinstance(command, Emit)]
+    tokens = sum(len(command.tokens) for command in emitted)
+    taken = [min(us) for us in zip(*(_told(mine) for _ in range(TELLINGS)), strict=True)]
+    yield Cost(f"{name}: orchestrator, a token", [sum(taken) / tokens], budget_us, is_per_token=True)
+    by_kind: dict[str, list[float]] = defaultdict(list)
+    for step, us in zip(mine.steps, taken, strict=True):
+        by_kind[kind_of(step.event)].append(us)
+    for kind, us_of_kind in sorted(by_kind.items(), key=lambda item: -sum(item[1])):
+        if len(us_of_kind) >= RARE:
+            yield Cost(f"{name}: orchestrator, {kind}", us_of_kind)
 
 
 def _told(job: Job) -> list[float]:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from benchmarks.profiling.costs import Cost, Stopwatch
 from benchmarks.profiling.jobs import Job
-from kvbuffers.slot_allocator import SlotAllocator
 from kvbuffers.slot_table import SlotTable
-from pipeinfer.core.addresses import FIRST_STAGE
-from pipeinfer.core.messages import Cancel, Credit, Message, Nodes, Result, Run, SlotOpKind
+from pipeinfer.core.addresses import FIRST_STAGE, ORCHESTRATOR
+from pipeinfer.core.messages import Cancel, Credit, Message, Nodes, Result, Run
 from pipeinfer.core.ports import Received
 from pipeinfer.core.wire import decode, encode
+from pipeinfer.orchestrator.machine import Orchestrator
+from pipeinfer.runtime.replay import retell
 
 KINDS = (Run, Result, Nodes, Credit, Cancel)
 ROWS = 8
 """Of the runs that are shown."""
 REPEATS = 2000
 TELLINGS = 5
+TIMED = ("operations", "lease", "commit", "release", "free", "fork")
+"""Methods of the leader's allocator that are shown."""
 
 
 def wire(job: Job) -> Iterator[Cost]:
@@ -47,42 +51,46 @@ def _nbytes(message: Message) -> int:
 
 
 def slot_table(job: Job) -> Iterator[Cost]:
-    """A stage's table and the leader's allocator, through all runs of a job; those of 8 rows are shown."""
+    """A stage's table and the leader's allocator, through all runs of a job; runs of 8 rows are shown."""
     events = [step.event for step in job.steps if step.address == FIRST_STAGE and isinstance(step.event, Received)]
     runs = [event.message.body for event in events if isinstance(event.message.body, Run)]
     us: dict[str, list[float]] = {}
     for _ in range(TELLINGS):
         for run, found in zip(runs, _through(job, runs), strict=True):
-            if len(run.rows) == ROWS:
+            if len(run.rows) == ROWS and not run.is_canonical:
                 for what, taken in found.items():
                     us.setdefault(what, []).append(taken)
     for what, taken in us.items():
         yield Cost(f"{what}, runs of {ROWS} rows", taken)
+    yield from _leading(job)
 
 
 def _through(job: Job, runs: list[Run]) -> Iterator[dict[str, float]]:
-    """What each operation took for each of ``runs``."""
-    accepted, guesses = job.job_spec.slots
-    table, allocator, watch = SlotTable(accepted + guesses), SlotAllocator(accepted, guesses), Stopwatch()
+    """What each operation of a stage's table took for each of ``runs``."""
+    table, watch = SlotTable(sum(job.job_spec.slots)), Stopwatch()
     for run in runs:
-        rows, sequence = run.rows, run.rows[0].sequence if run.rows else 0
         watch.us.clear()
         watch(table.apply, run.ops)
-        watch(table.living, rows)
-        watch(table.allocate, rows, canonical=run.is_canonical)
-        if run.is_canonical:
-            allocator.prompt_rows(sequence, [row.token for row in rows])
-            yield {}
-            continue
-        for op in run.ops:  # what the leader did since the last run
-            if op.kind is SlotOpKind.FREE:
-                allocator.free(op.sequence)
-                continue
-            act = allocator.commit if op.kind is SlotOpKind.COMMIT else allocator.release
-            for slot in range(op.slot, op.slot + op.length):
-                act(op.sequence, slot)
-        ops = watch(allocator.operations)
-        slots = watch(allocator.lease, sequence, len(rows))
-        assert (ops, sorted(slots)) == (run.ops, sorted(row.slot for row in rows)), "this is not what the leader did"
-        names = ("slots: apply", "slots: living", "slots: allocate", "allocator: operations", "allocator: lease")
-        yield dict(zip(names, watch.us, strict=True))
+        watch(table.living, run.rows)
+        watch(table.allocate, run.rows, canonical=run.is_canonical)
+        yield dict(zip(("slots: apply", "slots: living", "slots: allocate"), watch.us, strict=True))
+
+
+def _leading(job: Job) -> Iterator[Cost]:
+    """What the allocator took when the orchestrator of ``job`` was told everything again. In which order slots are
+    leased to several sequences only the orchestrator knows."""
+    told = [step for step in job.steps if step.address == ORCHESTRATOR]
+    us: dict[str, list[float]] = {name: [] for name in TIMED}
+    for _ in range(TELLINGS):
+        machine = job.job_spec.machine(ORCHESTRATOR)
+        assert isinstance(machine, Orchestrator)
+        watches = {name: Stopwatch() for name in TIMED}
+        for name, watch in watches.items():
+            setattr(machine._allocator, name, partial(watch, getattr(machine._allocator, name)))
+        retold = retell({ORCHESTRATOR: machine}, told)
+        assert not retold.difference, f"this is not what the leader did: {retold.difference}"
+        for name, watch in watches.items():
+            us[name] += watch.us
+    for name, taken in us.items():
+        if taken:
+            yield Cost(f"allocator: {name}", taken)

@@ -1,6 +1,7 @@
-"""A Llama model as a GGUF file, llama.cpp's format, as much of it as evaluating token ids takes: no tokenizer is in it.
+"""A Llama model as a GGUF file, llama.cpp's format, as much of it as evaluating token ids takes; the tokenizer only if
+asked for.
 
-    python -m pipeinfer.bench.gguf_export MODEL FILE
+    python -m pipeinfer.bench.gguf_export [--tokenizer] MODEL FILE
 
 llama.cpp rotates neighbours, and a checkpoint in Hugging Face layout the two halves of a head, so the rows of q and k
 are reordered within each head. Matrices become fp16, or what else is asked for; vectors are fp32, as llama.cpp wants
@@ -16,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeinfer.bench.gguf_tokenizer import describe_tokenizer
 from pipeinfer.core.errors import PipeinferError, refuse
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, NORM, Checkpoint, expected_tensors
 from stages.checkpoint.spec import ModelSpec
@@ -41,9 +43,10 @@ PARTS = {
 }
 
 
-def export(model: str | Path, path: str | Path, form: str = "fp16") -> Path:
+def export(model: str | Path, path: str | Path, form: str = "fp16", with_tokenizer: bool = False) -> Path:
     """Write the model in the directory ``model`` to ``path`` with matrices in the format ``form``, one of FORMATS.
-    Raises UserError for a model that llama.cpp would compute otherwise, and where the package gguf is missing."""
+    Raises UserError for a model or a tokenizer that llama.cpp would compute otherwise, and where the package gguf is
+    missing."""
     gguf = package("gguf")
     spec, checkpoint, path = ModelSpec.read(model), Checkpoint(model), Path(path)
     _refuse_unlike_llama(Path(model), spec)
@@ -54,6 +57,10 @@ def export(model: str | Path, path: str | Path, form: str = "fp16") -> Path:
     try:
         writer = gguf.GGUFWriter(path, "llama")
         _describe(writer, spec, FORMATS[form][0])
+        if with_tokenizer:
+            describe_tokenizer(writer, Path(model), spec)
+        else:
+            writer.add_tokenizer_model("no_vocab")
         for name, stored in names.items():
             shape = checkpoint.tensors[stored].shape
             here = _format(shape, form)
@@ -105,7 +112,7 @@ def _refuse_unlike_llama(model: Path, spec: ModelSpec) -> None:
 
 
 def _describe(writer: Any, spec: ModelSpec, file_type: int) -> None:
-    """The metadata of the file; llama.cpp knows tokens by their ids alone."""
+    """The metadata of the file, but for the tokenizer."""
     writer.add_file_type(file_type)
     writer.add_vocab_size(spec.vocab_size)
     writer.add_context_length(spec.context)
@@ -122,7 +129,6 @@ def _describe(writer: Any, spec: ModelSpec, file_type: int) -> None:
         writer.add_string("llama.rope.scaling.type", "linear")
         writer.add_rope_scaling_factor(spec.rope.factor)
     writer.add_layer_norm_rms_eps(spec.norm_eps)
-    writer.add_tokenizer_model("no_vocab")
 
 
 def _format(shape: tuple[int, ...], form: str) -> str:
@@ -147,9 +153,12 @@ def main() -> int:
     parser.add_argument("model", help="directory in Hugging Face layout")
     parser.add_argument("file", help="where to write it")
     parser.add_argument("--format", choices=FORMATS, default="fp16", help="of matrices")
+    parser.add_argument(
+        "--tokenizer", action="store_true", help="write the tokenizer too, as llama.cpp's server wants it"
+    )
     args = parser.parse_args()
     try:
-        print(export(args.model, args.file, args.format))
+        print(export(args.model, args.file, args.format, args.tokenizer))
     except PipeinferError as error:
         print(f"pipeinfer.bench.gguf_export: {error}", file=sys.stderr)
         return error.exit_code

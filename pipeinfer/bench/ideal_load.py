@@ -1,13 +1,13 @@
 """Two models of a pipeline that serves many requests: the reference beside which schedules of many requests are judged.
 
-    cohorts    synchronous speculation by chains of the best length L, closed-form. min(A, S) cohorts of n requests:
-               A E(L) / max(S T(n (L + 1)) + L d(n), cohorts L d(n)),  E(L) = 1 + g + ... + g^L
+    cohorts    synchronous speculation by chains of the best length L, closed-form. C = min(A, S) cohorts of n requests:
+               A E(L) / max(S T(n (L + 1)) + L d(n), C L d(n)),  E(L) = 1 + g + ... + g^L
     heap       all nodes of all requests in one heap by path probability. A run takes the rows that are worth most
-               beyond their time: sum(p) - price G T(r), with G the tokens per second reached so far; known tokens always
-               go, at most ceil(A / S) in a run. Simulated, at the best of PRICES.
+               beyond their time: sum(p) - price G T(r), with G the tokens per second reached so far; known tokens
+               always go, at most ceil(A / S) in a run. Simulated, at the best of PRICES.
 
-Cancelling and messages cost nothing, prompts are not served, and the draft knows each child's probability. The reference
-is the better of both: a strong one, not a proven optimum.
+Cancelling and messages cost nothing, prompts are not served, and the draft knows each child's probability. The
+reference is the better of both: a strong one, not a proven optimum.
 """
 
 from __future__ import annotations

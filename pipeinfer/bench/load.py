@@ -82,7 +82,8 @@ def arrival_times(scenario: Scenario, seed: int) -> tuple[float, ...]:
 
 
 def _sample(scenario: Scenario, answers: Sequence[Answer], world: World) -> Sample:
-    """What was measured; ``tpot_ms`` is the time per token of all requests together, that of one is ``request_tpot_ms``."""
+    """What was measured. ``tpot_ms`` is the time per token of all requests together; that of one request is
+    ``request_tpot_ms``."""
     found = list[dict[str, Any]]()
     for answer in answers:
         assert answer.stats is not None

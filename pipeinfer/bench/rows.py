@@ -15,6 +15,8 @@ MEDIANS = (
     "ttft_ms", "tpot_ms", "acceptance_rate", "accept_length",
     "tokens_per_correction", "waste", "bubble", "cancel_latency_ms",
 )  # fmt: skip
+OF_LOADS = ("goodput", "request_tpot_ms")
+"""Medians of rows of many requests."""
 AXES = (
     "hardware", "target", "draft", "ranks", "stages", "tp", "fused", "efficiency", "top1", "claims", "burst",
     "draft_time", "prompt_tokens", "tokens", "dtype", "set", "requests", "arrivals", "row_costs",
@@ -60,14 +62,10 @@ def make_row(
         "tokens_digest": _digest(samples),
         **medians,
         "calibration_error": metrics[-1]["calibration_error"] if is_ours else None,
-        **({"goodput": _middle_of(metrics, "goodput"), "request_tpot_ms": _middle_of(metrics, "request_tpot_ms")} if "goodput" in metrics[0] else {}),
+        **{key: percentile([one[key] for one in metrics], 0.5) for key in OF_LOADS if key in metrics[0]},
         "messages_per_token": percentile([sample.messages for sample in samples], 0.5),
         "bytes_per_token": percentile([sample.nbytes for sample in samples], 0.5),
     }  # fmt: skip
-
-
-def _middle_of(metrics: Sequence[Mapping[str, Any]], key: str) -> float:
-    return percentile([one[key] for one in metrics], 0.5)
 
 
 def _digest(samples: Sequence[Sample]) -> str:

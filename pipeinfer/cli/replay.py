@@ -12,6 +12,7 @@ from pipeinfer.core.errors import refuse
 if TYPE_CHECKING:
     from pipeinfer.core.messages import Message
     from pipeinfer.core.ports import Command, Event
+    from pipeinfer.runtime.request_times import RequestReader
     from pipeinfer.runtime.trace import Step, Trace
 
 
@@ -26,7 +27,7 @@ def add_parser(commands: Any) -> None:
         help="replay traces of a run, or show them",
         description="Replay traces that `pipeinfer run --trace FILE` left: build each rank's machines again, tell "
         "them what they were told, and compare what they command. Neither models nor MPI are needed. The exit code "
-        "is 1 where anything differs.",
+        "is 1 where anything differs. With the trace of the rank that led the job comes a table of its requests.",
     )
     parser.set_defaults(command=replay)
     parser.add_argument("files", nargs="+", metavar="FILE", help="a trace, or FILE for FILE.rank0, FILE.rank1, ...")
@@ -34,19 +35,26 @@ def add_parser(commands: Any) -> None:
         "--show",
         action="store_true",
         help="first print all events in the order of time (in ms), a line each: what a role was told => what it "
-        "commanded. Cancel 7 8/30 means run 7 and of run 8 the row at slot 30; lines with *** are decisions",
+        "commanded. Cancel 7 8/30 means run 7 and of run 8 the row at slot 30; Nodes of 3 are about sequence 3; "
+        "lines with *** are decisions",
     )
 
 
 def replay(args: argparse.Namespace) -> int:
     """Replay what ``args`` name; 1 where anything differs."""
+    from pipeinfer.cli.request_table import table
+    from pipeinfer.runtime.request_times import RequestReader
     from pipeinfer.runtime.trace import Trace
 
     traces = [Trace(path) for path in find(args.files)]
     if args.show:
         for line in show(traces):
             print(line)
-    return max(check(trace) for trace in traces)
+    reader = RequestReader()
+    code = max(check(trace, reader) for trace in traces)
+    for line in table(reader.requests) if not code else ():
+        print(line)
+    return code
 
 
 def find(names: Sequence[str]) -> Iterator[Path]:
@@ -62,8 +70,8 @@ def find(names: Sequence[str]) -> Iterator[Path]:
         yield from (file for file in files if file.exists())
 
 
-def check(trace: Trace) -> int:
-    """Replay one trace and print the outcome in a line; 1 if anything differs."""
+def check(trace: Trace, reader: RequestReader) -> int:
+    """Replay one trace and print the outcome in a line; 1 if anything differs. ``reader`` takes its requests."""
     from pipeinfer.core.addresses import address_name
     from pipeinfer.core.version import __version__
     from pipeinfer.runtime.job_spec import JobSpec
@@ -77,7 +85,7 @@ def check(trace: Trace) -> int:
         names = role_names(trace)
     except (*DAMAGE, MemoryError) as error:
         refuse(f"the first line of {trace.path} is damaged ({type(error).__name__}: {error})", "use another trace")
-    retold = retell(machines, trace.steps())
+    retold = retell(machines, reader.watch(trace.steps()))
     said = f"{trace.path} ({names or 'follows'}): {retold.events} events, {retold.commands} commands identical"
     if retold.difference:
         maker = "" if header.version == __version__ else f" (the trace was made by version {header.version})"
@@ -133,7 +141,7 @@ def lines(step: Step, at_ms: float) -> Iterator[str]:
 def event_text(event: Event) -> str:
     """An event as text."""
     from pipeinfer.core.addresses import address_name
-    from pipeinfer.core.ports import Computed, Received, Submitted
+    from pipeinfer.core.ports import Aborted, Computed, Received, Submitted
 
     if isinstance(event, Received):
         return f"{message_text(event.message)} from {address_name(event.message.source)}"
@@ -143,23 +151,28 @@ def event_text(event: Event) -> str:
         return f"computed {event.job}" if event.hidden is not None else f"abandoned {event.job}"
     if isinstance(event, Submitted):
         request = event.request
-        return f"submitted: {_many(len(request.prompt), 'prompt token')}, {request.max_new_tokens} new"
+        size = f"{_many(len(request.prompt), 'prompt token')}, {request.max_new_tokens} new"
+        return f"submitted request {event.number}: {size}"
+    if isinstance(event, Aborted):
+        return f"aborted request {event.number}"
     return type(event).__name__.lower()
 
 
 def command_text(command: Command, now: float) -> str:
     """A command at ``now`` as text, neither Send nor Note."""
-    from pipeinfer.core.ports import Abandon, Compute, Emit, Finish, Wake
+    from pipeinfer.core.ports import Abandon, Compute, Emit, Finish, Idle, Wake
 
     if isinstance(command, Compute):
-        return f"compute {command.job} ({_many(len(command.batch.tokens), 'row')})"
+        return f"compute {command.job} ({_rows(len(command.batch.tokens), len(command.batch.canonical))})"
     if isinstance(command, Abandon):
         return f"abandon {command.job}"
     if isinstance(command, Wake):
         return f"wake in {1e3 * (command.at - now):.3f}"
     if isinstance(command, Emit):
-        return f"emit {_many(len(command.tokens), 'token')}"
-    return f"finish: {command.reason}" if isinstance(command, Finish) else type(command).__name__.lower()
+        return f"emit {_many(len(command.tokens), 'token')} of request {command.number}"
+    if isinstance(command, Finish):
+        return f"finish request {command.number}: {command.reason}"
+    return f"idle request {command.number}" if isinstance(command, Idle) else type(command).__name__.lower()
 
 
 def message_text(message: Message) -> str:
@@ -174,6 +187,10 @@ def message_text(message: Message) -> str:
     for name, value in zip(body._fields, body, strict=True):
         if value is True:
             marks.append(name.removeprefix("is_"))
+        elif name == "sequence":
+            marks.append(f"of {value}")
+        elif name == "rows" and isinstance(body, Run | Result) and body.rows:
+            carried.append(_rows(len(body.rows), len({row.sequence for row in body.rows})))
         elif isinstance(value, tuple) and value and not isinstance(body, Cancel):
             carried.append(_many(len(value), ITEMS[name]))
     if isinstance(body, Run) and body.wants is not Wants.EVERY and body.rows:
@@ -182,6 +199,11 @@ def message_text(message: Message) -> str:
         carried += [f"{body.waiting} waiting", f"{body.taken} taken"]
     words = " ".join([message.kind, *marks])
     return f"{words} ({', '.join(carried)})" if carried else words
+
+
+def _rows(count: int, sequences: int) -> str:
+    """Rows, and of how many sequences they are if these are several."""
+    return _many(count, "row") if sequences < 2 else f"{_many(count, 'row')} of {sequences} sequences"
 
 
 def _many(count: int, what: str) -> str:

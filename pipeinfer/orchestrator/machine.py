@@ -65,13 +65,14 @@ from pipeinfer.orchestrator.flight import Flight, InFlight
 from pipeinfer.orchestrator.launcher import Launcher
 from pipeinfer.orchestrator.pool import Pool
 from pipeinfer.orchestrator.roster import Roster
-from pipeinfer.orchestrator.session import Session, Waiting
+from pipeinfer.orchestrator.session import Active, Session, Waiting
 from pipeinfer.orchestrator.sources import Sources
 from speculation.schedules.cost_curve import NO_PRIORS, Priors
 from speculation.schedules.policy import Policy
 from speculation.schedules.registry import make_schedule
 from speculation.schedules.schedule import UNLIMITED, Launch, Order, Placement, Situation, Wait
 from speculation.trees.accept import accept
+from speculation.trees.forest import pending_roots
 from speculation.trees.tree import Node
 
 RUNS_AHEAD = 1
@@ -117,7 +118,7 @@ class Orchestrator:
         self._credits = RUNS_AHEAD
         self._sequences = 0
         self._waiting = Waiting(context)
-        self._sessions: dict[int, Session] = {}  # that are decoded, by sequence, in the order in which they began
+        self._sessions = Active()
         self._draining: list[Session] = []  # that are over, with runs in flight
         self._prompt_went_last = False
         self._is_closed = False
@@ -284,16 +285,14 @@ class Orchestrator:
         return commands
 
     def _step(self) -> list[Command] | None:
-        decoding = [one for one in self._sessions.values() if one.prefilled == one.prompt]
-        trees = [one.tree for one in decoding or self._sessions.values()]
-        roots = sum(tree.root.pending for tree in trees)
-        self._pool.secure(roots + sum(one.prompt - one.prefilled for one in self._sessions.values()))
+        decoding, prompts, trees = self._sessions.split()
+        self._pool.secure(trees, prompts)
         now = Situation(
             trees,
             self._credits,
             len(self._flight),
             self._window - len(self._flight),
-            self._allocator.room(len(decoding) if len(decoding) > 1 else roots),
+            self._allocator.room(len(decoding) if len(decoding) > 1 else pending_roots(trees)),
             self._now,
             self._allocator.free_slots(),
         )
@@ -303,9 +302,9 @@ class Orchestrator:
             return None
         if (begun := self._begin()) is not None:
             return begun
-        if roots > now.root_room and not self._allocator.counts()[1]:  # a guess that holds a slot gives it back
+        is_short = len(trees) > now.root_room and pending_roots(trees) > now.root_room
+        if is_short and not self._allocator.leased:  # a guess that holds a slot gives it back
             return self._preempt(max(self._sessions.values(), key=lambda one: one.rank))
-        prompts = [one for one in self._sessions.values() if one.prefilled < one.prompt]
         may_prefill = prompts and now.credits > 0 and now.slots > 0
         commands: list[Command] = []
         if decoding and not (may_prefill and not self._prompt_went_last):
@@ -319,6 +318,7 @@ class Orchestrator:
                 commands.append(Wake(step.until))
         run = self._launcher.prompts(prompts, self._now) if may_prefill else None
         if run is not None:
+            self._sessions.prefilled()
             self._prompt_went_last = True
             commands.append(self._send_run(run))
         return commands or None

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from kvbuffers.slot_allocator import SlotAllocator
 from pipeinfer.core.messages import MAX_KEPT
 from pipeinfer.orchestrator.session import Session
+from speculation.trees.forest import pending_roots
+from speculation.trees.tree import Tree
 
 LEAST_SHARED = 16
 """A shorter common prefix is not worth an operation."""
@@ -43,11 +45,13 @@ class Pool:
                 self._kept[source] = self._kept.pop(source)  # the most recently used one now
         return length
 
-    def secure(self, known: int) -> None:
-        """Let kept sequences go where ``known`` tokens, roots or of prompts, or guesses would find no slot."""
+    def secure(self, trees: Iterable[Tree], prompts: Iterable[Session]) -> None:
+        """Let kept sequences go where known tokens, the roots of ``trees`` or the rest of ``prompts``, or guesses would
+        find no slot."""
         if self._kept:
             allocator = self.allocator
-            self._clear(known + allocator.speculative - allocator.counts()[1], but=0)
+            known = pending_roots(trees) + sum(one.prompt - one.prefilled for one in prompts)
+            self._clear(known + allocator.speculative - allocator.leased, but=0)
 
     def _finds(self, count: int, but: int) -> bool:
         """Whether ``count`` slots can be leased, if need be after kept sequences, ``but`` not, have gone. None goes

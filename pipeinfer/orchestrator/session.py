@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pipeinfer.core.errors import LocalProtocolError
 from pipeinfer.core.ports import Request, RequestStats, Submitted
@@ -54,6 +55,43 @@ class Session:
         self.has_result = self.is_over = self.is_preempted = False
         self.tree = Tree(self.text[-1], len(self.text) - 1, max_nodes, sequence)
         self.tree.take(self.tree.root)  # it leaves with the prompt
+
+
+class Split(NamedTuple):
+    """Sessions by what they do: those that are ``decoding``, those whose ``prompts`` have not left whole. ``trees``: of
+    the former, or of the latter where there are none."""
+
+    decoding: list[Session]
+    prompts: list[Session]
+    trees: list[Tree]
+
+
+class Active(dict[int, Session]):
+    """The sessions that have a place, by sequence, in the order in which they began."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._split: Split | None = None
+
+    def __setitem__(self, sequence: int, session: Session) -> None:
+        super().__setitem__(sequence, session)
+        self._split = None
+
+    def __delitem__(self, sequence: int) -> None:
+        super().__delitem__(sequence)
+        self._split = None
+
+    def prefilled(self) -> None:
+        """More of a prompt has left."""
+        self._split = None
+
+    def split(self) -> Split:
+        """See Split. It is kept until a session comes, goes, or is prefilled, as every event asks for it."""
+        if self._split is None:
+            decoding = [one for one in self.values() if one.prefilled == one.prompt]
+            prompts = [one for one in self.values() if one.prefilled < one.prompt]
+            self._split = Split(decoding, prompts, [one.tree for one in decoding or prompts])
+        return self._split
 
 
 class Waiting:

@@ -1,4 +1,8 @@
-"""The timeline of a job: a lane per role, passes coloured by their outcome, and messages between lanes."""
+"""The timeline of a job: a lane per role, passes coloured by their outcome, and messages between lanes.
+
+Where passes have rows of several requests, and these are few, each request has a colour of its own: a pass is cut into
+the shares of its requests, and the lower, dark part of a share are the rows that were accepted.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -15,7 +20,7 @@ from matplotlib.patches import Patch
 from pipeinfer.core.addresses import FIRST_DRAFTER, ORCHESTRATOR, address_name
 from pipeinfer.core.errors import refuse
 from pipeinfer.core.messages import Cancel, Result, Run
-from pipeinfer.plots.style import BLUE, GREY, INK, ORANGE, PALE, SKY, VERMILLION, new_figure, tidy
+from pipeinfer.plots.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION, new_figure, tidy
 from pipeinfer.runtime.timeline import Outcome, Span, Timeline, Word
 
 FILLS = {
@@ -27,6 +32,10 @@ FILLS = {
     Outcome.DRAFT: PALE,
     Outcome.UNFINISHED: "white",
 }
+REQUEST_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY)
+"""Of the requests of a job with no more than these, in the order of submission."""
+TINT = 0.35
+"""How much of its colour is left in rows of a request that were not accepted; the rest is white."""
 WIDTH_INCHES, LANE_INCHES = 12.0, 0.5
 HALF = 0.34
 """Half the height of a pass, as a share of the lane's height."""
@@ -59,11 +68,23 @@ def draw_lanes(timeline: Timeline, from_ms: float | None, to_ms: float | None) -
     axes.tick_params(axis="y", length=0)
     spans = [span for span in timeline.spans if _overlaps(span.began_s, span.ended_s, start, end)]
     words = [word for word in timeline.words if _overlaps(word.sent_s, word.heard_s, start, end)]
+    colours = request_colours(timeline)
     _draw_passes(axes, spans, lanes, end - start)
+    _draw_shares(axes, spans, lanes, colours)
     _draw_emissions(axes, timeline, start, end)
     _draw_words(axes, words, lanes)
-    _add_legend(figure, {span.outcome for span in spans}, words)
+    _add_legend(figure, {span.outcome for span in spans if not (colours and _is_shown(span))}, words, colours)
     return figure
+
+
+def request_colours(timeline: Timeline) -> dict[int, str]:
+    """The colour of each request by its number; empty where the outcomes have the colours: where requests are many, or
+    no pass has rows of several."""
+    numbers = dict.fromkeys(request.number for request in timeline.requests)
+    is_shared = any(len(span.shares) > 1 for span in timeline.spans)
+    return (
+        dict(zip(numbers, REQUEST_COLOURS, strict=False)) if is_shared and len(numbers) <= len(REQUEST_COLOURS) else {}
+    )
 
 
 def _about(timeline: Timeline) -> list[str]:
@@ -72,7 +93,8 @@ def _about(timeline: Timeline) -> list[str]:
     is_real = timeline.execution == "real"
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(timeline.began_at)) if is_real else ""
     forced = "forced acceptance" if header.config.get("forced_acceptance") else ""
-    return [f"policy {timeline.policy}", f"{header.ranks} ranks on {where}", when, forced]
+    requests = f"{len(timeline.requests)} requests" if len(timeline.requests) > 1 else ""
+    return [f"policy {timeline.policy}", requests, f"{header.ranks} ranks on {where}", when, forced]
 
 
 def _lane_name(timeline: Timeline, address: int) -> str:
@@ -99,6 +121,38 @@ def _draw_passes(axes: Axes, spans: list[Span], lanes: dict[int, int], shown_ms:
                 ink = INK if span.outcome in (Outcome.WASTED, Outcome.UNFINISHED, Outcome.DRAFT) else "white"
                 place: dict[str, Any] = {"ha": "center", "va": "center", "clip_on": True, "zorder": 4}
                 axes.text(began + length / 2, lane, str(span.number), size=7, color=ink, **place)
+
+
+def _is_shown(span: Span) -> bool:
+    """Whether the shares of a pass are drawn, rather than its outcome."""
+    return bool(span.shares) and span.outcome not in (Outcome.UNFINISHED, Outcome.CANCELLED)
+
+
+def _draw_shares(axes: Axes, spans: list[Span], lanes: dict[int, int], colours: dict[int, str]) -> None:
+    """Draw the shares of requests, from the upper edge of a pass to the lower one, over its outcome."""
+    pale: dict[int, list[list[tuple[float, float]]]] = {number: [] for number in colours}
+    dark: dict[int, list[list[tuple[float, float]]]] = {number: [] for number in colours}
+    for span in spans if colours else ():
+        if not _is_shown(span):
+            continue
+        top, row = lanes[span.address] - HALF, 2 * HALF / sum(share.rows for share in span.shares)
+        for number, rows, accepted in span.shares:
+            bottom, right = top + rows * row, rows if span.outcome is Outcome.PREFILL else accepted
+            pale[number].append(_rectangle(span, top, bottom))
+            dark[number].append(_rectangle(span, bottom - right * row, bottom))
+            top = bottom
+    for number, colour in colours.items():
+        axes.add_collection(PolyCollection(pale[number], facecolors=_tint(colour), linewidths=0, zorder=3.1))
+        axes.add_collection(PolyCollection(dark[number], facecolors=colour, linewidths=0, zorder=3.2))
+
+
+def _rectangle(span: Span, top: float, bottom: float) -> list[tuple[float, float]]:
+    left, length = _extent(span)
+    return [(left, top), (left + length, top), (left + length, bottom), (left, bottom)]
+
+
+def _tint(colour: str) -> tuple[float, ...]:
+    return tuple(1 - TINT * (1 - part) for part in to_rgb(colour))
 
 
 def _extent(span: Span) -> tuple[float, float]:
@@ -139,13 +193,16 @@ def _way(word: Word, lanes: dict[int, int]) -> list[tuple[float, float]]:
     return [(1e3 * word.sent_s, source + down), (1e3 * word.heard_s, dest - down)]
 
 
-def _add_legend(figure: Figure, outcomes: set[Outcome], words: list[Word]) -> None:
+def _add_legend(figure: Figure, outcomes: set[Outcome], words: list[Word], colours: dict[int, str]) -> None:
     names = {Outcome.PARTLY: "partly accepted (dark: its share)", Outcome.CANCELLED: "cancelled while computed"}
     entries: list[Patch | Line2D] = [
         Patch(fc=fill, ec=GREY if outcome is Outcome.UNFINISHED else "none", label=names.get(outcome, outcome))
         for outcome, fill in FILLS.items()
         if outcome in outcomes
     ]
+    entries += [Patch(fc=colour, label=f"request {number}") for number, colour in colours.items()]
+    if colours:
+        entries.append(Patch(fc=PALE, label="a request's pale part: not accepted"))
     line: Callable[..., Line2D] = lambda **look: Line2D([], [], **look)  # noqa: E731
     entries.append(line(color=INK, marker="|", ls="", ms=9, mew=1.4, label="tokens emitted"))
     if any(isinstance(word.message.body, Cancel) for word in words):

@@ -1,6 +1,7 @@
 """A timeline in Chrome's trace event format, which ui.perfetto.dev and chrome://tracing open.
 
 Ranks are processes and roles their threads. Passes are slices named by what came of them, for viewers colour by name.
+Requests are the threads of one more process; their slices are the phases of request_times.py.
 Whenever a role sends or hears something that is a slice too, a *turn*: viewers tie an arrow to the slice that is on top
 where it ends. A turn has no length of its own in a trace; here it has a microsecond, or less if something else happens
 so soon, and a pass begins after the turn that ordered it.
@@ -19,6 +20,7 @@ from typing import Any
 
 from pipeinfer.core.addresses import FIRST_DRAFTER, ORCHESTRATOR, address_name
 from pipeinfer.core.files import write_whole
+from pipeinfer.runtime.request_times import Phase, RequestTimes
 from pipeinfer.runtime.timeline import Outcome, Span, Timeline, Word
 
 TICKS = 8
@@ -33,6 +35,14 @@ COLOURS = {
     Outcome.UNFINISHED: "black",
 }
 """Chrome's own names of colours; other viewers choose theirs."""
+PHASE_COLOURS = {
+    Phase.WAITING: "grey",
+    Phase.PREFILL: "generic_work",
+    Phase.DECODING: "good",
+    Phase.PREEMPTED: "bad",
+}
+FIRST_REQUEST = 1 << 20
+"""Thread of the first request; a job has no such rank."""
 PLACES = {"M": 0, "X": 1, "s": 2, "f": 3, "C": 4, "i": 5}
 """Of what happens at one time: slices, arrows that hold on to them, and marks, which to viewers are slices as well."""
 
@@ -55,7 +65,7 @@ def write_perfetto(timeline: Timeline, path: Path) -> None:
 def trace_events(timeline: Timeline) -> list[Json]:
     """The events, in the order of time; of slices that begin at one time the longer one comes first."""
     events = _Events(timeline)
-    found = [*events.names(), *events.slices(), *events.arrows(), *events.counters()]
+    found = [*events.names(), *events.slices(), *events.arrows(), *events.counters(), *events.requests()]
     return sorted(found, key=lambda event: (event.get("ts", -1), PLACES[event["ph"]], -event.get("dur", 0)))
 
 
@@ -132,12 +142,19 @@ class _Events:
         if began in self._instants[span.address]:
             began = min(self._instant_end(span.address, began), ended)
         what = "pass" if span.address >= FIRST_DRAFTER else "run"
-        name = span.outcome if span.outcome is Outcome.DRAFT else f"{span.outcome}: {what}"
-        args: Json = {what: span.number, "rows": span.rows}
+        name = str(span.outcome) if span.outcome is Outcome.DRAFT else f"{span.outcome}: {what}"
+        name = f"{name} {span.number}"
+        args: Json = {what: span.number, "rows": span.rows, "requests": span.sequences}
         if what == "run":
             args |= {"outcome": span.outcome, "accepted_rows": span.accepted}
+        if len(span.shares) > 1:
+            args |= {
+                f"request {share.request}": f"{share.accepted} of {share.rows} rows accepted" for share in span.shares
+            }
+        if span.sequences > 1:
+            name = f"{name} of {span.sequences} requests"
         about = {"cname": COLOURS[span.outcome], "args": args}
-        return self._complete(span.address, f"{name} {span.number}", span.outcome, began, ended) | about
+        return self._complete(span.address, name, span.outcome, began, ended) | about
 
     def _complete(self, address: int, name: str, category: str, began: int, ended: int) -> Json:
         times = {"ts": began / TICKS, "dur": (ended - began) / TICKS}
@@ -162,3 +179,49 @@ class _Events:
         for at_s, tokens in self._timeline.emitted:
             total += tokens
             yield {"ph": "C", "name": "tokens", **place, "ts": _us(at_s), "args": {"committed": total}}
+
+    def requests(self) -> Iterator[Json]:
+        """A track for each request with its phases and what it emitted, and how many were in each phase."""
+        requests = self._timeline.requests
+        pid = 2 + max(self._timeline.ranks.values())
+        if requests:
+            yield {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": "requests"}}
+            yield {"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": -1}}
+        for index, request in enumerate(requests):
+            place = {"pid": pid, "tid": FIRST_REQUEST + index}
+            yield {"ph": "M", "name": "thread_name", **place, "args": {"name": f"request {request.number}"}}
+            yield {"ph": "M", "name": "thread_sort_index", **place, "args": {"sort_index": index}}
+            yield from _phases(request, place)
+        yield from _in_phases(requests, pid)
+
+
+def _phases(request: RequestTimes, place: Json) -> Iterator[Json]:
+    """The phases of ``request``, and a mark for each emission."""
+    for span in request.phases:
+        began, ended = _ticks(span.began_s), _ticks(span.ended_s)
+        if began == ended and span is not request.phases[-1]:
+            continue  # a preempted request may begin again at once
+        args: Json = {"request": request.number, "prompt_tokens": len(request.request.prompt)}
+        if span is request.phases[-1]:
+            args |= {"tokens": len(request.text), "preemptions": request.preemptions}
+            args["reason"] = request.reason or "unfinished"
+        times = {"ts": began / TICKS, "dur": (ended - began) / TICKS}
+        about = {"name": span.phase, "cat": "request", "cname": PHASE_COLOURS[span.phase], "args": args}
+        yield {"ph": "X", **about, **place, **times}
+    for at_s, tokens in request.emitted:
+        name = "1 token" if tokens == 1 else f"{tokens} tokens"
+        yield {"ph": "i", "name": name, "cat": "emission", "s": "t", **place, "ts": _us(at_s)}
+
+
+def _in_phases(requests: list[RequestTimes], pid: int) -> Iterator[Json]:
+    """A counter: how many requests are in each phase."""
+    changes: defaultdict[int, list[tuple[Phase, int]]] = defaultdict(list)  # by time
+    for request in requests:
+        for span in request.phases:
+            changes[_ticks(span.began_s)].append((span.phase, 1))
+            changes[_ticks(span.ended_s)].append((span.phase, -1))
+    counts = dict.fromkeys(Phase, 0)
+    for ticks, found in sorted(changes.items()):
+        for phase, change in found:
+            counts[phase] += change
+        yield {"ph": "C", "name": "requests", "pid": pid, "ts": ticks / TICKS, "args": {**counts}}

@@ -1,8 +1,7 @@
 """The timeline of a job, out of its traces: what was computed when and what came of it, and every message's way.
 
-A stage's pass is worth what its rows are worth, and a row is worth something if its token, after just those tokens
-before it, stands in the answer. The orchestrator's trace knows: a commit names the slot of an accepted row, and rows
-that were in flight at the end are compared with the answer itself. Of several rows that say the same only one counts.
+A stage's pass is worth what its rows are worth (worth.py), and they may be of several requests (request_times.py). The
+orchestrator's trace knows both.
 """
 
 from __future__ import annotations
@@ -11,12 +10,15 @@ import enum
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pipeinfer.core.addresses import FIRST_DRAFTER, ORCHESTRATOR
 from pipeinfer.core.errors import refuse
-from pipeinfer.core.messages import Cancel, Credit, Message, Result, Row, Run, SlotOpKind
-from pipeinfer.core.ports import Compute, Computed, Emit, Event, Halt, Idle, Received, Request, Send, Submitted
+from pipeinfer.core.messages import Cancel, Credit, Message, Result, Run
+from pipeinfer.core.ports import Command, Compute, Computed, Emit, Event, Halt, Received, Send
+from pipeinfer.runtime.request_times import RequestReader, RequestTimes
 from pipeinfer.runtime.trace import Header, Trace, in_order
+from pipeinfer.runtime.worth import Worth
 
 
 class Outcome(enum.StrEnum):
@@ -31,11 +33,20 @@ class Outcome(enum.StrEnum):
     UNFINISHED = "unfinished"  # the trace ends before it did
 
 
+class Share(NamedTuple):
+    """The part of a pass that is of ``request`` (the caller's number): its rows, and those that were accepted."""
+
+    request: int
+    rows: int
+    accepted: int
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """One pass through the shard of the role at ``address``, of a stage's run or a drafter's pass ``number``.
 
-    Seconds from the first event of the job. ``accepted``: rows of it whose tokens stand in the answer."""
+    Seconds from the first event of the job. ``accepted``: rows of it whose tokens stand in the answer. ``sequences``:
+    how many have rows in it. ``shares``: of a stage's pass, what is whose, in the order of the rows."""
 
     address: int
     number: int
@@ -44,6 +55,8 @@ class Span:
     rows: int
     accepted: int
     outcome: Outcome
+    sequences: int = 1
+    shares: tuple[Share, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +86,8 @@ class Timeline:
     """What the ``traces`` of a job tell.
 
     ``ranks``: of each role, by address. ``emitted``: when so many tokens became final. ``in_flight``: from when on so
-    many runs were on their way. ``began_at``: seconds of the Unix epoch (of no meaning for a simulated job)."""
+    many runs were on their way. ``requests``: in the order of submission. ``began_at``: seconds of the Unix epoch (of
+    no meaning for a simulated job)."""
 
     header: Header
     ranks: dict[int, int]
@@ -82,6 +96,7 @@ class Timeline:
     words: list[Word] = field(default_factory=list)
     emitted: list[tuple[float, int]] = field(default_factory=list)
     in_flight: list[tuple[float, int]] = field(default_factory=list)
+    requests: list[RequestTimes] = field(default_factory=list)
     began_at: float = 0.0
     ended_s: float = 0.0
 
@@ -118,32 +133,10 @@ def read_timeline(traces: Sequence[Trace]) -> Timeline:
         reader.words(),
         reader.emitted,
         reader.in_flight,
+        reader.requests(ended_s),
         began_at or 0.0,
         ended_s,
     )
-
-
-class Service:
-    """Which request is being served, told from what was submitted and what is idle: one at a time, in order."""
-
-    def __init__(self) -> None:
-        self._queue: dict[int, Request] = {}  # by number; the first one is being served
-
-    @property
-    def number(self) -> int | None:
-        """Of the request being served."""
-        return next(iter(self._queue), None)
-
-    def submitted(self, event: Submitted) -> Request | None:
-        """The request that begins, if one does."""
-        self._queue[event.number] = event.request
-        return event.request if len(self._queue) == 1 else None
-
-    def idle(self, command: Idle) -> Request | None:
-        """The request that begins, if one does."""
-        was_served = command.number == self.number
-        self._queue.pop(command.number, None)
-        return next(iter(self._queue.values()), None) if was_served else None
 
 
 @dataclass(slots=True)
@@ -165,8 +158,8 @@ class _Reader:
     def __init__(self) -> None:
         self.emitted: list[tuple[float, int]] = []
         self.in_flight: list[tuple[float, int]] = []
-        self._service = Service()
-        self._worth = _Worth()
+        self._requests = RequestReader()
+        self._worth = Worth()
         self._passes: list[_Pass] = []
         self._open: dict[int, _Pass] = {}
         self._sent: list[tuple[Message, float]] = []
@@ -181,11 +174,13 @@ class _Reader:
                 self._count(-1, at_s)
         elif isinstance(event, Computed):
             self._close(address, at_s, event.hidden is not None or event.choices is not None)
-        elif isinstance(event, Submitted):
-            self._begin(self._service.submitted(event))
+        else:
+            self._requests.hear(event, at_s)
 
-    def carry_out(self, address: int, command: object, at_s: float) -> None:
+    def carry_out(self, address: int, command: Command, at_s: float) -> None:
         """It commanded ``command``."""
+        if address == ORCHESTRATOR and (request := self._requests.carry_out(command, at_s)) is not None:
+            self._follow(request, command)
         if isinstance(command, Send):
             message = command.message
             self._sent.append((message, at_s))
@@ -197,15 +192,22 @@ class _Reader:
             self._passes.append(self._open[address])
         elif isinstance(command, Emit):
             self.emitted.append((at_s, len(command.tokens)))
-            self._worth.emit(command.tokens)
-        elif isinstance(command, Idle):
-            self._begin(self._service.idle(command))
         elif isinstance(command, Halt):
             self._close(address, at_s, is_whole=False)
 
-    def _begin(self, request: Request | None) -> None:
-        if request is not None:
-            self._worth.begin(request)
+    def _follow(self, request: RequestTimes, command: Command) -> None:
+        """A sequence of ``request`` begins, has tokens or ends."""
+        if isinstance(command, Send):
+            self._worth.begin(request.sequence, [*request.request.prompt, *request.text])
+        elif isinstance(command, Emit):
+            self._worth.emit(request.sequence, command.tokens)
+        else:
+            self._worth.settle(request.sequence)
+
+    def requests(self, ended_s: float) -> list[RequestTimes]:
+        """Every request; the trace has ended at ``ended_s``."""
+        self._requests.end(ended_s)
+        return self._requests.requests
 
     def _close(self, address: int, at_s: float, is_whole: bool) -> None:
         if (done := self._open.pop(address, None)) is not None:
@@ -225,13 +227,14 @@ class _Reader:
 
     def spans(self, ended_s: float) -> list[Span]:
         """Every computation, in the order of beginning; the trace has ended at ``ended_s``."""
-        self._worth.settle()
+        self._worth.settle_all()
         return [self._span(one, ended_s) for one in self._passes]
 
     def _span(self, one: _Pass, ended_s: float) -> Span:
         run, slots = one.compute.job, one.compute.batch.slots.tolist()
         is_draft = one.address >= FIRST_DRAFTER
-        accepted = 0 if is_draft else sum((run, slot) in self._worth.accepted for slot in slots)
+        shares = () if is_draft else self._shares(run, slots)
+        accepted = sum(share.accepted for share in shares)
         if one.ended_s is None:
             outcome = Outcome.UNFINISHED
         elif not one.is_whole:
@@ -245,7 +248,17 @@ class _Reader:
         else:
             outcome = Outcome.PARTLY if accepted else Outcome.WASTED
         until_s = ended_s if one.ended_s is None else one.ended_s
-        return Span(one.address, run, one.began_s, until_s, len(slots), accepted, outcome)
+        many = len(one.compute.batch.canonical)
+        return Span(one.address, run, one.began_s, until_s, len(slots), accepted, outcome, many, shares)
+
+    def _shares(self, run: int, slots: list[int]) -> tuple[Share, ...]:
+        """Whose the rows of ``run`` in ``slots`` are."""
+        found: dict[int, list[bool]] = {}
+        for slot in slots:
+            number = self._requests.number_of(self._worth.owners.get((run, slot), 0))
+            if number is not None:
+                found.setdefault(number, []).append((run, slot) in self._worth.accepted)
+        return tuple(Share(number, len(rows), sum(rows)) for number, rows in found.items())
 
 
 def _identity(message: Message) -> tuple[object, ...]:
@@ -254,52 +267,3 @@ def _identity(message: Message) -> tuple[object, ...]:
     if message.is_control:
         return message.source, message.dest, message.kind, message.body
     return message.source, message.dest, message.txn
-
-
-class _Worth:
-    """Which rows of which runs are ``accepted``, and which runs are ``prefills``, from what the orchestrator sends."""
-
-    def __init__(self) -> None:
-        self.accepted: set[tuple[int, int]] = set()  # run, slot
-        self.prefills: set[int] = set()
-        self._undecided: dict[int, tuple[int, Row]] = {}  # by slot, in the order of launching: run, row
-        self._covered: set[int] = set()  # positions that have their row
-        self._text: list[int] = []
-
-    def begin(self, request: Request) -> None:
-        """A request's first word."""
-        self.settle()
-        self._text = list(request.prompt)
-
-    def launch(self, run: Run) -> None:
-        """A run leaves: operations on slots first, then its rows."""
-        for op in run.ops:
-            if op.kind not in (SlotOpKind.COMMIT, SlotOpKind.RELEASE):
-                continue
-            for slot in range(op.slot, op.slot + op.length):
-                launched = self._undecided.pop(slot, None)
-                if launched and op.kind is SlotOpKind.COMMIT:
-                    self._accept(*launched)
-        if run.is_canonical:
-            self.prefills.add(run.run)
-            return
-        self._undecided.update((row.slot, (run.run, row)) for row in run.rows)
-
-    def emit(self, tokens: tuple[int, ...]) -> None:
-        """The next tokens of the answer."""
-        self._text += tokens
-
-    def settle(self) -> None:
-        """No run will tell any more: what was in flight is held against the answer."""
-        for run, row in self._undecided.values():
-            parent = self._undecided.get(row.parent)
-            follows = parent is None or (parent[0], row.parent) in self.accepted
-            is_right = self._text[row.position : row.position + 1] == [row.token]
-            if follows and is_right and row.position not in self._covered:
-                self._accept(run, row)
-        self._undecided.clear()
-        self._covered.clear()
-
-    def _accept(self, run: int, row: Row) -> None:
-        self.accepted.add((run, row.slot))
-        self._covered.add(row.position)

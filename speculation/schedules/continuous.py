@@ -7,9 +7,9 @@ is the policy's ``max_rows``. A node in flight is never sent again. Credits arri
 so each run is chosen with the latest knowledge. The governor picks the gear: how many rows a run may have, and how many
 leaves a draft pass evaluates. Plain decoding is the same schedule without drafts.
 
-Of several sequences many.py decides, or turns.py where all roles share one rank. Until passes are measured, and without
-``govern``, the nodes come from one heap (speculation/trees/forest.py), with ``balance`` at most ceil(sequences / stages)
-roots a run, so that the sequences spread over the stages. Governor and launch delay are for a sequence that is alone.
+For several sequences many.py decides, or turns.py where all roles share one rank. Until passes are measured, and
+without ``govern``, the nodes come from one heap (speculation/trees/forest.py), with ``balance`` at most
+ceil(sequences / stages) roots a run. Governor and launch delay are for a sequence that is alone.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A known token that has not been sent is an unsent root. A stage should always have work, a run should hold many roots
 with the rows of their trees, and all runs should be equally long: over S stages a run that is longer than those behind
 it holds each of them up at every stage. For A sequences, with G, mu, c, eta, sigma, k, m of traffic.py, T(r) of
-cost_curve.py, and w, d of drafting.py:
+cost_curve.py, and w of drafting.py, where G is at least what plain decoding gives by T(r):
 
     cohort     a run has at most K roots, K = argmax over n of min(n, q) / T(n m) with q = A / (S + D)
                D = min(MOST_COHORTS, 2 wait / c): while S cohorts are in flight, others are drafted for
@@ -15,8 +15,8 @@ cost_curve.py, and w, d of drafting.py:
                next level is worth in the same run, at most what it costs to send it later; on the right what the
                sequence loses in w
     roots      of ripe roots the K that have waited longest, with the rows of their trees that are worth most:
-               argmax over r of sum(p) - pi T(r). If there are n < K of them, others are waited for, as long as it saves
-               to send n + 1 roots in one run: T(r) + T(r / n) - T(r + r / n)
+               argmax over r of sum(p) - pi T(r), but T(r) <= LONGEST c. If there are n < K of them, others are waited
+               for, as long as it saves to send n + 1 roots in one run: T(r) + T(r / n) - T(r + r / n)
     riders     guesses of other sequences ride along where rows are nearly free:
                argmax over n of sum(p) - RIDER pi (T(r + n) - T(r)) / (1 - sigma)
     fillers    if no root is unsent, guesses leave alone: argmax over r of sum(p) / (T(r) + eta X^2 / 2) where
@@ -50,6 +50,8 @@ RIDER = 2.0
 its ancestors are wrong."""
 FILLER = 0.25
 """Share of the rate G that a run of guesses has to earn where the stages are idle otherwise."""
+LONGEST = 1.1
+"""A run with roots takes at most this multiple of the mean one, unless its roots alone take longer."""
 ROWS = 4
 """Rows of a root's tree by which the price of a row is estimated."""
 
@@ -66,6 +68,9 @@ class Many:
         self._drafting = Drafting(pass_s, right)
         self._traffic: Traffic | None = None
         self._count = 1  # A
+        self._earns = 0.0  # G
+        self._wanted = 1  # rows that the last run with roots would have had
+        self._launches = 0  # runs with roots so far, of which the first ones fill the stages
         self._roots: dict[int, Node] = {}  # the last one seen of each sequence
         self._since: dict[int, float] = {}  # when it became known
         self._ripe_at: dict[int, float] = {}  # when an unsent one was ripe first
@@ -75,7 +80,7 @@ class Many:
 
     def pause(self) -> None:
         """There are no several sequences any more."""
-        self._traffic, self._held_since, self._until, self._is_waiting = None, None, 0.0, False
+        self._traffic, self._held_since, self._until, self._is_waiting, self._launches = None, None, 0.0, False, 0
 
     def closed(self, tree: Tree) -> None:
         """The sequence of ``tree`` is over."""
@@ -92,9 +97,10 @@ class Many:
         """The next step while there are credits."""
         curve, count = self._curve, len(now.trees)
         self._count = count
+        roots = -(-count // self._stages)
         if self._traffic is None:
-            rate = count / (self._stages * curve.seconds(-(-count // self._stages)))
-            self._traffic = Traffic(now.now, count, rate, curve.seconds(1))
+            self._traffic = Traffic(now.now, count, self._stages, roots, curve.seconds(roots))
+        self._earns = max(self._traffic.rate, count / (self._stages * curve.seconds(roots)))
         self._drafting.look(now.trees, now.now, self._is_waiting)
         unsent, others = self._sorted(now)
         cohort = min(self._cohort(self._traffic), now.root_room)
@@ -152,7 +158,7 @@ class Many:
     def _price(self, cohort: int) -> float:
         """pi."""
         assert self._traffic
-        return self._traffic.rate * max(1.0, cohort * self._stages / self._count)
+        return self._earns * max(1.0, cohort * self._stages / self._count)
 
     def _row_price(self, price: float, rows: int) -> float:
         """What each of as many further rows as ``rows`` costs in tokens."""
@@ -163,7 +169,7 @@ class Many:
         traffic, drafting = self._traffic, self._drafting
         assert traffic
         least = self._row_price(self._price(cohort), ROWS * cohort)
-        earns = traffic.rate / self._count
+        earns = self._earns / self._count
         later = self._filler_price(2)
         ripe, until = list[Tree](), 0.0
         for tree in unsent:
@@ -185,17 +191,22 @@ class Many:
         guesses = now.room if self._policy.speculate else 0
         most = min(len(ripe) + self._policy.max_rows, max(len(ripe), curve.reach))
         nodes = take_best(ripe, most, len(ripe), guesses, self._policy.min_path_prob)
-        price, roots = self._price(cohort), len(ripe)
+        assert self._traffic
+        price, roots, usual_s = self._price(cohort), len(ripe), self._traffic.run_s
         totals = list(accumulate(probabilities(trees, nodes)))
         best = max(range(roots, len(nodes) + 1), key=lambda rows: totals[rows - 1] - price * curve.seconds(rows))
+        self._wanted = best
+        while self._launches > self._stages and best > roots and curve.seconds(best) > LONGEST * usual_s:
+            best -= 1
         give_back(trees, nodes[best:])
         return nodes[:best]
 
     def _note(self, traffic: Traffic, ripe: Sequence[Tree], rows: int, now: float) -> None:
         """A run leaves with the roots of ``ripe``."""
         self._held_since = None
+        self._launches += 1
         waited_s = sum(self._ripe_at[tree.sequence] - self._since[tree.sequence] for tree in ripe)
-        traffic.launched(len(ripe), rows, self._curve.seconds(rows), waited_s)
+        traffic.launched(len(ripe), rows, self._curve.seconds(self._wanted), waited_s)
 
     def _riders(self, others: Sequence[Tree], rows: int, roots: int, cohort: int, now: Situation) -> list[Node]:
         """Take the guesses of ``others`` that are worth a place beside ``rows`` rows, of ``roots`` roots."""
@@ -241,8 +252,8 @@ class Many:
         """F."""
         traffic = self._traffic
         assert traffic
-        late = traffic.runs_per_s * traffic.roots * traffic.rate / self._count * self._holds_up_s(rows) ** 2 / 2
-        return late + FILLER * traffic.rate * self._curve.seconds(rows) / (1 - traffic.busy)
+        late = traffic.runs_per_s * traffic.roots * self._earns / self._count * self._holds_up_s(rows) ** 2 / 2
+        return late + FILLER * self._earns * self._curve.seconds(rows) / (1 - traffic.busy)
 
 
 def _by_sequence(trees: Sequence[Tree]) -> dict[int, Tree]:

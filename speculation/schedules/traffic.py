@@ -17,21 +17,21 @@ import math
 
 SPAN = 30
 """Tokens of a sequence after which a measurement has faded to 1 / e."""
-FIRST = 8
+FIRST = 2
 """Tokens of a sequence that what is expected before anything is measured weighs as much as."""
 BUSIEST = 0.98
 """The most that counts as sigma."""
 
 
 class Traffic:
-    """The sums. ``began_at``: when measuring began; ``rate`` and ``pass_s``: tokens per second and seconds of a run of
-    one root that are expected at first, with ``sequences`` sequences."""
+    """The sums. ``began_at``: when measuring began. At first plain decoding of ``sequences`` sequences is expected,
+    with runs of ``roots`` roots that take ``run_s`` at each of ``stages`` stages."""
 
-    def __init__(self, began_at: float, sequences: int, rate: float, pass_s: float) -> None:
-        self._tokens = float(FIRST * sequences)
-        self._seconds = self._tokens / rate
-        self._runs = self._roots = self._rows = self._tokens
-        self._run_s = min(self._tokens * pass_s, self._seconds)
+    def __init__(self, began_at: float, sequences: int, stages: int, roots: int, run_s: float) -> None:
+        self._tokens = self._roots = self._rows = float(FIRST * sequences)
+        self._seconds = FIRST * stages * run_s
+        self._runs = self._tokens / roots
+        self._run_s = self._runs * run_s
         self._wait_s = 0.0
         self._last = began_at
 

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from speculation.trees.tree import Node, Tree
+
+
+def pending_roots(trees: Iterable[Tree]) -> int:
+    """How many ``trees`` have a root that has to be sent."""
+    return sum([tree.root.pending for tree in trees])
 
 
 def take_best(trees: Sequence[Tree], most: int, roots: int, guesses: int, min_path_prob: float) -> list[Node]:

@@ -16,11 +16,12 @@ from matplotlib.image import imread
 
 from pipeinfer.cli import main
 from pipeinfer.plots.charts import KNOWN, OTHERS
-from pipeinfer.plots.lanes import FILLS
+from pipeinfer.plots.lanes import FILLS, REQUEST_COLOURS, TINT
 from pipeinfer.runtime.timeline import Outcome
 from speculation.schedules.policy import CONTINUOUS
 from tests.cli.run import ROOT, pipeinfer
 from tests.invariants.traced import trace_world
+from tests.unit.crowd import crowd
 from tests.unit.test_timeline import world
 
 POLICIES = ("plain", "sync-tree", "continuous", "no-cancel")
@@ -84,6 +85,19 @@ def test_a_trace_becomes_lanes_in_the_colours_of_outcomes(trace: Path, tmp_path:
     zoomed = colours(tmp_path / "start.png")
     assert rgb(FILLS[Outcome.PREFILL]) in zoomed
     assert rgb(FILLS[Outcome.CANCELLED]) not in zoomed, "nothing had been refuted by then"
+
+
+def test_a_few_requests_have_colours_of_their_own_and_many_those_of_outcomes(tmp_path: Path) -> None:
+    for requests, is_few in ((len(REQUEST_COLOURS), True), (len(REQUEST_COLOURS) + 1, False)):
+        name = tmp_path / f"world{requests}"
+        trace_world(crowd(CONTINUOUS, requests), name)
+        drawn(name, "-o", tmp_path / "out.png")
+        seen = colours(tmp_path / "out.png")
+        for colour in REQUEST_COLOURS:
+            pale = tuple(round(255 * (1 - TINT * (1 - part))) for part in to_rgb(colour))
+            assert (pale in seen) == is_few, colour
+        assert (rgb(FILLS[Outcome.WASTED]) in seen) == (not is_few or FILLS[Outcome.WASTED] in REQUEST_COLOURS)
+        (tmp_path / "out.png").unlink()
 
 
 def test_a_picture_says_what_it_is_of(trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

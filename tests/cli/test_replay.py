@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 
 from pipeinfer.cli import main
+from pipeinfer.cli.request_table import COLUMNS, MOST_SHOWN, table
 from pipeinfer.core.ports import Request
 from pipeinfer.core.wire import VERSION
+from pipeinfer.runtime.request_times import RequestTimes
 from pipeinfer.runtime.trace import FORMAT, MARK
-from pipeinfer.sim.world import WorldSpec
+from pipeinfer.sim.world import World, WorldSpec
 from speculation.schedules.policy import CONTINUOUS
 from stages.models.emulated import EmulatedSpec, spread
 from tests.cli.run import ROOT, pipeinfer
 from tests.invariants.traced import trace_world
+from tests.unit.crowd import crowd
 
 WORLD = WorldSpec(
     seed=3,
@@ -52,14 +55,15 @@ def test_whole_traces_by_one_name_or_by_several(paths: list[Path], capsys: pytes
     stale = paths[0].with_name("world.rank3")
     stale.write_text("of an older job with more ranks")
     code, lines, err = told(capsys, paths[0].with_name("world"))
-    assert (code, len(lines), err) == (0, 3, "")
-    for path, names, line in zip(paths, ("orchestrator, drafter 0", "stage 0", "stage 1"), lines, strict=True):
+    assert (code, len(lines), err) == (0, 6, "")
+    for path, names, line in zip(paths, ("orchestrator, drafter 0", "stage 0", "stage 1"), lines[:3], strict=True):
         events = path.read_text().count("\n") - 1
         assert line.startswith(f"{path} ({names}): {events} events, ")
         assert line.endswith(" commands identical")
     assert told(capsys, *paths) == (code, lines, err)
     paths[1].unlink()  # it was written on another host
-    assert told(capsys, paths[0].with_name("world"))[1] == [lines[0], lines[2]]
+    assert told(capsys, paths[0].with_name("world"))[1] == [lines[0], *lines[2:]]
+    assert told(capsys, paths[2])[1] == [lines[2]], "without the orchestrator's trace nobody knows the requests"
 
 
 def test_a_difference_is_told_and_the_others_are_replayed_too(
@@ -88,10 +92,11 @@ def test_a_cut_trace_is_replayed_as_far_as_it_goes(paths: list[Path], capsys: py
     assert "9 events" in lines[0]
     assert lines[0].endswith("identical; line 11 is cut off, the rest is lost")
     paths[0].write_text("".join(whole[:10]))
-    (line,) = told(capsys, paths[0])[1]
+    line, *rest = told(capsys, paths[0])[1]
     assert line.endswith("identical; then the trace ends, before orchestrator and drafter 0 did")
+    assert [row.split()[-1] for row in rest] == ["end", "unfinished", "unfinished"]
     paths[0].write_text("".join([*whole[:5], "[]\n", *whole[6:]]))
-    (line,) = told(capsys, paths[0])[1]
+    line = told(capsys, paths[0])[1][0]
     assert "4 events" in line
     assert "line 6 is damaged" in line
 
@@ -99,7 +104,7 @@ def test_a_cut_trace_is_replayed_as_far_as_it_goes(paths: list[Path], capsys: py
 def test_show_tells_everything_in_the_order_of_time(paths: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     code, lines, err = told(capsys, "--show", *paths)
     assert (code, err) == (0, "")
-    heads, verdicts = lines[:3], lines[-3:]
+    heads, verdicts, lines = lines[:3], lines[-6:-3], lines[:-3]
     assert heads[0] == "rank 0 of 3 on a world: orchestrator, drafter 0, policy continuous"
     assert all(line.endswith("identical") for line in verdicts)
     events = lines[3:-3]
@@ -113,15 +118,15 @@ def test_show_tells_everything_in_the_order_of_time(paths: list[Path], capsys: p
     assert any(decided.search(line) for line in notes), notes
     text = "\n".join(events)
     for words in (
-        "orchestrator  submitted: 3 prompt tokens, 150 new",
+        "orchestrator  submitted request 0: 3 prompt tokens, 150 new",
         "stage 0       started => Hello to orchestrator",
-        " => Settings to stage 0, drafter 0; Prompt last (3 tokens) to drafter 0; Run 1 canonical wants last (3 rows)",
+        " => Settings of 1 to stage 0, drafter 0; Prompt of 1 last (3 tokens) to drafter 0; Run 1 canonical wants last",
         "stage 0       Run 1 canonical wants last (3 rows) from orchestrator => compute 1 (3 rows); ",
-        "drafter 0     computed 1, 1 choice => Nodes (",
+        "drafter 0     computed 1, 1 choice => Nodes of 1 (",
         " from drafter 0",
-        "emit 1 token; ",
-        " to stage 0, stage 1; Advance (1 token) to drafter 0",
-        "finish: length; ",
+        "emit 1 token of request 0; ",
+        " to stage 0, stage 1; Advance of 1 (1 token) to drafter 0",
+        "finish request 0: length; ",
         " tombstone from stage 1",
         "orchestrator  closed => Shutdown to stage 0, stage 1, drafter 0; halt",
         "stage 1       Shutdown from orchestrator => halt",
@@ -140,6 +145,41 @@ def test_clocks_of_several_hosts_are_compared(paths: list[Path], capsys: pytest.
     first = next(line for line in lines if "stage 1       Run 1 " in line)
     before = next(line for line in lines if "stage 0       computed 1 " in line)
     assert 0 <= float(first.split()[0]) - float(before.split()[0]) < 1
+
+
+def test_the_table_of_requests_is_what_users_saw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = crowd(CONTINUOUS)
+    answers = World(spec).run()
+    code, lines, _ = told(capsys, *trace_world(spec, tmp_path / "crowd"))
+    assert code == 0
+    heading, *rows, total = [line.split() for line in lines[-2 - len(answers) :]]
+    assert heading == list(COLUMNS)
+    for answer, request, row in zip(answers, spec.requests, rows, strict=True):
+        assert answer.stats is not None
+        first_s, last_s = answer.emitted_at[0][0], answer.emitted_at[-1][0]
+        speed = (len(answer.tokens) - answer.emitted_at[0][1]) / (last_s - first_s)
+        assert row[:5] == [
+            str(answer.number),
+            str(len(request.prompt)),
+            str(len(answer.tokens)),
+            f"{1e3 * (first_s - answer.submitted_at):.1f}",
+            f"{speed:.1f}",
+        ]
+        assert row[5:7] == [str(answer.stats.accepted), str(answer.stats.drafted)]
+        assert row[8] == answer.reason
+    tokens = sum(len(answer.tokens) for answer in answers)
+    last_s = max(answer.emitted_at[-1][0] for answer in answers)
+    assert total[:3] == ["all", str(sum(len(one.prompt) for one in spec.requests)), str(tokens)]
+    assert float(total[4]) == pytest.approx(tokens / last_s, abs=0.06)
+    assert sum(int(row[7]) for row in rows) == int(total[7]) > 0, "some were preempted"
+
+
+def test_of_many_requests_the_first_ones_have_a_line() -> None:
+    requests = [RequestTimes(number, number, Request((1,), 1), 0.0) for number in range(MOST_SHOWN + 3)]
+    lines = list(table(requests))
+    assert len(lines) == MOST_SHOWN + 3
+    assert lines[-2] == "... and 3 more requests"
+    assert list(table([])) == []
 
 
 @pytest.mark.parametrize(
@@ -183,5 +223,5 @@ def test_a_rank_alone_is_traced_and_the_check_after_it_is_not(tmp_path: Path) ->
     done = pipeinfer("replay", str(trace))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{trace}.rank0 (orchestrator, drafter 0, stage 0): ")
-    assert done.stdout.endswith("commands identical\n")
+    assert done.stdout.splitlines()[0].endswith("commands identical")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.json", "alone.rank0"]

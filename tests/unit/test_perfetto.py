@@ -18,6 +18,7 @@ from pipeinfer.runtime.timeline import Outcome, Timeline, read_timeline
 from pipeinfer.runtime.trace import Trace
 from speculation.schedules.policy import CONTINUOUS
 from tests.invariants.traced import trace_world
+from tests.unit.crowd import crowd
 from tests.unit.test_timeline import world
 
 Event = dict[str, Any]
@@ -61,8 +62,11 @@ def test_every_event_is_of_a_kind_that_viewers_know(events: list[Event]) -> None
 def test_ranks_are_processes_and_roles_their_threads(events: list[Event]) -> None:
     named = [event for event in events if event["ph"] == "M"]
     processes = {event["pid"]: event["args"]["name"] for event in named if event["name"] == "process_name"}
-    assert processes == {1 + rank: f"rank {rank} on a world" for rank in range(5)}
+    assert processes == {1 + rank: f"rank {rank} on a world" for rank in range(5)} | {6: "requests"}
     threads = {(event["pid"], event["args"]["name"]) for event in named if event["name"] == "thread_name"}
+    assert {name for pid, name in threads if pid == 6} == {"request 0", "request 1"}
+    named = [event for event in named if event["pid"] != 6]
+    threads = {(pid, name) for pid, name in threads if pid != 6}
     stages = {(2 + index, f"stage {index}") for index in range(4)}
     assert threads == {(1, "orchestrator"), (1, "drafter 0"), *stages}
     tids = [event["tid"] for event in named if event["name"] == "thread_name"]
@@ -87,7 +91,7 @@ def test_passes_of_a_track_do_not_overlap_and_everything_nests(events: list[Even
 
 
 def test_slices_say_what_came_of_a_run(events: list[Event], timeline: Timeline) -> None:
-    told = Counter(event["cat"] for event in events if event["ph"] == "X" and event["cat"] != "turn")
+    told = Counter(event["cat"] for event in events if event["ph"] == "X" and event["cat"] not in ("turn", "request"))
     assert told == Counter(span.outcome for span in timeline.spans)
     partly = next(event for event in events if event.get("cat") == Outcome.PARTLY)
     assert partly["name"] == f"partly accepted: run {partly['args']['run']}"
@@ -139,7 +143,7 @@ def test_counters_end_where_the_job_does(events: list[Event]) -> None:
 
 
 def test_tombstones_are_marked(events: list[Event], timeline: Timeline) -> None:
-    marks = [event for event in events if event["ph"] == "i"]
+    marks = [event for event in events if event["ph"] == "i" and event["cat"] == "tombstone"]
     assert len(marks) == sum(word.is_tombstone for word in timeline.words) > 0
     assert {event["s"] for event in marks} == {"t"}
 
@@ -152,3 +156,52 @@ def test_the_file_is_json_and_says_what_it_is_of(timeline: Timeline, events: lis
     assert found["otherData"] == {"execution": "simulated", "policy": "continuous", "ranks": 5, "version": ""}
     with pytest.raises(UserError, match="cannot be written"):
         write_perfetto(timeline, tmp_path / "no" / "run.json")
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Timeline:
+    paths = trace_world(crowd(CONTINUOUS), tmp_path_factory.mktemp("crowd") / "world")
+    return read_timeline([Trace(path) for path in paths])
+
+
+def test_each_request_is_a_track_with_its_phases(crowded: Timeline) -> None:
+    events = trace_events(crowded)
+    (process,) = {event["pid"] for event in events if event.get("args") == {"name": "requests"}}
+    names = [e["args"]["name"] for e in events if e["name"] == "thread_name" and e["pid"] == process]
+    assert names == [f"request {number}" for number in range(9)]
+    tracks = [slices for (pid, _), slices in sorted(by_track(events, "X").items()) if pid == process]
+    assert len(tracks) == 9
+    for slices, request in zip(tracks, crowded.requests, strict=True):
+        assert [event["name"] for event in slices] == [
+            span.phase for span in request.phases if span.ended_s > span.began_s
+        ]
+        for earlier, later in pairwise(slices):
+            assert earlier["ts"] + earlier["dur"] == later["ts"]
+        ended = {"tokens": len(request.text), "preemptions": request.preemptions, "reason": "length"}
+        assert slices[-1]["args"].items() >= ended.items()
+        assert sum("tokens" in event["args"] for event in slices) == 1
+    marks = [event for event in events if event.get("cat") == "emission"]
+    assert len(marks) == len(crowded.emitted)
+    assert sum(int(event["name"].split()[0]) for event in marks) == sum(len(one.text) for one in crowded.requests)
+
+
+def test_a_counter_says_how_many_requests_are_in_each_phase(crowded: Timeline) -> None:
+    counts = [e["args"] for e in trace_events(crowded) if e["ph"] == "C" and e["name"] == "requests"]
+    assert counts[0]["waiting"] + counts[0]["prefill"] == 9
+    assert all(min(one.values()) >= 0 for one in counts)
+    assert max(one["decoding"] for one in counts) == 6
+    assert max(one["preempted"] for one in counts) > 0
+    assert set(counts[-1].values()) == {0}
+
+
+def test_a_run_says_how_many_rows_are_whose(crowded: Timeline) -> None:
+    events = trace_events(crowded)
+    runs = [event for event in events if event.get("cat") in list(Outcome) and "outcome" in event["args"]]
+    shared = [event for event in runs if event["args"]["requests"] > 1]
+    assert shared
+    for event in shared:
+        shares = [words.split() for name, words in event["args"].items() if name.startswith("request ")]
+        assert len(shares) == event["args"]["requests"]
+        assert sum(int(words[2]) for words in shares) == event["args"]["rows"]
+        assert sum(int(words[0]) for words in shares) == event["args"]["accepted_rows"]
+        assert event["name"].endswith(f": run {event['args']['run']} of {len(shares)} requests")

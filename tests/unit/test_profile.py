@@ -7,7 +7,12 @@ import pytest
 from benchmarks.profiling import jobs, machines, tables
 from benchmarks.profiling.costs import Cost, Stopwatch
 from benchmarks.profiling.jobs import Job
-from speculation.schedules.policy import CONTINUOUS
+from pipeinfer.core.messages import Run
+from pipeinfer.core.ports import Send
+from pipeinfer.sim.replay import Recorder
+from pipeinfer.sim.world import World, make_job_spec
+from speculation.schedules.policy import CONTINUOUS, PLAIN, Policy
+from tests.unit.crowd import crowd
 
 
 @pytest.fixture
@@ -46,6 +51,33 @@ def test_a_job_that_goes_otherwise_is_not_timed(job: Job) -> None:
 
 def test_a_job_s_slots_can_be_leased_again(job: Job) -> None:
     assert {cost.what.split(",")[0] for cost in tables.slot_table(job)} == {
-        "slots: apply", "slots: living", "slots: allocate", "allocator: operations", "allocator: lease",
+        "slots: apply", "slots: living", "slots: allocate",
+        *(f"allocator: {name}" for name in ("operations", "lease", "commit", "release", "free")),
     }  # fmt: skip
     assert [cost.what.split(",")[0] for cost in tables.wire(job)][:2] == ["wire: encode Run", "wire: decode Run"]
+
+
+def test_slots_of_many_requests_with_forks_and_preemptions_can_be_leased_again() -> None:
+    spec, recorder = crowd(CONTINUOUS), Recorder()
+    World(spec, (recorder,)).run()
+    found = {cost.what: cost for cost in tables.slot_table(Job(make_job_spec(spec), recorder.trace))}
+    assert found["allocator: fork"].us
+    launched = [c.message.body for step in recorder.trace for c in step.commands if isinstance(c, Send)]
+    runs = [body for body in launched if isinstance(body, Run) and not body.is_canonical]
+    assert len({row.sequence for run in runs for row in run.rows}) > 6
+    shown = {run.run for run in runs if len(run.rows) == tables.ROWS}
+    assert len(found["slots: apply, runs of 8 rows"].us) == tables.TELLINGS * len(shown)
+
+
+@pytest.mark.parametrize("policy", [PLAIN, CONTINUOUS], ids=lambda policy: policy.name)
+def test_what_a_token_takes_is_all_that_the_orchestrator_took(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "CROWD", 5)
+    monkeypatch.setattr(jobs, "CROWD_TOKENS", 12)
+    told, *kinds = machines.per_token("crowd", jobs.crowded(policy), 1.0)
+    assert told.what == "crowd: orchestrator, a token"
+    row = told.row()
+    assert row["ceiling_tokens_per_s"] == pytest.approx(1e6 / told.us[0])
+    assert "at most " in told.line()
+    frequent = sum(sum(cost.us) for cost in kinds)
+    assert 0 < frequent <= told.us[0] * 5 * 12 * 1.0001
+    assert {cost.what for cost in kinds} >= {f"crowd: orchestrator, {kind}" for kind in ("Result", "Credit")}

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from speculation.schedules.continuous import Continuous
+from speculation.schedules.cost_curve import Priors
 from speculation.schedules.pipeinfer import PipeInfer
 from speculation.schedules.policy import CONTINUOUS, PLAIN, Policy
 from speculation.schedules.rounds import Rounds
 from speculation.schedules.schedule import ANY, UNLIMITED, Launch, Order, Schedule, Situation, Step
 from speculation.trees.tree import Tree
 
+COSTLY = ((1, 1.0), (8, 1.7), (32, 4.0))
 GREEDY = Policy("greedy", max_rows=4, topk=2, max_ahead=8)
 
 
@@ -25,7 +28,7 @@ def trees_of(schedule: Schedule, count: int, first: int = 1) -> list[Tree]:
     return trees
 
 
-def now(trees: list[Tree], **more: int) -> Situation:
+def now(trees: list[Tree], **more: Any) -> Situation:
     return Situation(trees, **{"credits": 1, "in_flight": 0, "slots": 4, "room": 9} | more)
 
 
@@ -129,14 +132,38 @@ def test_what_was_ordered_for_one_that_was_alone_is_no_order_of_several() -> Non
 def test_on_one_rank_all_are_drafted_for_before_a_run() -> None:
     schedule = Continuous(CONTINUOUS, "alone")
     trees = trees_of(schedule, 2)
-    orders = [schedule.next(now(trees)) for _ in range(3)]
-    assert orders == [Order(0, sequence=1), Order(0, sequence=2), Order(1, draft_batch=CONTINUOUS.draft_batch)]
+    schedule.returned(1, 1.0, 1.0, carries_root=True)
+    one = Order(1, draft_batch=CONTINUOUS.draft_batch)
+    orders = [schedule.next(now(trees)) for _ in range(4)]
+    assert orders[:2] == [Order(0, sequence=1), Order(0, sequence=2)]
+    assert orders[2:] == [replace(one, sequence=2), replace(one, sequence=1)]
     schedule.drafted(trees[0], [])
     assert schedule.next(now(trees)) is None, "sequence 2 is not done"
     schedule.closed(trees[1])
     (third,) = trees_of(schedule, 1, first=3)
     assert schedule.next(now([trees[0], third])) == Order(0, sequence=3)
-    assert isinstance(schedule.next(now([trees[0], third])), Launch)
+    assert isinstance(schedule.next(now([trees[0], third])), Launch), "the draft proposed nothing"
+
+
+def test_on_one_rank_the_draft_makes_passes_while_they_pay() -> None:
+    schedule = Continuous(CONTINUOUS, "alone", Priors(COSTLY, COSTLY, ((1, 0.1), (8, 0.1))))
+    trees = trees_of(schedule, 2)
+    for level in range(3):
+        while isinstance(schedule.next(now(trees, now=0.1 * level)), Order):
+            pass
+        for tree in trees:
+            leaf = tree.root
+            while leaf.children:
+                (leaf,) = leaf.children.values()
+            leaf.is_drafted = True
+            tree.add(leaf, 1, math.log(0.9))
+        for tree in trees:
+            schedule.drafted(tree, [])
+    while not isinstance(step := schedule.next(now(trees, now=1e6)), Launch):
+        assert isinstance(step, Order), "after so long a pass costs nothing, and still it adds little"
+        for tree in trees:
+            schedule.drafted(tree, [])
+    assert len(step.nodes) == 8, "two roots with three levels each"
 
 
 # Synchronous speculation.
@@ -188,3 +215,31 @@ def test_a_sequence_that_is_over_is_forgotten() -> None:
     schedule.closed(trees[0])
     schedule.drafted(trees[0], [])
     assert sent(schedule.next(now(trees[1:]))) == [(2, 4)]
+
+
+def test_from_so_many_requests_on_rounds_have_no_drafts() -> None:
+    schedule = Rounds(replace(GREEDY, schedule="rounds", num_steps=3, speculate_below=2))
+    trees = trees_of(schedule, 2)
+    for tree in trees:
+        schedule.accepted(tree, 1, 0.0)
+    assert sent(schedule.next(now(trees))) == [(1, 4), (2, 4)]
+    schedule.closed(trees[1])
+    schedule.accepted(trees[0], 1, 0.0)
+    assert schedule.next(now(trees[:1])) == Order(3, restart=True, sequence=1)
+
+
+def test_a_run_of_rounds_verifies_the_most_probable_drafts_of_all() -> None:
+    schedule = Rounds(replace(GREEDY, schedule="rounds", most_drafted=2))
+    trees = trees_of(schedule, 2)
+    for tree, logp in zip(trees, (-0.1, -0.5), strict=True):
+        schedule.accepted(tree, 1, 0.0)
+        schedule.next(now(trees))
+        schedule.drafted(tree, [])
+        for token in range(2):
+            tree.add(tree.root, token, logp)
+    assert sent(schedule.next(now(trees))) == [(1, 4), (2, 4), (1, 5), (1, 5)]
+
+
+def test_without_balance_all_known_tokens_share_a_run() -> None:
+    schedule = Continuous(replace(PLAIN, balance=False), stages=3)
+    assert sent(schedule.next(now(trees_of(schedule, 3)))) == [(1, 4), (2, 4), (3, 4)]
