@@ -123,7 +123,7 @@ class Continuous:
         if self._drafting:
             return None
         batch = 0 if self._is_alone else self._policy.draft_batch
-        for tree in now.trees if self._governor else ():
+        for tree in now.trees if self._governor and len(self._orders) < len(now.trees) else ():
             if self._orders.get(tree.sequence) != batch:
                 self._orders[tree.sequence] = batch
                 return Order(UNLIMITED if batch else 0, draft_batch=batch, sequence=tree.sequence)
