@@ -8,8 +8,8 @@ Each round starts every server anew for each number of clients, warms it up, and
 to round. Ours has one rank and two ranks that share the threads. llama.cpp's has as many slots as there are clients,
 and decodes with and without the draft; the better one counts. All is greedy, and every answer has the same number of
 tokens. Needs pipeinfer[peers,serve]. xllamacpp's llama.cpp is for any processor with AVX2; --llama-server names a
-program that was built for this one. The exit code is 1 where texts of ours differ, or prompts are other tokens to
-another server.
+program that was built for this one. The exit code is 1 where texts of ours differ, prompts are other tokens to
+another server, or a server failed, which is then left out.
 """
 
 from __future__ import annotations
@@ -100,39 +100,57 @@ def refuse_numbers(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace, pair: Pair) -> int:
-    """Measure all rounds and print the rows; 1 if there are remarks."""
+    """Measure all rounds and print the rows; 1 if one failed or there are remarks."""
     prompts = read_prompts(args.prompts)
     loads = {
         clients: load_of(prompts, args.requests or max(LEAST_REQUESTS, REQUESTS_EACH * clients), clients, args.tokens)
         for clients in args.clients
     }
     samples: dict[tuple[int, Contender], list[Sample]] = {}
-    for clients, contender, sample in measured(args, pair, loads):
-        samples.setdefault((clients, contender), []).append(sample)
-        print(f"# {clients} clients, {contender.name}: {sample.tokens_per_s:.1f} tokens/s", file=sys.stderr, flush=True)
+    failed: set[tuple[int, Contender]] = set()
+    for clients, contender, found in measured(args, pair, loads):
+        if isinstance(found, Sample):
+            samples.setdefault((clients, contender), []).append(found)
+        else:
+            failed.add((clients, contender))
+        told = f"{found.tokens_per_s:.1f} tokens/s" if isinstance(found, Sample) else f"left out: {found}"
+        print(f"# {clients} clients, {contender.name}: {told}", file=sys.stderr, flush=True)
+    is_right = report(args, pair, {key: taken for key, taken in samples.items() if key not in failed})
+    return int(not is_right or bool(failed))
+
+
+def report(args: argparse.Namespace, pair: Pair, samples: dict[tuple[int, Contender], list[Sample]]) -> bool:
+    """Print the rows; whether there is nothing to remark."""
     if not args.json:
         print(about(args, pair) + "\n" + heading())
     shared = {"suite": "serve-beside-llama", **facts(args, pair)}
-    is_wrong = False
+    is_right = True
     for clients in args.clients:
         found = [Found(one, taken) for (level, one), taken in samples.items() if level == clients]
         for row in rows(clients, found):
             print(json.dumps(shared | row) if args.json else line(row))
         for remark in remarks(found):
-            is_wrong = True
+            is_right = False
             print(f"# {clients} clients: {remark}", file=sys.stderr)
-    return int(is_wrong)
+    return is_right
 
 
-def measured(args: argparse.Namespace, pair: Pair, loads: dict[int, Load]) -> Iterator[tuple[int, Contender, Sample]]:
-    """A sample of each contender at each number of clients, in each round."""
+def measured(
+    args: argparse.Namespace, pair: Pair, loads: dict[int, Load]
+) -> Iterator[tuple[int, Contender, Sample | PipeinferError]]:
+    """A sample of each contender at each number of clients, in each round; or why there is none."""
     every = contenders(args.ranks, args.n_max)
     for turn in range(args.repeats):
         for clients, load in loads.items():
             for contender in every if turn % 2 == 0 else every[::-1]:
                 threads = args.threads if contender.is_ours else args.llama_threads
-                with running(contender, pair, clients, threads, args.llama_server) as url:
-                    yield clients, contender, measure(url, load, args.timeout)
+                found: Sample | PipeinferError
+                try:
+                    with running(contender, pair, clients, threads, args.llama_server) as url:
+                        found = measure(url, load, args.timeout)
+                except PipeinferError as error:
+                    found = error
+                yield clients, contender, found
 
 
 def facts(args: argparse.Namespace, pair: Pair) -> dict[str, Any]:

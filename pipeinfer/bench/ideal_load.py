@@ -1,4 +1,4 @@
-"""Two models of a pipeline that serves many requests: the reference beside which schedules of many requests are compared.
+"""Two models of a pipeline that serves many requests: the reference for schedules of many requests.
 
     cohorts    synchronous speculation by chains of the best length L, closed-form. C = min(A, S) cohorts of n requests:
                A E(L) / max(S T(n (L + 1)) + L d(n), C L d(n)),  E(L) = 1 + g + ... + g^L

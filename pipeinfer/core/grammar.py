@@ -15,8 +15,8 @@ from pipeinfer.core.errors import refuse
 from pipeinfer.core.messages import MAX_GRAMMAR
 
 FORM: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""How a JSON text is written, as llguidance's options: on one line. Where any white space may come, some models end none.
-"""
+"""How a JSON text is written, as llguidance's options: on one line. Where any white space may come, some models end
+none."""
 OBJECT: Mapping[str, Any] = {"type": "object"}
 """The schema of any JSON object."""
 

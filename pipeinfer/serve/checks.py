@@ -46,9 +46,16 @@ def take(fields: Mapping[str, Any], name: str, kinds: tuple[type, ...], what: st
     value = fields.get(name)
     if value is None:
         return default
+    if int in kinds and float not in kinds:
+        value = as_whole(value)
     if type(value) not in kinds:  # True is no number
         raise invalid(name, f"{name} must be {what}, not {shown(value)}")
     return value
+
+
+def as_whole(value: object) -> object:
+    """``value``, as a whole number if it is one: to JSON Schema, and so to clients, 2.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def flag(fields: Mapping[str, Any], name: str, default: bool = False) -> bool:

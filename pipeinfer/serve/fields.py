@@ -150,13 +150,13 @@ def _neutral(is_chat: bool) -> Neutral:
 
 def _limit(fields: Mapping[str, Any]) -> int | None:
     """The most new tokens, under its new or its old name."""
+    limits: list[int] = []
     for name in ("max_completion_tokens", "max_tokens"):
-        limit: int | None = take(fields, name, (int,), "a whole number")
+        limit = take(fields, name, (int,), "a whole number")
         if limit is not None and limit < 1:
             raise invalid(name, f"{name} must be at least 1, not {limit}")
-        if limit is not None:
-            return limit
-    return None
+        limits += [] if limit is None else [limit]
+    return limits[0] if limits else None
 
 
 def _stop(value: object) -> tuple[str, ...]:

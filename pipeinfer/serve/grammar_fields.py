@@ -47,6 +47,8 @@ def _of_format(fields: Mapping[str, Any], name: str) -> str:
         raise invalid(name, f"{name}: json_schema must be an object whose schema is an object, not {shown(named)}")
     refuse_others(named, ("name", "description", "schema", "strict"), {})
     flag(named, "strict")  # an answer always follows the schema
+    for told in ("name", "description"):
+        take(named, told, (str,), "a text")
     return schema_grammar(named["schema"])
 
 

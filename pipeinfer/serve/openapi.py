@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from pipeinfer.core.sampling import LEAST, MOST, MOST_STOPS
@@ -15,6 +16,7 @@ BOOLEAN: Schema = {"type": ["boolean", "null"]}
 NULL: Schema = {"type": "null"}
 TEXT: Schema = {"type": "string"}
 TOKEN_IDS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+LEAST_TOP_P = 2.0**-150  # in 32 bits this and less is 0
 ERRORS = {
     400: "a field is wrong, or not supported; `param` names it",
     401: "the API key is missing or wrong",
@@ -37,6 +39,12 @@ def _whole(least: int, most: int) -> Schema:
 
 def _object(required: list[str], properties: dict[str, Schema], is_open: bool = False) -> Schema:
     return {"type": "object", "required": required, "properties": properties, "additionalProperties": is_open}
+
+
+def _only_with(name: str, neutral: list[Any], other: str, value: Any, is_needed: bool) -> Schema:
+    """Field ``name`` may be other than ``neutral`` only where field ``other`` is ``value``; absent: ``is_needed``."""
+    bound: Schema = {"properties": {other: {"const": value}}} | ({"required": [other]} if is_needed else {})
+    return {"anyOf": [{"properties": {name: {"enum": neutral}}}, bound]}
 
 
 def document(model: str) -> dict[str, Any]:
@@ -111,7 +119,7 @@ def _shared(names: list[str]) -> dict[str, Schema]:
         "max_tokens": {"type": ["integer", "null"], "minimum": 1},
         "max_completion_tokens": {"type": ["integer", "null"], "minimum": 1},
         "temperature": {"anyOf": [{"const": 0}, _number(LEAST, MOST)]},
-        "top_p": {"type": ["number", "null"], "exclusiveMinimum": 1e-6, "maximum": 1},
+        "top_p": {"type": ["number", "null"], "exclusiveMinimum": LEAST_TOP_P, "maximum": 1},
         "top_k": _whole(-1, 2**31 - 1),
         "min_p": _number(0, 1),
         "repetition_penalty": _number(LEAST, MOST),
@@ -123,23 +131,36 @@ def _shared(names: list[str]) -> dict[str, Schema]:
         "guided_regex": {"type": ["string", "null"]},
         "priority": _whole(-MOST_PRIORITY, MOST_PRIORITY),
         "stream": BOOLEAN,
-        "stream_options": usage | {"type": ["object", "null"], "description": "only with stream: true"},
+        "stream_options": usage | {"type": ["object", "null"]},
         "user": {"description": "ignored"},
     }
 
 
 def _response_format() -> Schema:
-    named = {"name": TEXT, "description": TEXT, "schema": {"type": "object"}, "strict": BOOLEAN}
+    text = {"type": ["string", "null"]}
+    named = {"name": text, "description": text, "schema": {"type": "object"}, "strict": BOOLEAN}
     by_schema = {"type": {"const": "json_schema"}, "json_schema": _object(["schema"], named)}
     plain = _object(["type"], {"type": {"enum": ["text", "json_object"]}})
     return {"anyOf": [plain, _object(["type", "json_schema"], by_schema), NULL]}
+
+
+def _one_of(neutral: dict[str, list[Any]]) -> list[Schema]:
+    """At most one of the fields may be other than ``neutral``."""
+    absent = [{"properties": {name: {"enum": values}}} for name, values in neutral.items()]
+    return [{"anyOf": list(pair)} for pair in itertools.combinations(absent, 2)]
+
+
+STREAM_OPTIONS = _only_with("stream_options", [None], "stream", True, is_needed=True)
+GRAMMAR = {"response_format": [None, {"type": "text"}], "guided_json": [None], "guided_regex": [None, ""]}
+TOGETHER = [STREAM_OPTIONS, *_one_of(GRAMMAR | {"ignore_eos": [None, False]})]
 
 
 def _completion(names: list[str]) -> Schema:
     text: Schema = {"type": "string", "minLength": 1}
     several = [{"type": "array", "items": one, "minItems": 1, "maxItems": MOST_CHOICES} for one in (text, TOKEN_IDS)]
     own = {"prompt": {"anyOf": [text, TOKEN_IDS, *several]}, "echo": BOOLEAN, "logprobs": _whole(0, MOST_TOP)}
-    return _object(["prompt"], own | _shared(names))
+    echo = _only_with("echo", [None, False], "logprobs", None, is_needed=False)
+    return _object(["prompt"], own | _shared(names)) | {"allOf": [*TOGETHER, echo]}
 
 
 def _messages() -> Schema:
@@ -151,7 +172,8 @@ def _messages() -> Schema:
 
 def _chat(names: list[str]) -> Schema:
     own = {"messages": _messages(), "logprobs": BOOLEAN, "top_logprobs": _whole(0, MOST_TOP)}
-    return _object(["messages"], own | _shared(names))
+    tops = _only_with("top_logprobs", [None, 0], "logprobs", True, is_needed=True)
+    return _object(["messages"], own | _shared(names)) | {"allOf": [*TOGETHER, tops]}
 
 
 def _tokenize(names: list[str]) -> Schema:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pipeinfer.serve.checks import MOST_SHOWN, shown
+from typing import cast
+
+from pipeinfer.serve.checks import MOST_SHOWN, as_whole, shown
 from pipeinfer.serve.errors import invalid
 
 ROLES = ("system", "developer", "user", "assistant")
@@ -19,16 +21,15 @@ def prompts(value: object) -> list[TextOrTokens]:
 def _prompt(value: object, place: str) -> TextOrTokens:
     if isinstance(value, str):
         return value
-    if not isinstance(value, list) or not all(type(token) is int for token in value):
-        raise invalid("prompt", f"{place} must be a text or a list of token ids, not {shown(value)}")
-    return value
+    return token_list(value, "prompt", f"{place} must be a text or a list of token ids")
 
 
-def token_list(value: object, name: str) -> list[int]:
-    """The token ids in field ``name``."""
-    if not isinstance(value, list) or not all(type(token) is int for token in value):
-        raise invalid(name, f"{name} must be a list of token ids, not {shown(value)}")
-    return value
+def token_list(value: object, name: str, rule: str = "") -> list[int]:
+    """The token ids in field ``name``. ``rule``: what an error says that the value must be."""
+    tokens = [as_whole(token) for token in value] if isinstance(value, list) else [None]
+    if not all(type(token) is int for token in tokens):
+        raise invalid(name, f"{rule or f'{name} must be a list of token ids'}, not {shown(value)}")
+    return cast(list[int], tokens)
 
 
 def messages(value: object) -> list[dict[str, str]]:

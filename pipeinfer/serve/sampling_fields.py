@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeinfer.core.errors import UserError
 from pipeinfer.core.ports import GREEDY
-from pipeinfer.core.sampling import exact
+from pipeinfer.core.sampling import LEAST, MOST, exact
 from pipeinfer.serve.checks import number, shown, take, whole
 from pipeinfer.serve.errors import invalid
 
@@ -20,6 +20,8 @@ NUMBERS: dict[str, tuple[type, ...]] = {
     "top_k": (int,),
     "seed": (int,),
 }
+BOUNDS = {"temperature": (LEAST, MOST), "top_p": (0, 1), "min_p": (0, 1), "repetition_penalty": (LEAST, MOST)}
+"""Of numbers as they are given: rounded to 32 bits, one just outside would be inside. 0 has been checked before."""
 PENALTIES = ("presence_penalty", "frequency_penalty")
 FIELDS = {*NUMBERS, *PENALTIES, "logit_bias"}
 """The names of all fields that are read here, but for those of log-probabilities."""
@@ -46,6 +48,9 @@ def sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise invalid(name, f"{name} is too large") from None
         except UserError as error:
             raise invalid(name, str(error)) from None
+        least, most = BOUNDS.get(name, (value, value))
+        if value and not least <= value <= most:
+            raise invalid(name, f"{name} must be from {least:g} to {most:g}, not {shown(value)}")
     for name in PENALTIES:
         if penalty := number(fields, name, -MOST_PENALTY, MOST_PENALTY):
             given[name] = penalty

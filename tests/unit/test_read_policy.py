@@ -136,7 +136,7 @@ def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path: Path) -> None:
 def test_every_rival_can_be_read_and_its_knobs_turned(path: Path) -> None:
     policy = read_policy(str(path))
     assert policy.name == path.stem
-    assert policy.speculate
+    assert policy.speculate or not policy.balance, "a rival drafts, or is another kind of plain decoding"
     assert read_policy(str(path), ["max_rows=2"]) == replace(policy, max_rows=2)
 
 

@@ -46,10 +46,17 @@ def test_everything_at_once() -> None:
         ([5, 7], [[5, 7]]),
         ([[5, 7]], [[5, 7]]),
         ([[5], [7, 8]], [[5], [7, 8]]),
+        ([5.0, 7], [[5, 7]]),
     ],
 )
 def test_prompts(prompt: Any, wanted: Any) -> None:
     assert read(prompt=prompt).prompts == wanted
+
+
+def test_whole_numbers_may_be_written_with_a_fraction_of_zero() -> None:
+    asked = read(max_tokens=7.0, n=3.0, seed=1.0, top_k=4.0, logprobs=2.0, priority=-2.0)
+    assert asked == read(max_tokens=7, n=3, seed=1, top_k=4, logprobs=2, priority=-2)
+    assert type(asked.max_new_tokens) is type(asked.sampling["seed"]) is int
 
 
 @pytest.mark.parametrize(
@@ -69,6 +76,11 @@ def test_log_probabilities() -> None:
     assert read(True, logprobs=False).logprobs is None
     for is_chat, fields in ((False, {"logprobs": 3}), (True, {"logprobs": True, "top_logprobs": 3})):
         assert read(is_chat, **fields).logprobs == 3
+
+
+def test_the_old_name_is_checked_beside_the_new_one() -> None:
+    found = error(max_completion_tokens=8, max_tokens=0)
+    assert (found.status, found.param) == (400, "max_tokens")
 
 
 def test_messages() -> None:
@@ -118,6 +130,7 @@ def test_values_that_change_nothing_are_taken(is_chat: bool) -> None:
         (False, "prompt", ["a"] * 129),
         (False, "prompt", [1, "a"]),
         (False, "prompt", [1, True]),
+        (False, "prompt", [1, 2.5]),
         (False, "messages", HELLO),
         (False, "unheard_of", 1),
         (False, "unheard_of", None),
@@ -128,9 +141,15 @@ def test_values_that_change_nothing_are_taken(is_chat: bool) -> None:
         (False, "top_p", 0),
         (False, "top_k", 1.5),
         (False, "min_p", 2),
+        (False, "min_p", 1.0000000000000002),
+        (False, "min_p", -1e-60),
+        (False, "top_p", 1.0000000000000002),
+        (False, "temperature", 100000.00000000001),
+        (False, "temperature", 1e-60),
+        (False, "repetition_penalty", 100000.00000000001),
         (False, "repetition_penalty", 0),
         (False, "seed", 2**64),
-        (False, "seed", 1.0),
+        (False, "seed", 1.5),
         (False, "max_tokens", 0),
         (False, "max_tokens", 1.5),
         (False, "max_completion_tokens", -1),

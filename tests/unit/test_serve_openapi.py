@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from typing import Any
 
 import pytest
 
 from pipeinfer.serve import fields
+from pipeinfer.serve.errors import ApiError
 from tests.unit.scripted_engine import Scripted, asked, served, told
 
 
@@ -34,3 +37,66 @@ def test_every_path_is_served(document: Any) -> None:
             response = asked(server, path, {} if "post" in methods else None)
             assert response.status not in (404, 405, 500), path
             response.close()
+
+
+ABSENT = object()
+KINDS: dict[str, tuple[type, ...]] = {
+    "object": (dict,), "array": (list,), "string": (str,), "boolean": (bool,), "null": (type(None),),
+    "integer": (int,), "number": (int, float),
+}  # fmt: skip
+
+
+def fits(schema: Any, value: Any) -> bool:
+    """Whether ``value`` is valid under ``schema``, by those words of JSON Schema that bind fields together."""
+    kinds = schema.get("type", [])
+    checks = [
+        not kinds
+        or type(value) in [kind for name in ([kinds] if isinstance(kinds, str) else kinds) for kind in KINDS[name]],
+        "const" not in schema or value == schema["const"],
+        "enum" not in schema or value in schema["enum"],
+        all(fits(one, value) for one in schema.get("allOf", [])),
+        "anyOf" not in schema or any(fits(one, value) for one in schema["anyOf"]),
+    ]
+    if isinstance(value, dict):
+        known = schema.get("properties", {})
+        checks += [name in value for name in schema.get("required", [])]
+        checks += [fits(known[name], one) for name, one in value.items() if name in known]
+        checks += [name in known for name in value if schema.get("additionalProperties") is False]
+    return all(checks)
+
+
+TOGETHER: list[dict[str, list[Any]]] = [
+    {"stream": [None, False, True], "stream_options": [None, {}, {"include_usage": True}]},
+    {"echo": [None, False, True], "logprobs": [None, 0, 3]},
+    {"logprobs": [None, False, True], "top_logprobs": [None, 0, 3]},
+    {"ignore_eos": [None, False, True], "guided_json": [None, {}]},
+    {"guided_regex": [None, "", "a"], "response_format": [None, {"type": "text"}, {"type": "json_object"}, {}]},
+]
+
+
+@pytest.mark.parametrize(
+    ("is_chat", "together"),
+    [
+        (False, TOGETHER[0]),
+        (True, TOGETHER[0]),
+        (False, TOGETHER[1]),
+        (True, TOGETHER[2]),
+        (False, TOGETHER[3]),
+        (True, TOGETHER[4]),
+    ],
+)
+def test_what_fits_the_schema_is_taken_and_nothing_else(
+    document: Any, is_chat: bool, together: dict[str, list[Any]]
+) -> None:
+    path = "/v1/chat/completions" if is_chat else "/v1/completions"
+    schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    own = {"messages": [{"role": "user", "content": "x"}]} if is_chat else {"prompt": "x"}
+    (one, firsts), (other, seconds) = together.items()
+    for first, second in itertools.product([ABSENT, *firsts], [ABSENT, *seconds]):
+        body = own | {name: value for name, value in ((one, first), (other, second)) if value is not ABSENT}
+        try:
+            fields.parse(json.dumps(body).encode(), is_chat, ("mine", "default"))
+        except ApiError:
+            assert not fits(schema, body), body
+        else:
+            assert fits(schema, body), body
