@@ -144,8 +144,12 @@ class Sources:
         if order.passes not in (0, UNLIMITED):
             served.awaited, served.found = set(self._drafters), []
             self._look_up(served)  # what was thrown away for this order is guessed again
-        message = DraftOrder(served.session.sequence, order.restart, order.passes, order.draft_batch, order.cutoff)
-        return sends + [self._send_to(drafter, message) for drafter in self._drafters]
+        sequence, count = served.session.sequence, len(self._drafters)
+        for index, drafter in enumerate(self._drafters):
+            passes = 0 if order.shared and index != sequence % count else order.passes
+            message = DraftOrder(sequence, order.restart, passes, order.draft_batch, order.cutoff)
+            sends.append(self._send_to(drafter, message))
+        return sends
 
     def grow(self, source: int, message: Nodes) -> list[Node] | None:
         """Take the nodes of drafter ``source`` into the tree of their sequence; what hangs on a dead branch is left

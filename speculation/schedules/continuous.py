@@ -126,7 +126,7 @@ class Continuous:
         for tree in now.trees if self._governor and len(self._orders) < len(now.trees) else ():
             if self._orders.get(tree.sequence) != batch:
                 self._orders[tree.sequence] = batch
-                return Order(UNLIMITED if batch else 0, draft_batch=batch, sequence=tree.sequence)
+                return Order(UNLIMITED if batch else 0, draft_batch=batch, sequence=tree.sequence, shared=batch > 0)
         if now.slots <= 0 or now.credits <= 0:
             return None
         if self._governor and self._governor.curve.seconds(1):

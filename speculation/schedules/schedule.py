@@ -57,14 +57,16 @@ class Launch:
 class Order:
     """Order drafters to make ``passes`` more passes on ``sequence`` (None: on each one), or UNLIMITED. Drafters take no
     token with a probability below ``cutoff`` and evaluate at most ``draft_batch`` leaves per pass (0: the policy's
-    number). ``restart``: drafters discard their trees and start at the last accepted token. Drafters answer when a
-    finite number of passes is done."""
+    number). ``restart``: drafters discard their trees and start at the last accepted token. ``shared``: of several
+    drafters one makes the passes, and the others none; they share the sequences. Drafters answer when a finite number
+    of passes is done."""
 
     passes: int
     cutoff: float = 0.0
     restart: bool = False
     draft_batch: int = 0
     sequence: int | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)

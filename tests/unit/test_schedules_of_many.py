@@ -97,7 +97,8 @@ def test_where_rows_are_dear_known_tokens_leave_alone() -> None:
     trees = trees_of(schedule, 2)
     for tree in trees:
         tree.add(tree.root, 1, math.log(0.4))
-        assert schedule.next(now(trees)) == Order(UNLIMITED, draft_batch=CONTINUOUS.draft_batch, sequence=tree.sequence)
+        order = schedule.next(now(trees))
+        assert order == Order(UNLIMITED, draft_batch=CONTINUOUS.draft_batch, sequence=tree.sequence, shared=True)
     for rows in (1, 2, 3, 4, 8, 16, 32):
         schedule.returned(rows, 1.0 * rows, 8.0, carries_root=True)
     assert sent(schedule.next(now(trees))) == [(1, 4), (2, 4)]
@@ -106,7 +107,7 @@ def test_where_rows_are_dear_known_tokens_leave_alone() -> None:
 
 def test_each_sequence_is_drafted_for_once_it_is_one_of_several() -> None:
     schedule = Continuous(CONTINUOUS)
-    standing = Order(UNLIMITED, draft_batch=CONTINUOUS.draft_batch)
+    standing = Order(UNLIMITED, draft_batch=CONTINUOUS.draft_batch, shared=True)
     (first,) = trees_of(schedule, 1)
     assert isinstance(schedule.next(now([first])), Order)
     (second,) = trees_of(schedule, 1, first=2)

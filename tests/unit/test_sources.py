@@ -183,6 +183,13 @@ def test_an_order_goes_to_all_and_is_done_when_all_are() -> None:
     assert [node.token for node in found] == [1, 1, 2, 3]
 
 
+def test_drafters_share_the_sequences() -> None:
+    served = Served()
+    said = served.sources.order(Order(UNLIMITED, shared=True))
+    passes = {send.message.dest: send.message.body.passes for send in said}  # type: ignore[union-attr]
+    assert passes == {FIRST: 0, SECOND: UNLIMITED}, "sequence 1 is the second drafter's"
+
+
 def test_an_order_that_finds_nothing_is_done_too() -> None:
     served = Served((FIRST,))
     served.sources.order(Order(1))
