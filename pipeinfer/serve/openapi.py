@@ -137,7 +137,7 @@ def _shared(names: list[str]) -> dict[str, Schema]:
 
 
 def _response_format() -> Schema:
-    text = {"type": ["string", "null"]}
+    text: Schema = {"type": ["string", "null"]}
     named = {"name": text, "description": text, "schema": {"type": "object"}, "strict": BOOLEAN}
     by_schema = {"type": {"const": "json_schema"}, "json_schema": _object(["schema"], named)}
     plain = _object(["type"], {"type": {"enum": ["text", "json_object"]}})
@@ -151,7 +151,11 @@ def _one_of(neutral: dict[str, list[Any]]) -> list[Schema]:
 
 
 STREAM_OPTIONS = _only_with("stream_options", [None], "stream", True, is_needed=True)
-GRAMMAR = {"response_format": [None, {"type": "text"}], "guided_json": [None], "guided_regex": [None, ""]}
+GRAMMAR: dict[str, list[Any]] = {
+    "response_format": [None, {"type": "text"}],
+    "guided_json": [None],
+    "guided_regex": [None, ""],
+}
 TOGETHER = [STREAM_OPTIONS, *_one_of(GRAMMAR | {"ignore_eos": [None, False]})]
 
 
