@@ -8,6 +8,7 @@ ended, so that sequences share slots. The invariants are those of all worlds.
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from dataclasses import replace
@@ -99,7 +100,7 @@ def _draw_times(rng: random.Random, count: int, stages: int) -> dict[str, Any]:
     arrivals, now = list[float](), 0.0
     for _ in range(count if kind in ("stream", "bursts") else 0):
         if kind == "stream" or rng.random() < 0.3:
-            now += rng.expovariate(1 / gap_s)
+            now -= gap_s * math.log(1.0 - 0.999 * rng.random())
         arrivals.append(now)
     aborts = list[tuple[float, int]]()
     if rng.random() < 0.4:

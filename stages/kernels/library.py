@@ -239,6 +239,7 @@ def opened() -> tuple[Library | None, str]:
         if not _is_whole(PATH):
             raise OSError(f"{PATH} is damaged")
         binary = ctypes.CDLL(str(PATH))
+        binary.pipeinfer_kernels  # noqa: B018 -- what is no such library says so by this name
         if (version := binary.pipeinfer_version()) != VERSION:
             return None, f"the library of decode kernels is of version {version}, not {VERSION}: {REBUILD}"
         found = Library(binary)

@@ -27,6 +27,7 @@ ELSEWHERE = {
     "srun": "needs Slurm",
     "--target Qwen": "needs weights that are not here",
     "pipeinfer serve": "ends by a signal only; test_serve.py has it",
+    "pipeinfer batch": "needs a file of requests; test_batch.py has it",
 }
 
 pytestmark = pytest.mark.slow

@@ -37,7 +37,7 @@ def test_json_is_one_object_with_everything() -> None:
     assert result.stderr == ""
     found = json.loads(result.stdout)
     assert found.keys() == {
-        "text", "prompt_tokens", "tokens", "finish_reason", "metrics", "config", "ranks", "meaningless",
+        "text", "prompt_tokens", "tokens", "finish_reason", "metrics", "config", "ranks", "meaningless", "top_logprobs",
     }  # fmt: skip
     assert not found["meaningless"]
     assert found["metrics"].keys() == {
@@ -220,7 +220,7 @@ def test_a_config_is_enough_for_random_weights(tmp_path: Path) -> None:
 
 
 def test_help_tells_every_flag() -> None:
-    told = pipeinfer("run", "--help").stdout
+    told = pipeinfer("run", "--help").stdout + pipeinfer("batch", "--help").stdout  # of which run.py has flags, too
     source = (ROOT / "pipeinfer/cli/run.py").read_text()
     for flag in re.findall(r'add_argument\(\s*"(--[\w-]+)"', source):
         assert flag in told

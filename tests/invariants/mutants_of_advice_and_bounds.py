@@ -15,7 +15,7 @@ import pipeinfer.runtime.executor
 import pipeinfer.sim.world
 import stages.stage.machine
 from kvbuffers.slot_table import SlotTable
-from pipeinfer.core.messages import NO_SLOT, Cancelled, Credit, Message, ResultRow, Run
+from pipeinfer.core.messages import NO_SLOT, Cancelled, Credit, Message, Run
 from pipeinfer.core.ports import Idle
 from pipeinfer.core.wire import decode
 from pipeinfer.orchestrator.flight import Flight
@@ -38,11 +38,11 @@ mutant = roll(ADVICE_AND_BOUNDS)
 
 @mutant("L6")
 def a_living_run_is_cancelled(patch: pytest.MonkeyPatch) -> None:
-    def cancel(original: Any, machine: Orchestrator, runs: Any, rows: Any) -> Any:
-        first = [run for run in list(machine._flight)[:1] if runs and run not in runs]
-        return original(machine, runs + first, rows)
+    def losses(original: Any, flight: Flight, *rest: Any) -> Any:
+        runs, rows = original(flight, *rest)
+        return runs + [run for run in list(flight)[:1] if runs and run not in runs], rows
 
-    wrap(patch, Orchestrator, "_cancel", cancel)
+    wrap(patch, Flight, "losses", losses)
 
 
 @mutant("L6")
@@ -107,12 +107,12 @@ def a_cancelled_row_takes_its_slot_along(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("RemoteProtocolError", "rounds")
 def the_end_cancels_the_roots_own_run(patch: pytest.MonkeyPatch) -> None:
-    def cancel(original: Any, machine: Orchestrator, runs: Any, rows: Any) -> Any:
-        over = [run for run in machine._flight if all(session.is_over for session in run.sessions)]
-        roots = [run for run in over if run not in runs and run.cancelled_at is None]
-        return original(machine, runs + roots, rows)
+    def doomed(original: Any, flight: Flight, session: Any) -> Any:
+        runs, rows = original(flight, session)
+        over = [run for run in flight if all(one.is_over for one in run.sessions)]
+        return runs + [run for run in over if run not in runs and run.cancelled_at is None], rows
 
-    wrap(patch, Orchestrator, "_cancel", cancel)
+    wrap(patch, Flight, "doomed", doomed)
 
 
 # L7: the wire.
@@ -177,11 +177,11 @@ def the_first_rows_stay_whichever_died(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L6")
 def the_result_names_a_wrong_row(patch: pytest.MonkeyPatch) -> None:
-    def rows(original: Any, message: Any, event: Any) -> tuple[ResultRow, ...]:
-        found: tuple[ResultRow, ...] = original(message, event)
-        return tuple(row._replace(slot=found[0].slot) for row in found)
+    def result(original: Any, message: Any, event: Any) -> Any:
+        found = original(message, event)
+        return found._replace(rows=tuple(row._replace(slot=found.rows[0].slot) for row in found.rows))
 
-    wrap(patch, stages.stage.machine, "_result_rows", rows)
+    wrap(patch, stages.stage.machine, "_result", result)
 
 
 # L8: bounds.

@@ -221,13 +221,14 @@ def the_wrong_slot_is_committed(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("L3")
 def a_living_slot_is_released(patch: pytest.MonkeyPatch) -> None:
-    def cancel(original: Any, machine: Orchestrator, runs: Any, rows: Any) -> Any:
+    def result(original: Any, machine: Orchestrator, message: Any) -> Any:
+        commands = original(machine, message)
         living = [node for run in machine._flight for node in run.nodes if node.alive and node.slot is not None]
-        if (runs or rows) and living and living[-1].slot in machine._allocator._leased:
+        if message.run % 5 == 3 and living and living[-1].slot in machine._allocator._leased:
             machine._allocator.release(living[-1].sequence, living[-1].slot)
-        return original(machine, runs, rows)
+        return commands
 
-    wrap(patch, Orchestrator, "_cancel", cancel)
+    wrap(patch, Orchestrator, "_result", result)
 
 
 @mutant("L3")

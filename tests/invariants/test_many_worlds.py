@@ -25,7 +25,7 @@ from speculation.schedules.policy import CONTINUOUS
 from stages.models.emulated import EmulatedSpec, spread
 from tests.invariants.hunt import wrap
 
-QUICK, ALL = range(8), range(100)
+QUICK, ALL = range(8), range(32)
 PREFIX = tuple(range(40))
 SPEC = WorldSpec(
     seed=1,
@@ -71,7 +71,7 @@ def test_eight_worlds_of_each_schedule_keep_every_invariant(schedule: str) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", MANY)
-def test_a_hundred_worlds_of_each_schedule(schedule: str) -> None:
+def test_more_worlds_of_each_schedule(schedule: str) -> None:
     assert not first_failures(ALL[len(QUICK) :], schedule=schedule, draw=many_world)[1]
 
 
@@ -134,8 +134,9 @@ def test_what_was_given_up_in_its_prompt_is_not_shared(monkeypatch: pytest.Monke
 
 
 @settings(max_examples=10)
-@given(st.randoms(use_true_random=False), st.integers(0, 0xFFFF), st.sampled_from(MANY))
-def test_any_world(rng: random.Random, seed: int, schedule: str) -> None:
+@given(st.integers(0, 2**32), st.sampled_from(MANY))
+def test_any_world(seed: int, schedule: str) -> None:
+    rng = random.Random(seed)
     spec = draw_many(rng, draw_world(rng, seed, schedule))
     note(repr(spec))
     check_world(spec)

@@ -71,7 +71,7 @@ def test_under_mpiexec_and_sampled(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     spans = [event for event in json.loads((tmp_path / "run.json").read_text())["traceEvents"] if event["ph"] == "X"]
-    assert len({event["tid"] for event in spans}) == 5, "orchestrator, two stages, two drafters"
+    assert len({event["tid"] for event in spans}) == 6, "orchestrator, two stages, two drafters, the request"
     assert "unfinished" not in {event["cat"] for event in spans}, "every rank had written its last word"
     assert len(files(tmp_path)) == 4
     for path in files(tmp_path):
