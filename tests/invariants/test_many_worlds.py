@@ -25,7 +25,7 @@ from speculation.schedules.policy import CONTINUOUS
 from stages.models.emulated import EmulatedSpec, spread
 from tests.invariants.hunt import wrap
 
-QUICK, ALL = range(8), range(32)
+QUICK, ALL = range(8), range(20)
 PREFIX = tuple(range(40))
 SPEC = WorldSpec(
     seed=1,
