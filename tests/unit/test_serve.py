@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ from pipeinfer.core.config import Config
 from pipeinfer.core.errors import StallError
 from pipeinfer.serve import bodies
 from pipeinfer.serve.replies import TokenTexts
-from pipeinfer.serve.server import ASKED, Server
+from pipeinfer.serve.server import ASKED, Server, listen
 from tests.unit.scripted_engine import HANG_S, Scripted, address, asked, served, stream, told
 
 
@@ -156,3 +157,11 @@ def test_chats_wait_for_what_they_need_and_completions_do_not() -> None:
         assert not any(answer.done() for answer in answers)
         warm.set_result(None)
         assert [answer.result(HANG_S)[0] for answer in answers] == [200, 200]
+
+
+def test_what_is_sent_is_sent_at_once() -> None:
+    """A stream's first piece does not wait for the acknowledgement of the response's head."""
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
