@@ -55,8 +55,8 @@ test: lint $(KERNELS)  ## lint, all tests, then the MPI tests on 2, 3 and 4 rank
 	$(BIN)/python -m pytest $(SLURM)
 	@$(MAKE) --no-print-directory test-mpi
 
-test-fast: $(STAMP) $(KERNELS)  ## house, unit and a part of the invariants, in less than a minute
-	$(BIN)/python -m pytest -q -m 'not slow' --hypothesis-profile fast $(wildcard tests/house tests/unit tests/invariants)
+test-fast: $(STAMP) $(KERNELS)  ## house, unit and a part of the invariants
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow' --hypothesis-profile fast $(wildcard tests/house tests/unit tests/invariants)
 
 # A rank stuck inside MPI hears no signal: the thread method ends it, and mpiexec then ends the others.
 test-mpi: $(STAMP) $(KERNELS)  ## only the tests that run under mpiexec

@@ -34,8 +34,8 @@ def application(front: Front, api_key: str | None, is_crowded: Callable[[], bool
         return as_json({"status": "ok"})
 
     async def counters(request: Request) -> Response:
-        usage = getattr(front.engine(), "kv_cache_usage", None)
-        text = front.metrics.text(front.served, front.running, front.waiting, usage)
+        front.engine()
+        text = front.metrics.text(front.served, front.running, front.waiting)
         return Response(text.encode(errors="replace"), headers={"Content-Type": metrics.CONTENT_TYPE})
 
     async def models(request: Request) -> Response:

@@ -82,7 +82,7 @@ class Metrics:
         if served.stats is not None:
             ended.drafted += served.stats.drafted
             ended.accepted += served.stats.accepted
-            ended.steps += steps_of(served.stats)[1]
+            ended.steps += sum(steps_of(served.stats))
         for gap_s in served.gaps_s:
             self._gap.observe(gap_s)
         if completion.metrics:
@@ -102,13 +102,11 @@ class Metrics:
             found.tokens += len(one.completion.tokens)
         return found
 
-    def text(self, served: Iterable[Served], running: int, waiting: int, kv_usage: float | None) -> str:
-        """All metrics. ``kv_usage``: the share of KV slots in use, if it is known."""
+    def text(self, served: Iterable[Served], running: int, waiting: int) -> str:
+        """All metrics."""
         totals, lines = self.totals(served), Lines(self._labels)
         lines.gauge("num_requests_running", "Requests that are being decoded.", running)
         lines.gauge("num_requests_waiting", "Requests that wait to be decoded.", waiting)
-        if kv_usage is not None:
-            lines.gauge("kv_cache_usage_perc", "Share of KV slots in use; 1 is all of them.", kv_usage)
         lines.counter("prompt_tokens_total", "Tokens of prompts.", totals.prompt_tokens)
         lines.counter("generation_tokens_total", "Tokens of answers.", totals.tokens)
         reasons = [({"finished_reason": name}, count) for name, count in self._reasons.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ class Choice:
         return told
 
 
-class Reply:
+class Reply(ABC):
     """Makes the response objects of one request, for which ``answers`` are decoded."""
 
     prefix = kind = chunk_kind = ""
@@ -97,17 +98,17 @@ class Reply:
         told = {"usage": self._usage(), "metrics": self._metrics()}
         return [self._object(self.chunk_kind, []) | told]
 
+    @abstractmethod
     def _said(self, served: Served, text: str) -> dict[str, Any]:
         """The fields of a choice for the whole ``text``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _delta(self, piece: str) -> dict[str, Any]:
         """The fields of a choice for a ``piece`` of text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _logprobs(self, choice: Choice) -> dict[str, Any]:
         """What is told of the log-probabilities of tokens that are new."""
-        raise NotImplementedError
 
     def _choice(self, choice: Choice, said: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
         logprobs = None if self._asked.logprobs is None else self._logprobs(choice)

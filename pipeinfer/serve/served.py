@@ -65,24 +65,23 @@ class Served:
         stats = self.stats
         if stats is None or not stats.drafted:
             return None
-        histogram, steps = steps_of(stats)
+        histogram = steps_of(stats)
+        steps = sum(histogram)
         return {
             "mean_acceptance_length": 1.0 + stats.accepted / max(1, steps),
             "draft_acceptance_rate": stats.accepted / stats.drafted,
             "num_spec_steps": steps,
             "num_accepted_draft_tokens": stats.accepted,
             "num_draft_tokens": stats.drafted,
-        } | ({} if histogram is None else {"acceptance_histogram": histogram})
+            "acceptance_histogram": histogram,
+        }
 
 
-def steps_of(stats: RequestStats) -> tuple[list[int] | None, int]:
-    """How many steps accepted 0, 1, ... drafted tokens, if the engine counts that, and how many there were. The end of
-    the answer ends the last one, too."""
-    told: list[int] | None = getattr(stats, "acceptance_histogram", None)
-    if told is None:
-        return None, max(0, stats.corrections - 1)
+def steps_of(stats: RequestStats) -> list[int]:
+    """How many steps accepted 0, 1, ... drafted tokens. The end of the answer ends the last one, too."""
+    told = stats.acceptance_histogram
     last = stats.accepted - sum(length * count for length, count in enumerate(told))
     histogram = told + [0] * (last + 1 - len(told))
     if last:
         histogram[last] += 1
-    return histogram, sum(histogram)
+    return histogram

@@ -9,23 +9,23 @@ cost_curve.py, and w of drafting.py, where G is at least what plain decoding giv
                D = min(MOST_COHORTS, 2 wait / c): while S cohorts are in flight, others are drafted for
     price      pi = G max(1, K S / A), tokens per second of a run with roots; s = pi (T(2 n) - T(n)) / n, of one more
                row, n = max(4, 4 K)
-    ripe       an unsent root leaves with what its tree has, unless
+    ready      an unsent root leaves with what its tree has, unless
                min(g p, s / (1 - sigma) + g p mu c / 2, F(2)) - s  >  w mu
                with p the path probability of its best undrafted node and g that of a first choice: on the left what the
                next level is worth in the same run, at most what it costs to send it later; on the right what the
                sequence loses in w
-    roots      of ripe roots the K that have waited longest, with the rows of their trees that are worth most:
+    roots      of ready roots the K that have waited longest, with the rows of their trees that are worth most:
                argmax over r of sum(p) - pi T(r), but T(r) <= LONGEST c. If there are n < K of them, others are waited
                for, as long as it saves to send n + 1 roots in one run: T(r) + T(r / n) - T(r + r / n)
-    riders     guesses of other sequences ride along where rows are nearly free:
-               argmax over n of sum(p) - RIDER pi (T(r + n) - T(r)) / (1 - sigma)
-    fillers    if no root is unsent, guesses leave alone: argmax over r of sum(p) / (T(r) + eta X^2 / 2) where
+    piggyback  guesses of other sequences are added where rows are nearly free:
+               argmax over n of sum(p) - PIGGYBACK pi (T(r + n) - T(r)) / (1 - sigma)
+    guess run  if no root is unsent, guesses leave alone: argmax over r of sum(p) / (T(r) + eta X^2 / 2) where
                sum(p) > F(r)
                X(r) = max(T(r), S (T(r) - c) + c), the time for which such a run may hold up one with roots behind it
-               F(r) = eta k mu X^2 / 2 + FILLER G T(r) / (1 - sigma)
+               F(r) = eta k mu X^2 / 2 + GUESS_RUN G T(r) / (1 - sigma)
 
 Where roots keep the stages busy, sigma is near 1: a guess leaves in the run of its root or not at all, since its
-ancestors will be known when the next root leaves. Where they do not, fillers run ahead as for one sequence. Where rows
+ancestors will be known when the next root leaves. Where they do not, guess runs go ahead as for one sequence. Where rows
 are dear, s exceeds all g p: no root waits, none has company, and this is plain decoding. Found by simulation, see
 docs/log.md.
 """
@@ -45,10 +45,10 @@ from speculation.trees.tree import Node, Tree
 
 MOST_COHORTS = 1.5
 """Most cohorts that are drafted for while one for each stage is in flight."""
-RIDER = 2.0
+PIGGYBACK = 2.0
 """Multiple of a row's price that a guess of a sequence in flight has to be worth: it might wait, and cost nothing if
 its ancestors are wrong."""
-FILLER = 0.25
+GUESS_RUN = 0.25
 """Share of the rate G that a run of guesses has to earn where the stages are idle otherwise."""
 LONGEST = 1.1
 """A run with roots takes at most this multiple of the mean one, unless its roots alone take longer."""
@@ -73,7 +73,7 @@ class Many:
         self._launches = 0  # runs with roots so far, of which the first ones fill the stages
         self._roots: dict[int, Node] = {}  # the last one seen of each sequence
         self._since: dict[int, float] = {}  # when it became known
-        self._ripe_at: dict[int, float] = {}  # when an unsent one was ripe first
+        self._ready_at: dict[int, float] = {}  # when an unsent one was ready first
         self._held_since: float | None = None  # when a run that might have had more roots might have left
         self._until = 0.0  # of the last Wait
         self._is_waiting = False
@@ -84,7 +84,7 @@ class Many:
 
     def closed(self, tree: Tree) -> None:
         """The sequence of ``tree`` is over."""
-        for kept in (self._roots, self._since, self._ripe_at):
+        for kept in (self._roots, self._since, self._ready_at):
             kept.pop(tree.sequence, None)
         self._drafting.closed(tree.sequence)
 
@@ -106,24 +106,24 @@ class Many:
         cohort = min(self._cohort(self._traffic), now.root_room)
         if cohort <= 0:
             return None
-        ripe, until = self._ripe(unsent, cohort, now.now)
-        self._is_waiting = len(ripe) < len(unsent)
-        if unsent and not ripe:
+        ready, until = self._ready(unsent, cohort, now.now)
+        self._is_waiting = len(ready) < len(unsent)
+        if unsent and not ready:
             return self._wait(until, now.now)
         nodes = list[Node]()
-        if ripe:
-            nodes = self._with_roots(ripe[:cohort], cohort, now)
-            if len(ripe) < cohort:
-                rows, each = len(nodes), max(1, len(nodes) // len(ripe))
+        if ready:
+            nodes = self._with_roots(ready[:cohort], cohort, now)
+            if len(ready) < cohort:
+                rows, each = len(nodes), max(1, len(nodes) // len(ready))
                 self._held_since = now.now if self._held_since is None else self._held_since
                 until = self._held_since + curve.seconds(rows) + curve.seconds(each) - curve.seconds(rows + each)
                 if now.now < until:
                     give_back(_by_sequence(now.trees), nodes)
                     return self._wait(until, now.now)
-            self._note(self._traffic, ripe[:cohort], len(nodes), now.now)
-            nodes += self._riders(others, len(nodes), len(ripe[:cohort]), cohort, now)
+            self._note(self._traffic, ready[:cohort], len(nodes), now.now)
+            nodes += self._piggybacked(others, len(nodes), len(ready[:cohort]), cohort, now)
         elif others:
-            nodes = self._fillers(others, now)
+            nodes = self._guess_run(others, now)
         return Launch(nodes) if nodes else None
 
     def _sorted(self, now: Situation) -> tuple[list[Tree], list[Tree]]:
@@ -132,7 +132,7 @@ class Many:
         for tree in now.trees:
             if self._roots.get(tree.sequence) is not tree.root:
                 self._roots[tree.sequence], self._since[tree.sequence] = tree.root, now.now
-                self._ripe_at.pop(tree.sequence, None)
+                self._ready_at.pop(tree.sequence, None)
             (unsent if tree.root.pending else others).append(tree)
         unsent.sort(key=lambda tree: self._since[tree.sequence])
         return unsent, others
@@ -164,14 +164,14 @@ class Many:
         """What each of as many further rows as ``rows`` costs in tokens."""
         return price * max(0.0, self._curve.seconds(2 * rows) - self._curve.seconds(rows)) / rows
 
-    def _ripe(self, unsent: Sequence[Tree], cohort: int, now: float) -> tuple[list[Tree], float]:
+    def _ready(self, unsent: Sequence[Tree], cohort: int, now: float) -> tuple[list[Tree], float]:
         """Those of ``unsent`` that wait for no drafts, and when the others have waited too long."""
         traffic, drafting = self._traffic, self._drafting
         assert traffic
         least = self._row_price(self._price(cohort), ROWS * cohort)
         earns = self._earns / self._count
-        later = self._filler_price(2)
-        ripe, until = list[Tree](), 0.0
+        later = self._guess_run_price(2)
+        ready, until = list[Tree](), 0.0
         for tree in unsent:
             wait_s = drafting.wait_s(tree, now) if self._policy.speculate else None
             if wait_s is not None:
@@ -181,18 +181,18 @@ class Many:
                     ends = drafting.until(tree, now)
                     until = ends if not until else min(until, ends)
                     continue
-            self._ripe_at.setdefault(tree.sequence, now)
-            ripe.append(tree)
-        return ripe, until
+            self._ready_at.setdefault(tree.sequence, now)
+            ready.append(tree)
+        return ready, until
 
-    def _with_roots(self, ripe: Sequence[Tree], cohort: int, now: Situation) -> list[Node]:
-        """Take the roots of ``ripe`` and the rows of their trees that are worth most."""
-        trees, curve = _by_sequence(ripe), self._curve
+    def _with_roots(self, ready: Sequence[Tree], cohort: int, now: Situation) -> list[Node]:
+        """Take the roots of ``ready`` and the rows of their trees that are worth most."""
+        trees, curve = _by_sequence(ready), self._curve
         guesses = now.room if self._policy.speculate else 0
-        most = min(len(ripe) + self._policy.max_rows, max(len(ripe), curve.reach))
-        nodes = take_best(ripe, most, len(ripe), guesses, self._policy.min_path_prob)
+        most = min(len(ready) + self._policy.max_rows, max(len(ready), curve.reach))
+        nodes = take_best(ready, most, len(ready), guesses, self._policy.min_path_prob)
         assert self._traffic
-        price, roots, usual_s = self._price(cohort), len(ripe), self._traffic.run_s
+        price, roots, usual_s = self._price(cohort), len(ready), self._traffic.run_s
         totals = list(accumulate(probabilities(trees, nodes)))
         best = max(range(roots, len(nodes) + 1), key=lambda rows: totals[rows - 1] - price * curve.seconds(rows))
         self._wanted = best
@@ -201,20 +201,20 @@ class Many:
         give_back(trees, nodes[best:])
         return nodes[:best]
 
-    def _note(self, traffic: Traffic, ripe: Sequence[Tree], rows: int, now: float) -> None:
-        """A run leaves with the roots of ``ripe``."""
+    def _note(self, traffic: Traffic, ready: Sequence[Tree], rows: int, now: float) -> None:
+        """A run leaves with the roots of ``ready``."""
         self._held_since = None
         self._launches += 1
-        waited_s = sum(self._ripe_at[tree.sequence] - self._since[tree.sequence] for tree in ripe)
-        traffic.launched(len(ripe), rows, self._curve.seconds(self._wanted), waited_s)
+        waited_s = sum(self._ready_at[tree.sequence] - self._since[tree.sequence] for tree in ready)
+        traffic.launched(len(ready), rows, self._curve.seconds(self._wanted), waited_s)
 
-    def _riders(self, others: Sequence[Tree], rows: int, roots: int, cohort: int, now: Situation) -> list[Node]:
+    def _piggybacked(self, others: Sequence[Tree], rows: int, roots: int, cohort: int, now: Situation) -> list[Node]:
         """Take the guesses of ``others`` that are worth a place beside ``rows`` rows, of ``roots`` roots."""
         assert self._traffic
         curve = self._curve
         room = now.room - rows + roots
         most = min(self._policy.max_rows, curve.reach - rows)
-        price = RIDER * self._price(cohort) / (1 - self._traffic.busy)
+        price = PIGGYBACK * self._price(cohort) / (1 - self._traffic.busy)
         least = self._row_price(price, max(ROWS, rows))
         if room <= 0 or most <= 0 or least >= 1 or not self._policy.speculate:
             return []
@@ -225,7 +225,7 @@ class Many:
         give_back(trees, found[best:])
         return found[:best]
 
-    def _fillers(self, others: Sequence[Tree], now: Situation) -> list[Node]:
+    def _guess_run(self, others: Sequence[Tree], now: Situation) -> list[Node]:
         """Take the guesses of ``others`` that are worth a run of their own."""
         traffic, curve = self._traffic, self._curve
         assert traffic
@@ -237,7 +237,7 @@ class Many:
         best, most_useful = 0, 0.0
         for rows, total in enumerate(accumulate(probabilities(trees, found)), 1):
             useful = total / (curve.seconds(rows) + traffic.runs_per_s * self._holds_up_s(rows) ** 2 / 2)
-            if useful >= most_useful and total > self._filler_price(rows):
+            if useful >= most_useful and total > self._guess_run_price(rows):
                 best, most_useful = rows, useful
         give_back(trees, found[best:])
         return found[:best]
@@ -248,12 +248,12 @@ class Many:
         run_s, usual_s = self._curve.seconds(rows), self._traffic.run_s
         return max(run_s, self._stages * (run_s - usual_s) + usual_s)
 
-    def _filler_price(self, rows: int) -> float:
+    def _guess_run_price(self, rows: int) -> float:
         """F."""
         traffic = self._traffic
         assert traffic
         late = traffic.runs_per_s * traffic.roots * self._earns / self._count * self._holds_up_s(rows) ** 2 / 2
-        return late + FILLER * self._earns * self._curve.seconds(rows) / (1 - traffic.busy)
+        return late + GUESS_RUN * self._earns * self._curve.seconds(rows) / (1 - traffic.busy)
 
 
 def _by_sequence(trees: Sequence[Tree]) -> dict[int, Tree]:
