@@ -25,9 +25,9 @@ cost_curve.py, and w of drafting.py, where G is at least what plain decoding giv
                F(r) = eta k mu X^2 / 2 + GUESS_RUN G T(r) / (1 - sigma)
 
 Where roots keep the stages busy, sigma is near 1: a guess leaves in the run of its root or not at all, since its
-ancestors will be known when the next root leaves. Where they do not, guess runs go ahead as for one sequence. Where rows
-are dear, s exceeds all g p: no root waits, none has company, and this is plain decoding. Found by simulation, see
-docs/log.md.
+ancestors will be known when the next root leaves. Where they do not, guess runs go ahead as for one sequence. Where
+rows are dear, s exceeds all g p: no root waits, none has company, and this is plain decoding. Found by simulation,
+see docs/log.md.
 """
 
 from __future__ import annotations
