@@ -31,7 +31,7 @@ from pipeinfer.core.config import BUILTIN, model_directory
 from pipeinfer.core.errors import PipeinferError, refuse
 from pipeinfer.core.ports import ShardModel
 from pipeinfer.core.slots import batch_in_order
-from stages.checkpoint.checkpoint import NORM, expected_tensors
+from stages.checkpoint.checkpoint import NORM, Weights, expected_tensors
 from stages.checkpoint.random_weights import RandomCheckpoint
 from stages.checkpoint.spec import ModelSpec
 
@@ -71,7 +71,7 @@ class Facts:
     factor: float
 
 
-class PairWeights:
+class PairWeights(Weights):
     """The weights of the target ``spec`` (see Weights), which begin with those of its draft. They are made when they
     are first read, and kept as bf16."""
 

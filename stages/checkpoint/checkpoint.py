@@ -30,6 +30,8 @@ from stages.checkpoint.spec import ExpertSpec, ModelSpec
 if TYPE_CHECKING:
     import torch
 
+    from stages.quantization.matrix import Matrix
+
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
@@ -124,7 +126,7 @@ def shard_tensors(spec: ModelSpec, layers: range) -> list[str]:
 
 
 class Weights(Protocol):
-    """Where a shard gets its tensors from."""
+    """Where a shard gets its tensors from. What has no quantised weights inherits ``matrices``."""
 
     def stored_name(self, name: str) -> str:
         """The tensor that stands for ``name``, an end of a tied model."""
@@ -137,8 +139,14 @@ class Weights(Protocol):
         them whole. Raises CheckpointError."""
         ...
 
+    def matrices(
+        self, names: Iterable[str], dtype: torch.dtype, slices: Mapping[str, tuple[slice, ...]] | None = None
+    ) -> dict[str, Matrix]:
+        """The same, but what is stored in few bits stays so. Where nothing is, this is ``read``."""
+        return dict(self.read(names, dtype, slices))
 
-class Checkpoint:
+
+class Checkpoint(Weights):
     """The weights of one model directory, their headers read and their lengths checked; safetensors before pickles.
 
     ``tensors`` has them by the names that the model's code gives them (see names.py). With ``llama`` those are

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from stages.checkpoint.checkpoint import EMBEDDING, HEAD, expected_tensors, layer_tensors
+from stages.checkpoint.checkpoint import EMBEDDING, HEAD, Weights, expected_tensors, layer_tensors
 from stages.checkpoint.spec import ModelSpec
 
 if TYPE_CHECKING:
     import torch
 
 
-class RandomCheckpoint:
+class RandomCheckpoint(Weights):
     """Takes the place of a Checkpoint (see Weights) for a model of the Llama family."""
 
     def __init__(self, spec: ModelSpec) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from stages.kernels.arena import Arena
 from stages.kernels.cuts import default_cuts
 from stages.kernels.library import LEAVES, PANEL, CLinear, Library, library
+from stages.quantization.matrix import Matrix, dense
 
 FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """Numbers of the formats of native/kernels.h."""
@@ -39,22 +40,23 @@ class Linear:
         self.c = CLinear(packed.data_ptr(), address, kind, outputs, inputs, (ctypes.c_int32 * (LEAVES + 1))(*cuts))
 
     @classmethod
-    def pack(cls, weight: Tensor, bias: Tensor | None = None, cuts: Sequence[int] | None = None) -> Linear:
-        """Of ``weight`` [outputs, inputs], bfloat16, float16 or float32, and ``bias`` [outputs]."""
+    def pack(cls, weight: Matrix, bias: Tensor | None = None, cuts: Sequence[int] | None = None) -> Linear:
+        """Of ``weight`` [outputs, inputs], bfloat16, float16, float32 or quantised, and ``bias`` [outputs]."""
         return cls.interleaved([weight], None if bias is None else [bias], cuts)
 
     @classmethod
     def interleaved(
-        cls, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None, cuts: Sequence[int] | None = None
+        cls, weights: Sequence[Matrix], biases: Sequence[Tensor] | None = None, cuts: Sequence[int] | None = None
     ) -> Linear:
         """Of several ``weights`` [outputs, inputs] of one shape, whose panels of 16 outputs take turns."""
         lib = library()
         assert lib is not None, "there is no library of kernels"
         outputs, inputs = weights[0].shape
         turns, pairs = len(weights), -(-inputs // 2)
-        packed = ARENA.empty(lib, (padded(outputs) * turns, 2 * pairs), weights[0].dtype)
+        tensors = [dense(weight) for weight in weights]
+        packed = ARENA.empty(lib, (padded(outputs) * turns, 2 * pairs), tensors[0].dtype)
         bias = torch.zeros(padded(outputs) * turns) if biases is not None else None
-        for turn, weight in enumerate(weights):
+        for turn, weight in enumerate(tensors):
             source = weight.contiguous()
             numbers = FORMATS[source.dtype], outputs, inputs, turn, turns
             lib.binary.pipeinfer_pack(source.data_ptr(), *numbers, packed.data_ptr())

@@ -17,6 +17,7 @@ from stages.checkpoint.spec import ExpertSpec, ModelSpec
 from stages.kernels.group import Group
 from stages.kernels.library import PHASES, CExperts, CLinear, CRoutes, CRows
 from stages.kernels.linear import Linear, padded
+from stages.quantization.matrix import Matrix
 
 READ_NBYTES = 256 << 20
 """Experts are read so many bytes at a time: a file is opened for each time."""
@@ -120,12 +121,12 @@ def _load_layer(
 
 def _read_experts(
     spec: ModelSpec, checkpoint: Weights, layer: int, dtype: torch.dtype, mine: range
-) -> Iterator[list[Tensor]]:
+) -> Iterator[list[Matrix]]:
     """The matrices of each of the experts ``mine`` of a layer: gate, up and down."""
     nbytes = 3 * spec.hidden_size * spec.intermediate_size * dtype.itemsize
     step = max(1, READ_NBYTES // nbytes)
     for first in range(mine.start, mine.stop, step):
         names = [[*expert_tensors(spec, layer, e)] for e in range(first, min(first + step, mine.stop))]
-        read = checkpoint.read([name for three in names for name in three], dtype)
+        read = checkpoint.matrices([name for three in names for name in three], dtype)
         for three in names:
             yield [read.pop(name) for name in three]

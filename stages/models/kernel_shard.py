@@ -14,6 +14,7 @@ import math
 from collections.abc import Generator, Sequence
 from ctypes import addressof
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ from stages.models.ends import Chosen, choose, spread
 from stages.models.experts import Experts
 from stages.models.rope import inverse_frequencies
 from stages.models.split import Split, SplitWeights, down_cuts, output_cuts
+from stages.quantization.matrix import Matrix, dense, stacked
 
 POSITIONS = 256
 """As in native/attention.h: positions of a chunk of attention."""
@@ -138,7 +140,8 @@ class KernelShard:
             for index, layer in enumerate(layers):
                 names = dense_tensors(spec, layer)
                 wide = [name for name, shape in names.items() if len(shape) == 1]  # norms and biases stay float32
-                read = checkpoint.read(names.keys() - wide, dtype) | checkpoint.read(wide, torch.float32)
+                read: dict[str, Matrix] = checkpoint.matrices(names.keys() - wide, dtype)
+                read |= checkpoint.read(wide, torch.float32)
                 packed.append(_pack(split, {name.split(".", 3)[3]: tensor for name, tensor in read.items()}, kv[index]))
             ends = _read_ends(spec, checkpoint, layers, dtype)
             experts = Experts.load(spec, checkpoint, layers, dtype, split.rank, split.size)
@@ -315,11 +318,11 @@ def _is_fused(sampling: Sampling, is_guess: bool) -> bool:
     return replace(processors(sampling), temperature=0.0) == GREEDY and not is_guess
 
 
-def _pack(split: Split, read: dict[str, Tensor], kv: Tensor) -> _Layer:
+def _pack(split: Split, read: dict[str, Any], kv: Tensor) -> _Layer:
     """The part that ``split`` has of one layer's tensors, by their names within the layer, as the kernels take them."""
     spec = split.spec
 
-    def joined(names: Sequence[str], kind: str) -> list[Tensor] | None:
+    def joined(names: Sequence[str], kind: str) -> list[Any] | None:
         found = [read.pop(f"{name}.{kind}", None) for name in names]
         return None if found[0] is None else [tensor for tensor in found if tensor is not None]
 
@@ -333,7 +336,7 @@ def _pack(split: Split, read: dict[str, Tensor], kv: Tensor) -> _Layer:
     gate_up = ("mlp.gate_proj", "mlp.up_proj")
     gates, gate_biases = joined(gate_up, "weight"), joined(gate_up, "bias")
     linears = [
-        Linear.pack(torch.cat(weights), None if biases is None else torch.cat(biases)),
+        Linear.pack(stacked(weights), None if biases is None else torch.cat(biases)),
         linear("self_attn.o_proj", part_of(output_cuts(spec), split.rank, split.size)[1]),
     ]
     if gates is not None:  # else the layer has experts
@@ -357,11 +360,17 @@ def _read_ends(spec: ModelSpec, checkpoint: Weights, layers: range, dtype: torch
     stored = {end: checkpoint.stored_name(end) if spec.tied else end for end in (EMBEDDING, HEAD)}
     head, embedding = None, None
     if layers.stop == spec.layer_count:
-        head = checkpoint.read([stored[HEAD]], dtype)[stored[HEAD]]
+        head = checkpoint.matrices([stored[HEAD]], dtype)[stored[HEAD]]
         ends[NORM] = checkpoint.read([NORM], torch.float32)[NORM]
         ends[HEAD] = Linear.pack(head)
     if layers.start == 0:
-        embedding = checkpoint.read([stored[EMBEDDING]], dtype)[stored[EMBEDDING]]
-        is_one = spec.tied and head is not None and torch.equal(embedding, head)
-        ends[EMBEDDING] = ends[HEAD] if is_one else embedding
+        embedding = checkpoint.matrices([stored[EMBEDDING]], dtype)[stored[EMBEDDING]]
+        if spec.tied and head is not None and _are_equal(embedding, head):
+            ends[EMBEDDING] = ends[HEAD]
+        else:
+            ends[EMBEDDING] = embedding if isinstance(embedding, Tensor) else Linear.pack(embedding)
     return ends
+
+
+def _are_equal(one: Matrix, other: Matrix) -> bool:
+    return one.shape == other.shape and torch.equal(dense(one), dense(other))

@@ -22,6 +22,8 @@ from stages.kernels.library import HEAD_BLOCK, LEAVES
 if TYPE_CHECKING:
     import torch
 
+    from stages.quantization.matrix import Matrix
+
 Slices = tuple[slice, ...]
 
 
@@ -116,7 +118,7 @@ def _slice(part: range, size: int = 1) -> slice:
     return slice(part.start * size, part.stop * size)
 
 
-class SplitWeights:
+class SplitWeights(Weights):
     """The part of ``weights`` that ``split`` has; see Weights."""
 
     def __init__(self, weights: Weights, split: Split) -> None:
@@ -130,8 +132,16 @@ class SplitWeights:
         self, names: Iterable[str], dtype: torch.dtype, slices: Mapping[str, Slices] | None = None
     ) -> dict[str, torch.Tensor]:
         """See Weights."""
-        names = list(names)
-        return self._weights.read(names, dtype, {name: self._split.slices(name) for name in names})
+        return self._weights.read(names := list(names), dtype, self._slices(names))
+
+    def matrices(
+        self, names: Iterable[str], dtype: torch.dtype, slices: Mapping[str, Slices] | None = None
+    ) -> dict[str, Matrix]:
+        """See Weights."""
+        return self._weights.matrices(names := list(names), dtype, self._slices(names))
+
+    def _slices(self, names: Iterable[str]) -> dict[str, Slices]:
+        return {name: self._split.slices(name) for name in names}
 
 
 def can_split(spec: ModelSpec, size: int) -> bool:

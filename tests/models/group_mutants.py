@@ -43,10 +43,16 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "if (group_wait(group, owner,",
         "if (!PLANTED && group_wait(group, owner,",
     ),
+    # The first rank reads late, when the others are two exchanges ahead or 20 ms have passed.
     "who_has_chosen_goes_ahead": (
         "head.h",
-        "        group_wait(group, 0, group_flag(group, 0, 0, epoch, 1), epoch);",
-        "        if (!PLANTED) group_wait(group, 0, group_flag(group, 0, 0, epoch, 1), epoch);",
+        "    if (group->rank) { /* until",
+        "    struct group hasty;\n"
+        "    memcpy(&hasty, group, sizeof hasty), hasty.most_ns = 20000000;\n"
+        "    for (int rank = 1; PLANTED && !group->rank && rank < group->size; rank++)\n"
+        "        group_wait(&hasty, rank, group_flag(group, rank, 0, epoch, 0), epoch + 2);\n"
+        "    if (PLANTED && group->rank) return;\n"
+        "    if (group->rank) { /* until",
     ),
 }
 """By name: a file, a text that is there once, and what takes its place. PLANTED: whether this fault is in force."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pipeinfer.core.ports import Batch
 from pipeinfer.core.slots import batch_in_order
-from stages.checkpoint.checkpoint import EMBEDDING, HEAD, expected
+from stages.checkpoint.checkpoint import EMBEDDING, HEAD, Weights, expected
 from stages.checkpoint.spec import ModelSpec, RopeSpec
 from stages.kernels.library import Library, library
 from stages.models.kernel_shard import KernelShard
@@ -45,7 +45,7 @@ MOST_ROWS = 40
 CASES_PER_WORLD = 20
 
 
-class RandomWeights:
+class RandomWeights(Weights):
     """Of numbers that are the same on any machine; norms and biases are random too. ``bad``: a token whose embedding is
     not finite."""
 
