@@ -156,9 +156,10 @@ FORMATS: dict[str, Write] = {
 def write(source: Path, folder: Path, form: str) -> Path:
     """The model ``source`` with its layers' matrices in the format ``form``."""
     write_one, config = FORMATS[form]
-    shutil.copytree(source, folder)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     tensors: Tensors = {}
-    for name, tensor in load_file(source / "model.safetensors").items():
+    stored = {name: tensor for path in source.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    for name, tensor in stored.items():
         if ".layers." not in name or tensor.ndim != 2:
             tensors[name] = tensor
             continue

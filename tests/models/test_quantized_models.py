@@ -18,14 +18,21 @@ from launch.preflight import clear
 from pipeinfer.core.config import Config
 from pipeinfer.core.errors import CheckpointError
 from pipeinfer.core.ports import Request
-from stages.checkpoint.checkpoint import Checkpoint, expected_tensors
+from stages.checkpoint.checkpoint import Checkpoint, dense_tensors, expected_tensors
 from stages.checkpoint.spec import ModelSpec
+from stages.models.split import Split, SplitWeights
+from stages.quantization.matrix import QuantizedMatrix
 from tests.cli.run import here
 from tests.models.quantized_models import FORMATS, differing, write
 from tests.models.tiny import make_tiny, make_tiny_pair
+from tests.models.tiny_generic import make_model
 from tests.models.walk import NO_KERNELS
 
 MODULE = "model.layers.1.mlp.down_proj"
+EXPERTS = {
+    "mixtral": "model.layers.1.block_sparse_moe.experts.1.w2.weight",
+    "qwen3_moe": "model.layers.1.mlp.experts.1.down_proj.weight",
+}
 
 
 @pytest.fixture(scope="module")
@@ -251,3 +258,24 @@ def test_modules_may_have_bits_of_their_own(tmp_path: Path, sound: Callable[[str
     read = checkpoint.matrices([f"{MODULE}.weight", f"{name}.weight"], torch.float32)
     assert getattr(read[f"{MODULE}.weight"], "bits", None) == 8
     assert isinstance(read[f"{name}.weight"], torch.Tensor)
+
+
+@NO_KERNELS
+@pytest.mark.parametrize(("kind", "form"), [("mixtral", "gptq-4"), ("qwen3_moe", "fp8-blocks")])
+def test_experts(tmp_path: Path, kind: str, form: str) -> None:
+    target = write(make_model(tmp_path / "source", kind), tmp_path / form, form)
+    assert isinstance(Checkpoint(target).matrices([EXPERTS[kind]], torch.bfloat16)[EXPERTS[kind]], QuantizedMatrix)
+    assert not differing(target, target, [Request((17, 301, 5, 488), 12)], ["continuous"])
+
+
+@pytest.mark.parametrize("form", ["gptq-4", "awq", "packed-4-zeros", "int8", "fp8-blocks"])
+def test_ranks_of_a_group_read_their_parts(sound: Callable[[str], Path], form: str) -> None:
+    folder = sound(form)
+    spec, checkpoint = ModelSpec.read(folder), Checkpoint(folder)
+    names = [name for name, shape in dense_tensors(spec, 1).items() if len(shape) == 2]
+    whole = checkpoint.read(names, torch.float32)
+    for rank in range(4):
+        split = Split(spec, rank, 4)
+        for name, part in SplitWeights(checkpoint, split).matrices(names, torch.bfloat16).items():
+            assert isinstance(part, QuantizedMatrix)
+            assert torch.equal(part.dense(), whole[name][split.slices(name)]), (rank, name)
