@@ -209,6 +209,7 @@ class Checkpoint(Weights):
                 self._validate(self.stored_name(name) if spec.tied else name, shape, window)
             if spec.tied and self._has(HEAD):
                 self._validate(HEAD, (spec.vocab_size, spec.hidden_size), window)
+        self.quantized.refuse_unused(self.directory)
 
     def _validate(self, name: str, shape: tuple[int, ...], window: Window) -> None:
         packing = self.quantized.packing(name)

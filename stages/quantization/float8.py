@@ -34,7 +34,7 @@ class Float8Packing:
     early: tuple[str, ...] = ()
     format: str = "fp8 (e4m3)"
 
-    def shape(self, stored: Mapping[str, Shape]) -> tuple[int, int]:
+    def shape(self, stored: Mapping[str, Shape], read: Reader) -> tuple[int, int]:
         """See Packing."""
         outputs, inputs = stored["weight"]
         return outputs, inputs

@@ -68,7 +68,7 @@ class GptqPacking:
     def _is_stream(self) -> bool:
         return 32 % self.bits != 0
 
-    def shape(self, stored: Mapping[str, Shape]) -> tuple[int, int]:
+    def shape(self, stored: Mapping[str, Shape], read: Reader) -> tuple[int, int]:
         """See Packing."""
         count, outputs = stored["qweight"]
         inputs = stored["g_idx"][0] if "g_idx" in stored else count * 32 // self.bits

@@ -116,6 +116,16 @@ def sorted_inputs(tensors: dict[str, Any], config: dict[str, Any]) -> None:
     tensors[f"{MODULE}.g_idx"] = tensors[f"{MODULE}.g_idx"].flip(0)
 
 
+def unpacked_of(tensors: dict[str, Any]) -> None:
+    """Ordinary tensors instead of the quantised ones."""
+    for name in [name for name in tensors if name.endswith(".qweight")]:
+        module = name.removesuffix(".qweight")
+        inputs, outputs = len(tensors[name]), tensors[f"{module}.scales"].shape[1]
+        tensors[f"{module}.weight"] = torch.zeros(outputs, inputs)
+        for suffix in ("qweight", "qzeros", "scales"):
+            del tensors[f"{module}.{suffix}"]
+
+
 # Format -> how it is changed -> a part of what is said before anything is loaded.
 EARLY: list[tuple[str, Callable[..., object], str]] = [
     ("gptq-4", method(quant_method="bitsandbytes", load_in_4bit=True), "quantised by bitsandbytes"),
@@ -142,6 +152,7 @@ EARLY: list[tuple[str, Callable[..., object], str]] = [
     ("awq", says(bits=8), "quantization_config.bits 8 is not supported; use a release of 4 bits"),
     ("awq", says(modules_to_not_convert=["mlp"]), "excludes its module (modules_to_not_convert)"),
     ("awq", says(modules_to_not_convert="mlp"), "modules_to_not_convert must be a list of names"),
+    ("awq", lambda tensors, config: unpacked_of(tensors), "says that weights are quantised, and none is"),
     ("awq", stored("qweight", lambda words: None), "down_proj.weight [64, 112] is missing"),
     ("packed-4", says(format="nvfp4-pack-quantized"), "format nvfp4-pack-quantized of compressed-tensors is not supp"),
     ("packed-4", says(format="marlin-24"), "format marlin-24"),
