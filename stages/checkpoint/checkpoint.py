@@ -165,6 +165,12 @@ class Checkpoint(Weights):
         self.tensors: dict[str, StoredTensor] = {meant[tensor.name]: tensor for tensor in stored}
         self.quantized = QuantizedTensors(scheme_of(self.directory), self.tensors)
 
+    @property
+    def note(self) -> str:
+        """What its user should know of the weights, in one line; empty for nothing."""
+        scheme = self.quantized.scheme
+        return f"{self.directory}: {scheme.note}" if scheme is not None and scheme.note else ""
+
     def _stored(self) -> list[StoredTensor]:
         own = weights_name(self.directory)
         for name, read in (*FORMATS, *([(own, read_header)] if own else ())):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FLOAT8 = "F8_E4M3"
 SCALES = ("weight_scale_inv", "weight_scale")
-DYNAMIC = "activations are not quantised as the file asks: they are --activations"
+DYNAMIC = "activations are not quantised as config.json says (weights are)"
 
 
 @dataclass(frozen=True, slots=True)
