@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launch.preflight import clear
+from pipeinfer.bench.gguf_export import export
 from pipeinfer.core.config import Config
-from pipeinfer.core.errors import CheckpointError
+from pipeinfer.core.errors import CheckpointError, UserError
 from pipeinfer.core.ports import Request
-from stages.checkpoint.checkpoint import Checkpoint, dense_tensors, expected_tensors
+from stages.checkpoint.checkpoint import EMBEDDING, Checkpoint, dense_tensors, expected_tensors
 from stages.checkpoint.spec import ModelSpec
 from stages.models.split import Split, SplitWeights
 from stages.quantization.matrix import QuantizedMatrix
@@ -269,6 +270,21 @@ def test_modules_may_have_bits_of_their_own(tmp_path: Path, sound: Callable[[str
     read = checkpoint.matrices([f"{MODULE}.weight", f"{name}.weight"], torch.float32)
     assert getattr(read[f"{MODULE}.weight"], "bits", None) == 8
     assert isinstance(read[f"{name}.weight"], torch.Tensor)
+
+
+@NO_KERNELS
+@pytest.mark.parametrize("form", ["gptq-4", "awq", "fp8-blocks"])
+def test_embedding_and_head_may_be_quantised(tmp_path: Path, pair: tuple[Path, Path], form: str) -> None:
+    for more in ("lm_head", "embed_tokens"):
+        target = write(pair[0], tmp_path / more, form, more)
+        assert Checkpoint(target).quantized.packing("lm_head.weight" if more == "lm_head" else EMBEDDING) is not None
+        assert not differing(target, pair[1], [Request((17, 301, 5, 488), 8)], ["continuous"])
+
+
+def test_what_is_quantised_is_not_exported(sound: Callable[[str], Path], tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    with pytest.raises(UserError, match="quantised weights are not exported to GGUF"):
+        export(sound("awq"), tmp_path / "model.gguf")
 
 
 @NO_KERNELS
