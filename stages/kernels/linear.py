@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from stages.kernels.arena import Arena
-from stages.kernels.cuts import default_cuts, even_cuts
+from stages.kernels.cuts import BLOCK, default_cuts, even_cuts
 from stages.kernels.library import LEAVES, PANEL, CLinear, Library, library
-from stages.kernels.packing import BLOCK, CPacking, can_pack, normal, packing_of, parts_of
-from stages.quantization.matrix import KINDS, Matrix, QuantizedMatrix, dense
+from stages.kernels.packing import CPacking, can_pack, normal, packing_of, parts_of
+from stages.quantization.matrix import KINDS, Matrix, QuantizedMatrix, dense, stacked
 
 FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """Numbers of the formats of native/kernels.h."""
@@ -44,7 +45,7 @@ class Linear:
         packing: CPacking | None = None,
     ) -> None:
         self.lib, self.packed, self.bias, self.outputs, self.inputs = lib, packed, bias, outputs, inputs
-        self.packing = packing
+        self.packing, self.following = packing, list[Linear]()
         kind, is_integer = QUANTIZED if packing else FORMATS[packed.dtype], False
         if packed.dtype == torch.bfloat16 and lib.numerics == "fast" and lib.kernels.has_dot:
             kind = DOT
@@ -90,10 +91,42 @@ class Linear:
         packed = _pack_dense(lib, [dense(weight) for weight in weights])
         return cls(lib, packed, bias, total, inputs, cuts or default_cuts(inputs))
 
+    @classmethod
+    def joined(cls, weights: Sequence[Matrix], biases: Sequence[Tensor] | None = None) -> Linear:
+        """Of the outputs of all ``weights`` [outputs, inputs], each in its own format where all but the last have whole
+        panels of outputs, else in one."""
+        bias = None if biases is None else torch.cat(list(biases))
+        rest = sum(weight.shape[0] % PANEL for weight in weights[:-1])
+        if rest or not any(isinstance(weight, QuantizedMatrix) for weight in weights):
+            return cls.pack(stacked(weights), bias)
+        runs: list[list[Matrix]] = []
+        for weight in weights:
+            if runs and _are_alike(runs[-1][0], weight):
+                runs[-1].append(weight)
+            else:
+                runs.append([weight])
+        inputs, outputs = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
+        parts = [cls.pack(stacked(run), None, even_cuts(inputs, BLOCK)) for run in runs]
+        for part, following in pairwise(parts):
+            part.c.next = ctypes.addressof(following.c)
+        first = parts[0]
+        first.following = parts[1:]
+        if bias is not None:
+            first.bias = torch.zeros(padded(outputs))
+            first.bias[:outputs] = bias
+            first.c.bias = first.bias.data_ptr()
+        first.outputs = first.c.columns = outputs
+        return first
+
+    @property
+    def held(self) -> list[Tensor]:
+        """The packed weights."""
+        return [part.packed for part in (self, *self.following)]
+
     @property
     def nbytes(self) -> int:
         """Bytes of the packed weights."""
-        return self.packed.nbytes
+        return sum(tensor.nbytes for tensor in self.held)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x``: float32 [rows, inputs]; returns float32 [rows, outputs]."""
@@ -114,6 +147,13 @@ def _pack_dense(lib: Library, weights: Sequence[Tensor]) -> Tensor:
         numbers = FORMATS[source.dtype], outputs, inputs, turn, turns
         lib.binary.pipeinfer_pack(source.data_ptr(), *numbers, packed.data_ptr())
     return packed
+
+
+def _are_alike(one: Matrix, other: Matrix) -> bool:
+    """Whether both can be stored as one matrix without a change of format."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and one.dtype == other.dtype
+    return one.is_like(other)
 
 
 def _packable(weights: Sequence[Matrix], cuts: Sequence[int] | None) -> list[QuantizedMatrix]:

@@ -10,11 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from stages.kernels.cuts import BLOCK
 from stages.kernels.library import PANEL
 from stages.quantization.matrix import KINDS, QuantizedMatrix
 
-BLOCK = 32
-"""Inputs of a block, of which sums are defined: cuts of sums are multiples of it."""
 LINE = 64
 SCALES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 WIDTHS = (2, 3, 4, 5, 6, 8)

@@ -25,7 +25,7 @@ from pipeinfer.core.ports import GREEDY, Batch, Payload, SampledToken, Sampling,
 from pipeinfer.core.slots import slots_of
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, NORM, Weights, dense_tensors
 from stages.checkpoint.spec import ModelSpec
-from stages.kernels.cuts import part_of
+from stages.kernels.cuts import are_aligned, part_of
 from stages.kernels.group import Group, tile_panels
 from stages.kernels.library import (
     PANEL,
@@ -46,7 +46,7 @@ from stages.models.ends import Chosen, choose, spread
 from stages.models.experts import Experts
 from stages.models.rope import inverse_frequencies
 from stages.models.split import Split, SplitWeights, down_cuts, output_cuts
-from stages.quantization.matrix import Matrix, dense, stacked
+from stages.quantization.matrix import Matrix, QuantizedMatrix, dense, stacked
 
 POSITIONS = 256
 """As in native/attention.h: positions of a chunk of attention."""
@@ -151,10 +151,11 @@ class KernelShard:
     def weight_nbytes(self) -> int:
         """Bytes of weights that this shard holds resident; a tied embedding held once counts once."""
         held = [tensor for layer in self._layers for tensor in layer.tensors]
-        held += [linear.packed for layer in self._layers for linear in layer.linears]
+        held += [tensor for layer in self._layers for linear in layer.linears for tensor in linear.held]
         held += self._experts.packed if self._experts is not None else []
-        ends = [end.packed if isinstance(end, Linear) else end for end in (self._embedding, self._norm, self._head)]
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in (*held, *ends) if tensor is not None}.values())
+        for end in (self._embedding, self._norm, self._head):
+            held += end.held if isinstance(end, Linear) else [] if end is None else [end]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())
 
     @torch.inference_mode()
     def clear(self, slots: int) -> None:
@@ -326,9 +327,11 @@ def _pack(split: Split, read: dict[str, Any], kv: Tensor) -> _Layer:
         found = [read.pop(f"{name}.{kind}", None) for name in names]
         return None if found[0] is None else [tensor for tensor in found if tensor is not None]
 
-    def linear(name: str, cuts: Sequence[int] | None = None) -> Linear:
-        bias = read.pop(f"{name}.bias", None)
-        return Linear.pack(read.pop(f"{name}.weight"), bias, cuts)
+    def linear(name: str, cuts: list[int]) -> Linear:
+        weight, bias = read.pop(f"{name}.weight"), read.pop(f"{name}.bias", None)
+        if not are_aligned(cuts):  # the same on all ranks, whatever part of the cuts each has
+            weight = dense(weight)
+        return Linear.pack(weight, bias, part_of(cuts, split.rank, split.size)[1])
 
     qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     weights, biases = joined(qkv, "weight"), joined(qkv, "bias")
@@ -336,11 +339,11 @@ def _pack(split: Split, read: dict[str, Any], kv: Tensor) -> _Layer:
     gate_up = ("mlp.gate_proj", "mlp.up_proj")
     gates, gate_biases = joined(gate_up, "weight"), joined(gate_up, "bias")
     linears = [
-        Linear.pack(stacked(weights), None if biases is None else torch.cat(biases)),
-        linear("self_attn.o_proj", part_of(output_cuts(spec), split.rank, split.size)[1]),
+        Linear.joined(weights if spec.head_dim % PANEL == 0 else [stacked(weights)], biases),
+        linear("self_attn.o_proj", output_cuts(spec)),
     ]
     if gates is not None:  # else the layer has experts
-        down = linear("mlp.down_proj", part_of(down_cuts(spec), split.rank, split.size)[1])
+        down = linear("mlp.down_proj", down_cuts(spec))
         linears += [Linear.interleaved(gates, gate_biases), down]
     names = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
     norms = [read[f"{name}.weight"].float() if f"{name}.weight" in read else None for name in names]
@@ -373,4 +376,14 @@ def _read_ends(spec: ModelSpec, checkpoint: Weights, layers: range, dtype: torch
 
 
 def _are_equal(one: Matrix, other: Matrix) -> bool:
+    if isinstance(one, QuantizedMatrix) and isinstance(other, QuantizedMatrix):
+        names = ("scales", "codes", "zeros", "factors", "minima", "minimum_factors")
+        return one.is_like(other) and all(_are_same(getattr(one, name), getattr(other, name)) for name in names)
     return one.shape == other.shape and torch.equal(dense(one), dense(other))
+
+
+def _are_same(one: object, other: object) -> bool:
+    """Of two tensors or other things."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return one is other or (isinstance(one, int) and one == other)
