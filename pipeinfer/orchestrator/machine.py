@@ -287,12 +287,13 @@ class Orchestrator:
     def _step(self) -> list[Command] | None:
         decoding, prompts, trees = self._sessions.split()
         self._pool.secure(trees, prompts)
+        unsent = pending_roots(trees)
         now = Situation(
             trees,
             self._credits,
             len(self._flight),
             self._window - len(self._flight),
-            self._allocator.room(len(decoding) if len(decoding) > 1 else pending_roots(trees)),
+            self._allocator.room(len(decoding) if len(decoding) > 1 else unsent),
             self._now,
             self._allocator.free_slots(),
         )
@@ -302,10 +303,9 @@ class Orchestrator:
             return None
         if (begun := self._begin()) is not None:
             return begun
-        is_short = len(trees) > now.root_room and pending_roots(trees) > now.root_room
-        if is_short and not self._allocator.leased:  # a guess that holds a slot gives it back
+        if unsent > now.root_room and not self._allocator.leased:  # a guess that holds a slot gives it back
             return self._preempt(max(self._sessions.values(), key=lambda one: one.rank))
-        may_prefill = prompts and now.credits > 0 and now.slots > 0
+        may_prefill = prompts and now.credits > 0 and now.slots > 0 and now.root_room > unsent
         commands: list[Command] = []
         if decoding and not (may_prefill and not self._prompt_went_last):
             step = self._schedule.next(now)
@@ -316,7 +316,7 @@ class Orchestrator:
                 return self._order(step)
             if isinstance(step, Wait):
                 commands.append(Wake(step.until))
-        run = self._launcher.prompts(prompts, self._now) if may_prefill else None
+        run = self._launcher.prompts(prompts, self._now, unsent) if may_prefill else None
         if run is not None:
             self._sessions.prefilled()
             self._prompt_went_last = True
