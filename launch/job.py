@@ -191,7 +191,7 @@ class Job:
         self._driver.wake()
 
     @property
-    def load(self) -> tuple[int, int]:
+    def load(self) -> tuple[int, int, float]:
         """See Orchestrator."""
         assert self._orchestrator is not None
         return self._orchestrator.load

@@ -144,9 +144,11 @@ class Orchestrator:
         raise LocalProtocolError(f"the orchestrator cannot handle {type(event).__name__}")
 
     @property
-    def load(self) -> tuple[int, int]:
-        """How many runs are in flight, and how many verifications (see RequestStats) the sessions have had."""
-        return len(self._flight), sum(one.stats.verifications for one in self._sessions.values())
+    def load(self) -> tuple[int, int, float]:
+        """How many runs are in flight, how many verifications (see RequestStats) the sessions have had, and which share
+        of the slots is in use (see Pool)."""
+        verifications = sum(one.stats.verifications for one in self._sessions.values())
+        return len(self._flight), verifications, self._pool.usage(self._sessions.values())
 
     def status(self) -> str:
         """One line for a person who asks why nothing moves."""
@@ -209,7 +211,7 @@ class Orchestrator:
             return None
         self._sequences = sequence
         self._waiting.take().begin(sequence, self._sources.most_nodes())
-        session.prefilled = shared
+        session.prefilled = session.shared = shared
         self._sessions[sequence] = session
         self._schedule.opened(session.tree)
         settings = session.request.sampling.settings(sequence, len(session.request.prompt))
