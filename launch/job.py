@@ -309,7 +309,7 @@ def load(cleared: Cleared, world: World | None, rendezvous: Rendezvous | None = 
             config.draft_dtypes,
             config.numerics,
             group,
-            grammars_of(config.target_directory, cleared.target[0]),
+            grammars_of(config.tokenizer_directory, cleared.target[0]),
         )
     cache = _cache(cleared, world, threads) if are_of_use(Policy(**config.policy)) else None
     return Job(config, cleared.plan, cleared.context, pair, world, rendezvous=rendezvous, cache=cache, group=group)

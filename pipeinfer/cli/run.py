@@ -86,13 +86,14 @@ def add_execution(group: Any) -> None:
 
 def add_models(group: Any) -> None:
     """Add the options that name the models to the parser's ``group``."""
-    group.add_argument("--target", metavar="DIR", help="target in Hugging Face format (default: the built-in pair)")
+    group.add_argument("--target", metavar="MODEL", help="directory or GGUF file (default: the built-in pair)")
     group.add_argument(
         "--draft",
         action="append",
-        metavar="DIR",
+        metavar="MODEL",
         help="draft model with the target's tokenizer (repeat for further draft models), or none",
     )
+    group.add_argument("--tokenizer", metavar="DIR", help="directory with the tokenizer (default: the target's own)")
     group.add_argument("--drafters", type=int, metavar="N", help="number of drafters (default: one per --draft)")
     group.add_argument(
         "--dtype",
@@ -224,6 +225,7 @@ def open_engine(args: argparse.Namespace, check: Callable[[Engine], object], **m
         stages=args.stages,
         fused=args.fused,
         context=args.context,
+        tokenizer=args.tokenizer,
         calibration=args.calibration,
         max_num_seqs=getattr(args, "max_num_seqs", 1),
         kv_memory=getattr(args, "kv_memory", 0),
