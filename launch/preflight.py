@@ -69,15 +69,18 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
     if config.context > spec.context:
         refuse(f"--context {config.context}, but the target was made for {spec.context} tokens", "ask for fewer")
     context = config.context or min(spec.context, DEFAULT_CONTEXT)
-    others = {name: place for name, place in zip(names, config.draft_directories, strict=False) if not is_self_draft(name)}
-    models = {place: read(place, context, has_kernels) for place in dict.fromkeys(others.values())}
+    places = [place for name, place in zip(names, config.draft_directories, strict=False) if not is_self_draft(name)]
+    models = {place: read(place, context, has_kernels) for place in dict.fromkeys(places)}
     if config.forced_acceptance:
         _refuse_few_tokens(config.target_directory, {config.target_directory: target, **models})
     else:
         for place in models:
             _same_vocabulary(config.target_directory, place)
     plan = assign(ranks, spec.layer_count, len(names), spec.head_in_layers, config.tp, config.stages)
-    drafts = [models[others[name]] if name in others else self_draft(name, target) for name in names]
+    drafts = [
+        self_draft(name, target) if is_self_draft(name) else models[place]
+        for name, place in zip(names, config.draft_directories, strict=False)
+    ]
     if config.tp > 1:
         _refuse_group(config, spec, has_kernels)
     resolved = _resolved(config, target, drafts, has_kernels)

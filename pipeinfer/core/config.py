@@ -29,8 +29,9 @@ UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """``target`` and ``drafts`` (one for each drafter) are directories in Hugging Face format, or ``builtin``; a
-    draft may be made of the target (core.self_draft). ``policy``: every knob of it, by name (see speculation.schedules.policy). ``context``: most tokens of a request,
+    """``target`` and ``drafts`` (one for each drafter) are directories in Hugging Face format, or ``builtin``.
+    A draft may also be made of the target (see core.self_draft).
+    ``policy``: every knob of it, by name (see speculation.schedules.policy). ``context``: most tokens of a request,
     prompt included (0: what the target was made for, at most DEFAULT_CONTEXT). ``timeout_s``: how long nothing may
     move before the job gives up and reports who waits for whom (0: for ever). ``trace``: the prefix of each rank's
     trace file (see pipeinfer.runtime.trace); None for no traces. ``calibrations``: what is known of each source's

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
     from stages.quantization.matrix import Matrix
 
-MULTIPLE = 32
-"""Groups are multiples of so many inputs."""
+SHARES = {"int4": (0.95, 0.85, 0.75)}
+"""Scales that are tried, as shares of the largest: loading has to be quick. More of them gain nothing that acceptance
+shows, and of other formats one is enough."""
 GROUPS = {"int4": 32, "fp6-4": 64}
 """Inputs that share a scale where a name leaves it open and they divide all rows; else whole rows."""
 Slices = Mapping[str, tuple[slice, ...]]
@@ -52,8 +53,8 @@ def _group(name: str, asked: SelfDraft, spec: ModelSpec) -> int:
     odd = [size for size in inputs if group and size % group]
     if asked.group is None:
         return 0 if odd else group
-    if group % MULTIPLE or group == 0:
-        refuse(f"--draft {name}: groups of {group} inputs", f"use a multiple of {MULTIPLE}")
+    if group % 32 or group == 0:
+        refuse(f"--draft {name}: groups of {group} inputs", "use a multiple of 32")
     if odd:
         refuse(f"--draft {name}: groups of {group} do not divide rows of {odd[0]} inputs", "use a smaller group")
     return group
@@ -70,7 +71,7 @@ def rounded(matrix: Matrix, dtype: torch.dtype, format: str, group: int) -> Matr
             return matrix
         if format == PLANE and matrix.kind == "e3m2":
             return plane_of(dense(matrix), matrix)
-    return quantize_matrix(dense(matrix), format, group, scales=dtype)
+    return quantize_matrix(dense(matrix), format, group, scales=dtype, shares=SHARES.get(format, (1.0,)))
 
 
 class SelfDraftWeights(Weights):
@@ -107,7 +108,7 @@ class SelfDraftWeights(Weights):
                 tensor = self._round(tensor, dtype)
             except ValueError as error:
                 refuse(f"tensor {theirs} cannot be rounded: {error}", "use --draft none, or download the model again")
-        return tensor[part] if part else tensor
+        return tensor[part + (slice(None),) * (len(tensor.shape) - len(part))] if part else tensor
 
     def _name_in_target(self, name: str) -> str:
         if not name.startswith("model.layers."):
