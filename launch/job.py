@@ -35,6 +35,7 @@ from pipeinfer.core.ports import (
     Started,
     Transport,
 )
+from pipeinfer.core.self_draft import is_self_draft
 from pipeinfer.core.version import __version__
 from pipeinfer.orchestrator.machine import Orchestrator
 from pipeinfer.placement.roles import Plan, Role, count, group_of, rank_of_role
@@ -334,6 +335,7 @@ def _cache(cleared: Cleared, world: World | None, threads: int) -> PassCache:
     config = cleared.config
     common = {
         "models": [model_digest(place) for place in (config.target_directory, *config.draft_directories)],
+        "self_drafts": [name for name in config.drafts if is_self_draft(name)],
         "dtypes": [config.dtype, *config.draft_dtypes],
         "numerics": config.numerics,
         "isa": kernels.isa if (kernels := library()) else str(torch.backends.cpu.get_cpu_capability()),
