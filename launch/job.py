@@ -310,6 +310,7 @@ def load(cleared: Cleared, world: World | None, rendezvous: Rendezvous | None = 
             config.numerics,
             group,
             grammars_of(config.target_directory, cleared.target[0]),
+            config.weights_memory,
         )
     cache = _cache(cleared, world, threads) if are_of_use(Policy(**config.policy)) else None
     return Job(config, cleared.plan, cleared.context, pair, world, rendezvous=rendezvous, cache=cache, group=group)
@@ -340,6 +341,7 @@ def _cache(cleared: Cleared, world: World | None, threads: int) -> PassCache:
         "threads": threads,
         "ranks": world.size if world else 1,
         "tp": [config.tp, config.fused],
+        "weights_memory": config.weights_memory,
         "forced": bool(config.forced_acceptance),
     }
     return PassCache(common)

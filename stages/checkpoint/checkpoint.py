@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from stages.checkpoint.extents import Extent, Window, extent_of, stored_tensors
 from stages.checkpoint.folder import (
     AGAIN,
     has_file,
@@ -145,6 +146,11 @@ class Weights(Protocol):
         """The same, but what is stored in few bits stays so. Where nothing is, this is ``read``."""
         return dict(self.read(names, dtype, slices))
 
+    def extents(self, names: Iterable[str], slices: Mapping[str, tuple[slice, ...]] | None = None) -> list[Extent]:
+        """What ``matrices`` will read through read_extent for the same arguments, for whoever reads ahead: parts of
+        files, perhaps not all. Nothing where nothing is known."""
+        return []
+
 
 class Checkpoint(Weights):
     """The weights of one model directory, their headers read and their lengths checked; safetensors before pickles.
@@ -215,12 +221,25 @@ class Checkpoint(Weights):
             wanted.setdefault(self.tensors[name].path, {})[self.tensors[name].name] = name
         read: dict[str, torch.Tensor] = {}
         for path, by_stored in wanted.items():
-            with reading(path), opened(path, by_stored) as windows:
-                for stored, window in windows:
-                    # Without the copy the tensor would stay a window on the mapped file.
+            with reading(path), windows(path, by_stored) as found:
+                for stored, window in found:
                     name = by_stored[stored]
-                    read[name] = window[slices[name] if slices else ...].to(dtype, copy=True)
+                    part = window[slices[name] if slices else ...]
+                    # Without the copy a pickled tensor would stay a window on the mapped file, a part of columns one on
+                    # the whole tensor.
+                    read[name] = part.to(dtype, copy=path.suffix == ".bin" or not part.is_contiguous())
         return read
+
+    def extents(self, names: Iterable[str], slices: Mapping[str, tuple[slice, ...]] | None = None) -> list[Extent]:
+        """See Weights: of each matrix all that is stored under its name, whatever the format."""
+        found = list[Extent]()
+        for name in names:
+            if name in self.tensors:
+                found.append(extent_of(self.tensors[name], slices[name] if slices else ...)[0])
+            else:
+                prefix = name.removesuffix("weight")
+                found += [extent_of(one)[0] for other, one in self.tensors.items() if other.startswith(prefix)]
+        return sorted((one for one in found if one.nbytes), key=lambda one: (one.path, one.start))
 
 
 def refuse_unlike(stored: StoredTensor, shape: tuple[int, ...]) -> None:
@@ -246,6 +265,17 @@ def opened(path: Path, names: Iterable[str]) -> Iterator[Iterator[tuple[str, Any
 
     with safe_open(path, framework="pt", device="cpu") as file:
         yield ((name, file.get_slice(name)) for name in names)
+
+
+@contextmanager
+def windows(path: Path, names: Iterable[str]) -> Iterator[Iterator[tuple[str, Any]]]:
+    """As ``opened``, but safetensors are read by pread, through read_extent."""
+    if path.suffix == ".bin":
+        with opened(path, names) as found:
+            yield found
+        return
+    stored = stored_tensors(path)
+    yield ((name, Window(stored[name])) for name in names)
 
 
 @contextmanager
