@@ -15,11 +15,11 @@ ZeRO-Inference (arXiv:2206.01861) streams whole layers; STI (ASPLOS'23) and Deep
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 BUFFERS = 2
-STEPS = 256
-"""Shares of resident bytes that are tried."""
+STEPS, PHASES = 128, 4
+"""Shares of resident bytes that are tried, and where spreading them begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Plan:
 
 def least_nbytes(layers: Sequence[Sequence[Part]], fixed: int) -> int:
     """The least budget for ``layers``, each with its matrices: all of them are streamed."""
-    return min(_plan(layers, fixed, 0.0, False).nbytes, resident(layers, fixed).nbytes)
+    return min(_plan(layers, fixed, 0.0, 0.0, False).nbytes, resident(layers, fixed).nbytes)
 
 
 def resident(layers: Sequence[Sequence[Part]], fixed: int) -> Plan:
@@ -78,19 +78,21 @@ def make_plan(layers: Sequence[Sequence[Part]], fixed: int, budget: int) -> Plan
     everything = resident(layers, fixed)
     if everything.nbytes <= budget:
         return everything
-    plans = [_plan(layers, fixed, step / STEPS, is_ample) for is_ample in (True, False) for step in range(STEPS)]
-    fitting = [plan for plan in plans if plan.is_streaming and plan.nbytes <= budget]
-    if not fitting:
-        return None
-    best = max(fitting, key=lambda plan: plan.resident)
-    spare = budget - best.nbytes
-    return Plan(best.streamed, fixed, best.resident, best.buffer_nbytes, best.read_nbytes + spare)
+    tried = [(step / STEPS, phase / PHASES) for step in range(STEPS) for phase in range(PHASES if step else 1)]
+    for is_ample in (True, False):  # a disk that stalls while a matrix is packed costs more than a resident matrix saves
+        plans = [_plan(layers, fixed, share, phase, is_ample) for share, phase in tried]
+        fitting = [plan for plan in plans if plan.is_streaming and plan.nbytes <= budget]
+        if fitting:
+            best = max(fitting, key=lambda plan: plan.resident)
+            return replace(best, read_nbytes=best.read_nbytes + budget - best.nbytes)
+    return None
 
 
-def _plan(layers: Sequence[Sequence[Part]], fixed: int, share: float, is_ample: bool) -> Plan:
-    """The plan that keeps about ``share`` of the bytes, spread by error diffusion. ``is_ample``: whether a second
-    matrix can be read while the largest one is packed."""
-    flags, kept, owed, widest, largest = list[tuple[bool, ...]](), 0, 0.0, 0, 0
+def _plan(layers: Sequence[Sequence[Part]], fixed: int, share: float, phase: float, is_ample: bool) -> Plan:
+    """The plan that keeps about ``share`` of the bytes, spread by error diffusion that begins at ``phase`` (of a layer's
+    share). ``is_ample``: whether a second matrix can be read while the largest one is packed."""
+    flags, kept, widest, largest = list[tuple[bool, ...]](), 0, 0, 0
+    owed = phase * share * sum(part.nbytes for part in layers[0])
     for parts in layers:
         streams, streamed_nbytes = list[bool](), 0
         for part in parts:
