@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launch.cores import refuse_threads
 from launch.kv_memory import kv_slots
+from launch.weights_memory import refuse_weights_memory
 from pipeinfer.core.config import AUTO, DEFAULT_CONTEXT, DTYPES, FUSED, NUMERICS, Config, resolve_dtype
 from pipeinfer.core.errors import refuse
 from pipeinfer.core.self_draft import is_self_draft
@@ -88,6 +89,7 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
         _refuse_group(config, spec, has_kernels)
     resolved = _resolved(config, target, drafts, has_kernels)
     resolved = replace(resolved, kv_slots=kv_slots(spec, plan, resolved, context))
+    refuse_weights_memory(target, plan, resolved, has_kernels)
     note = "" if has_kernels else _note(config, target, drafts)
     return Cleared(resolved, target, drafts, plan, context, note)
 

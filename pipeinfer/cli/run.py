@@ -118,6 +118,9 @@ def add_computing(group: Any) -> None:
     group.add_argument(
         "--threads", type=int, metavar="N", help="threads of each rank (default: its share of the cores it may use)"
     )
+    group.add_argument(
+        "--weights-memory", default="0", metavar="SIZE", help="memory of each rank for the target's weights, such as 8G"
+    )
     group.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share each stage (default 1)")
     group.add_argument("--stages", type=int, metavar="S", help="refuse any other number of stages")
     group.add_argument(
@@ -231,6 +234,7 @@ def open_engine(args: argparse.Namespace, check: Callable[[Engine], object], **m
         calibration=args.calibration,
         max_num_seqs=getattr(args, "max_num_seqs", 1),
         kv_memory=getattr(args, "kv_memory", 0),
+        weights_memory=args.weights_memory,
         prefix_caching=getattr(args, "prefix_caching", False),
         check=check,
         **more,

@@ -46,8 +46,9 @@ class Config:
     ``tp``: ranks that share a stage; ``stages``: how many there are to be, if that is said. ``fused``: whether their
     exchanges are fused with the kernels, of FUSED. ``max_num_seqs``: requests that are decoded at once. ``kv_memory``:
     bytes of each rank for keys and values of accepted tokens, 0 for what so many whole contexts need; ``kv_slots``: the
-    slots that preflight found for it. ``prefix_caching``: whether what requests have computed is kept for others that
-    begin with the same tokens."""
+    slots that preflight found for it. ``weights_memory``: bytes of each rank for the target's weights, with buffers for
+    those that are streamed from the files; 0 where all are resident. ``prefix_caching``: whether what requests have
+    computed is kept for others that begin with the same tokens."""
 
     target: str = BUILTIN
     drafts: tuple[str, ...] = (BUILTIN,)
@@ -68,6 +69,7 @@ class Config:
     max_num_seqs: int = 1
     kv_memory: int = 0
     kv_slots: int = 0
+    weights_memory: int = 0
     prefix_caching: bool = False
     tokenizer: str | None = None
 
