@@ -218,7 +218,11 @@ typedef void expand_of(const char *codes, const vf *zero, void *to);
 typedef void rows_of(const struct packing *of, const char *header, const struct place *place, const struct prepared *x,
                      int row, int k, const void *expanded, int small, float *tile);
 
+#if defined(__AVX2__)
 #define ALL_OF(BITS, KIND, A) ONE_ROW(BITS, KIND, A, 1) ONE_ROW(BITS, KIND, A, 2) MORE_PANELS(BITS, KIND, A)
+#else /* arrays instead of registers: loops that are not unrolled do as well */
+#define ALL_OF(BITS, KIND, A)
+#endif
 #define WITH_FLOATS(BITS, KIND) ALL_OF(BITS, KIND, FLOAT) EXPAND(BITS, KIND)
 #if REGISTERS == 32
 #define MORE_PANELS(BITS, KIND, A) ONE_ROW(BITS, KIND, A, 4)
@@ -230,6 +234,10 @@ INTEGER_ROWS(8)
 #define MORE_PANELS(BITS, KIND, A)
 #define ONE_OF(BITS, KIND, A) {one_##BITS##_##KIND##_##A##_1, one_##BITS##_##KIND##_##A##_2}
 enum { MOST_TOGETHER = 4 };
+#endif
+#if !defined(__AVX2__)
+#undef ONE_OF
+#define ONE_OF(BITS, KIND, A) {0}
 #endif
 FLOAT_ROWS(1)
 FLOAT_ROWS(2)
@@ -318,9 +326,10 @@ static void multiply_quantized(const struct linear *linear, int first, int panel
     const struct packing *of = linear->packing;
     const char *w = (const char *)linear->weights + first * of->panel_nbytes;
     one_row_of *const *one = ONE_ROW_OF[linear->is_integer][of->kind][of->bits];
+    const int is_one = rows == 1 && one[0];
     for (int p = 0; p < panels;) {
-        int step = rows > 1 ? 0 : panels - p >= 4 && one[2] ? 2 : panels - p >= 2 ? 1 : 0;
-        if (rows > 1)
+        int step = !is_one ? 0 : panels - p >= 4 && one[2] ? 2 : panels - p >= 2 ? 1 : 0;
+        if (!is_one)
             multiply_rows(linear, x, row, rows, w + p * of->panel_nbytes, begin, end, tile + p * PANEL);
         else
             one[step](of, x, row, w + p * of->panel_nbytes, begin, end, tile + p * PANEL);
