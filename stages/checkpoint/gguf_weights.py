@@ -1,8 +1,8 @@
 """The weights of a model in a GGUF file: which tensors there must be, whether they are there, and reading some of them.
 
 Only the bytes of what is asked for are read: rows of a matrix, of each row the blocks that have the wanted inputs, and
-of the tensor that all experts share the wanted expert's. Files of the architecture llama have the rows of q and k in the
-order in which llama.cpp rotates neighbours; here they come in the order of Hugging Face layout.
+of the tensor that all experts share the wanted expert's. Files of the architecture llama have the rows of q and k in
+the order in which llama.cpp rotates neighbours; here they come in the order of Hugging Face layout.
 """
 
 from __future__ import annotations
