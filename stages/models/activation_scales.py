@@ -32,6 +32,8 @@ WINDOW = 512
 MOST_TOKENS = 8192
 KEPT = 256
 """Inputs of each linear by which alphas are compared."""
+QUICK = (1.0,)
+"""Shares of the largest scale that are tried while alphas are compared."""
 ALPHAS = tuple(step / 20 for step in range(20))
 SHARED = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -196,7 +198,7 @@ class Calibrated(AsStored):
         """The squared error of the outputs of ``weights`` for the inputs ``x``, if they are rescaled and rounded."""
         error = 0.0
         for weight, stored in zip(weights, types, strict=True):
-            rounded = quantize_matrix(weight * scales, *self._how, squares / scales.square(), stored, is_quick=True)
+            rounded = quantize_matrix(weight * scales, *self._how, squares / scales.square(), stored, QUICK)
             error += float(F.linear(x, rounded.dense().div_(scales).sub_(weight)).square().sum())
         return error
 

@@ -22,6 +22,7 @@ from stages.kernels.library import HEAD_BLOCK, LEAVES
 if TYPE_CHECKING:
     import torch
 
+    from stages.checkpoint.extents import Extent
     from stages.quantization.matrix import Matrix
 
 Slices = tuple[slice, ...]
@@ -139,6 +140,10 @@ class SplitWeights(Weights):
     ) -> dict[str, Matrix]:
         """See Weights."""
         return self._weights.matrices(names := list(names), dtype, self._slices(names))
+
+    def extents(self, names: Iterable[str], slices: Mapping[str, Slices] | None = None) -> list[Extent]:
+        """See Weights."""
+        return self._weights.extents(names := list(names), self._slices(names))
 
     def _slices(self, names: Iterable[str]) -> dict[str, Slices]:
         return {name: self._split.slices(name) for name in names}

@@ -11,7 +11,8 @@ Scales are rounded to the type that they are stored in before codes are chosen, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -77,17 +78,19 @@ def quantize_matrix(
     group: int = 0,
     importance: Tensor | None = None,
     scales: torch.dtype | None = None,
-    is_quick: bool = False,
+    shares: Sequence[float] = (),
 ) -> QuantizedMatrix:
     """``weight`` [outputs, inputs] in ``format``: one of FORMATS, or PLANE. ``group``: inputs that share a scale, a
     multiple of MULTIPLE that divides the inputs; 0: all inputs of an output. ``importance``: float32 [inputs], of
-    squared errors. ``scales``: the type of the scales; by default that of ``weight``. ``is_quick``: by the first scales
-    alone, an order of magnitude faster.
+    squared errors. ``scales``: the type of the scales; by default that of ``weight``. ``shares``: those that are
+    tried instead of the format's own, where time is short.
 
     Raises ValueError where ``group`` does not fit, or a weight is not finite."""
     if format == PLANE:
-        return _plane_of(weight, quantize_matrix(weight, "fp6", group, importance, scales), importance)
+        return plane_of(weight, quantize_matrix(weight, "fp6", group, importance, scales, shares), importance)
     rounding, (outputs, inputs) = FORMATS[format], weight.shape
+    if shares:
+        rounding = replace(rounding, shares=tuple(shares))
     if group % MULTIPLE or (group and inputs % group):
         raise ValueError(f"groups of {group} do not divide {inputs} inputs, or are no multiple of {MULTIPLE}")
     stored = scales or weight.dtype
@@ -101,7 +104,7 @@ def quantize_matrix(
         blocks = weight[start : start + rows].float().view(-1, inputs // size, size)
         if not blocks.isfinite().all():
             raise ValueError("a weight is not finite")
-        best, numbers = _best(blocks, rounding, parts, stored, is_quick)
+        best, numbers = _best(blocks, rounding, parts, stored)
         found[start : start + rows] = best
         codes[start : start + rows] = rounding.codes(numbers).view(-1, inputs)
     span = -(-size // MULTIPLE) * MULTIPLE
@@ -109,14 +112,11 @@ def quantize_matrix(
 
 
 def _best(
-    blocks: Tensor, rounding: Rounding, importance: Tensor | None, stored: torch.dtype, is_quick: bool
+    blocks: Tensor, rounding: Rounding, importance: Tensor | None, stored: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The scales [rows, blocks] of type ``stored`` with the least error, and the numbers of ``blocks`` by them."""
     first = blocks.abs().amax(2) / rounding.top
     first[first == 0] = 1
-    if is_quick:
-        best = _stored(first, stored)
-        return best.to(stored), rounding.nearest(blocks / best[..., None])
     best, least = _stored(first, stored), torch.full_like(first, torch.inf)
     numbers, units = torch.empty_like(blocks), blocks / first[..., None]  # whose squares are not too large for float32
 
@@ -147,7 +147,7 @@ def _least_squares(blocks: Tensor, numbers: Tensor, otherwise: Tensor, importanc
     return torch.where((below > 0) & (scales > 0), scales, otherwise)
 
 
-def _plane_of(weight: Tensor, whole: QuantizedMatrix, importance: Tensor | None) -> QuantizedMatrix:
+def plane_of(weight: Tensor, whole: QuantizedMatrix, importance: Tensor | None = None) -> QuantizedMatrix:
     """The 4-bit plane of the FP6 matrix ``whole``, with the scales by which it is nearest to ``weight``."""
     codes, inputs = whole.codes >> 2, weight.shape[1]
     blocks = whole.scales.shape[1]

@@ -58,7 +58,7 @@ def test_a_search_is_no_worse_than_the_first_scale(
         off = quantize_matrix(weight, format, group, *given, **how).dense() - weight.float()
         return (off.square() * importance).view(shape[0], -1, group or shape[1]).sum(-1)
 
-    best, usual, quick = error(importance), error(), error(is_quick=True)
+    best, usual, quick = error(importance), error(), error(shares=(1.0,))
     assert (best <= quick * (1 + 1e-5) + 1e-12).all() and (best.sum() < quick.sum())
     assert best.sum() <= usual.sum()
 
