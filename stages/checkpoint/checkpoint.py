@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from stages.checkpoint.extents import Extent, Window, extent_of, stored_tensors
+from stages.checkpoint.extents import Extent, Window, extent_of
 from stages.checkpoint.folder import (
     AGAIN,
     has_file,
@@ -221,14 +221,24 @@ class Checkpoint(Weights):
             wanted.setdefault(self.tensors[name].path, {})[self.tensors[name].name] = name
         read: dict[str, torch.Tensor] = {}
         for path, by_stored in wanted.items():
-            with reading(path), windows(path, by_stored) as found:
-                for stored, window in found:
+            with reading(path), self._windows(path, by_stored) as windows:
+                for stored, window in windows:
                     name = by_stored[stored]
                     part = window[slices[name] if slices else ...]
                     # Without the copy a pickled tensor would stay a window on the mapped file, a part of columns one on
                     # the whole tensor.
                     read[name] = part.to(dtype, copy=path.suffix == ".bin" or not part.is_contiguous())
         return read
+
+    @contextmanager
+    def _windows(self, path: Path, names: Mapping[str, str]) -> Iterator[Iterator[tuple[str, Any]]]:
+        """As ``opened``, but safetensors are read by pread, as their header was when this was made. ``names``: our
+        names by stored names."""
+        if path.suffix == ".bin":
+            with opened(path, names) as found:
+                yield found
+        else:
+            yield ((stored, Window(self.tensors[name])) for stored, name in names.items())
 
     def extents(self, names: Iterable[str], slices: Mapping[str, tuple[slice, ...]] | None = None) -> list[Extent]:
         """See Weights: of each matrix all that is stored under its name, whatever the format."""
@@ -265,17 +275,6 @@ def opened(path: Path, names: Iterable[str]) -> Iterator[Iterator[tuple[str, Any
 
     with safe_open(path, framework="pt", device="cpu") as file:
         yield ((name, file.get_slice(name)) for name in names)
-
-
-@contextmanager
-def windows(path: Path, names: Iterable[str]) -> Iterator[Iterator[tuple[str, Any]]]:
-    """As ``opened``, but safetensors are read by pread, through read_extent."""
-    if path.suffix == ".bin":
-        with opened(path, names) as found:
-            yield found
-        return
-    stored = stored_tensors(path)
-    yield ((name, Window(stored[name])) for name in names)
 
 
 @contextmanager
