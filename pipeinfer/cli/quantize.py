@@ -24,6 +24,8 @@ DEFAULT_GROUPS = {"int8": 0, "int4": 128, "fp6": 0}
 """By format: inputs that share a scale; 0: one scale an output."""
 COPIED = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "additional_chat_templates/*.jinja", "LICENSE*")
 """Files of a model beside its weights: tokenizer, settings of generation, chat templates, terms."""
+LEAST_TOKENS = 64
+"""Of a text that calibrates."""
 REWRITTEN = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -46,6 +48,11 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="inputs that share a scale, a multiple of 32; 0: one scale an output (default: 128 for int4, else 0)",
     )
+    parser.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="run the model on the text in FILE, and rescale weights by its activations before they are rounded (AWQ)",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="the directory to write; there must be none yet")
 
 
@@ -64,8 +71,9 @@ def quantize(args: argparse.Namespace) -> int:
     spec, checkpoint = open_source(directory)
     group = DEFAULT_GROUPS[args.format] if args.group is None else args.group
     refuse_group(spec, checkpoint, group)
+    tokens = None if args.calibrate is None else read_tokens(args.calibrate, directory, spec)
     with whole_directory(out) as folder:
-        nbytes = write_model(spec, checkpoint, folder, args.format, group)
+        nbytes = write_model(spec, checkpoint, folder, args.format, group, tokens)
         copy_files(checkpoint.directory, folder, args.format, group)
     print(f"pipeinfer: {out}: {args.format}, {describe(group)}, {nbytes / 1e6:.1f} MB of weights", file=sys.stderr)
     return 0
@@ -76,8 +84,29 @@ def describe(group: int) -> str:
     return f"groups of {group}" if group else "one scale an output"
 
 
-def write_model(spec: ModelSpec, checkpoint: Checkpoint, folder: Path, format: str, group: int) -> int:
-    """Write the quantised weights into ``folder`` and return their bytes. Raises OSError."""
+def read_tokens(path: str, directory: Path, spec: ModelSpec) -> list[int]:
+    """The tokens of the text in the file at ``path``. Raises UserError where it cannot calibrate the model."""
+    from pipeinfer.text import Text
+
+    if spec.experts is not None:
+        refuse(f"--calibrate: {spec.architecture} has experts, which are not rescaled", "leave --calibrate out")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        refuse(f"{path} cannot be read ({error.strerror})", "name a readable file")
+    except UnicodeDecodeError as error:
+        refuse(f"{path} is not UTF-8 text (byte {error.start})", "convert it, for instance with iconv")
+    tokens = Text(directory).encode(text)
+    if len(tokens) < LEAST_TOKENS:
+        refuse(f"{path} holds {len(tokens)} tokens", f"give at least {LEAST_TOKENS}, better thousands, of usual text")
+    return tokens
+
+
+def write_model(
+    spec: ModelSpec, checkpoint: Checkpoint, folder: Path, format: str, group: int, tokens: list[int] | None
+) -> int:
+    """Write the quantised weights into ``folder`` and return their bytes. ``tokens``: of the text that calibrates.
+    Raises OSError."""
     from pipeinfer.cli.progress import ProgressBar
     from stages.checkpoint.quantizer import AsStored, layout, weight_count, write
     from stages.checkpoint.safetensors_writer import SafetensorsWriter
@@ -86,7 +115,12 @@ def write_model(spec: ModelSpec, checkpoint: Checkpoint, folder: Path, format: s
         SafetensorsWriter(folder, layout(spec, checkpoint, format, group)) as writer,
         ProgressBar(weight_count(spec, checkpoint)) as bar,
     ):
-        write(writer, spec, checkpoint, AsStored(checkpoint), format, group, bar.tell)
+        source = AsStored(checkpoint)
+        if tokens is not None:
+            from stages.models.activation_scales import Calibrated, windows_of
+
+            source = Calibrated(spec, checkpoint, windows_of(tokens, spec), format, group)
+        write(writer, spec, checkpoint, source, format, group, bar.tell)
         writer.finish()
         return writer.nbytes
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from stages.kernels.library import LEAVES, PANEL
 
-
 BLOCK = 32
 """Inputs of a block of quantised weights, of which their sums consist: their cuts are multiples of it."""
 

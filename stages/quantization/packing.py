@@ -4,10 +4,7 @@ int8 and int4 are stored as compressed-tensors' ``pack-quantized``, weights only
 ``weight_packed``, int32 [outputs, words], whose lowest bits hold the first code; ``weight_scale`` [outputs, groups];
 ``weight_shape``, int64 [2]. Codes are unsigned: an integer n is stored as n + 2^(bits - 1). Rows are filled up with 0.
 
-FP6 has no standard. Its two planes (Quant-LLM, ATC'24) are tensors of their own, so that the 4-bit plane can be read
-alone: ``weight_high``, uint8 [outputs, ceil(inputs / 2)], holds sign and exponent of two weights a byte;
-``weight_low``, uint8 [outputs, ceil(inputs / 4)], the mantissas of four. The first weight is in the lowest bits.
-``weight_scale`` and ``weight_shape`` are as above; the ``quant_method`` is FP6_METHOD.
+FP6 has no standard; its two planes are tensors of their own (see fp6.py), so that the 4-bit plane can be read alone.
 """
 
 from __future__ import annotations
@@ -17,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.quantization.fp6 import FORMAT, HIGH, LOW, METHOD, PER_BYTE
 from stages.quantization.matrix import QuantizedMatrix
 from stages.quantization.rounding import FORMATS
 
-FP6_METHOD = "pipeinfer-fp6"
-"""Of ``quant_method`` in a config.json: planes as above."""
 WORD_BITS = 32
 
 
@@ -30,7 +26,7 @@ def stored_shapes(outputs: int, inputs: int, format: str, group: int) -> dict[st
     safetensors' spelling ("": that of the scales) and the shape."""
     widths = {"weight_packed": ("I32", -(-inputs * FORMATS[format].bits // WORD_BITS))}
     if format == "fp6":
-        widths = {"weight_high": ("U8", -(-inputs // 2)), "weight_low": ("U8", -(-inputs // 4))}
+        widths = {name: ("U8", -(-inputs // per)) for name, per in PER_BYTE.items()}
     widths["weight_scale"] = "", inputs // group if group else 1
     return {name: (dtype, (outputs, width)) for name, (dtype, width) in widths.items()}
 
@@ -38,7 +34,7 @@ def stored_shapes(outputs: int, inputs: int, format: str, group: int) -> dict[st
 def stored_tensors(matrix: QuantizedMatrix) -> dict[str, Tensor]:
     """The tensors of ``matrix`` or of some of its rows, named as in ``stored_shapes``."""
     if matrix.format == "fp6":
-        planes = {"weight_high": bytes_of(matrix.codes >> 2, 4), "weight_low": bytes_of(matrix.codes & 3, 2)}
+        planes = {HIGH: bytes_of(matrix.codes >> 2, 4), LOW: bytes_of(matrix.codes & 3, 2)}
         return planes | {"weight_scale": matrix.scales}
     packed = bytes_of(matrix.codes, matrix.bits, WORD_BITS)
     return {"weight_packed": packed.view(torch.int32), "weight_scale": matrix.scales}
@@ -67,7 +63,7 @@ def codes_of(packed: Tensor, bits: int, count: int) -> Tensor:
 def quantization_config(format: str, group: int) -> dict[str, Any]:
     """``quantization_config`` of a model whose layers' linears are in ``format``, but for heads and routers."""
     if format == "fp6":
-        return {"quant_method": FP6_METHOD, "format": "e3m2-planes", "group_size": group or None}
+        return {"quant_method": METHOD, "format": FORMAT, "group_size": group or None}
     weights = {
         "num_bits": FORMATS[format].bits,
         "type": "int",
