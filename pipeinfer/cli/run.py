@@ -116,6 +116,9 @@ def add_computing(group: Any) -> None:
         help="portable: the same bits on every processor; fast: its own 16-bit products (default portable)",
     )
     group.add_argument(
+        "--activations", default="fp32", metavar="fp32|int8", help="int8: products of quantised weights with bytes"
+    )
+    group.add_argument(
         "--threads", type=int, metavar="N", help="threads of each rank (default: its share of the cores it may use)"
     )
     group.add_argument(
@@ -225,6 +228,7 @@ def open_engine(args: argparse.Namespace, check: Callable[[Engine], object], **m
         settings=args.set,
         dtype=args.dtype,
         numerics=args.numerics,
+        activations=args.activations,
         threads=args.threads,
         tp=args.tp,
         stages=args.stages,
