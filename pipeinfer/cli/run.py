@@ -110,10 +110,7 @@ def add_models(group: Any) -> None:
 def add_computing(group: Any) -> None:
     """Add the options that say how ranks compute to the parser's ``group``."""
     group.add_argument(
-        "--numerics",
-        default="portable",
-        metavar="portable|fast",
-        help="portable: the same bits on every processor; fast: its own 16-bit products (default portable)",
+        "--numerics", default="portable", metavar="portable|fast", help="fast: this processor's own 16-bit products"
     )
     group.add_argument(
         "--activations", default="fp32", metavar="fp32|int8", help="int8: products of quantised weights with bytes"

@@ -2,8 +2,8 @@
 
 Each kind of matrix of a world has a format of its own, or stays as it is; activations are floats or bytes.
 
-``python -m tests.models.quantized_worlds --worlds 200 --seed 1`` looks through two hundred worlds, and with ``--groups``
-through as many on groups of ranks."""
+``python -m tests.models.quantized_worlds --worlds 200 --seed 1`` looks through two hundred worlds; with ``--groups`` on
+groups of ranks."""
 
 from __future__ import annotations
 
