@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from stages.checkpoint.extents import Extent, TensorWindow, extent_of
 from stages.checkpoint.folder import (
     AGAIN,
     has_file,
@@ -147,6 +148,11 @@ class Weights(Protocol):
         """The same, but what is stored in few bits stays so. Where nothing is, this is ``read``."""
         return dict(self.read(names, dtype, slices))
 
+    def extents(self, names: Iterable[str], slices: Mapping[str, tuple[slice, ...]] | None = None) -> list[Extent]:
+        """What ``matrices`` will read through read_extent for the same arguments, for whoever reads ahead: parts of
+        files, perhaps not all. Nothing where nothing is known."""
+        return []
+
 
 class Checkpoint(Weights):
     """The weights of one model directory, their headers read and their lengths checked; safetensors before pickles.
@@ -210,7 +216,7 @@ class Checkpoint(Weights):
     def validate(self, spec: ModelSpec) -> None:
         """Check that every tensor of the model is there, in shape and in a float type, or quantised as config.json
         says. Raises CheckpointError."""
-        with windows("numpy") as window:
+        with numpy_windows() as window:
             for name, shape in expected(spec):
                 self._validate(self.stored_name(name) if spec.tied else name, shape, window)
             if spec.tied and self._has(HEAD):
@@ -257,15 +263,28 @@ class Checkpoint(Weights):
             if name not in self.tensors:
                 refuse(f"{self.directory}: tensor {name} is missing", AGAIN)
             wanted.setdefault(self.tensors[name].path, {})[self.tensors[name].name] = name
+        window = torch_windows()
         for path, by_stored in wanted.items():
-            with reading(path), opened(path, by_stored) as found:
-                for stored, window in found:
-                    # Without the copy the tensor would stay a window on the mapped file.
-                    name = by_stored[stored]
-                    yield name, window[slices[name] if slices else ...].to(dtype, copy=True)
-        with reading(self.directory), windows("pt") as on:
+            with reading(path):
+                for name in by_stored.values():
+                    part = window(self.tensors[name])[slices[name] if slices else ...]
+                    # Without the copy a pickled tensor would stay a window on the mapped file, a part of columns one on
+                    # the whole tensor.
+                    yield name, part.to(dtype, copy=path.suffix == ".bin" or not part.is_contiguous())
+        with reading(self.directory):
             for name, packing in packings.items():
-                yield name, self.quantized.read(name, packing, on, slices[name] if slices else None)
+                yield name, self.quantized.read(name, packing, window, slices[name] if slices else None)
+
+    def extents(self, names: Iterable[str], slices: Mapping[str, tuple[slice, ...]] | None = None) -> list[Extent]:
+        """See Weights: of each matrix all that is stored under its name, whatever the format."""
+        found = list[Extent]()
+        for name in names:
+            if name in self.tensors:
+                found.append(extent_of(self.tensors[name], slices[name] if slices else ...)[0])
+            else:
+                prefix = name.removesuffix("weight")
+                found += [extent_of(one)[0] for other, one in self.tensors.items() if other.startswith(prefix)]
+        return sorted((one for one in found if one.nbytes), key=lambda one: (one.path, one.start))
 
 
 def refuse_unlike(stored: StoredTensor, shape: tuple[int, ...]) -> None:
@@ -293,22 +312,34 @@ def opened(path: Path, names: Iterable[str]) -> Iterator[Iterator[tuple[str, Any
         yield ((name, file.get_slice(name)) for name in names)
 
 
+def torch_windows() -> Window:
+    """Windows on tensors of any files, as torch reads them: safetensors by pread (see extents), pickles once."""
+    pickles: dict[Path, Any] = {}
+
+    def window(stored: StoredTensor) -> Any:
+        path = stored.path
+        if path.suffix != ".bin":
+            return TensorWindow(stored)
+        if path not in pickles:
+            pickles[path] = open_pickle(path)
+        return pickles[path][stored.name]
+
+    return window
+
+
 @contextmanager
-def windows(framework: str) -> Iterator[Window]:
-    """Windows on tensors of any files, in safetensors' name of a ``framework``; each file is opened once."""
+def numpy_windows() -> Iterator[Window]:
+    """Windows on tensors of safetensors files for what is checked without torch; each file is opened once."""
     with ExitStack() as files:
         found: dict[Path, Any] = {}
 
         def window(stored: StoredTensor) -> Any:
             path = stored.path
-            if path not in found and path.suffix == ".bin":
-                found[path] = open_pickle(path)
-            elif path not in found:
+            if path not in found:
                 from safetensors import safe_open
 
-                found[path] = files.enter_context(safe_open(path, framework=framework, device="cpu"))
-            file = found[path]
-            return file[stored.name] if isinstance(file, dict) else file.get_slice(stored.name)
+                found[path] = files.enter_context(safe_open(path, framework="numpy", device="cpu"))
+            return found[path].get_slice(stored.name)
 
         yield window
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from stages.checkpoint.checkpoint import Checkpoint, opened, refuse_unlike, windows
+from stages.checkpoint.checkpoint import Checkpoint, numpy_windows, opened, refuse_unlike, torch_windows
 from stages.checkpoint.folder import AGAIN, printable, refuse
 from stages.checkpoint.names import refuse_collisions
 from stages.checkpoint.safetensors_file import FLOAT_NBYTES, StoredTensor
@@ -52,7 +52,7 @@ def refuse_by_tensors(path: Path, checkpoint: Checkpoint, model: PreTrainedModel
         if packing is not None:
             checkpoint.quantized.refuse_unlike(name, packing, tuple(state[meant].shape))
             if packing.early:
-                with windows("numpy") as window:
+                with numpy_windows() as window:
                     checkpoint.quantized.refuse_numbers(name, packing, window)
         if stored.dtype not in FLOAT_NBYTES:
             refuse(f"{stored.path}: tensor {stored.name} is {stored.dtype}", f"use one of {', '.join(FLOAT_NBYTES)}")
@@ -118,8 +118,7 @@ class Quantized:
             return checkpoint.read([name], self._dtype)[name]
         packing = checkpoint.quantized.packing(name)
         assert packing is not None
-        with windows("pt") as window:
-            shape = checkpoint.quantized.shape(name, packing, window)
+        shape = checkpoint.quantized.shape(name, packing, torch_windows())
         # Not a number: one that is never replaced is noticed.
         number = torch.full((), torch.nan, dtype=self._dtype)
         self._names[number.data_ptr()] = name

@@ -8,6 +8,7 @@ from typing import Any
 from stages.quantization.awq import read_awq
 from stages.quantization.compressed_config import read_compressed
 from stages.quantization.float8 import read_float8
+from stages.quantization.fp6 import METHOD, read_fp6
 from stages.quantization.gptq import read_gptq
 from stages.quantization.scheme import ANOTHER, Scheme, quoted, refuse
 from stages.quantization.settings import Settings
@@ -18,6 +19,7 @@ METHODS: dict[str, Callable[[Settings], Scheme]] = {
     "compressed-tensors": read_compressed,
     "fp8": read_float8,
     "fbgemm_fp8": read_float8,
+    METHOD: read_fp6,
 }
 """By ``quant_method``."""
 OTHERS = {

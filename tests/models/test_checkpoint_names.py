@@ -172,7 +172,7 @@ def test_pickles_that_are_not_weights(llama: Path, case: str, capsys: pytest.Cap
     ("file", "says"),
     [
         ("adapter_model.safetensors", "only a LoRA adapter .*; merge it"),
-        ("model-Q4_K_M.gguf", "a GGUF file .*; give the model's safetensors release"),
+        ("model-Q4_K_M.gguf", "a GGUF file .*; give the path of that file"),
         ("model.onnx", "an ONNX model"),
         ("consolidated.00.pth", r"its authors' own format \(consolidated"),
         ("tf_model.h5", "weights for TensorFlow"),
