@@ -137,7 +137,8 @@ def _read_all(path: Path, _mtime: int, _size: int) -> GGUFFile:
     if not named or int(named[3]) != parts:
         refuse(f"{path} is one of {parts} files", "name them as they were: MODEL-00001-of-0000N.gguf")
     if int(named[2]) != 1 or metadata.get("split.no", 0) != 0:
-        refuse(f"{path} is not the first of {parts} files", f"give {named[1]}-00001-of-{named[3]}.gguf")
+        first = path.with_name(f"{named[1]}-00001-of-{named[3]}.gguf")
+        refuse(f"{path} is not the first of {parts} files", f"give {first}")
     for part in range(2, parts + 1):
         other = path.with_name(f"{named[1]}-{part:05}-of-{named[3]}.gguf")
         if not has_file(other):
