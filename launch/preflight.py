@@ -8,8 +8,10 @@ from pathlib import Path
 
 from launch.cores import refuse_threads
 from launch.kv_memory import kv_slots
+from launch.weights_memory import refuse_weights_memory
 from pipeinfer.core.config import AUTO, DEFAULT_CONTEXT, DTYPES, FUSED, NUMERICS, Config, resolve_dtype
 from pipeinfer.core.errors import refuse
+from pipeinfer.core.self_draft import is_self_draft
 from pipeinfer.placement.roles import Plan, assign
 from pipeinfer.runtime.trace import refuse_unwritable
 from pipeinfer.text import Text, has_tokenizer, refuse_foreign_tokenizer, same_tokens, vocabulary_of
@@ -23,6 +25,7 @@ from stages.kernels.group import MOST_RANKS
 from stages.kernels.library import library, reason
 from stages.models.forced import FORCED_TOKENS
 from stages.models.generic_spec import GenericSpec
+from stages.models.self_draft import self_draft
 from stages.models.split import refuse_unsplittable
 
 MOST_SEQUENCES = 512
@@ -56,8 +59,8 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
         refuse_unwritable(config.trace, ranks)
     _refuse_forcing(config)
     policy = Policy(**config.policy)
-    places = config.draft_directories if policy.speculate else []
-    if policy.speculate and not places and (policy.schedule != "continuous" or not policy.prompt_lookup):
+    names = config.drafts if policy.speculate else ()
+    if policy.speculate and not names and (policy.schedule != "continuous" or not policy.prompt_lookup):
         refuse(f"policy {policy.name} needs a draft model", "give one with --draft DIR, or use --policy plain")
     if config.context < 0:
         refuse(f"--context {config.context}", "ask for at least one token, or for 0: what the target was made for")
@@ -68,6 +71,7 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
     if config.context > spec.context:
         refuse(f"--context {config.context}, but the target was made for {spec.context} tokens", "ask for fewer")
     context = config.context or min(spec.context, DEFAULT_CONTEXT)
+    places = [place for name, place in zip(names, config.draft_directories, strict=False) if not is_self_draft(name)]
     models = {place: read(place, context, has_kernels) for place in dict.fromkeys(places)}
     if config.forced_acceptance:
         _refuse_few_tokens(config.tokenizer_directory, {config.target_directory: target, **models})
@@ -76,12 +80,16 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
         for place in models:
             if config.tokenizer is None or has_tokenizer(place):
                 _same_vocabulary(config.tokenizer_directory, place)
-    plan = assign(ranks, spec.layer_count, len(places), spec.head_in_layers, config.tp, config.stages)
-    drafts = [models[place] for place in places]
+    plan = assign(ranks, spec.layer_count, len(names), spec.head_in_layers, config.tp, config.stages)
+    drafts = [
+        self_draft(name, target) if is_self_draft(name) else models[place]
+        for name, place in zip(names, config.draft_directories, strict=False)
+    ]
     if config.tp > 1:
         _refuse_group(config, spec, has_kernels)
     resolved = _resolved(config, target, drafts, has_kernels)
     resolved = replace(resolved, kv_slots=kv_slots(spec, plan, resolved, context))
+    refuse_weights_memory(target, plan, resolved, has_kernels)
     note = "" if has_kernels else _note(config, target, drafts)
     return Cleared(resolved, target, drafts, plan, context, note)
 

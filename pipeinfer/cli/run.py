@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.environment import OPEN_MPI, launched
 from pipeinfer.core.errors import PipeinferError, refuse
+from pipeinfer.core.self_draft import is_self_draft
 
 if TYPE_CHECKING:
     from pipeinfer.core.ports import Sampling
@@ -91,7 +92,8 @@ def add_models(group: Any) -> None:
         "--draft",
         action="append",
         metavar="MODEL",
-        help="draft model with the target's tokenizer (repeat for further draft models), or none",
+        help="draft model with the target's tokenizer (repeat for further ones), none, or one made of the target: "
+        "self:int4, self:layers=8, self:int4,layers=8",
     )
     group.add_argument("--tokenizer", metavar="DIR", help="directory with the tokenizer (default: the target's own)")
     group.add_argument("--drafters", type=int, metavar="N", help="number of drafters (default: one per --draft)")
@@ -115,6 +117,9 @@ def add_computing(group: Any) -> None:
     )
     group.add_argument(
         "--threads", type=int, metavar="N", help="threads of each rank (default: its share of the cores it may use)"
+    )
+    group.add_argument(
+        "--weights-memory", default="0", metavar="SIZE", help="memory of each rank for the target's weights, such as 8G"
     )
     group.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share each stage (default 1)")
     group.add_argument("--stages", type=int, metavar="S", help="refuse any other number of stages")
@@ -229,6 +234,7 @@ def open_engine(args: argparse.Namespace, check: Callable[[Engine], object], **m
         calibration=args.calibration,
         max_num_seqs=getattr(args, "max_num_seqs", 1),
         kv_memory=getattr(args, "kv_memory", 0),
+        weights_memory=args.weights_memory,
         prefix_caching=getattr(args, "prefix_caching", False),
         check=check,
         **more,
@@ -260,7 +266,8 @@ def add_requests(group: Any, max_num_seqs: int) -> None:
 
 def refuse_half_a_pair(args: argparse.Namespace) -> None:
     """Refuse --draft without --target."""
-    if args.draft and args.draft != ["none"] and not args.target:
+    named = [name for name in args.draft or () if name != "none" and not is_self_draft(name)]
+    if named and not args.target:
         refuse("--draft without --target", "name both models, or neither for the built-in pair")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeinfer.core.errors import refuse
+from pipeinfer.core.self_draft import is_self_draft
 from pipeinfer.core.wire import VERSION
 
 ModelName = str | os.PathLike[str]
@@ -29,7 +30,8 @@ UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 @dataclass(frozen=True, slots=True)
 class Config:
     """``target`` and ``drafts`` (one for each drafter) are directories in Hugging Face format, GGUF files, or
-    ``builtin``. ``tokenizer``: a directory with the tokenizer of all of them; None for the target's own.
+    ``builtin``; a draft may also be made of the target (see core.self_draft). ``tokenizer``: a directory with the
+    tokenizer of all of them; None for the target's own.
     ``policy``: every knob of it, by name (see speculation.schedules.policy). ``context``: most tokens of a request,
     prompt included (0: what the target was made for, at most DEFAULT_CONTEXT). ``timeout_s``: how long nothing may
     move before the job gives up and reports who waits for whom (0: for ever). ``trace``: the prefix of each rank's
@@ -44,8 +46,9 @@ class Config:
     ``tp``: ranks that share a stage; ``stages``: how many there are to be, if that is said. ``fused``: whether their
     exchanges are fused with the kernels, of FUSED. ``max_num_seqs``: requests that are decoded at once. ``kv_memory``:
     bytes of each rank for keys and values of accepted tokens, 0 for what so many whole contexts need; ``kv_slots``: the
-    slots that preflight found for it. ``prefix_caching``: whether what requests have computed is kept for others that
-    begin with the same tokens."""
+    slots that preflight found for it. ``weights_memory``: bytes of each rank for the target's weights, with buffers for
+    those that are streamed from the files; 0 where all are resident. ``prefix_caching``: whether what requests have
+    computed is kept for others that begin with the same tokens."""
 
     target: str = BUILTIN
     drafts: tuple[str, ...] = (BUILTIN,)
@@ -66,6 +69,7 @@ class Config:
     max_num_seqs: int = 1
     kv_memory: int = 0
     kv_slots: int = 0
+    weights_memory: int = 0
     prefix_caching: bool = False
     tokenizer: str | None = None
 
@@ -93,8 +97,9 @@ class Config:
 
     @property
     def draft_directories(self) -> list[Path]:
-        """Where the drafts' files are, drafter by drafter."""
-        return [model_directory(draft, "draft") for draft in self.drafts]
+        """Where the drafts' files are, drafter by drafter; those of drafts made of the target are the target's."""
+        target = self.target_directory
+        return [target if is_self_draft(name) else model_directory(name, "draft") for name in self.drafts]
 
 
 def byte_count(size: int | str, what: str) -> int:

@@ -111,7 +111,8 @@ class GGUFCheckpoint(Weights):
         if len(place.shape) == 1:
             vector: Any = _decoded(place.tensor, range(1), range(place.shape[0]))
             vector = vector[0][_order(place.shape[0], place.head_dim)] if place.head_dim else vector[0]
-            return vector[part[:1]].to(dtype, copy=True)
+            cut: torch.Tensor = vector[part[:1]].to(dtype, copy=True)
+            return cut
         rows, columns = self._cut(place, part)
         found = torch.empty((len(rows), len(columns)), dtype=dtype)
         step = max(1, DENSE_NUMBERS // max(1, len(columns)))

@@ -246,9 +246,8 @@ def _refuse_foreign(fields: _Fields, layer_count: int) -> None:
     for key in ("text_config", "vision_config", "audio_config"):
         if fields.get(key) is not None:
             refuse(f"{fields.path} is of a multimodal model ({key})", "use a release of its language model alone")
-    for key in ("quantization_config", "per_layer_config"):
-        if fields.get(key) is not None:
-            refuse(f"{fields.path}: {key} is not supported", "use the model's float32, float16 or bfloat16 release")
+    if fields.get("per_layer_config") is not None:
+        refuse(f"{fields.path}: per_layer_config is not supported", "use a release of one size for all layers")
     if fields.get("pretraining_tp", 1) not in (None, 1):
         refuse(f"{fields.path}: pretraining_tp {plain(fields.get('pretraining_tp'))} is not supported", "set it to 1")
     act = fields.get("hidden_act", "silu")

@@ -147,7 +147,7 @@ PICKLES: dict[str, tuple[Callable[[dict[str, torch.Tensor], Path], object], str]
     ),
     "whole numbers": (
         lambda all_, path: torch.save(all_ | {"model.norm.weight": torch.ones(64, dtype=torch.int64)}, path),
-        r"norm\.weight is int64; use one of F32",
+        r"norm\.weight is I64; use one of F32",
     ),
     "a huge view": (
         lambda all_, path: torch.save(all_ | {"model.norm.weight": torch.zeros(1).expand(1 << 40)}, path),
