@@ -25,7 +25,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MOST_HEADER_NBYTES = 512 << 20
 MOST_KEYS, MOST_TENSORS, MOST_PARTS, MOST_NAME = 1 << 16, 1 << 20, 1 << 12, 1 << 16
-MOST_ALIGNMENT = 1 << 20
+LEAST_ALIGNMENT, MOST_ALIGNMENT = 8, 1 << 20
 FIRST_READ_NBYTES = 1 << 20
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Numbers of the format for types of values, as struct spells them; 8 is text and 9 an array."""
@@ -77,7 +77,8 @@ class LongArray:
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """Where a tensor lies in its file. ``kind``: as in BLOCKS; ``shape``: rows first, inputs of a matrix last."""
+    """Where a tensor lies in its file. ``kind``: as in BLOCKS; ``shape``: rows first, inputs of a matrix last.
+    ``state``: size and time of the last change (ns) of the file when its header was read."""
 
     path: Path
     name: str
@@ -86,6 +87,7 @@ class GGUFTensor:
     offset: int
     block: int
     block_nbytes: int
+    state: tuple[int, int]
 
     @property
     def row_nbytes(self) -> int:
@@ -162,12 +164,13 @@ def _read_one(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     """Metadata and tensors of one file; all extents lie within it."""
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            found = os.fstat(file.fileno())
+            size = found.st_size
             data = file.read(FIRST_READ_NBYTES)
             _refuse_foreign(path, data)
             while True:
                 try:
-                    return _Header(path, data, size).read()
+                    return _Header(path, data, (size, found.st_mtime_ns)).read()
                 except _ShortError:
                     if len(data) >= min(size, MOST_HEADER_NBYTES):
                         _damaged(path, f"it ends within its header ({size} bytes)")
@@ -198,10 +201,10 @@ def _refuse_foreign(path: Path, start: bytes) -> None:
 
 
 class _Header:
-    """Reads a header from the first bytes ``data`` of the file ``path``, which has ``size`` bytes."""
+    """Reads a header from the first bytes ``data`` of the file ``path``, whose size and time are ``state``."""
 
-    def __init__(self, path: Path, data: bytes, size: int) -> None:
-        self._path, self._data, self._size, self._at = path, data, size, 8
+    def __init__(self, path: Path, data: bytes, state: tuple[int, int]) -> None:
+        self._path, self._data, self._state, self._size, self._at = path, data, state, state[0], 8
 
     def read(self) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         """Metadata and tensors. Raises _ShortError where ``data`` ends too early, CheckpointError where the file is
@@ -218,7 +221,7 @@ class _Header:
             metadata[key] = self._value(key)
         infos = [self._info() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", 32)
-        if type(alignment) is not int or not 1 <= alignment <= MOST_ALIGNMENT or alignment & (alignment - 1):
+        if type(alignment) is not int or not LEAST_ALIGNMENT <= alignment <= MOST_ALIGNMENT or alignment & (alignment - 1):
             _damaged(self._path, f"general.alignment is {shown(alignment)}")
         return metadata, self._placed(infos, -(-self._at // alignment) * alignment, alignment)
 
@@ -304,7 +307,7 @@ class _Header:
                 _damaged(self._path, f"tensor {printable(name)} begins at {offset}, no multiple of {alignment}")
             if name in found:
                 _damaged(self._path, f"tensor {printable(name)} comes twice")
-            found[name] = GGUFTensor(self._path, name, kind, shape, start + offset, block, nbytes)
+            found[name] = GGUFTensor(self._path, name, kind, shape, start + offset, block, nbytes, self._state)
         end = 0
         for tensor in sorted(found.values(), key=lambda tensor: tensor.offset):
             if tensor.offset < end:

@@ -165,7 +165,7 @@ def test_a_scale_that_is_not_finite(scale: float, model: Path, tmp_path: Path) -
 def test_a_file_that_changes_while_it_is_read(file: Path) -> None:
     weights = open_weights(file, ModelSpec.read(file))
     file.write_bytes(file.read_bytes()[:-5000])
-    with pytest.raises(CheckpointError, match="ends at .*, within tensor"):
+    with pytest.raises(CheckpointError, match="was changed before it was read|ends at byte"):
         for name in ("model.layers.1.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"):
             weights.read([name], torch.float32)
     file.unlink()
