@@ -57,7 +57,8 @@ MAX_NUM_SEQS = 8
 
 class Engine:
     """Decodes with ``target``, guided by ``draft``: directories in Hugging Face format, GGUF files, or ``"builtin"``.
-    ``tokenizer``: a directory that has another tokenizer than the target's own. There may be a draft for each of several ``drafters``, or one for all, or ``"none"``: then guesses are looked up in the text.
+    There may be a draft for each of several ``drafters``, or one for all, or ``"none"``: then guesses are looked up in
+    the text. tokenizer: a directory that has another tokenizer than the target's own.
 
     ranks: how many to start on this machine (default 1, which needs no MPI); inside mpirun or srun the job's own are
     used. policy: ``plain`` (the default of one rank without a draft), ``continuous`` or a TOML file with a policy's

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from stages.checkpoint.extents import Extent, TensorWindow, extent_of, stored_tensors
+from stages.checkpoint.extents import Extent, TensorWindow, extent_of
 from stages.checkpoint.folder import (
     AGAIN,
     has_file,
@@ -312,7 +312,7 @@ def torch_windows() -> Window:
     def window(stored: StoredTensor) -> Any:
         path = stored.path
         if path.suffix != ".bin":
-            return TensorWindow(stored_tensors(path)[stored.name])
+            return TensorWindow(stored)
         if path not in pickles:
             pickles[path] = open_pickle(path)
         return pickles[path][stored.name]

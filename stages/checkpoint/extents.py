@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from stages.checkpoint.folder import AGAIN, refuse
-from stages.checkpoint.safetensors_file import StoredTensor, read_header
+from stages.checkpoint.safetensors_file import StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """``nbytes`` bytes of the file ``path`` from byte ``start`` on."""
+    """``nbytes`` bytes of the file ``path`` from byte ``start`` on. ``state``: size and time of the last change (ns)
+    that the file is to have; None for any."""
 
     path: Path
     start: int
     nbytes: int
+    state: tuple[int, int] | None = None
 
     @property
     def end(self) -> int:
@@ -76,9 +78,17 @@ def plain_read(extent: Extent) -> torch.Tensor:
                 if not count:
                     refuse_short(extent.path, extent.start + done)
                 done += count
+            refuse_changed(extent, file.fileno())
     except OSError as error:
         refuse_failed(extent.path, extent.start + done, error)
     return found
+
+
+def refuse_changed(extent: Extent, descriptor: int) -> None:
+    """Raise CheckpointError if the file of ``extent``, open as ``descriptor``, is not as it was."""
+    status = os.fstat(descriptor)
+    if extent.state not in (None, (status.st_size, status.st_mtime_ns)):
+        refuse(f"{extent.path} was changed before it was read at byte {extent.start}", AGAIN)
 
 
 def refuse_short(path: Path, offset: int) -> NoReturn:
@@ -115,10 +125,10 @@ def extent_of(stored: StoredTensor, parts: Any = ...) -> tuple[Extent, tuple[int
     """Where what ``parts`` name of ``stored`` lies, and its shape: whole rows, all that the first slice names."""
     rows = parts[0] if isinstance(parts, tuple) and parts else parts
     if not isinstance(rows, slice) or not stored.shape:
-        return Extent(stored.path, stored.start, stored.nbytes), stored.shape
+        return Extent(stored.path, stored.start, stored.nbytes, stored.state), stored.shape
     start, stop, _ = rows.indices(stored.shape[0])
     count, each = max(0, stop - start), stored.nbytes // max(1, stored.shape[0])
-    return Extent(stored.path, stored.start + start * each, count * each), (count, *stored.shape[1:])
+    return Extent(stored.path, stored.start + start * each, count * each, stored.state), (count, *stored.shape[1:])
 
 
 @functools.cache
@@ -135,15 +145,3 @@ def torch_dtype(name: str) -> torch.dtype:
         raise ValueError(f"a tensor of type {name}")
     found: torch.dtype = getattr(torch, names[name])
     return found
-
-
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The header of the safetensors file ``path``, parsed once as long as the file stays the same. Raises
-    CheckpointError, OSError."""
-    status = path.stat()
-    return _header(path, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(256)
-def _header(path: Path, inode: int, nbytes: int, changed_ns: int) -> dict[str, StoredTensor]:
-    return read_header(path)

@@ -1,8 +1,8 @@
 """The weights of a model in a GGUF file: which tensors there must be, whether they are there, and reading some of them.
 
 Only the bytes of what is asked for are read: rows of a matrix, of each row the blocks that have the wanted inputs, and
-of the tensor that all experts share the wanted expert's. Files of the architecture llama have the rows of q and k in the
-order in which llama.cpp rotates neighbours; here they come in the order of Hugging Face layout.
+of the tensor that all experts share the wanted expert's. Files of the architecture llama have the rows of q and k in
+the order in which llama.cpp rotates neighbours; here they come in the order of Hugging Face layout.
 """
 
 from __future__ import annotations
@@ -39,11 +39,6 @@ class _Place:
     shape: tuple[int, ...]
     first: int = 0
     head_dim: int = 0
-
-    @property
-    def rows(self) -> int:
-        """Rows of a matrix; a vector is one row."""
-        return self.shape[0] if len(self.shape) == 2 else 1
 
 
 class GGUFCheckpoint(Weights):
@@ -104,9 +99,7 @@ class GGUFCheckpoint(Weights):
         return self._places[name]
 
     def _cut(self, place: _Place, part: tuple[slice, ...]) -> tuple[range, range]:
-        """Rows and inputs of the ``part`` of a tensor."""
-        if len(place.shape) == 1:
-            return range(1), range(place.shape[0])[part[0] if part else slice(None)]
+        """Rows and inputs of the ``part`` of a matrix."""
         rows, columns = (*part, slice(None), slice(None))[:2]
         return range(place.shape[0])[rows], range(place.shape[1])[columns]
 
@@ -115,6 +108,11 @@ class GGUFCheckpoint(Weights):
         import torch
 
         place = self._known(name)
+        if len(place.shape) == 1:
+            vector: Any = _decoded(place.tensor, range(1), range(place.shape[0]))
+            vector = vector[0][_order(place.shape[0], place.head_dim)] if place.head_dim else vector[0]
+            cut: torch.Tensor = vector[part[:1]].to(dtype, copy=True)
+            return cut
         rows, columns = self._cut(place, part)
         found = torch.empty((len(rows), len(columns)), dtype=dtype)
         step = max(1, DENSE_NUMBERS // max(1, len(columns)))
@@ -122,12 +120,10 @@ class GGUFCheckpoint(Weights):
         for start in range(0, len(rows), step):
             matrix: Any = self._stored(place, rows[start : start + step], columns)
             found[start : start + step] = matrix if isinstance(matrix, torch.Tensor) else matrix.dense()
-        return found[0] if len(place.shape) == 1 else found
+        return found
 
     def _stored(self, place: _Place, rows: range, columns: range) -> Matrix:
         """These rows and inputs of a matrix as the file has them."""
-        import torch
-
         size, wanted = place.head_dim, slice(None)
         if size:  # whole heads are read
             wanted = slice(rows.start % size, rows.start % size + len(rows))
@@ -136,12 +132,18 @@ class GGUFCheckpoint(Weights):
         blocks = range(columns.start // block, -(-columns.stop // block))
         matrix = _decoded(place.tensor, range(place.first + rows.start, place.first + rows.stop), blocks)
         if size:
-            order = torch.arange(len(rows)).view(-1, size // 2, 2).transpose(1, 2).reshape(-1)
-            matrix = matrix[order[wanted]]
+            matrix = matrix[_order(len(rows), size)[wanted]]
         skipped = columns.start - blocks.start * block
         if skipped or len(columns) < len(blocks) * block:
             matrix = matrix[:, skipped : skipped + len(columns)]
         return matrix
+
+
+def _order(rows: int, size: int) -> torch.Tensor:
+    """Where in heads of ``size`` rows, in llama.cpp's order, each row of Hugging Face's order is."""
+    import torch
+
+    return torch.arange(rows).view(-1, size // 2, 2).transpose(1, 2).reshape(-1)
 
 
 def _decoded(tensor: GGUFTensor, rows: range, blocks: range) -> Matrix:

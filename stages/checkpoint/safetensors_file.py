@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.checkpoint.folder import AGAIN, refuse, refuse_pointer, refuse_system, said
 
@@ -26,7 +27,8 @@ MAX_HEADER_NBYTES = 100_000_000  # the format's own limit
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """Where a tensor lies, and what its file says of it; ``dtype`` in safetensors' spelling, as "BF16". ``name``: its
-    name in the file. ``start`` and ``nbytes``: where its bytes lie in a safetensors file; 0 in a pickled one."""
+    name in the file. ``start`` and ``nbytes``: where its bytes lie in a safetensors file; 0 in a pickled one.
+    ``state``: size and time of the last change (ns) of that file when its header was read."""
 
     path: Path
     dtype: str
@@ -34,13 +36,23 @@ class StoredTensor:
     name: str
     start: int = 0
     nbytes: int = 0
+    state: tuple[int, int] | None = None
+
+
+class Place(NamedTuple):
+    """A file, where its data begin, and its state; see StoredTensor."""
+
+    path: Path
+    data: int
+    state: tuple[int, int]
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """What a safetensors file holds, by the names in it. Raises CheckpointError unless its extents fill it exactly."""
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            size = status.st_size
             start = file.read(64)
             length = int.from_bytes(start[:8], "little")
             refuse_pointer(path, start)
@@ -53,7 +65,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=_once)
         _check_metadata(entries.pop("__metadata__", {}))
-        tensors = {name: _stored(path, 8 + length, name, entry) for name, entry in entries.items()}
+        place = Place(path, 8 + length, (size, status.st_mtime_ns))
+        tensors = {name: _stored(place, name, entry) for name, entry in entries.items()}
         end = 8 + length + _end_of(entries)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         refuse(f"{path} has a damaged safetensors header ({said(error)})", AGAIN)
@@ -77,8 +90,8 @@ def _check_metadata(metadata: dict[str, Any]) -> None:
         raise ValueError("metadata that is not text")
 
 
-def _stored(path: Path, data: int, name: str, entry: dict[str, Any]) -> StoredTensor:
-    """One header entry; extents count from byte ``data`` on. Raises ValueError where extent and shape contradict each
+def _stored(place: Place, name: str, entry: dict[str, Any]) -> StoredTensor:
+    """One header entry of the file at ``place``. Raises ValueError where extent and shape contradict each
     other."""
     if entry.keys() != {"dtype", "shape", "data_offsets"} or not isinstance(entry["dtype"], str):
         raise ValueError(f"no type, shape and extent for {name!r}")
@@ -88,7 +101,7 @@ def _stored(path: Path, data: int, name: str, entry: dict[str, Any]) -> StoredTe
     width = NBYTES.get(entry["dtype"])
     if width is not None and stop - start != width * math.prod(shape):
         raise ValueError(f"{stop - start} bytes for shape {list(shape)}")
-    return StoredTensor(path, entry["dtype"], shape, name, data + start, stop - start)
+    return StoredTensor(place.path, entry["dtype"], shape, name, place.data + start, stop - start, place.state)
 
 
 def _end_of(entries: dict[str, Any]) -> int:

@@ -38,8 +38,8 @@ class _State(NamedTuple):
 
 class Grammars:
     """The grammars of a model whose tokenizer is tokenizer.json in ``directory``. ``vocab_size``: of its logits.
-    ``find_ends``: gives the tokens that end a text; ``find_folder``: the folder that has tokenizer.json, if it is another
-    one. Everything is read when it is first needed."""
+    ``find_ends``: gives the tokens that end a text; ``find_folder``: the folder that has tokenizer.json, if it is
+    another one. Everything is read when it is first needed."""
 
     def __init__(
         self,

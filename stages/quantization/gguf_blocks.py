@@ -9,6 +9,7 @@ Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -25,7 +26,7 @@ SHIFTS = np.array([0, 2, 4, 6], np.uint8)[:, None]
 def decode(kind: str, rows: Bytes, block_nbytes: int) -> QuantizedMatrix:
     """``rows``: uint8 [outputs, bytes of a row] of a tensor of the type ``kind``, as "Q4_K". Raises ValueError where a
     scale or a minimum is not finite."""
-    blocks = rows.reshape(len(rows), -1, block_nbytes)
+    blocks = rows.reshape(len(rows), rows.shape[1] // block_nbytes, block_nbytes)
     found = DECODERS[kind](blocks)
     for tensor in (found.scales, found.minima):
         if tensor is not None and not tensor.isfinite().all():
@@ -41,7 +42,7 @@ def _halves(blocks: Bytes, at: int) -> Tensor:
 
 def _flat(parts: npt.NDArray[np.generic]) -> Tensor:
     """[outputs, all the rest]."""
-    return torch.from_numpy(np.ascontiguousarray(parts).reshape(len(parts), -1))
+    return torch.from_numpy(np.ascontiguousarray(parts).reshape(len(parts), math.prod(parts.shape[1:])))
 
 
 def _nibbles(packed: Bytes) -> Bytes:

@@ -6,8 +6,7 @@ import errno
 import os
 from pathlib import Path
 
-from stages.checkpoint.extents import refuse_failed, refuse_short
-from stages.checkpoint.folder import AGAIN, refuse
+from stages.checkpoint.extents import Extent, refuse_changed, refuse_failed, refuse_short
 from stages.weights.memory import BLOCK, Bytes
 
 DIRECT = getattr(os, "O_DIRECT", 0)
@@ -22,7 +21,6 @@ class OpenFile:
             self._cached = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             refuse_failed(path, 0, error)
-        self._state = self._status()
         self._direct = self._open_direct()
         self._opened = [self._cached, *([self._direct] if self.is_direct else [])]
 
@@ -38,13 +36,9 @@ class OpenFile:
         """Whether reads go past the page cache."""
         return self._direct >= 0
 
-    def _status(self) -> tuple[int, int]:
-        status = os.fstat(self._cached)
-        return status.st_size, status.st_mtime_ns
-
-    def read(self, memory: Bytes, start: int, needed: int) -> None:
+    def read(self, extent: Extent, memory: Bytes, start: int, needed: int) -> None:
         """Fill ``memory``, whole blocks, from byte ``start`` on, a multiple of the block; at the end of the file it is
-        enough to fill the first ``needed`` bytes. Raises CheckpointError, with the offset."""
+        enough to fill the first ``needed`` bytes, which belong to ``extent``. Raises CheckpointError with the offset."""
         done = 0
         while done < needed:
             try:
@@ -58,8 +52,7 @@ class OpenFile:
             if not count:
                 refuse_short(self.path, start + done)
             done += count
-        if self._status() != self._state:
-            refuse(f"{self.path} was changed while it was read, at byte {start}", AGAIN)
+        refuse_changed(extent, self._cached)
 
     def close(self) -> None:
         """Nobody reads any more."""

@@ -79,7 +79,7 @@ def make_plan(layers: Sequence[Sequence[Part]], fixed: int, budget: int) -> Plan
     if everything.nbytes <= budget:
         return everything
     tried = [(step / STEPS, phase / PHASES) for step in range(STEPS) for phase in range(PHASES if step else 1)]
-    for is_ample in (True, False):  # a disk that stalls while a matrix is packed costs more than a resident matrix saves
+    for is_ample in (True, False):  # a disk that waits for packing costs more than a resident matrix saves
         plans = [_plan(layers, fixed, share, phase, is_ample) for share, phase in tried]
         fitting = [plan for plan in plans if plan.is_streaming and plan.nbytes <= budget]
         if fitting:
@@ -89,8 +89,8 @@ def make_plan(layers: Sequence[Sequence[Part]], fixed: int, budget: int) -> Plan
 
 
 def _plan(layers: Sequence[Sequence[Part]], fixed: int, share: float, phase: float, is_ample: bool) -> Plan:
-    """The plan that keeps about ``share`` of the bytes, spread by error diffusion that begins at ``phase`` (of a layer's
-    share). ``is_ample``: whether a second matrix can be read while the largest one is packed."""
+    """The plan that keeps about ``share`` of the bytes, spread by error diffusion that begins at ``phase`` (of a
+    layer's share). ``is_ample``: whether a second matrix can be read while the largest one is packed."""
     flags, kept, widest, largest = list[tuple[bool, ...]](), 0, 0, 0
     owed = phase * share * sum(part.nbytes for part in layers[0])
     for parts in layers:

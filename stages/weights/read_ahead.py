@@ -195,7 +195,7 @@ class ReadAhead:
     def _read(self, piece: _Piece, memory: Bytes, first: int, needed: int) -> None:
         error: BaseException | None = None
         try:
-            self._file(piece.extent.path).read(memory, piece.begin + first, needed)
+            self._file(piece.extent.path).read(piece.extent, memory, piece.begin + first, needed)
         except BaseException as raised:
             error = raised
         with self._changed:

@@ -127,7 +127,13 @@ def scales_of(
 
 
 def pack_quantized(
-    dice: np.random.Generator, outputs: int, inputs: int, bits: int, group: int, zeros: str = "", strategy: str = "group"
+    dice: np.random.Generator,
+    outputs: int,
+    inputs: int,
+    bits: int,
+    group: int,
+    zeros: str = "",
+    strategy: str = "group",
 ) -> Packed:
     """``zeros``: how zero points are stored, "packed" or "plain"; empty for none."""
     per = 32 // bits
@@ -153,7 +159,8 @@ def int_quantized(
 ) -> Packed:
     weight = dice.integers(-128, 128, (outputs, inputs)).astype(np.int8)
     scales, size = scales_of(dice, strategy, outputs, inputs, group, torch.float32)
-    tensors, wide = {"weight": weight}, np.broadcast_to(scales.numpy().reshape(-1, scales.shape[-1]), (outputs, scales.shape[-1]))
+    tensors = {"weight": weight}
+    wide = np.broadcast_to(scales.numpy().reshape(-1, scales.shape[-1]), (outputs, scales.shape[-1]))
     points: Array = np.zeros(scales.shape, np.int8)
     if not symmetric:
         points = tensors["weight_zero_point"] = dice.integers(-128, 128, scales.shape).astype(np.int8)
@@ -209,13 +216,15 @@ CASES: dict[str, Make] = {
        for bits in (2, 3, 4, 8) for form in ("gptq", "gptq_v2")},
     **{f"awq of {group}": lambda d, o, i, g=group: awq(d, o, i, g) for group in (32, 64, 128, -1)},  # type: ignore[misc]
     "awq sym": lambda d, o, i: awq(d, o, i, 64, zero_point=False),
-    **{f"packed {bits} {zeros}": lambda d, o, i, b=bits, z=zeros: pack_quantized(d, o, i, b, 32, z)  # type: ignore[misc]
-       for bits in (2, 3, 4, 5, 6, 7, 8) for zeros in ("", "packed", "plain")},
-    **{f"packed of {group}": lambda d, o, i, g=group: pack_quantized(d, o, i, 4, g) for group in (64, 128)},  # type: ignore[misc]
-    **{f"packed channel {bits} {zeros}": lambda d, o, i, b=bits, z=zeros: pack_quantized(d, o, i, b, 0, z, "channel")  # type: ignore[misc]
-       for bits in (4, 8) for zeros in ("", "packed", "plain")},
-    **{f"int8 {strategy} {kind}": lambda d, o, i, s=strategy, k=kind: int_quantized(d, o, i, s, k, 32 if s == "group" else 0)  # type: ignore[misc]
-       for strategy in ("tensor", "channel", "group") for kind in (True, False)},
+    **{f"packed {b} {z}": lambda d, o, i, b=b, z=z: pack_quantized(d, o, i, b, 32, z)  # type: ignore[misc]
+       for b in (2, 3, 4, 5, 6, 7, 8) for z in ("", "packed", "plain")},
+    **{f"packed of {g}": lambda d, o, i, g=g: pack_quantized(d, o, i, 4, g) for g in (64, 128)},  # type: ignore[misc]
+    **{f"packed channel {b} {z}": lambda d, o, i, b=b, z=z: pack_quantized(d, o, i, b, 0, z, "channel")  # type: ignore
+       for b in (4, 8) for z in ("", "packed", "plain")},
+    **{f"int8 {s} {kind}": lambda d, o, i, s=s, k=kind: int_quantized(d, o, i, s, k)  # type: ignore[misc]
+       for s in ("tensor", "channel") for kind in (True, False)},
+    **{f"int8 group {kind}": lambda d, o, i, k=kind: int_quantized(d, o, i, "group", k, 32)  # type: ignore[misc]
+       for kind in (True, False)},
     "fp8 blocks": lambda d, o, i: float8(d, o, i),
     "fp8 blocks of [16, 32]": lambda d, o, i: float8(d, o, i, (16, 32)),
     **{f"fp8 {len(shape)}": lambda d, o, i, s=shape: float8(d, o, i, None, s) for shape in ((), (1,))},  # type: ignore[misc]

@@ -21,11 +21,8 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 
-from launch.preflight import clear
-from pipeinfer.core.config import Config
 from pipeinfer.core.ports import Request
-from stages.models.pair import CheckpointPair
-from tests.models.in_process import POLICIES, decode
+from tests.models.in_process import POLICIES, decode, pair_of
 from tests.models.packed_tensors import Tensors, compressed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +84,8 @@ def as_awq(weight: Array, group: int) -> Tensors:
         order = np.arange(len(each)).reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(-1)
         return packed(each.T[:, order], 4, 8)
 
-    return {"qweight": ints(turned(codes)), "qzeros": ints(turned(zeros)), "scales": torch.from_numpy(scales.T.copy()).half()}
+    kept = torch.from_numpy(scales.T.copy()).half()
+    return {"qweight": ints(turned(codes)), "qzeros": ints(turned(zeros)), "scales": kept}
 
 
 def as_packed(weight: Array, bits: int, group: int, symmetric: bool) -> Tensors:
@@ -172,11 +170,6 @@ def write(source: Path, folder: Path, form: str) -> Path:
     return folder
 
 
-def pair_of(target: Path, draft: Path = DRAFT) -> CheckpointPair:
-    cleared = clear(Config(str(target), (str(draft),)), 2)
-    return CheckpointPair(cleared.target, cleared.drafts, cleared.config.dtype)
-
-
 def prompts(count: int) -> list[tuple[int, ...]]:
     """The last tokens of so many prompts of benchmarks/prompts."""
     from pipeinfer.text import Text
@@ -187,14 +180,14 @@ def prompts(count: int) -> list[tuple[int, ...]]:
     return [prompt[: len(prompt) - cut] for cut in range(4) for prompt in found][:count]
 
 
-def differing(target: Path, count: int, tokens: int, schedules: list[str]) -> list[str]:
+def differing(target: Path, draft: Path, requests: list[Request], schedules: list[str]) -> list[str]:
     """Prompts whose answers depend on the policy."""
-    pair, faults = pair_of(target), []
-    requests = [Request(prompt, tokens) for prompt in prompts(count)]
+    pair, faults = pair_of(target, draft, "bf16"), []
     wanted = [answer.tokens for answer in decode(pair, POLICIES["plain"], requests)]
     for schedule in schedules:
         found = [answer.tokens for answer in decode(pair, POLICIES[schedule], requests)]
-        faults += [f"{schedule}, prompt {n}" for n, pair in enumerate(zip(wanted, found)) if pair[0] != pair[1]]
+        pairs = enumerate(zip(wanted, found, strict=True))
+        faults += [f"{schedule}, prompt {number}" for number, (one, other) in pairs if one != other]
     return faults
 
 
@@ -207,7 +200,8 @@ def main() -> None:
     for form in given.formats:
         with tempfile.TemporaryDirectory() as folder:
             target = write(TARGET, Path(folder) / form, form)
-            faults = differing(target, given.prompts, given.tokens, ["continuous", "rounds", "pipeinfer"])
+            requests = [Request(prompt, given.tokens) for prompt in prompts(given.prompts)]
+            faults = differing(target, DRAFT, requests, ["continuous", "rounds", "pipeinfer"])
         print(f"{form}: {given.prompts} prompts, {len(faults)} that differ", *faults[:3], flush=True)
 
 
