@@ -192,7 +192,7 @@ class Job:
         self._driver.wake()
 
     @property
-    def load(self) -> tuple[int, int]:
+    def load(self) -> tuple[int, int, float]:
         """See Orchestrator."""
         assert self._orchestrator is not None
         return self._orchestrator.load
@@ -310,7 +310,8 @@ def load(cleared: Cleared, world: World | None, rendezvous: Rendezvous | None = 
             config.draft_dtypes,
             config.numerics,
             group,
-            grammars_of(config.target_directory, cleared.target[0]),
+            grammars_of(config.tokenizer_directory, cleared.target[0]),
+            config.weights_memory,
         )
     cache = _cache(cleared, world, threads) if are_of_use(Policy(**config.policy)) else None
     return Job(config, cleared.plan, cleared.context, pair, world, rendezvous=rendezvous, cache=cache, group=group)
@@ -342,6 +343,7 @@ def _cache(cleared: Cleared, world: World | None, threads: int) -> PassCache:
         "threads": threads,
         "ranks": world.size if world else 1,
         "tp": [config.tp, config.fused],
+        "weights_memory": config.weights_memory,
         "forced": bool(config.forced_acceptance),
     }
     return PassCache(common)

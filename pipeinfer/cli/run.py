@@ -87,14 +87,15 @@ def add_execution(group: Any) -> None:
 
 def add_models(group: Any) -> None:
     """Add the options that name the models to the parser's ``group``."""
-    group.add_argument("--target", metavar="DIR", help="target in Hugging Face format (default: the built-in pair)")
+    group.add_argument("--target", metavar="MODEL", help="directory or GGUF file (default: the built-in pair)")
     group.add_argument(
         "--draft",
         action="append",
-        metavar="DIR",
+        metavar="MODEL",
         help="draft model with the target's tokenizer (repeat for further ones), none, or one made of the target: "
         "self:int4, self:layers=8, self:int4,layers=8",
     )
+    group.add_argument("--tokenizer", metavar="DIR", help="directory with the tokenizer (default: the target's own)")
     group.add_argument("--drafters", type=int, metavar="N", help="number of drafters (default: one per --draft)")
     group.add_argument(
         "--dtype",
@@ -116,6 +117,9 @@ def add_computing(group: Any) -> None:
     )
     group.add_argument(
         "--threads", type=int, metavar="N", help="threads of each rank (default: its share of the cores it may use)"
+    )
+    group.add_argument(
+        "--weights-memory", default="0", metavar="SIZE", help="memory of each rank for the target's weights, such as 8G"
     )
     group.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share each stage (default 1)")
     group.add_argument("--stages", type=int, metavar="S", help="refuse any other number of stages")
@@ -226,9 +230,11 @@ def open_engine(args: argparse.Namespace, check: Callable[[Engine], object], **m
         stages=args.stages,
         fused=args.fused,
         context=args.context,
+        tokenizer=args.tokenizer,
         calibration=args.calibration,
         max_num_seqs=getattr(args, "max_num_seqs", 1),
         kv_memory=getattr(args, "kv_memory", 0),
+        weights_memory=args.weights_memory,
         prefix_caching=getattr(args, "prefix_caching", False),
         check=check,
         **more,

@@ -29,8 +29,9 @@ UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """``target`` and ``drafts`` (one for each drafter) are directories in Hugging Face format, or ``builtin``.
-    A draft may also be made of the target (see core.self_draft).
+    """``target`` and ``drafts`` (one for each drafter) are directories in Hugging Face format, GGUF files, or
+    ``builtin``; a draft may also be made of the target (see core.self_draft). ``tokenizer``: a directory with the
+    tokenizer of all of them; None for the target's own.
     ``policy``: every knob of it, by name (see speculation.schedules.policy). ``context``: most tokens of a request,
     prompt included (0: what the target was made for, at most DEFAULT_CONTEXT). ``timeout_s``: how long nothing may
     move before the job gives up and reports who waits for whom (0: for ever). ``trace``: the prefix of each rank's
@@ -45,8 +46,9 @@ class Config:
     ``tp``: ranks that share a stage; ``stages``: how many there are to be, if that is said. ``fused``: whether their
     exchanges are fused with the kernels, of FUSED. ``max_num_seqs``: requests that are decoded at once. ``kv_memory``:
     bytes of each rank for keys and values of accepted tokens, 0 for what so many whole contexts need; ``kv_slots``: the
-    slots that preflight found for it. ``prefix_caching``: whether what requests have computed is kept for others that
-    begin with the same tokens."""
+    slots that preflight found for it. ``weights_memory``: bytes of each rank for the target's weights, with buffers for
+    those that are streamed from the files; 0 where all are resident. ``prefix_caching``: whether what requests have
+    computed is kept for others that begin with the same tokens."""
 
     target: str = BUILTIN
     drafts: tuple[str, ...] = (BUILTIN,)
@@ -67,7 +69,9 @@ class Config:
     max_num_seqs: int = 1
     kv_memory: int = 0
     kv_slots: int = 0
+    weights_memory: int = 0
     prefix_caching: bool = False
+    tokenizer: str | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Config:
@@ -83,8 +87,13 @@ class Config:
 
     @property
     def target_directory(self) -> Path:
-        """Where the target's files are."""
+        """Where the target's files are, or its GGUF file."""
         return model_directory(self.target, "target")
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """The directory or the GGUF file that has the tokenizer."""
+        return self.target_directory if self.tokenizer is None else Path(model_name(self.tokenizer, "tokenizer"))
 
     @property
     def draft_directories(self) -> list[Path]:
@@ -121,7 +130,8 @@ DEFAULT_CONTEXT = 4096
 
 
 def model_name(name: object, part: str) -> str:
-    """A directory that a program gave as text or as a path. ``part``: ``target`` or ``draft``. Raises UserError."""
+    """A directory that a program gave as text or as a path. ``part``: ``target``, ``draft`` or ``tokenizer``. Raises
+    UserError."""
     if not isinstance(name, (str, bytes, os.PathLike)):
         refuse(f"the {part} is a {type(name).__name__}", "give its directory as text or as a path")
     given = os.fsdecode(name)
@@ -131,7 +141,7 @@ def model_name(name: object, part: str) -> str:
 
 
 def model_directory(name: str, part: str) -> Path:
-    """The directory that ``name`` means; ``part`` is ``target`` or ``draft``."""
+    """The directory or the GGUF file that ``name`` means; ``part`` is ``target`` or ``draft``."""
     return Path(__file__).parents[1] / BUILTIN / part if name == BUILTIN else Path(model_name(name, part))
 
 

@@ -118,18 +118,19 @@ def _best(
     first = blocks.abs().amax(2) / rounding.top
     first[first == 0] = 1
     best, least = _stored(first, stored), torch.full_like(first, torch.inf)
-    numbers = torch.empty_like(blocks)
+    numbers, units = torch.empty_like(blocks), blocks / first[..., None]  # whose squares are not too large for float32
 
     def consider(tried: Tensor) -> None:
         tried_numbers = rounding.nearest(blocks / tried[..., None])
-        errors = (blocks - tried[..., None] * tried_numbers).square_()
+        errors = torch.addcmul(units, (tried / first)[..., None], tried_numbers, value=-1).square_()
         error = (errors if importance is None else errors.mul_(importance)).sum(2)
         better = error < least
         best[better], least[better], numbers[better] = tried[better], error[better], tried_numbers[better]
 
     for share in rounding.shares:
         consider(_stored(first * share, stored))
-    consider(_stored(_least_squares(blocks, numbers, best, importance), stored))
+    ratios = _least_squares(units, numbers, best / first, importance)
+    consider(_stored(first * ratios, stored))
     return best.to(stored), numbers
 
 
@@ -157,7 +158,8 @@ def plane_of(weight: Tensor, whole: QuantizedMatrix, importance: Tensor | None =
         some = slice(start, start + rows)
         numbers = table[codes[some].int()].view(-1, blocks, inputs // blocks)
         wanted = weight[some].float().view_as(numbers)
-        best = _least_squares(wanted, numbers, whole.scales[some].float(), parts)
-        scales[some] = _stored(best, scales.dtype).to(scales.dtype)
+        before = whole.scales[some].float()
+        ratios = _least_squares(wanted / before[..., None], numbers, torch.ones_like(before), parts)
+        scales[some] = _stored(before * ratios, scales.dtype).to(scales.dtype)
     return QuantizedMatrix(PLANE, 4, codes, scales, whole.group, whole.span, kind="e3m0")
 
