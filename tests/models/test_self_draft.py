@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from launch.preflight import clear
+from pipeinfer.cli import main
 from pipeinfer.core.config import Config, model_directory
 from pipeinfer.core.errors import UserError
 from pipeinfer.core.ports import Request
@@ -82,6 +83,25 @@ def test_what_is_stored_in_few_bits_already() -> None:
     assert torch.equal(plane.codes, six.codes >> 2), "only the plane of what is stored"
     smaller = rounded(six, torch.bfloat16, "int4", 64)
     assert isinstance(smaller, QuantizedMatrix) and (smaller.bits, smaller.group) == (4, 64)
+
+
+@pytest.mark.parametrize(("format", "less", "fits"), [("int4", "int4", ""), ("int8", "int8", "fp6")])
+def test_a_target_in_few_bits_already(format: str, less: str, fits: str, tmp_path: Path) -> None:
+    """Refused by headers where no matrix becomes smaller; ``layers=N`` drafts as it is."""
+    target = str(tmp_path / "target")
+    assert main(["quantize", str(TARGET), "--format", format, "--out", target]) == 0
+
+    def cleared(name: str) -> Any:
+        return clear(Config(target, (name,), {"name": "continuous"}), 2)
+
+    with pytest.raises(UserError, match=f"--draft self:{less}: the target has .* bits a weight already; ask for fewer"):
+        cleared(f"self:{less}")
+    spec, weights = cleared("self:layers=2").drafts[0]
+    assert isinstance(weights.matrices([Q_PROJ], torch.bfloat16)[Q_PROJ], QuantizedMatrix)
+    assert {extent.path.name for extent in weights.extents([Q_PROJ])} == {"model.safetensors"}
+    if fits:
+        found = cleared(f"self:{fits}").drafts[0][1].matrices([Q_PROJ], torch.bfloat16)[Q_PROJ]
+        assert isinstance(found, QuantizedMatrix) and found.kind == "e3m2"
 
 
 @pytest.mark.parametrize(
