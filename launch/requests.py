@@ -49,7 +49,7 @@ class RequestOutput:
     stats: RequestStats | None = None
     logps: tuple[float, ...] = ()
     tops: tuple[tuple[TopToken, ...], ...] = ()
-    load: tuple[int, int] = (0, 0)
+    load: tuple[int, int, float] = (0, 0, 0.0)
     number: int = 0
     fault: int | None = None
     error: BaseException | None = None

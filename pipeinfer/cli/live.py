@@ -71,7 +71,7 @@ class Footline:
     def _parts(self, output: RequestOutput) -> list[str]:
         began_s, first = self._began or (output.at_s, 0)
         elapsed_s = output.at_s - began_s
-        runs, verifications = output.load
+        runs, verifications, _ = output.load
         return [
             f"{self._tokens}/{self._most_tokens} tokens",
             f"{(self._tokens - first) / elapsed_s:.1f} tokens/s" if elapsed_s else "",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeinfer.core.errors import refuse
+from pipeinfer.core.self_draft import is_self_draft
 from pipeinfer.core.wire import VERSION
 
 ModelName = str | os.PathLike[str]
@@ -28,7 +29,9 @@ UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """``target`` and ``drafts`` (one for each drafter) are directories in Hugging Face format, or ``builtin``.
+    """``target`` and ``drafts`` (one for each drafter) are directories in Hugging Face format, GGUF files, or
+    ``builtin``; a draft may also be made of the target (see core.self_draft). ``tokenizer``: a directory with the
+    tokenizer of all of them; None for the target's own.
     ``policy``: every knob of it, by name (see speculation.schedules.policy). ``context``: most tokens of a request,
     prompt included (0: what the target was made for, at most DEFAULT_CONTEXT). ``timeout_s``: how long nothing may
     move before the job gives up and reports who waits for whom (0: for ever). ``trace``: the prefix of each rank's
@@ -68,6 +71,7 @@ class Config:
     kv_slots: int = 0
     weights_memory: int = 0
     prefix_caching: bool = False
+    tokenizer: str | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Config:
@@ -83,13 +87,19 @@ class Config:
 
     @property
     def target_directory(self) -> Path:
-        """Where the target's files are."""
+        """Where the target's files are, or its GGUF file."""
         return model_directory(self.target, "target")
 
     @property
+    def tokenizer_directory(self) -> Path:
+        """The directory or the GGUF file that has the tokenizer."""
+        return self.target_directory if self.tokenizer is None else Path(model_name(self.tokenizer, "tokenizer"))
+
+    @property
     def draft_directories(self) -> list[Path]:
-        """Where the drafts' files are, drafter by drafter."""
-        return [model_directory(draft, "draft") for draft in self.drafts]
+        """Where the drafts' files are, drafter by drafter; those of drafts made of the target are the target's."""
+        target = self.target_directory
+        return [target if is_self_draft(name) else model_directory(name, "draft") for name in self.drafts]
 
 
 def byte_count(size: int | str, what: str) -> int:
@@ -120,7 +130,8 @@ DEFAULT_CONTEXT = 4096
 
 
 def model_name(name: object, part: str) -> str:
-    """A directory that a program gave as text or as a path. ``part``: ``target`` or ``draft``. Raises UserError."""
+    """A directory that a program gave as text or as a path. ``part``: ``target``, ``draft`` or ``tokenizer``. Raises
+    UserError."""
     if not isinstance(name, (str, bytes, os.PathLike)):
         refuse(f"the {part} is a {type(name).__name__}", "give its directory as text or as a path")
     given = os.fsdecode(name)
@@ -130,7 +141,7 @@ def model_name(name: object, part: str) -> str:
 
 
 def model_directory(name: str, part: str) -> Path:
-    """The directory that ``name`` means; ``part`` is ``target`` or ``draft``."""
+    """The directory or the GGUF file that ``name`` means; ``part`` is ``target`` or ``draft``."""
     return Path(__file__).parents[1] / BUILTIN / part if name == BUILTIN else Path(model_name(name, part))
 
 

@@ -56,8 +56,9 @@ MAX_NUM_SEQS = 8
 
 
 class Engine:
-    """Decodes with ``target``, guided by ``draft``: directories in Hugging Face format, or ``"builtin"``. There may be
-    a draft for each of several ``drafters``, or one for all, or ``"none"``: then guesses are looked up in the text.
+    """Decodes with ``target``, guided by ``draft``: directories in Hugging Face format, GGUF files, or ``"builtin"``.
+    There may be a draft for each of several ``drafters``, or one for all, or ``"none"``: then guesses are looked up in
+    the text. tokenizer: a directory that has another tokenizer than the target's own.
 
     ranks: how many to start on this machine (default 1, which needs no MPI); inside mpirun or srun the job's own are
     used. policy: ``plain`` (the default of one rank without a draft), ``continuous`` or a TOML file with a policy's
@@ -110,6 +111,7 @@ class Engine:
         kv_memory: int | str = 0,
         weights_memory: int | str = 0,
         prefix_caching: bool = True,
+        tokenizer: ModelName | None = None,
         check: Callable[[Engine], object] | None = None,
     ) -> None:
         self._world = open_world(comm)
@@ -127,6 +129,7 @@ class Engine:
                 forced_acceptance=_shares(forced_acceptance), random_weights=random_weights, numerics=numerics,
                 threads=threads, tp=tp, stages=stages, fused=fused, max_num_seqs=max_num_seqs,
                 kv_memory=byte_count(kv_memory, "kv_memory"), prefix_caching=prefix_caching,
+                tokenizer=None if tokenizer is None else model_name(tokenizer, "tokenizer"),
                 weights_memory=byte_count(weights_memory, "weights_memory"),
             )  # fmt: skip
 

@@ -125,7 +125,9 @@ class Flight:
 
     def doomed(self, session: Session) -> tuple[list[InFlight], list[Cancelled]]:
         """What is of no use now that ``session`` is over, all but its root. A later run may carry the commit of the
-        root's slot, so the root's row has to be written everywhere."""
+        root's slot, so the root's row has to be written everywhere. Where the end of its prompt left with others, the
+        chunks before are not skipped: rows of a prompt follow all rows before them, and those in a run that goes on may
+        be computed in spite of this advice."""
         root, sequence = session.tree.root, session.sequence
         dead, rows = [], list[Cancelled]()
         for run in self._runs:
@@ -139,6 +141,7 @@ class Flight:
             slots = run.prompts.pop(sequence, None) or [node.slot or 0 for node in mine if node is not root]
             run.living -= len(mine) - (root in mine and not run.is_prefill)
             if run.living or run.is_canonical:
+                dead = [] if run.is_prefill else dead
                 rows += [Cancelled(run.number, slot, sequence) for slot in slots]
             else:
                 dead.append(run)

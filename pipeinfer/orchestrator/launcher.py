@@ -21,10 +21,11 @@ class Launcher:
         self._flight = flight
         self._prefill_chunk = prefill_chunk
 
-    def prompts(self, waiting: Sequence[Session], now: float) -> Run | None:
-        """The next chunk of the first prompt, or its end and the ends of others that fit; None if there is no slot."""
-        most = room = min(self._prefill_chunk, self._allocator.free_slots())
-        if not most:
+    def prompts(self, waiting: Sequence[Session], now: float, reserve: int = 0) -> Run | None:
+        """The next chunk of the first prompt, or its end and the ends of others that fit; None if there is no slot.
+        ``reserve`` slots stay free, one for each unsent root."""
+        most = room = min(self._prefill_chunk, self._allocator.free_slots() - reserve)
+        if most <= 0:
             return None
         chosen = list[Session]()
         for session in waiting:

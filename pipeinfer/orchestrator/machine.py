@@ -144,9 +144,11 @@ class Orchestrator:
         raise LocalProtocolError(f"the orchestrator cannot handle {type(event).__name__}")
 
     @property
-    def load(self) -> tuple[int, int]:
-        """How many runs are in flight, and how many verifications (see RequestStats) the sessions have had."""
-        return len(self._flight), sum(one.stats.verifications for one in self._sessions.values())
+    def load(self) -> tuple[int, int, float]:
+        """How many runs are in flight, how many verifications (see RequestStats) the sessions have had, and which share
+        of the slots is in use (see Pool)."""
+        verifications = sum(one.stats.verifications for one in self._sessions.values())
+        return len(self._flight), verifications, self._pool.usage(self._sessions.values())
 
     def status(self) -> str:
         """One line for a person who asks why nothing moves."""
@@ -209,7 +211,7 @@ class Orchestrator:
             return None
         self._sequences = sequence
         self._waiting.take().begin(sequence, self._sources.most_nodes())
-        session.prefilled = shared
+        session.prefilled = session.shared = shared
         self._sessions[sequence] = session
         self._schedule.opened(session.tree)
         settings = session.request.sampling.settings(sequence, len(session.request.prompt))
@@ -287,12 +289,13 @@ class Orchestrator:
     def _step(self) -> list[Command] | None:
         decoding, prompts, trees = self._sessions.split()
         self._pool.secure(trees, prompts)
+        unsent = pending_roots(trees)
         now = Situation(
             trees,
             self._credits,
             len(self._flight),
             self._window - len(self._flight),
-            self._allocator.room(len(decoding) if len(decoding) > 1 else pending_roots(trees)),
+            self._allocator.room(len(decoding) if len(decoding) > 1 else unsent),
             self._now,
             self._allocator.free_slots(),
         )
@@ -302,10 +305,9 @@ class Orchestrator:
             return None
         if (begun := self._begin()) is not None:
             return begun
-        is_short = len(trees) > now.root_room and pending_roots(trees) > now.root_room
-        if is_short and not self._allocator.leased:  # a guess that holds a slot gives it back
+        if unsent > now.root_room and not self._allocator.leased:  # a guess that holds a slot gives it back
             return self._preempt(max(self._sessions.values(), key=lambda one: one.rank))
-        may_prefill = prompts and now.credits > 0 and now.slots > 0
+        may_prefill = prompts and now.credits > 0 and now.slots > 0 and now.root_room > unsent
         commands: list[Command] = []
         if decoding and not (may_prefill and not self._prompt_went_last):
             step = self._schedule.next(now)
@@ -316,7 +318,7 @@ class Orchestrator:
                 return self._order(step)
             if isinstance(step, Wait):
                 commands.append(Wake(step.until))
-        run = self._launcher.prompts(prompts, self._now) if may_prefill else None
+        run = self._launcher.prompts(prompts, self._now, unsent) if may_prefill else None
         if run is not None:
             self._sessions.prefilled()
             self._prompt_went_last = True

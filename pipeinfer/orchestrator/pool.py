@@ -45,6 +45,13 @@ class Pool:
                 self._kept[source] = self._kept.pop(source)  # the most recently used one now
         return length
 
+    def usage(self, active: Iterable[Session]) -> float:
+        """The share of the slots that guesses and the tokens of ``active`` sessions have. What is kept is not counted,
+        shared or not: most of it goes as soon as slots are wanted."""
+        allocator = self.allocator
+        tokens = sum(max(0, allocator.length(one.sequence) - one.shared) for one in active)
+        return (tokens + allocator.leased) / allocator.capacity
+
     def secure(self, trees: Iterable[Tree], prompts: Iterable[Session]) -> None:
         """Let kept sequences go where known tokens, the roots of ``trees`` or the rest of ``prompts``, or guesses would
         find no slot."""

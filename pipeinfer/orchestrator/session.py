@@ -28,6 +28,7 @@ class Session:
     stats: RequestStats = field(default_factory=RequestStats)
     prompt: int = 0
     prefilled: int = 0
+    shared: int = 0  # tokens of the prompt whose slots another sequence had when this one began
     emitted: int = 0
     runs: int = 0
     has_result: bool = False  # whether the target has read the whole prompt

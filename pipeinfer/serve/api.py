@@ -35,7 +35,7 @@ def application(front: Front, api_key: str | None, is_crowded: Callable[[], bool
 
     async def counters(request: Request) -> Response:
         front.engine()
-        text = front.metrics.text(front.served, front.running, front.waiting)
+        text = front.metrics.text(front.served, front.running, front.waiting, front.kv_usage)
         return Response(text.encode(errors="replace"), headers={"Content-Type": metrics.CONTENT_TYPE})
 
     async def models(request: Request) -> Response:

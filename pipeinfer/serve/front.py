@@ -57,7 +57,7 @@ class Front:
 
     def _warm_up(self, engine: Engine, warm: Future[None]) -> None:
         try:
-            refuse_no_template(engine.config.target_directory)
+            refuse_no_template(engine.config.tokenizer_directory)
             _ = importlib.import_module("transformers").AutoTokenizer  # takes seconds; completions do not wait
             self._submitting.submit(engine.tokenize_chat, [{"role": "user", "content": "x"}])
         except (PipeinferError, ImportError, RuntimeError):
@@ -98,8 +98,17 @@ class Front:
     @property
     def runs_in_flight(self) -> int:
         """How many runs the pipeline held at the last emission of a request that is being decoded."""
-        emitted = [(one.emitted_at, one.runs_in_flight) for one in self.served if not one.completion.finish_reason]
-        return max(((at_s, runs) for at_s, runs in emitted if at_s is not None), default=(0.0, 0))[1]
+        return self._last_load()[0]
+
+    @property
+    def kv_usage(self) -> float:
+        """Which share of the KV slots was in use then (see Orchestrator)."""
+        return self._last_load()[1]
+
+    def _last_load(self) -> tuple[int, float]:
+        going_on = [one for one in self.served if not one.completion.finish_reason]
+        emitted = [(one.emitted_at, one.runs_in_flight, one.kv_usage) for one in going_on if one.emitted_at is not None]
+        return max(emitted, default=(0.0, 0, 0.0))[1:]
 
     @property
     def state(self) -> str:

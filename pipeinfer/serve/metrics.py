@@ -102,11 +102,12 @@ class Metrics:
             found.tokens += len(one.completion.tokens)
         return found
 
-    def text(self, served: Iterable[Served], running: int, waiting: int) -> str:
+    def text(self, served: Iterable[Served], running: int, waiting: int, kv_usage: float) -> str:
         """All metrics."""
         totals, lines = self.totals(served), Lines(self._labels)
         lines.gauge("num_requests_running", "Requests that are being decoded.", running)
         lines.gauge("num_requests_waiting", "Requests that wait to be decoded.", waiting)
+        lines.gauge("kv_cache_usage_perc", "KV slots in use by requests that are decoded; 1 is all.", kv_usage)
         lines.counter("prompt_tokens_total", "Tokens of prompts.", totals.prompt_tokens)
         lines.counter("generation_tokens_total", "Tokens of answers.", totals.tokens)
         reasons = [({"finished_reason": name}, count) for name, count in self._reasons.items()]

@@ -27,6 +27,7 @@ class Served:
         self.stats: RequestStats | None = None  # once the request is over
         self.gaps_s: list[float] = []  # between emissions
         self.runs_in_flight = 0  # of the whole engine, at the last emission
+        self.kv_usage = 0.0  # the same, of its KV slots
         self.emitted_at: float | None = None
         self.tail = ""  # the end of the text so far
         self._handle: Handle | None = None
@@ -52,7 +53,7 @@ class Served:
             if self.emitted_at is not None:
                 self.gaps_s.append(output.at_s - self.emitted_at)
             self.emitted_at = output.at_s
-            self.runs_in_flight = output.load[0]
+            self.runs_in_flight, _, self.kv_usage = output.load
         self.stats = output.stats or self.stats
 
     def take(self, piece: str) -> None:

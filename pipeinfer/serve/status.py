@@ -56,6 +56,7 @@ def snapshot(front: Front, now: float, began_at: float) -> dict[str, Any]:
         "running": front.running,
         "waiting": front.waiting,
         "runs_in_flight": front.runs_in_flight,
+        "kv_usage": front.kv_usage,
         "prompt_tokens": totals.prompt_tokens,
         "tokens": totals.tokens,
         "acceptance": totals.accepted / totals.drafted if totals.drafted else None,

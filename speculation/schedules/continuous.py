@@ -221,6 +221,8 @@ class Continuous:
         """See Schedule."""
         if self._governor:
             self._governor.returned(rows, slowest_s, trip_s, carries_root)
+        if self._many and slowest_s is not None:
+            self._many.returned(slowest_s)
 
     def restarts(self, accepted: Sequence[Node]) -> bool:
         """See Schedule: without ``reuse``, whenever the draft's first choice was wrong."""

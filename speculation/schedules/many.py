@@ -16,7 +16,8 @@ cost_curve.py, and w of drafting.py, where G is at least what plain decoding giv
                sequence loses in w
     roots      of ready roots the K that have waited longest, with the rows of their trees that are worth most:
                argmax over r of sum(p) - pi T(r), but T(r) <= LONGEST c. If there are n < K of them, others are waited
-               for, as long as it saves to send n + 1 roots in one run: T(r) + T(r / n) - T(r + r / n)
+               for, as long as it saves to send n + 1 roots in one run: T(r) + T(r / n) - T(r + r / n), and
+               no longer than the last run took, as T may be far off at first
     piggyback  guesses of other sequences are added where rows are nearly free:
                argmax over n of sum(p) - PIGGYBACK pi (T(r + n) - T(r)) / (1 - sigma)
     guess run  if no root is unsent, guesses leave alone: argmax over r of sum(p) / (T(r) + eta X^2 / 2) where
@@ -74,6 +75,7 @@ class Many:
         self._roots: dict[int, Node] = {}  # the last one seen of each sequence
         self._since: dict[int, float] = {}  # when it became known
         self._ready_at: dict[int, float] = {}  # when an unsent one was ready first
+        self._measured_s = 0.0  # what the last run took at the slowest stage
         self._held_since: float | None = None  # when a run that might have had more roots might have left
         self._until = 0.0  # of the last Wait
         self._is_waiting = False
@@ -92,6 +94,10 @@ class Many:
         """``tokens`` tokens of one of ``sequences`` sequences were emitted."""
         if self._traffic:
             self._traffic.accepted(tokens, sequences, now)
+
+    def returned(self, slowest_s: float) -> None:
+        """A run took ``slowest_s`` at the slowest stage."""
+        self._measured_s = slowest_s
 
     def next(self, now: Situation) -> Launch | Wait | None:
         """The next step while there are credits."""
@@ -116,7 +122,8 @@ class Many:
             if len(ready) < cohort:
                 rows, each = len(nodes), max(1, len(nodes) // len(ready))
                 self._held_since = now.now if self._held_since is None else self._held_since
-                until = self._held_since + curve.seconds(rows) + curve.seconds(each) - curve.seconds(rows + each)
+                saved_s = curve.seconds(rows) + curve.seconds(each) - curve.seconds(rows + each)
+                until = self._held_since + min(saved_s, self._measured_s)
                 if now.now < until:
                     give_back(_by_sequence(now.trees), nodes)
                     return self._wait(until, now.now)

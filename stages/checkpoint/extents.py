@@ -102,7 +102,7 @@ def refuse_failed(path: Path, offset: int, error: OSError) -> NoReturn:
     refuse(f"{path} cannot be read at byte {offset} ({reason})", "check the disk or the network file system")
 
 
-class Window:
+class TensorWindow:
     """A tensor of a safetensors file; ``window[parts]`` reads it, or the part that slices name, into memory of its
     own."""
 

@@ -13,6 +13,14 @@ from typing import Any, NamedTuple
 from stages.checkpoint.folder import AGAIN, refuse, refuse_pointer, refuse_system, said
 
 FLOAT_NBYTES = {"F32": 4, "F16": 2, "BF16": 2}
+NBYTES = {
+    **FLOAT_NBYTES,
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("I32", "U32"), 4),
+    **dict.fromkeys(("I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+}
+"""Bytes of a number of each type whose size is known here."""
 MAX_HEADER_NBYTES = 100_000_000  # the format's own limit
 
 
@@ -90,7 +98,7 @@ def _stored(place: Place, name: str, entry: dict[str, Any]) -> StoredTensor:
     shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
     if any(type(number) is not int or not 0 <= number < 1 << 63 for number in (*shape, start, stop)):
         raise ValueError("negative, fractional or endless extent")
-    width = FLOAT_NBYTES.get(entry["dtype"])
+    width = NBYTES.get(entry["dtype"])
     if width is not None and stop - start != width * math.prod(shape):
         raise ValueError(f"{stop - start} bytes for shape {list(shape)}")
     return StoredTensor(place.path, entry["dtype"], shape, name, place.data + start, stop - start, place.state)

@@ -17,7 +17,7 @@ from stages.kernels.group import MOST_ROWS, Group
 from stages.kernels.library import BEST_NBYTES, CHOSEN, HEAD_BLOCK, CHead, Library
 from stages.kernels.linear import Linear, padded
 from stages.models.split import token_ranges
-from stages.quantization.matrix import Matrix, dense
+from stages.quantization.matrix import Matrix, QuantizedMatrix, dense
 
 Chosen = npt.NDArray[np.void]
 
@@ -165,4 +165,15 @@ def streamed_ends(
 
 
 def _are_equal(one: Matrix, other: Matrix) -> bool:
+    if isinstance(one, QuantizedMatrix) and isinstance(other, QuantizedMatrix):
+        return one.is_like(other) and all(_are_same(getattr(one, name), getattr(other, name)) for name in TABLES)
     return one.shape == other.shape and torch.equal(dense(one), dense(other))
+
+
+def _are_same(one: object, other: object) -> bool:
+    """Of tensors; numbers, and whether there are tensors, are those of matrices that are like each other."""
+    return not (isinstance(one, Tensor) and isinstance(other, Tensor)) or torch.equal(one, other)
+
+
+TABLES = ("scales", "codes", "zeros", "factors", "minima", "minimum_factors")
+"""What a quantised matrix consists of."""

@@ -169,10 +169,10 @@ class KernelShard:
         if self._stream is not None:
             return self._stream.nbytes
         held = [tensor for layer in self._layers for tensor in layer.tensors]
-        held += [linear.packed for layer in self._layers for linear in layer.linears]
+        held += [tensor for layer in self._layers for linear in layer.linears for tensor in linear.held]
         held += self._experts.packed if self._experts is not None else []
-        ends = [end.packed if isinstance(end, Linear) else end for end in (self._embedding, self._norm, self._head)]
-        held += [end for end in ends if isinstance(end, Tensor)]
+        for end in (self._embedding, self._norm, self._head):
+            held += end.held if isinstance(end, Linear) else [end] if isinstance(end, Tensor) else []
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())
 
     @property

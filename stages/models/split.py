@@ -9,6 +9,7 @@ blocks of the head's kernel. Where ranks are more than key and value heads, seve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from pipeinfer.core.errors import UserError, refuse
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, Weights
 from stages.checkpoint.spec import ModelSpec
-from stages.kernels.cuts import default_cuts, part_of
+from stages.kernels.cuts import BLOCK, default_cuts, even_cuts, part_of
 from stages.kernels.library import HEAD_BLOCK, LEAVES
 
 if TYPE_CHECKING:
@@ -29,8 +30,12 @@ Slices = tuple[slice, ...]
 
 
 def output_cuts(spec: ModelSpec) -> list[int]:
-    """Cuts of the sums over attention's outputs: between heads where there are enough."""
+    """Cuts of the sums over attention's outputs: between heads where there are enough, and between blocks of quantised
+    weights too where there are enough of both."""
     heads, size = spec.head_count, spec.head_dim
+    both = math.lcm(size, BLOCK)
+    if heads * size >= LEAVES * both:
+        return even_cuts(heads * size, both)
     if heads < LEAVES:
         return default_cuts(heads * size)
     return [size * (heads * leaf // LEAVES) for leaf in range(LEAVES + 1)]

@@ -73,7 +73,7 @@ def test_what_it_says_and_how_often() -> None:
             line = Footline(screen, 200, 3)
             line.watch(RequestOutput(10.0))
             for step in range(21):  # 4 tokens every tenth of a second
-                line.watch(RequestOutput(10.1 + 0.1 * step, (1, 2, 3, 4), load=(step % 3, step // 2)))
+                line.watch(RequestOutput(10.1 + 0.1 * step, (1, 2, 3, 4), load=(step % 3, step // 2, 0.5)))
             line.close()
         said = everything(ours)
     told = footlines(said)

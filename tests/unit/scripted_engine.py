@@ -97,7 +97,7 @@ class Scripted:
     def emit(self, number: int, text: str) -> None:
         """Have request ``number`` say more."""
         tokens = tuple(map(ord, text))
-        output = RequestOutput(2.0, tokens, logps=(-1.0,) * len(tokens), number=number, load=(3, 1))
+        output = RequestOutput(2.0, tokens, logps=(-1.0,) * len(tokens), number=number, load=(3, 1, 0.25))
         self._outputs[number](output)
 
     def fail(self, number: int, error: BaseException) -> None:
@@ -116,8 +116,8 @@ class Job:
         number = len(self._engine._outputs)
         self._engine._outputs.append(on_output)
         on_output(RequestOutput(0.0, number=number))
-        on_output(RequestOutput(1.0, (97,), logps=(-0.5,), number=number, load=(3, 1)))
-        on_output(RequestOutput(1.5, (98,), logps=(-1.5,), number=number, load=(3, 1)))
+        on_output(RequestOutput(1.0, (97,), logps=(-0.5,), number=number, load=(3, 1, 0.25)))
+        on_output(RequestOutput(1.5, (98,), logps=(-1.5,), number=number, load=(3, 1, 0.25)))
         if self._engine.is_brief:
             self._engine.end(number)
         return number

@@ -134,6 +134,17 @@ def test_of_a_session_that_is_over_all_but_the_root_is_of_no_use() -> None:
     assert flight.doomed(two)[0] == [shared], "nobody else has rows in it"
 
 
+def test_no_chunk_of_a_prompt_is_skipped_before_one_that_may_be_computed() -> None:
+    """Rows of the last chunk, which left with another prompt, follow those of the chunks before."""
+    flight, one, two = Flight(), begun(1), begun(2)
+    chunk = flight.launch([one], [], [], 0.0)
+    ends = flight.launch([one, two], [one.tree.root, two.tree.root], [], 0.0)
+    chunk.prompts, ends.prompts = {1: [8, 9]}, {1: [10], 2: [19, 20]}
+    chunk.is_prefill = ends.is_prefill = True
+    assert flight.doomed(one) == ([], [Cancelled(ends.number, 10, 1)])
+    assert flight.doomed(two) == ([ends], []), "nobody else has rows in it"
+
+
 def test_the_root_in_a_shared_run_is_written() -> None:
     flight, one, two = Flight(), begun(1), begun(2)
     nodes = [*chain(one, 5, 6), *chain(two, 5)]

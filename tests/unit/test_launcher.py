@@ -68,6 +68,14 @@ def test_a_chunk_is_as_long_as_there_are_slots() -> None:
     assert len(pad.flight) == 1
 
 
+def test_a_chunk_leaves_the_slots_that_are_reserved() -> None:
+    pad = Pad(6, 2, slots=(5, 0), prefill_chunk=8)
+    run = pad.launcher.prompts([*pad.served.values()], 0.0, reserve=2)
+    assert run is not None and len(run.rows) == 3
+    assert pad.launcher.prompts([*pad.served.values()], 0.0, reserve=2) is None
+    assert (pad.allocator.free_slots(), len(pad.flight)) == (2, 1)
+
+
 def test_rows_of_nodes_are_sorted_and_each_has_its_parents_slot() -> None:
     pad = Pad(2, 2).prompted()
     two, one = pad.next_root(2, 7), pad.next_root(1, 8)

@@ -98,6 +98,20 @@ def test_the_roots_of_a_run_are_a_stages_share(count: int, stages: int, costs: C
     assert len(launched(game.step())) == roots
 
 
+def test_a_run_waits_for_no_other_roots_longer_than_the_last_run_took() -> None:
+    wrong = tuple((rows, 1000.0 * seconds) for rows, seconds in CPU)
+    for measured_s in (0.0, 9.0, 57.0):
+        game = Game(16, 8, wrong, draft_s=0.0)
+        if measured_s:
+            game.many.returned(measured_s)
+        game.send(*range(1, 16))
+        step = game.step()
+        if not measured_s:
+            assert launched(step) == [game.trees[0].root]
+        else:
+            assert step == Wait(measured_s)
+
+
 def test_who_waits_longest_goes_first() -> None:
     game = Game(3, 3)
     game.many = Many(CONTINUOUS, 3, CostCurve(CPU))
@@ -112,6 +126,7 @@ def test_who_waits_longest_goes_first() -> None:
 
 def test_a_run_with_few_roots_waits_for_others_as_long_as_that_saves_time() -> None:
     game = Game(16, 8, CPU, draft_s=0.0)
+    game.many.returned(57.0)
     game.send(*range(1, 16))
     step = game.step()
     assert isinstance(step, Wait)

@@ -378,4 +378,23 @@ def test_the_status_tells_of_all_requests() -> None:
     head = both_decode()
     head.submit(3, (8, 9))
     assert head.machine.status() == "runs 2 to 2 in flight, 0 credits, 2 requests, 1 waiting, 2 tokens emitted"
-    assert head.machine.load == (1, 0)
+    assert head.machine.load[:2] == (1, 0)
+
+
+def test_the_share_of_slots_in_use_counts_guesses_and_no_prefix_that_another_request_computed() -> None:
+    prefix = range(20)
+    head = Head(slots=(80, 20), keeps=True, drafters=1)
+    assert head.machine.load[2] == 0.0
+    head.submit(1, (*prefix, 30), 9)
+    head.trip()
+    assert head.machine.load[2] == 0.22, "the prompt and the root's slot"
+    head.guess(1, 21, 51, 52)
+    head.credit()
+    assert head.machine.load[2] == 0.24
+    head.submit(2, (*prefix, 31), 9)
+    head.credit()
+    assert head.machine.load[2] == 0.25
+    head.abort(1)
+    head.until_idle()
+    assert head.allocator.free_slots() < 80, "a prefix is kept"
+    assert head.machine.load[2] == 0.0

@@ -121,6 +121,20 @@ def test_a_guess_takes_no_slot_from_the_known_token_of_its_run() -> None:
     assert places(head.runs[-1]) == [(1, 3), (1, 4), (1, 5)]
 
 
+def test_a_prompt_takes_no_slot_from_the_known_token_of_another_request() -> None:
+    head = Head(slots=(9, 0), prefill_chunk=2)
+    head.submit(1, range(1), 5)
+    head.trip()
+    head.submit(2, range(5), 1)
+    said, most = list[Command](), 0
+    while head.runs:
+        said += head.back() + head.credit()
+        most = max(most, 9 - head.allocator.free_slots())
+    assert preempted(said) == [], "a prompt's row has waited, and then request 1 was over"
+    assert idle(said) == [1, 2]
+    assert most == 9, "all slots were taken once"
+
+
 def in_flight() -> tuple[Head, list[Command]]:
     """Two stages; request 1 finds no slot while a run of request 2 is in flight."""
     head = Head(slots=(8, 0), stages=2, is_ready=False)

@@ -42,6 +42,7 @@ def test_counts_grow_while_requests_are_decoded() -> None:
             assert (now["num_requests_running"], now["num_requests_waiting"]) == (1, 1)
             assert (now["prompt_tokens_total"], now["generation_tokens_total"]) == (4, 4)
             assert now["time_to_first_token_seconds_count"] == 0
+            assert now["kv_cache_usage_perc"] == 0.25
         for _ in range(2):
             assert engine.cancelled.acquire(timeout=HANG_S)
         while server._front.is_busy:
@@ -51,6 +52,7 @@ def test_counts_grow_while_requests_are_decoded() -> None:
     assert (now["prompt_tokens_total"], now["generation_tokens_total"]) == (4, 4)
     assert now['request_success_totalfinished_reason="abort"'] == 2
     assert now["e2e_request_latency_seconds_count"] == 0
+    assert now["kv_cache_usage_perc"] == 0, "nothing is decoded"
 
 
 def test_several_requests_are_decoded_at_once() -> None:

@@ -95,6 +95,7 @@ class TestInABrowser:
                 ["decoding", "3", "2", "ab"],
                 ["decoding", "1", "2", "ab"],
             ]
+            assert browser.value("document.getElementById('kv').textContent") == "25 %"
             engine.emit(1, "<b>&")
             grown = f"((rows) => rows[1] && rows[1][3] === '6' ? rows[1][5] : null)({ROWS % 'requests'})"
             assert browser.wait(grown) == "ab<b>&"

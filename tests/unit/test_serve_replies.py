@@ -109,7 +109,7 @@ def watched(stats: RequestStats | None = None) -> Served:
     completion = Completion("ab", [120], [97, 98], "stop", logprobs=[-0.5, float("-inf")], top_logprobs=list(TOPS))
     found.handle = Whole(completion)  # type: ignore[assignment]
     for at_s in (0.0, 1.0):
-        found.watch(RequestOutput(at_s, (97,), load=(3, 1)))
+        found.watch(RequestOutput(at_s, (97,), load=(3, 1, 0.25)))
     if stats is not None:
         found.watch(RequestOutput(2.0, stats=stats))
     return found
@@ -180,7 +180,8 @@ def test_the_end_of_an_answer_ends_a_step(accepted: int, told: list[int], histog
 
 def test_what_is_watched() -> None:
     found = watched(RequestStats(drafted=1))
-    assert (found.gaps_s, found.runs_in_flight, found.stats) == ([1.0], 3, RequestStats(drafted=1))
+    assert (found.gaps_s, found.runs_in_flight, found.kv_usage) == ([1.0], 3, 0.25)
+    assert found.stats == RequestStats(drafted=1)
 
 
 @needs_watching

@@ -68,6 +68,7 @@ function update(status) {
   show("running", String(status.running));
   show("waiting", String(status.waiting));
   show("runs", String(status.runs_in_flight));
+  show("kv", (100 * status.kv_usage).toFixed(0) + " %");
   show("tokens", String(status.tokens));
   fill(place("requests"), status.requests, (one) => one.number, REQUEST);
   fill(place("ranks"), status.ranks, (rank) => rank.rank, RANK);

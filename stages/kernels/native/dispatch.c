@@ -16,12 +16,15 @@ extern const struct kernels pipeinfer_kernels_avx2;
 #if defined(HAVE_avx512)
 extern const struct kernels pipeinfer_kernels_avx512;
 #endif
+#if defined(HAVE_avx512vnni)
+extern const struct kernels pipeinfer_kernels_avx512vnni;
+#endif
 #if defined(HAVE_avx512bf16)
 extern const struct kernels pipeinfer_kernels_avx512bf16;
 #endif
 
 /* Of kernels.h. It grows with each change there: a library of another version would read wrong memory. */
-EXPORT int pipeinfer_version(void) { return 2; }
+EXPORT int pipeinfer_version(void) { return 3; }
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -45,15 +48,19 @@ static int has_avx2(void) { return has_saved(0x6) && has(1, 0, ECX, 1u << 12 | 1
 static int has_avx512(void) { /* F, DQ, BW, VL */
     return has_avx2() && has_saved(0xe6) && has(7, 0, EBX, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31);
 }
-static int has_bf16(void) { return has_avx512() && has(7, 1, EAX, 1u << 5); }
+static int has_vnni(void) { return has_avx512() && has(7, 0, ECX, 1u << 11); }
+static int has_bf16(void) { return has_vnni() && has(7, 1, EAX, 1u << 5); }
 #endif
 
 /* Kernels from the best on that this processor runs; NULL from a number on. */
 EXPORT const struct kernels *pipeinfer_kernels(int index) {
-    const struct kernels *found[4] = {0};
+    const struct kernels *found[5] = {0};
     int count = 0;
 #if defined(HAVE_avx512bf16)
     if (has_bf16()) found[count++] = &pipeinfer_kernels_avx512bf16;
+#endif
+#if defined(HAVE_avx512vnni)
+    if (has_vnni()) found[count++] = &pipeinfer_kernels_avx512vnni;
 #endif
 #if defined(HAVE_avx512)
     if (has_avx512()) found[count++] = &pipeinfer_kernels_avx512;
