@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, Weights, expected
+from stages.checkpoint.extents import Extent, read_extent
 from stages.checkpoint.folder import AGAIN, refuse, refuse_system, said, shown
 from stages.checkpoint.gguf_file import GGUFTensor, read_gguf
 from stages.checkpoint.gguf_names import expert_name, gguf_name
@@ -93,6 +94,18 @@ class GGUFCheckpoint(Weights):
             read[name] = self._dense(name, dtype, part) if is_float else self._stored(matrix, *self._cut(matrix, part))
         return read
 
+    def extents(self, names: Iterable[str], slices: Mapping[str, tuple[slice, ...]] | None = None) -> list[Extent]:
+        """See Weights: whole rows."""
+        found = list[Extent]()
+        for name in names:
+            place = self._known(name)
+            rows = self._cut(place, slices[name] if slices else ())[0] if len(place.shape) == 2 else range(1)
+            size = place.head_dim or 1
+            rows = range(rows.start // size * size, -(-rows.stop // size) * size)
+            tensor, first = place.tensor, place.first + rows.start
+            found.append(Extent(tensor.path, tensor.offset + first * tensor.row_nbytes, len(rows) * tensor.row_nbytes))
+        return found
+
     def _known(self, name: str) -> _Place:
         if name not in self._places:
             refuse(f"{self.path}: tensor {name} is missing", AGAIN)
@@ -152,16 +165,26 @@ def _decoded(tensor: GGUFTensor, rows: range, blocks: range) -> Matrix:
     import torch
 
     nbytes = len(blocks) * tensor.block_nbytes
+    if nbytes == tensor.row_nbytes:
+        start = tensor.offset + rows.start * nbytes
+        raw = read_extent(Extent(tensor.path, start, len(rows) * nbytes)).view(len(rows), nbytes)
+        return _numbers(tensor, raw)
     data = np.empty((len(rows), nbytes), np.uint8)
     _read_into(tensor, rows, blocks.start * tensor.block_nbytes, data)
-    raw = torch.from_numpy(data)
+    return _numbers(tensor, torch.from_numpy(data))
+
+
+def _numbers(tensor: GGUFTensor, raw: torch.Tensor) -> Matrix:
+    """The weights in blocks ``raw``, uint8 [rows, bytes]."""
+    import torch
+
     if tensor.kind in FLOATS:
         kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         return raw.view(kinds[tensor.kind])
     from stages.quantization.gguf_blocks import decode
 
     try:
-        return decode(tensor.kind, data, tensor.block_nbytes)
+        return decode(tensor.kind, raw.numpy(), tensor.block_nbytes)
     except ValueError as error:
         refuse(f"{tensor.path}: tensor {tensor.name} ({tensor.kind}) cannot be used: {said(error)}", AGAIN)
 
