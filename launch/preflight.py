@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.cores import refuse_threads
 from launch.kv_memory import kv_slots
 from launch.weights_memory import refuse_weights_memory
-from pipeinfer.core.config import AUTO, DEFAULT_CONTEXT, DTYPES, FUSED, NUMERICS, Config, resolve_dtype
+from pipeinfer.core.config import ACTIVATIONS, AUTO, DEFAULT_CONTEXT, DTYPES, FUSED, NUMERICS, Config, resolve_dtype
 from pipeinfer.core.errors import refuse
 from pipeinfer.core.self_draft import is_self_draft
 from pipeinfer.placement.roles import Plan, assign
@@ -85,6 +85,8 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
         self_draft(name, target) if is_self_draft(name) else models[place]
         for name, place in zip(names, config.draft_directories, strict=False)
     ]
+    if config.activations != ACTIVATIONS[0] and not has_kernels:
+        refuse(f"--activations {config.activations} needs the C kernels on all ranks", "pipeinfer doctor says more")
     if config.tp > 1:
         _refuse_group(config, spec, has_kernels)
     resolved = _resolved(config, target, drafts, has_kernels)
@@ -95,7 +97,7 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
 
 
 def _refuse_words(config: Config) -> None:
-    """A dtype or numerics that there is not."""
+    """A dtype, numerics or activations that there are not."""
     choices = (AUTO, *DTYPES)
     for dtype in (config.dtype, *config.draft_dtypes):
         if dtype not in choices:
@@ -108,6 +110,8 @@ def _refuse_words(config: Config) -> None:
         refuse(f"--tp {config.tp}", f"use 1 to {MOST_RANKS} ranks for a stage")
     if config.numerics not in NUMERICS:
         refuse(f"unknown numerics {config.numerics!r}", f"use one of {', '.join(NUMERICS)}")
+    if config.activations not in ACTIVATIONS:
+        refuse(f"unknown activations {config.activations!r}", f"use one of {', '.join(ACTIVATIONS)}")
 
 
 def _refuse_group(config: Config, spec: ModelSpec | GenericSpec, has_kernels: bool) -> None:
