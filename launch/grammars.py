@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeinfer.core.errors import UserError
-from pipeinfer.text import Text
+from pipeinfer.text import Text, tokenizer_folder
 from stages.checkpoint.spec import ModelSpec
 from stages.models.generic_spec import GenericSpec
 from stages.models.grammar import Grammars
@@ -20,4 +20,4 @@ def grammars_of(directory: Path, spec: ModelSpec | GenericSpec) -> Grammars:
         except UserError:  # this host has no tokenizer; the head has one
             return frozenset(spec.eos_tokens)
 
-    return Grammars(directory, spec.vocab_size, find_ends)
+    return Grammars(directory, spec.vocab_size, find_ends, lambda: tokenizer_folder(directory))

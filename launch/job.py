@@ -35,6 +35,7 @@ from pipeinfer.core.ports import (
     Started,
     Transport,
 )
+from pipeinfer.core.self_draft import is_self_draft
 from pipeinfer.core.version import __version__
 from pipeinfer.orchestrator.machine import Orchestrator
 from pipeinfer.placement.roles import Plan, Role, count, group_of, rank_of_role
@@ -309,7 +310,9 @@ def load(cleared: Cleared, world: World | None, rendezvous: Rendezvous | None = 
             config.draft_dtypes,
             config.numerics,
             group,
-            grammars_of(config.target_directory, cleared.target[0]),
+            grammars_of(config.tokenizer_directory, cleared.target[0]),
+            config.weights_memory,
+            config.activations,
         )
     cache = _cache(cleared, world, threads) if are_of_use(Policy(**config.policy)) else None
     return Job(config, cleared.plan, cleared.context, pair, world, rendezvous=rendezvous, cache=cache, group=group)
@@ -334,12 +337,15 @@ def _cache(cleared: Cleared, world: World | None, threads: int) -> PassCache:
     config = cleared.config
     common = {
         "models": [model_digest(place) for place in (config.target_directory, *config.draft_directories)],
+        "self_drafts": [name for name in config.drafts if is_self_draft(name)],
         "dtypes": [config.dtype, *config.draft_dtypes],
         "numerics": config.numerics,
+        "activations": config.activations,
         "isa": kernels.isa if (kernels := library()) else str(torch.backends.cpu.get_cpu_capability()),
         "threads": threads,
         "ranks": world.size if world else 1,
         "tp": [config.tp, config.fused],
+        "weights_memory": config.weights_memory,
         "forced": bool(config.forced_acceptance),
     }
     return PassCache(common)

@@ -8,20 +8,24 @@ from pathlib import Path
 
 from launch.cores import refuse_threads
 from launch.kv_memory import kv_slots
-from pipeinfer.core.config import AUTO, DEFAULT_CONTEXT, DTYPES, FUSED, NUMERICS, Config, resolve_dtype
+from launch.weights_memory import refuse_weights_memory
+from pipeinfer.core.config import ACTIVATIONS, AUTO, DEFAULT_CONTEXT, DTYPES, FUSED, NUMERICS, Config, resolve_dtype
 from pipeinfer.core.errors import refuse
+from pipeinfer.core.self_draft import is_self_draft
 from pipeinfer.placement.roles import Plan, assign
 from pipeinfer.runtime.trace import refuse_unwritable
-from pipeinfer.text import Text, has_tokenizer, same_tokens
+from pipeinfer.text import Text, has_tokenizer, refuse_foreign_tokenizer, same_tokens, vocabulary_of
 from speculation.schedules.policy import Policy
 from stages.checkpoint.checkpoint import Checkpoint, Weights
-from stages.checkpoint.folder import model_folder, plain
+from stages.checkpoint.folder import is_gguf_name, model_folder, plain
+from stages.checkpoint.opening import open_weights
 from stages.checkpoint.random_weights import RandomCheckpoint
 from stages.checkpoint.spec import FAMILIES, ModelSpec, architecture_of, is_llama_family
 from stages.kernels.group import MOST_RANKS
 from stages.kernels.library import library, reason
 from stages.models.forced import FORCED_TOKENS
 from stages.models.generic_spec import GenericSpec
+from stages.models.self_draft import self_draft
 from stages.models.split import refuse_unsplittable
 
 MOST_SEQUENCES = 512
@@ -55,8 +59,8 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
         refuse_unwritable(config.trace, ranks)
     _refuse_forcing(config)
     policy = Policy(**config.policy)
-    places = config.draft_directories if policy.speculate else []
-    if policy.speculate and not places and (policy.schedule != "continuous" or not policy.prompt_lookup):
+    names = config.drafts if policy.speculate else ()
+    if policy.speculate and not names and (policy.schedule != "continuous" or not policy.prompt_lookup):
         refuse(f"policy {policy.name} needs a draft model", "give one with --draft DIR, or use --policy plain")
     if config.context < 0:
         refuse(f"--context {config.context}", "ask for at least one token, or for 0: what the target was made for")
@@ -67,24 +71,33 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
     if config.context > spec.context:
         refuse(f"--context {config.context}, but the target was made for {spec.context} tokens", "ask for fewer")
     context = config.context or min(spec.context, DEFAULT_CONTEXT)
+    places = [place for name, place in zip(names, config.draft_directories, strict=False) if not is_self_draft(name)]
     models = {place: read(place, context, has_kernels) for place in dict.fromkeys(places)}
     if config.forced_acceptance:
-        _refuse_few_tokens(config.target_directory, {config.target_directory: target, **models})
+        _refuse_few_tokens(config.tokenizer_directory, {config.target_directory: target, **models})
     else:
+        _refuse_tokenizer(config, spec)
         for place in models:
-            _same_vocabulary(config.target_directory, place)
-    plan = assign(ranks, spec.layer_count, len(places), spec.head_in_layers, config.tp, config.stages)
-    drafts = [models[place] for place in places]
+            if config.tokenizer is None or has_tokenizer(place):
+                _same_vocabulary(config.tokenizer_directory, place)
+    plan = assign(ranks, spec.layer_count, len(names), spec.head_in_layers, config.tp, config.stages)
+    drafts = [
+        self_draft(name, target) if is_self_draft(name) else models[place]
+        for name, place in zip(names, config.draft_directories, strict=False)
+    ]
+    if config.activations != ACTIVATIONS[0] and not has_kernels:
+        refuse(f"--activations {config.activations} needs the C kernels on all ranks", "pipeinfer doctor says more")
     if config.tp > 1:
         _refuse_group(config, spec, has_kernels)
     resolved = _resolved(config, target, drafts, has_kernels)
     resolved = replace(resolved, kv_slots=kv_slots(spec, plan, resolved, context))
+    refuse_weights_memory(target, plan, resolved, has_kernels)
     note = "" if has_kernels else _note(config, target, drafts)
     return Cleared(resolved, target, drafts, plan, context, note)
 
 
 def _refuse_words(config: Config) -> None:
-    """A dtype or numerics that there is not."""
+    """A dtype, numerics or activations that there are not."""
     choices = (AUTO, *DTYPES)
     for dtype in (config.dtype, *config.draft_dtypes):
         if dtype not in choices:
@@ -97,6 +110,8 @@ def _refuse_words(config: Config) -> None:
         refuse(f"--tp {config.tp}", f"use 1 to {MOST_RANKS} ranks for a stage")
     if config.numerics not in NUMERICS:
         refuse(f"unknown numerics {config.numerics!r}", f"use one of {', '.join(NUMERICS)}")
+    if config.activations not in ACTIVATIONS:
+        refuse(f"unknown activations {config.activations!r}", f"use one of {', '.join(ACTIVATIONS)}")
 
 
 def _refuse_group(config: Config, spec: ModelSpec | GenericSpec, has_kernels: bool) -> None:
@@ -144,10 +159,10 @@ def _refuse_forcing(config: Config) -> None:
         refuse("--random-weights without --forced-acceptance", "give both: random models agree on nothing")
 
 
-def _refuse_few_tokens(target_directory: Path, models: dict[Path, Model]) -> None:
+def _refuse_few_tokens(tokenizer: Path, models: dict[Path, Model]) -> None:
     """Where acceptance is forced vocabularies may differ, but each must have the prompt's tokens and the forced."""
-    spec, _ = models[target_directory]
-    named = Text(target_directory).vocabulary().values() if has_tokenizer(target_directory) else (255,)
+    spec, _ = next(iter(models.values()))
+    named = Text(tokenizer).vocabulary().values() if has_tokenizer(tokenizer) else (255,)
     needed = max(FORCED_TOKENS, min(spec.vocab_size, 1 + max(named, default=0)))
     for place, (spec, _) in models.items():
         if spec.vocab_size < needed:
@@ -175,9 +190,7 @@ def _model(directory: Path, context: int, has_kernels: bool) -> Model:
     spec = ModelSpec.read(directory)
     if _is_windowed(spec, context) or (spec.experts is not None and not has_kernels):
         return _generic(directory)
-    checkpoint = Checkpoint(directory)
-    checkpoint.validate(spec)
-    return spec, checkpoint
+    return spec, open_weights(directory, spec)
 
 
 def _is_windowed(spec: ModelSpec, context: int) -> bool:
@@ -186,13 +199,26 @@ def _is_windowed(spec: ModelSpec, context: int) -> bool:
 
 
 def _generic(directory: Path) -> Model:
+    if is_gguf_name(directory):
+        refuse(f"{directory}: windows and experts need what GGUF files do not have", "give the model's directory")
     return GenericSpec.read(directory), Checkpoint(directory, llama=False)
 
 
+def _refuse_tokenizer(config: Config, spec: ModelSpec | GenericSpec) -> None:
+    """A tokenizer that cannot be had from its GGUF file, or one for a larger model than the target."""
+    refuse_foreign_tokenizer(config.tokenizer_directory)
+    if config.tokenizer is not None and has_tokenizer(config.tokenizer_directory):
+        most = max(vocabulary_of(config.tokenizer_directory).values(), default=0)
+        if most >= spec.vocab_size:
+            problem = f"--tokenizer {config.tokenizer}: it has a token {most}, the target {spec.vocab_size} tokens"
+            refuse(problem, "give the target's own")
+
+
 def _same_vocabulary(target_directory: Path, draft_directory: Path) -> None:
-    if has_tokenizer(target_directory) and same_tokens(target_directory, draft_directory):
+    is_any_file = is_gguf_name(target_directory) or is_gguf_name(draft_directory)
+    if not is_any_file and has_tokenizer(target_directory) and same_tokens(target_directory, draft_directory):
         return  # without loading either, as is usual
-    target, draft = (Text(directory).vocabulary() for directory in (target_directory, draft_directory))
+    target, draft = (vocabulary_of(directory) for directory in (target_directory, draft_directory))
     if target != draft:
         odd = sorted(token for token in target.keys() | draft.keys() if target.get(token) != draft.get(token))
         refuse(

@@ -4,8 +4,8 @@ asked for.
     python -m pipeinfer.bench.gguf_export [--tokenizer] MODEL FILE
 
 llama.cpp rotates neighbours, and a checkpoint in Hugging Face layout the two halves of a head, so the rows of q and k
-are reordered within each head. Matrices become fp16, or what else is asked for; vectors are fp32, as llama.cpp wants
-them. The file is written tensor by tensor.
+are reordered within each head. Matrices become fp16, or what else is asked for, quantised by the gguf package; vectors
+are fp32, as llama.cpp wants them. The file is written tensor by tensor.
 """
 
 from __future__ import annotations
@@ -19,28 +19,22 @@ from typing import TYPE_CHECKING, Any
 
 from pipeinfer.bench.gguf_tokenizer import describe_tokenizer
 from pipeinfer.core.errors import PipeinferError, refuse
-from stages.checkpoint.checkpoint import EMBEDDING, HEAD, NORM, Checkpoint, expected_tensors
+from stages.checkpoint.checkpoint import HEAD, Checkpoint, expected_tensors
+from stages.checkpoint.gguf_names import gguf_name
 from stages.checkpoint.spec import ModelSpec
 
 if TYPE_CHECKING:
     import torch
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM")
-FORMATS = {"fp32": (0, 4), "fp16": (1, 2), "bf16": (32, 2)}
-"""GGUF's number of the file type, and the bytes of a number."""
+FORMATS = {
+    "fp32": (0, "F32"), "fp16": (1, "F16"), "bf16": (32, "BF16"),
+    "q8_0": (7, "Q8_0"), "q4_0": (2, "Q4_0"), "q4_1": (3, "Q4_1"), "q5_0": (8, "Q5_0"), "q5_1": (9, "Q5_1"),
+}  # fmt: skip
+"""GGUF's number of the file type, and its name of the type of matrices."""
+BLOCK = 32
+"""Numbers of a block of the quantised types here."""
 FIX = "install it: pip install 'pipeinfer[peers]'"
-ENDS = {EMBEDDING: "token_embd.weight", NORM: "output_norm.weight", HEAD: "output.weight"}
-PARTS = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def export(model: str | Path, path: str | Path, form: str = "fp16", with_tokenizer: bool = False) -> Path:
@@ -63,9 +57,9 @@ def export(model: str | Path, path: str | Path, form: str = "fp16", with_tokeniz
             writer.add_tokenizer_model("no_vocab")
         for name, stored in names.items():
             shape = checkpoint.tensors[stored].shape
-            here = _format(shape, form)
-            kind = gguf.GGMLQuantizationType({"fp32": 0, "fp16": 1, "bf16": 30}[here])
-            nbytes = math.prod(shape) * FORMATS[here][1]
+            kind = gguf.GGMLQuantizationType[FORMATS[_format(shape, form)][1]]
+            block, block_nbytes = gguf.GGML_QUANT_SIZES[kind]
+            nbytes = math.prod(shape) // block * block_nbytes
             writer.add_tensor_info(gguf_name(name), shape, None, nbytes, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -84,15 +78,6 @@ def package(name: str) -> Any:
         return import_module(name)
     except ImportError:
         refuse(f"the package {name} is missing", FIX)
-
-
-def gguf_name(name: str) -> str:
-    """What llama.cpp calls the tensor ``name``."""
-    if name in ENDS:
-        return ENDS[name]
-    _, _, layer, rest = name.split(".", 3)
-    part, kind = rest.rsplit(".", 1)
-    return f"blk.{layer}.{PARTS[part]}.{kind}"
 
 
 def neighbours(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -132,7 +117,10 @@ def _describe(writer: Any, spec: ModelSpec, file_type: int) -> None:
 
 
 def _format(shape: tuple[int, ...], form: str) -> str:
-    return form if len(shape) > 1 else "fp32"
+    """In which of FORMATS a tensor is stored: rows of quantised matrices consist of whole blocks."""
+    if len(shape) == 1:
+        return "fp32"
+    return "fp16" if form.startswith("q") and shape[1] % BLOCK else form
 
 
 def _data(checkpoint: Checkpoint, spec: ModelSpec, name: str, stored: str, form: str) -> Any:
@@ -140,10 +128,13 @@ def _data(checkpoint: Checkpoint, spec: ModelSpec, name: str, stored: str, form:
     import torch
 
     here = _format(checkpoint.tensors[stored].shape, form)
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[here]
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(here, torch.float32)
     tensor = checkpoint.read([stored], dtype)[stored]
     if ".q_proj." in name or ".k_proj." in name:
         tensor = neighbours(tensor, spec.head_dim)
+    if here.startswith("q"):
+        quants = package("gguf.quants")
+        return quants.quantize(tensor.contiguous().numpy(), package("gguf").GGMLQuantizationType[FORMATS[here][1]])
     return (tensor.view(torch.int16) if here == "bf16" else tensor).contiguous().numpy()
 
 

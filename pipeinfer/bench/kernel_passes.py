@@ -16,7 +16,7 @@ from pipeinfer.bench.peers import load_transformers
 from pipeinfer.bench.shaped_pair import DRAFT_LAYERS, SPEC, PairWeights, write_model
 from pipeinfer.core.config import DTYPES
 from pipeinfer.core.metrics import percentile
-from stages.checkpoint.checkpoint import Checkpoint
+from stages.checkpoint.opening import open_weights
 from stages.checkpoint.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _models(folder: Path, form: str, threads: int) -> dict[str, Timed]:
     from stages.models.pair import CheckpointPair
 
     spec = ModelSpec.read(folder)
-    pair = CheckpointPair((spec, Checkpoint(folder)), (), form)
+    pair = CheckpointPair((spec, open_weights(folder, spec)), (), form)
     shard = pair.stage(range(spec.layer_count), CONTEXT + PREFILL)
     models = {"ours": timed(ShardEvaluator(shard)), "torch": timed(TransformersPasses(folder, form))}
     if llama_cpp.is_here():

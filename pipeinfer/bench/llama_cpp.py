@@ -27,6 +27,7 @@ from pipeinfer.bench.chain import decode
 from pipeinfer.bench.gguf_export import FIX, export
 from pipeinfer.core.config import DEFAULT_CONTEXT
 from pipeinfer.core.errors import refuse
+from stages.checkpoint.folder import is_gguf_name
 from stages.checkpoint.spec import ModelSpec
 
 LIBRARIES = (
@@ -131,17 +132,25 @@ def described() -> str:
 
 @functools.cache
 def _model(directory: Path, form: str) -> int:
-    """llama.cpp's model of the weights in ``directory``; its file is gone from the folder, but stays mapped."""
+    """llama.cpp's model of the weights in ``directory``, or of the GGUF file of that name; the file that is made of a
+    directory is gone from its folder, but stays mapped."""
+    if is_gguf_name(directory):
+        return _loaded(directory, directory)
     with tempfile.TemporaryDirectory(prefix="pipeinfer-gguf-") as place:
-        path = export(directory, Path(place) / "model.gguf", form)
-        loaded = library().llama_model_load_from_file(str(path).encode(), library().llama_model_default_params())
+        return _loaded(export(directory, Path(place) / "model.gguf", form), directory)
+
+
+def _loaded(path: Path, directory: Path) -> int:
+    """llama.cpp's model in the file ``path``, made of ``directory``."""
+    loaded = library().llama_model_load_from_file(str(path).encode(), library().llama_model_default_params())
     if not loaded:
         refuse(f"llama.cpp cannot load {directory}", "name a model that it knows")
     return int(loaded)
 
 
 class LlamaCppEvaluator:
-    """The model in ``directory`` under llama.cpp as an Evaluator (see chain); ``form``: see FORMS."""
+    """The model in ``directory`` under llama.cpp as an Evaluator (see chain); ``form``: see FORMS. A GGUF file is taken
+    as it is."""
 
     def __init__(self, directory: Path, form: str, threads: int) -> None:
         spec = ModelSpec.read(directory)

@@ -11,7 +11,7 @@ from pipeinfer.bench.chain import Evaluator, ShardEvaluator
 from pipeinfer.bench.ideal import best_chain, chain_speed
 from pipeinfer.bench.passes import use_threads, whole_shard
 from pipeinfer.core.metrics import percentile
-from stages.checkpoint.checkpoint import Checkpoint
+from stages.checkpoint.opening import open_weights
 from stages.checkpoint.spec import ModelSpec
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 32)
@@ -44,7 +44,7 @@ def time_passes(models: Mapping[str, Timed], text: Sequence[int], rows: Sequence
 def our_evaluator(directory: str | Path, dtype: str, capacity: int) -> ShardEvaluator:
     """The whole model in ``directory`` as one shard of ours."""
     spec = ModelSpec.read(directory)
-    return ShardEvaluator(whole_shard(spec, dtype, capacity, Checkpoint(directory)))
+    return ShardEvaluator(whole_shard(spec, dtype, capacity, open_weights(directory, spec)))
 
 
 def timed(model: Evaluator) -> Timed:

@@ -2,8 +2,8 @@
 
 ``hf`` is transformers' generate. ``hf-assisted`` is its assisted generation as it is by default: 20 tokens of the
 draft, or fewer where it is unsure (what that means is adapted where scikit-learn is installed). ``hf-assisted-N``:
-always N. ``llama.cpp`` and ``llama.cpp-assisted-N`` are llama.cpp on the same weights, exported to GGUF; without a
-number it takes the length from 2 to 8 that is fastest on the first prompt. All are greedy and go on after an
+always N. ``llama.cpp`` and ``llama.cpp-assisted-N`` are llama.cpp on the same weights, exported to GGUF, or on the same
+GGUF files; without a number it takes the length from 2 to 8 that is fastest on the first prompt. All are greedy and go on after an
 end-of-text token. In 16 bits their tokens may differ from each other's and from ours, as those of any two ways to batch
 do; llama.cpp's always may, as its keys and values are fp16.
 """
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeinfer.core.config import DTYPES, model_directory
 from pipeinfer.core.errors import refuse
+from stages.checkpoint.folder import is_gguf_name
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +93,8 @@ def open_peer(
 
 def load_transformers(directory: Path, dtype: str) -> Any:
     """transformers' model in ``directory``, which never ends a text by itself. Raises UserError where there is none."""
+    if is_gguf_name(directory):
+        refuse(f"transformers beside the GGUF file {directory}", "use llama.cpp: it computes with the same weights")
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

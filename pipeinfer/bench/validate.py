@@ -12,7 +12,7 @@ from pipeinfer.core.metrics import percentile
 from pipeinfer.costs.hardware import Hardware
 from pipeinfer.costs.roofline import ModelCosts
 from pipeinfer.costs.shapes import of_spec
-from stages.checkpoint.checkpoint import Checkpoint
+from stages.checkpoint.opening import open_weights
 from stages.checkpoint.spec import ModelSpec
 
 ROWS = (1, 2, 4, 8, 16)
@@ -68,8 +68,8 @@ def compare(hardware: Hardware, target: Path, device: str = "cpu") -> list[Compa
 
     use_threads(hardware.cores)
     now = clock(hardware.cores)
-    spec, checkpoint = ModelSpec.read(target), Checkpoint(target)
-    checkpoint.validate(spec)
+    spec = ModelSpec.read(target)
+    checkpoint = open_weights(target, spec)
     found: list[Comparison] = []
     for dtype in hardware.arithmetic:
         models = [(target.name, spec, checkpoint), *((name, model, None) for name, model in LARGE.items())]

@@ -25,7 +25,20 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """The parser of the whole command line."""
-    from pipeinfer.cli import batch, bench, bench_serve, calibrate, chat, doctor, plot, replay, run, serve, slurm_script
+    from pipeinfer.cli import (
+        batch,
+        bench,
+        bench_serve,
+        calibrate,
+        chat,
+        doctor,
+        plot,
+        quantize,
+        replay,
+        run,
+        serve,
+        slurm_script,
+    )
 
     parser = Parser(
         prog="pipeinfer", description="Decode large language models over MPI with asynchronous speculation."
@@ -37,6 +50,7 @@ def build_parser() -> Parser:
     serve.add_parser(commands)
     batch.add_parser(commands)
     calibrate.add_parser(commands)
+    quantize.add_parser(commands)
     replay.add_parser(commands)
     bench.add_parser(commands)
     bench_serve.add_parser(commands)

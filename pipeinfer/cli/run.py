@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.environment import OPEN_MPI, launched
 from pipeinfer.core.errors import PipeinferError, refuse
+from pipeinfer.core.self_draft import is_self_draft
 
 if TYPE_CHECKING:
     from pipeinfer.core.ports import Sampling
@@ -86,13 +87,15 @@ def add_execution(group: Any) -> None:
 
 def add_models(group: Any) -> None:
     """Add the options that name the models to the parser's ``group``."""
-    group.add_argument("--target", metavar="DIR", help="target in Hugging Face format (default: the built-in pair)")
+    group.add_argument("--target", metavar="MODEL", help="directory or GGUF file (default: the built-in pair)")
     group.add_argument(
         "--draft",
         action="append",
-        metavar="DIR",
-        help="draft model with the target's tokenizer (repeat for further draft models), or none",
+        metavar="MODEL",
+        help="draft model with the target's tokenizer (repeat for further ones), none, or one made of the target: "
+        "self:int4, self:layers=8, self:int4,layers=8",
     )
+    group.add_argument("--tokenizer", metavar="DIR", help="directory with the tokenizer (default: the target's own)")
     group.add_argument("--drafters", type=int, metavar="N", help="number of drafters (default: one per --draft)")
     group.add_argument(
         "--dtype",
@@ -107,13 +110,16 @@ def add_models(group: Any) -> None:
 def add_computing(group: Any) -> None:
     """Add the options that say how ranks compute to the parser's ``group``."""
     group.add_argument(
-        "--numerics",
-        default="portable",
-        metavar="portable|fast",
-        help="portable: the same bits on every processor; fast: its own 16-bit products (default portable)",
+        "--numerics", default="portable", metavar="portable|fast", help="fast: this processor's own 16-bit products"
+    )
+    group.add_argument(
+        "--activations", default="fp32", metavar="fp32|int8", help="int8: products of quantised weights with bytes"
     )
     group.add_argument(
         "--threads", type=int, metavar="N", help="threads of each rank (default: its share of the cores it may use)"
+    )
+    group.add_argument(
+        "--weights-memory", default="0", metavar="SIZE", help="memory of each rank for the target's weights, such as 8G"
     )
     group.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share each stage (default 1)")
     group.add_argument("--stages", type=int, metavar="S", help="refuse any other number of stages")
@@ -219,14 +225,17 @@ def open_engine(args: argparse.Namespace, check: Callable[[Engine], object], **m
         settings=args.set,
         dtype=args.dtype,
         numerics=args.numerics,
+        activations=args.activations,
         threads=args.threads,
         tp=args.tp,
         stages=args.stages,
         fused=args.fused,
         context=args.context,
+        tokenizer=args.tokenizer,
         calibration=args.calibration,
         max_num_seqs=getattr(args, "max_num_seqs", 1),
         kv_memory=getattr(args, "kv_memory", 0),
+        weights_memory=args.weights_memory,
         prefix_caching=getattr(args, "prefix_caching", False),
         check=check,
         **more,
@@ -258,7 +267,8 @@ def add_requests(group: Any, max_num_seqs: int) -> None:
 
 def refuse_half_a_pair(args: argparse.Namespace) -> None:
     """Refuse --draft without --target."""
-    if args.draft and args.draft != ["none"] and not args.target:
+    named = [name for name in args.draft or () if name != "none" and not is_self_draft(name)]
+    if named and not args.target:
         refuse("--draft without --target", "name both models, or neither for the built-in pair")
 
 

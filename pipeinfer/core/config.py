@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeinfer.core.errors import refuse
+from pipeinfer.core.self_draft import is_self_draft
 from pipeinfer.core.wire import VERSION
 
 ModelName = str | os.PathLike[str]
@@ -21,6 +22,7 @@ AUTO = "auto"
 """The dtype of a job whose weights are held as their checkpoints store them."""
 STORED_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 NUMERICS = ("portable", "fast")
+ACTIVATIONS = ("fp32", "int8")
 FUSED = ("auto", "on", "off")
 UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 """Powers of 1024 by their letters."""
@@ -28,7 +30,9 @@ UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """``target`` and ``drafts`` (one for each drafter) are directories in Hugging Face format, or ``builtin``.
+    """``target`` and ``drafts`` (one for each drafter) are directories in Hugging Face format, GGUF files, or
+    ``builtin``; a draft may also be made of the target (see core.self_draft). ``tokenizer``: a directory with the
+    tokenizer of all of them; None for the target's own.
     ``policy``: every knob of it, by name (see speculation.schedules.policy). ``context``: most tokens of a request,
     prompt included (0: what the target was made for, at most DEFAULT_CONTEXT). ``timeout_s``: how long nothing may
     move before the job gives up and reports who waits for whom (0: for ever). ``trace``: the prefix of each rank's
@@ -39,12 +43,14 @@ class Config:
     ``random_weights``: the directories' weights are not read but made up (see stages.checkpoint.random_weights).
     ``dtype``: of weights; ``auto`` until preflight knows what the target's checkpoint says. ``draft_dtypes``: what
     preflight resolved for each draft; until then as ``dtype``. ``numerics``: ``portable`` for the same bits on every
-    processor, ``fast`` for those of this one. ``threads``: of each rank; None for its fair share of the cores.
+    processor, ``fast`` for those of this one. ``activations``: what quantised weights with integer codes are multiplied
+    by, of ACTIVATIONS. ``threads``: of each rank; None for its fair share of the cores.
     ``tp``: ranks that share a stage; ``stages``: how many there are to be, if that is said. ``fused``: whether their
     exchanges are fused with the kernels, of FUSED. ``max_num_seqs``: requests that are decoded at once. ``kv_memory``:
     bytes of each rank for keys and values of accepted tokens, 0 for what so many whole contexts need; ``kv_slots``: the
-    slots that preflight found for it. ``prefix_caching``: whether what requests have computed is kept for others that
-    begin with the same tokens."""
+    slots that preflight found for it. ``weights_memory``: bytes of each rank for the target's weights, with buffers for
+    those that are streamed from the files; 0 where all are resident. ``prefix_caching``: whether what requests have
+    computed is kept for others that begin with the same tokens."""
 
     target: str = BUILTIN
     drafts: tuple[str, ...] = (BUILTIN,)
@@ -57,6 +63,7 @@ class Config:
     forced_acceptance: tuple[float, ...] = ()
     random_weights: bool = False
     numerics: str = NUMERICS[0]
+    activations: str = ACTIVATIONS[0]
     threads: int | None = None
     draft_dtypes: tuple[str, ...] = ()
     tp: int = 1
@@ -65,7 +72,9 @@ class Config:
     max_num_seqs: int = 1
     kv_memory: int = 0
     kv_slots: int = 0
+    weights_memory: int = 0
     prefix_caching: bool = False
+    tokenizer: str | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Config:
@@ -81,13 +90,19 @@ class Config:
 
     @property
     def target_directory(self) -> Path:
-        """Where the target's files are."""
+        """Where the target's files are, or its GGUF file."""
         return model_directory(self.target, "target")
 
     @property
+    def tokenizer_directory(self) -> Path:
+        """The directory or the GGUF file that has the tokenizer."""
+        return self.target_directory if self.tokenizer is None else Path(model_name(self.tokenizer, "tokenizer"))
+
+    @property
     def draft_directories(self) -> list[Path]:
-        """Where the drafts' files are, drafter by drafter."""
-        return [model_directory(draft, "draft") for draft in self.drafts]
+        """Where the drafts' files are, drafter by drafter; those of drafts made of the target are the target's."""
+        target = self.target_directory
+        return [target if is_self_draft(name) else model_directory(name, "draft") for name in self.drafts]
 
 
 def byte_count(size: int | str, what: str) -> int:
@@ -118,7 +133,8 @@ DEFAULT_CONTEXT = 4096
 
 
 def model_name(name: object, part: str) -> str:
-    """A directory that a program gave as text or as a path. ``part``: ``target`` or ``draft``. Raises UserError."""
+    """A directory that a program gave as text or as a path. ``part``: ``target``, ``draft`` or ``tokenizer``. Raises
+    UserError."""
     if not isinstance(name, (str, bytes, os.PathLike)):
         refuse(f"the {part} is a {type(name).__name__}", "give its directory as text or as a path")
     given = os.fsdecode(name)
@@ -128,7 +144,7 @@ def model_name(name: object, part: str) -> str:
 
 
 def model_directory(name: str, part: str) -> Path:
-    """The directory that ``name`` means; ``part`` is ``target`` or ``draft``."""
+    """The directory or the GGUF file that ``name`` means; ``part`` is ``target`` or ``draft``."""
     return Path(__file__).parents[1] / BUILTIN / part if name == BUILTIN else Path(model_name(name, part))
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from launch.preflight import Cleared, clear
 from launch.signals import end_in_order
 from pipeinfer.core.config import (
+    ACTIVATIONS,
     AUTO,
     BUILTIN,
     FUSED,
@@ -56,18 +57,21 @@ MAX_NUM_SEQS = 8
 
 
 class Engine:
-    """Decodes with ``target``, guided by ``draft``: directories in Hugging Face format, or ``"builtin"``. There may be
-    a draft for each of several ``drafters``, or one for all, or ``"none"``: then guesses are looked up in the text.
+    """Decodes with ``target``, guided by ``draft``: directories in Hugging Face format, GGUF files, or ``"builtin"``.
+    There may be a draft for each of several ``drafters``, or one for all, or ``"none"``: then guesses are looked up in
+    the text. tokenizer: a directory that has another tokenizer than the target's own.
 
     ranks: how many to start on this machine (default 1, which needs no MPI); inside mpirun or srun the job's own are
     used. policy: ``plain`` (the default of one rank without a draft), ``continuous`` or a TOML file with a policy's
     knobs; settings: changes to it, as ``knob=value``. dtype: of weights and KV slots: ``auto`` for what each
     checkpoint says, or ``fp32``, ``bf16`` or ``fp16``. numerics: ``portable`` for the same bits on every processor, or
-    ``fast``. threads: of each rank (default: its fair share of the cores). tp: ranks that share each stage; stages: how
+    ``fast``. activations: ``fp32``, or ``int8`` to multiply quantised weights by integers. threads: of each rank (default: its fair share of the cores). tp: ranks that share each stage; stages: how
     many there have to be; fused: how those ranks exchange activations, ``auto``, ``on`` or ``off``. context: most
     tokens of a request. max_num_seqs: requests that are decoded at once; others wait. kv_memory: bytes of each rank for
     keys and values, as a number or as ``8G`` (default: what so many whole contexts need, which is taken from the system
-    as it is used). prefix_caching: whether a request that begins like an earlier one shares what that has computed.
+    as it is used). weights_memory: bytes of each rank for the target's weights, as ``8G``; others are read from the
+    files in each pass (default: all are resident). prefix_caching: whether a request that begins like an earlier one
+    shares what that has computed.
     comm: an mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may move before the
     job gives up and says who waits for whom. trace: a file name; each rank N writes all that its roles are told and
     command to ``<trace>.rankN``, for ``pipeinfer replay``. calibration: a file that ``pipeinfer calibrate`` wrote.
@@ -100,13 +104,16 @@ class Engine:
         forced_acceptance: float | Sequence[float] = (),
         random_weights: bool = False,
         numerics: str = NUMERICS[0],
+        activations: str = ACTIVATIONS[0],
         threads: int | None = None,
         tp: int = 1,
         stages: int | None = None,
         fused: str = FUSED[0],
         max_num_seqs: int = MAX_NUM_SEQS,
         kv_memory: int | str = 0,
+        weights_memory: int | str = 0,
         prefix_caching: bool = True,
+        tokenizer: ModelName | None = None,
         check: Callable[[Engine], object] | None = None,
     ) -> None:
         self._world = open_world(comm)
@@ -122,8 +129,10 @@ class Engine:
                 timeout_s=timeout_s, trace=None if trace is None else _name(trace),
                 calibrations={} if calibration is None else read_calibrations(_name(calibration)),
                 forced_acceptance=_shares(forced_acceptance), random_weights=random_weights, numerics=numerics,
-                threads=threads, tp=tp, stages=stages, fused=fused, max_num_seqs=max_num_seqs,
+                activations=activations, threads=threads, tp=tp, stages=stages, fused=fused, max_num_seqs=max_num_seqs,
                 kv_memory=byte_count(kv_memory, "kv_memory"), prefix_caching=prefix_caching,
+                tokenizer=None if tokenizer is None else model_name(tokenizer, "tokenizer"),
+                weights_memory=byte_count(weights_memory, "weights_memory"),
             )  # fmt: skip
 
         def prepare() -> Cleared:
@@ -273,6 +282,7 @@ class Engine:
         built = self._builder.build(prompt, max_new_tokens, ignore_eos, False, sampling, stop)
         config = replace(self.config, policy=PLAIN.settings(), drafts=(), context=self.context, trace=None)
         config = replace(config, draft_dtypes=(), tp=1, stages=None, max_num_seqs=1, kv_memory=0)
+        config = replace(config, weights_memory=config.weights_memory * len(self.ranks))
         job = LocalJob(load_job(clear(config, 1)), is_threaded=False)
         try:
             return Handle(job, built.request, self._builder.reader(built), Completion()).result().tokens

@@ -13,7 +13,7 @@ from typing import Any
 from pipeinfer.core.errors import CheckpointError, UserError
 from pipeinfer.core.ports import GREEDY, Sampling
 from pipeinfer.core.sampling import exact
-from stages.checkpoint.folder import has_file, model_folder, printable, read_object, refuse, shown
+from stages.checkpoint.folder import has_file, is_gguf_name, model_folder, printable, read_object, refuse, shown
 
 FILE = "generation_config.json"
 DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # transformers', where tokens are drawn
@@ -62,7 +62,9 @@ class Generation:
 
 def model_sampling(directory: str | Path) -> Generation:
     """Read generation_config.json in ``directory``. Raises CheckpointError for a file that is damaged or that asks for
-    what cannot be meant."""
+    what cannot be meant. A GGUF file has none."""
+    if is_gguf_name(directory):
+        return Generation()
     path = model_folder(directory) / FILE
     if not has_file(path):
         return Generation()

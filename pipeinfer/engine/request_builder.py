@@ -47,9 +47,9 @@ class RequestBuilder:
         directory, forced = config.target_directory, bool(config.forced_acceptance)
         self.context = cleared.context
         self._vocab_size = spec.vocab_size
-        self._text = (Numbers if forced else Text)(directory)
+        self._text = (Numbers if forced else Text)(config.tokenizer_directory)
         self._stop_tokens = frozenset() if forced else self._text.eos_tokens | frozenset(spec.eos_tokens)
-        self._grammars = None if forced else grammars_of(directory, spec)
+        self._grammars = None if forced else grammars_of(config.tokenizer_directory, spec)
         defaults = Generation() if forced else model_sampling(directory)
         self.sampling, self.ignored = defaults.sampling, defaults.ignored
 

@@ -57,7 +57,7 @@ class Front:
 
     def _warm_up(self, engine: Engine, warm: Future[None]) -> None:
         try:
-            refuse_no_template(engine.config.target_directory)
+            refuse_no_template(engine.config.tokenizer_directory)
             _ = importlib.import_module("transformers").AutoTokenizer  # takes seconds; completions do not wait
             self._submitting.submit(engine.tokenize_chat, [{"role": "user", "content": "x"}])
         except (PipeinferError, ImportError, RuntimeError):

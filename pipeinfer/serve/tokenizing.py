@@ -76,7 +76,7 @@ class Tokenizing:
         """The tokens of ``prompt``, which may be longer than the context."""
         if self._text is None:
             kind = Numbers if engine.config.forced_acceptance else Text
-            self._text = kind(engine.config.target_directory)
+            self._text = kind(engine.config.tokenizer_directory)
         try:
             return self._text.encode(prompt)
         except UserError as error:

@@ -11,19 +11,33 @@ from typing import Any
 from pipeinfer.core.errors import refuse
 from pipeinfer.text.decoding import Chain, Joined
 from pipeinfer.text.files import blaming, has_tokenizer, refuse_no_template, same_tokens
+from pipeinfer.text.gguf_folder import refuse_foreign_tokenizer, tokenizer_folder
+from pipeinfer.text.gguf_tokenizer import vocabulary
 from pipeinfer.text.reader import Reader, Source, StopStrings, Streamed, Whole
 from pipeinfer.text.tokenizer import Full, open_full, open_tokenizer, render_chat
+from stages.checkpoint.folder import is_gguf_name
+from stages.checkpoint.gguf_file import read_gguf
 
-__all__ = ["Numbers", "Reader", "StopStrings", "Text", "has_tokenizer", "same_tokens"]
+__all__ = [
+    "Numbers",
+    "Reader",
+    "StopStrings",
+    "Text",
+    "has_tokenizer",
+    "refuse_foreign_tokenizer",
+    "same_tokens",
+    "tokenizer_folder",
+    "vocabulary_of",
+]
 
 
 class Text:
-    """The tokenizer in ``directory``: tokenizer.json, a SentencePiece model or a vocabulary with merges. Raises
-    CheckpointError where none can be had."""
+    """The tokenizer in ``directory``: tokenizer.json, a SentencePiece model or a vocabulary with merges; or that of a
+    GGUF file. Raises CheckpointError where none can be had."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._tokenizer = open_tokenizer(directory)
+        self._directory = tokenizer_folder(directory)
+        self._tokenizer = open_tokenizer(self._directory)
 
     @property
     def eos_tokens(self) -> frozenset[int]:
@@ -101,6 +115,12 @@ def _refuse_no_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         refuse(f"the prompt has what is no character ({error.object[error.start]!a})", "give it in UTF-8")
+
+
+def vocabulary_of(model: Path) -> dict[str, int]:
+    """All tokens and their numbers of the tokenizer in the directory or the GGUF file ``model``; what a file has is not
+    made a tokenizer of. Raises CheckpointError."""
+    return vocabulary(read_gguf(model)) if is_gguf_name(model) else Text(model).vocabulary()
 
 
 class Numbers(Text):

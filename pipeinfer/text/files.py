@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeinfer.core.errors import CheckpointError, UserError, refuse
+from pipeinfer.text.gguf_folder import tokenizer_folder
+from pipeinfer.text.gguf_tokenizer import has_vocabulary
+from stages.checkpoint.folder import is_gguf_name
+from stages.checkpoint.gguf_file import read_gguf
 
 MAIN = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -28,7 +32,9 @@ MOST_REASON = 240  # characters of another library's message
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a tokenizer comes with the model."""
+    """Whether a tokenizer comes with the model, in its directory or its GGUF file."""
+    if is_gguf_name(directory):
+        return has_vocabulary(read_gguf(directory))
     return any((directory / name).is_file() for name in (MAIN, *MODELS, *VOCABULARIES))
 
 
@@ -162,6 +168,7 @@ def refuse_unread(directory: Path, tokenizer: Any) -> None:
 
 def refuse_no_template(directory: Path) -> None:
     """Refuse what certainly has no chat template, without loading anything."""
+    directory = tokenizer_folder(directory)
     places = (directory / "chat_template.jinja", directory / "additional_chat_templates")
     try:
         has_any = any(place.exists() for place in places) or bool(read_object(directory / CONFIG).get("chat_template"))
@@ -175,6 +182,7 @@ def refuse_no_template(directory: Path) -> None:
 
 def same_tokens(one: Path, other: Path) -> bool:
     """Whether the files of two tokenizers say without loading them that all tokens are the same."""
+    one, other = tokenizer_folder(one), tokenizer_folder(other)
     names = (MAIN, *MODELS, *VOCABULARIES, "merges.txt", *EXTRAS)
     return all(_bytes(one / name) == _bytes(other / name) for name in names) and _saying(one) == _saying(other)
 

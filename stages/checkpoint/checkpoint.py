@@ -7,10 +7,11 @@ loaded; torch is imported by ``read``, and to open pickled weights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from stages.checkpoint.extents import Extent, TensorWindow, extent_of
 from stages.checkpoint.folder import (
     AGAIN,
     has_file,
@@ -24,6 +25,7 @@ from stages.checkpoint.folder import (
 )
 from stages.checkpoint.names import llama_name, refuse_collisions, unwrapped
 from stages.checkpoint.pickle_file import open_pickle, read_pickle
+from stages.checkpoint.quantized import QuantizedTensors, Window, refuse_missing, scheme_of, weights_name
 from stages.checkpoint.safetensors_file import FLOAT_NBYTES, StoredTensor, read_header
 from stages.checkpoint.spec import ExpertSpec, ModelSpec
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from stages.quantization.matrix import Matrix
+    from stages.quantization.scheme import Packing
 
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
@@ -145,6 +148,11 @@ class Weights(Protocol):
         """The same, but what is stored in few bits stays so. Where nothing is, this is ``read``."""
         return dict(self.read(names, dtype, slices))
 
+    def extents(self, names: Iterable[str], slices: Mapping[str, tuple[slice, ...]] | None = None) -> list[Extent]:
+        """What ``matrices`` will read through read_extent for the same arguments, for whoever reads ahead: parts of
+        files, perhaps not all. Nothing where nothing is known."""
+        return []
+
 
 class Checkpoint(Weights):
     """The weights of one model directory, their headers read and their lengths checked; safetensors before pickles.
@@ -161,9 +169,11 @@ class Checkpoint(Weights):
         meant = {tensor.name: rename(tensor.name) for tensor in stored}
         refuse_collisions(self.directory, meant.items())
         self.tensors: dict[str, StoredTensor] = {meant[tensor.name]: tensor for tensor in stored}
+        self.quantized = QuantizedTensors(scheme_of(self.directory), self.tensors)
 
     def _stored(self) -> list[StoredTensor]:
-        for name, read in FORMATS:
+        own = weights_name(self.directory)
+        for name, read in (*FORMATS, *([(own, read_header)] if own else ())):
             if has_file(self.directory / name):
                 return list(read(self.directory / name).values())
             index = self.directory / f"{name}.index.json"
@@ -192,35 +202,82 @@ class Checkpoint(Weights):
 
         Call it for names that tie; like transformers, a tied model that stores a head of its own uses that one."""
         other = {HEAD: EMBEDDING, EMBEDDING: HEAD}.get(name, name)
-        return other if name not in self.tensors and other in self.tensors else name
+        return other if not self._has(name) and self._has(other) else name
+
+    def _has(self, name: str) -> bool:
+        return name in self.tensors or self.quantized.packing(name) is not None
 
     def validate(self, spec: ModelSpec) -> None:
-        """Check that every tensor of the model is there, in shape and in a float type. Raises CheckpointError."""
-        for name, shape in expected(spec):
-            stored = self.tensors.get(self.stored_name(name) if spec.tied else name)
-            if stored is None:
-                refuse(f"{self.directory}: tensor {name} {shown(list(shape))} is missing", AGAIN)
-            refuse_unlike(stored, shape)
-        if spec.tied and HEAD in self.tensors:
-            refuse_unlike(self.tensors[HEAD], (spec.vocab_size, spec.hidden_size))
+        """Check that every tensor of the model is there, in shape and in a float type, or quantised as config.json
+        says. Raises CheckpointError."""
+        with numpy_windows() as window:
+            for name, shape in expected(spec):
+                self._validate(self.stored_name(name) if spec.tied else name, shape, window)
+            if spec.tied and self._has(HEAD):
+                self._validate(HEAD, (spec.vocab_size, spec.hidden_size), window)
+
+    def _validate(self, name: str, shape: tuple[int, ...], window: Window) -> None:
+        packing = self.quantized.packing(name)
+        if packing is not None:
+            self.quantized.refuse_unlike(name, packing, shape)
+            if packing.early:
+                with reading(self.directory):
+                    self.quantized.refuse_numbers(name, packing, window)
+        elif name in self.tensors:
+            refuse_unlike(self.tensors[name], shape)
+        else:
+            refuse_missing(self.directory, name, shape, self.quantized.is_packed(name))
 
     def read(
         self, names: Iterable[str], dtype: torch.dtype, slices: Mapping[str, tuple[slice, ...]] | None = None
     ) -> dict[str, torch.Tensor]:
         """See Weights."""
+        from stages.quantization.matrix import dense
+
+        return {name: dense(matrix).to(dtype) for name, matrix in self._read(names, dtype, slices)}
+
+    def matrices(
+        self, names: Iterable[str], dtype: torch.dtype, slices: Mapping[str, tuple[slice, ...]] | None = None
+    ) -> dict[str, Matrix]:
+        """See Weights."""
+        return dict(self._read(names, dtype, slices))
+
+    def _read(
+        self, names: Iterable[str], dtype: torch.dtype, slices: Mapping[str, tuple[slice, ...]] | None
+    ) -> Iterator[tuple[str, Matrix]]:
+        """Each tensor, in memory of its own, those of one file together; and after them the quantised ones."""
         wanted: dict[Path, dict[str, str]] = {}  # by file: our names by stored names
+        packings: dict[str, Packing] = {}
         for name in names:
+            packing = self.quantized.packing(name)
+            if packing is not None:
+                packings[name] = packing
+                continue
             if name not in self.tensors:
                 refuse(f"{self.directory}: tensor {name} is missing", AGAIN)
             wanted.setdefault(self.tensors[name].path, {})[self.tensors[name].name] = name
-        read: dict[str, torch.Tensor] = {}
+        window = torch_windows()
         for path, by_stored in wanted.items():
-            with reading(path), opened(path, by_stored) as windows:
-                for stored, window in windows:
-                    # Without the copy the tensor would stay a window on the mapped file.
-                    name = by_stored[stored]
-                    read[name] = window[slices[name] if slices else ...].to(dtype, copy=True)
-        return read
+            with reading(path):
+                for name in by_stored.values():
+                    part = window(self.tensors[name])[slices[name] if slices else ...]
+                    # Without the copy a pickled tensor would stay a window on the mapped file, a part of columns one on
+                    # the whole tensor.
+                    yield name, part.to(dtype, copy=path.suffix == ".bin" or not part.is_contiguous())
+        with reading(self.directory):
+            for name, packing in packings.items():
+                yield name, self.quantized.read(name, packing, window, slices[name] if slices else None)
+
+    def extents(self, names: Iterable[str], slices: Mapping[str, tuple[slice, ...]] | None = None) -> list[Extent]:
+        """See Weights: of each matrix all that is stored under its name, whatever the format."""
+        found = list[Extent]()
+        for name in names:
+            if name in self.tensors:
+                found.append(extent_of(self.tensors[name], slices[name] if slices else ...)[0])
+            else:
+                prefix = name.removesuffix("weight")
+                found += [extent_of(one)[0] for other, one in self.tensors.items() if other.startswith(prefix)]
+        return sorted((one for one in found if one.nbytes), key=lambda one: (one.path, one.start))
 
 
 def refuse_unlike(stored: StoredTensor, shape: tuple[int, ...]) -> None:
@@ -246,6 +303,38 @@ def opened(path: Path, names: Iterable[str]) -> Iterator[Iterator[tuple[str, Any
 
     with safe_open(path, framework="pt", device="cpu") as file:
         yield ((name, file.get_slice(name)) for name in names)
+
+
+def torch_windows() -> Window:
+    """Windows on tensors of any files, as torch reads them: safetensors by pread (see extents), pickles once."""
+    pickles: dict[Path, Any] = {}
+
+    def window(stored: StoredTensor) -> Any:
+        path = stored.path
+        if path.suffix != ".bin":
+            return TensorWindow(stored)
+        if path not in pickles:
+            pickles[path] = open_pickle(path)
+        return pickles[path][stored.name]
+
+    return window
+
+
+@contextmanager
+def numpy_windows() -> Iterator[Window]:
+    """Windows on tensors of safetensors files for what is checked without torch; each file is opened once."""
+    with ExitStack() as files:
+        found: dict[Path, Any] = {}
+
+        def window(stored: StoredTensor) -> Any:
+            path = stored.path
+            if path not in found:
+                from safetensors import safe_open
+
+                found[path] = files.enter_context(safe_open(path, framework="numpy", device="cpu"))
+            return found[path].get_slice(stored.name)
+
+        yield window
 
 
 @contextmanager

@@ -36,7 +36,7 @@ _SYSTEM = {
 _FOREIGN = (
     ("adapter_model.*", "holds only a LoRA adapter", "merge it into its base model and save that (in PEFT: "
      "merge_and_unload, then save_pretrained)"),
-    ("*.gguf", "holds a GGUF file", "give the model's safetensors release"),
+    ("*.gguf", "holds a GGUF file", "give the path of that file"),
     ("*.onnx", "holds an ONNX model", "give the model's safetensors release"),
     ("consolidated.*", "holds its authors' own format (consolidated.*)", "give its release in Hugging Face layout"),
     ("*.pth", "holds its authors' own format (*.pth)", "give its release in Hugging Face layout"),
@@ -131,8 +131,18 @@ def model_folder(directory: str | Path) -> Path:
     return folder
 
 
+def is_gguf_name(path: str | Path) -> bool:
+    """Whether ``path`` names a GGUF file and no directory."""
+    return str(path).lower().endswith(".gguf") and not os.path.isdir(path)
+
+
 def read_config(directory: str | Path, name: str = "config.json") -> tuple[Path, dict[str, Any]]:
-    """The path and the content of a model's config.json. Raises CheckpointError."""
+    """The path and the content of a model's config.json; of a GGUF file, what its metadata say. Raises
+    CheckpointError."""
+    if is_gguf_name(directory):
+        from stages.checkpoint.gguf_config import gguf_config  # which imports this module
+
+        return Path(directory), gguf_config(directory)
     folder = model_folder(directory)
     path = folder / name
     if not has_file(path):

@@ -21,7 +21,7 @@ ZIP = b"PK\x03\x04"
 
 def read_pickle(path: Path) -> dict[str, StoredTensor]:
     """What a pickled file holds, by the names in it. Raises CheckpointError."""
-    names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64", "int8": "I8"}
     found = {}
     for name, tensor in open_pickle(path).items():
         dtype = str(tensor.dtype).removeprefix("torch.")

@@ -5,32 +5,54 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.checkpoint.folder import AGAIN, refuse, refuse_pointer, refuse_system, said
 
 FLOAT_NBYTES = {"F32": 4, "F16": 2, "BF16": 2}
+NBYTES = {
+    **FLOAT_NBYTES,
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("I32", "U32"), 4),
+    **dict.fromkeys(("I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+}
+"""Bytes of a number of each type whose size is known here."""
 MAX_HEADER_NBYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """Where a tensor lies, and what its file says of it; ``dtype`` in safetensors' spelling, as "BF16". ``name``: its
-    name in the file."""
+    name in the file. ``start`` and ``nbytes``: where its bytes lie in a safetensors file; 0 in a pickled one.
+    ``state``: size and time of the last change (ns) of that file when its header was read."""
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
     name: str
+    start: int = 0
+    nbytes: int = 0
+    state: tuple[int, int] | None = None
+
+
+class Place(NamedTuple):
+    """A file, where its data begin, and its state; see StoredTensor."""
+
+    path: Path
+    data: int
+    state: tuple[int, int]
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """What a safetensors file holds, by the names in it. Raises CheckpointError unless its extents fill it exactly."""
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            size = status.st_size
             start = file.read(64)
             length = int.from_bytes(start[:8], "little")
             refuse_pointer(path, start)
@@ -43,7 +65,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=_once)
         _check_metadata(entries.pop("__metadata__", {}))
-        tensors = {name: _stored(path, name, entry) for name, entry in entries.items()}
+        place = Place(path, 8 + length, (size, status.st_mtime_ns))
+        tensors = {name: _stored(place, name, entry) for name, entry in entries.items()}
         end = 8 + length + _end_of(entries)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         refuse(f"{path} has a damaged safetensors header ({said(error)})", AGAIN)
@@ -67,17 +90,18 @@ def _check_metadata(metadata: dict[str, Any]) -> None:
         raise ValueError("metadata that is not text")
 
 
-def _stored(path: Path, name: str, entry: dict[str, Any]) -> StoredTensor:
-    """One header entry; raises ValueError where its extent and its shape contradict each other."""
+def _stored(place: Place, name: str, entry: dict[str, Any]) -> StoredTensor:
+    """One header entry of the file at ``place``. Raises ValueError where extent and shape contradict each
+    other."""
     if entry.keys() != {"dtype", "shape", "data_offsets"} or not isinstance(entry["dtype"], str):
         raise ValueError(f"no type, shape and extent for {name!r}")
     shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
     if any(type(number) is not int or not 0 <= number < 1 << 63 for number in (*shape, start, stop)):
         raise ValueError("negative, fractional or endless extent")
-    width = FLOAT_NBYTES.get(entry["dtype"])
+    width = NBYTES.get(entry["dtype"])
     if width is not None and stop - start != width * math.prod(shape):
         raise ValueError(f"{stop - start} bytes for shape {list(shape)}")
-    return StoredTensor(path, entry["dtype"], shape, name)
+    return StoredTensor(place.path, entry["dtype"], shape, name, place.data + start, stop - start, place.state)
 
 
 def _end_of(entries: dict[str, Any]) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeinfer.core.errors import CheckpointError
-from stages.checkpoint.folder import has_file, plain, printable, read_config, read_object, refuse, shown
+from stages.checkpoint.folder import has_file, is_gguf_name, plain, printable, read_config, read_object, refuse, shown
 
 CORRECT = "correct it or export the model again"
 LEAST, MOST = 1e-18, 2**31 - 1  # bounds of any number in a config; numbers beyond are damage
@@ -246,9 +246,8 @@ def _refuse_foreign(fields: _Fields, layer_count: int) -> None:
     for key in ("text_config", "vision_config", "audio_config"):
         if fields.get(key) is not None:
             refuse(f"{fields.path} is of a multimodal model ({key})", "use a release of its language model alone")
-    for key in ("quantization_config", "per_layer_config"):
-        if fields.get(key) is not None:
-            refuse(f"{fields.path}: {key} is not supported", "use the model's float32, float16 or bfloat16 release")
+    if fields.get("per_layer_config") is not None:
+        refuse(f"{fields.path}: per_layer_config is not supported", "use a release of one size for all layers")
     if fields.get("pretraining_tp", 1) not in (None, 1):
         refuse(f"{fields.path}: pretraining_tp {plain(fields.get('pretraining_tp'))} is not supported", "set it to 1")
     act = fields.get("hidden_act", "silu")
@@ -382,7 +381,7 @@ def eos_tokens(config: Path, found: object) -> tuple[int, ...]:
 
     (transformers stops nowhere when a generation_config.json without them hides config.json's; nobody wants that.)"""
     path, source = config.with_name("generation_config.json"), config
-    if has_file(path):
+    if not is_gguf_name(config) and has_file(path):
         stated = read_object(path).get("eos_token_id")
         found, source = (found, source) if stated is None else (stated, path)
     tokens = [] if found is None else found if isinstance(found, list) else [found]

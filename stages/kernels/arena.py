@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -30,8 +31,12 @@ class Arena:
         self._lock = threading.Lock()
 
     def empty(self, lib: Library, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor of ``shape``, not initialised, whose first byte begins a cache line."""
+        """A tensor of ``shape``, not initialised, whose first byte begins a cache line: of the thread's Buffer, if it
+        has one."""
         nbytes = math.prod(shape) * dtype.itemsize
+        buffer: Buffer | None = getattr(_of_thread, "buffer", None)
+        if buffer is not None:
+            return buffer.take(lib, nbytes).view(dtype).view(*shape)
         if nbytes > CHUNK // 2:
             return _chunk(lib, nbytes)[:nbytes].view(dtype).view(*shape)
         with self._lock:  # several engines of a process may load at a time
@@ -42,8 +47,42 @@ class Arena:
         return part.view(dtype).view(*shape)
 
 
+class Buffer:
+    """Memory of ``nbytes`` that is filled again and again. What does not fit gets memory of its own."""
+
+    def __init__(self, lib: Library, nbytes: int) -> None:
+        self._memory = _chunk(lib, nbytes)[:nbytes]
+        self._used = 0
+        self.extra = 0  # bytes that did not fit, the last time
+
+    def empty(self) -> None:
+        """Begin anew: nothing that it has given is used any more."""
+        self._used = self.extra = 0
+
+    def take(self, lib: Library, nbytes: int) -> Tensor:
+        """``nbytes`` bytes from the beginning of a cache line on."""
+        first, self._used = self._used, self._used + -(-nbytes // LINE) * LINE
+        if first + nbytes <= len(self._memory):
+            return self._memory[first : first + nbytes]
+        self.extra += nbytes
+        return _chunk(lib, nbytes)[:nbytes]
+
+
+_of_thread = threading.local()
+
+
+@contextmanager
+def packing_into(buffer: Buffer | None) -> Iterator[None]:
+    """Inside the ``with``, arenas give this thread memory of ``buffer``, or their own where it is None."""
+    before, _of_thread.buffer = getattr(_of_thread, "buffer", None), buffer
+    try:
+        yield
+    finally:
+        _of_thread.buffer = before
+
+
 def _chunk(lib: Library, nbytes: int) -> Tensor:
     """``nbytes`` of memory from the beginning of a page on."""
-    memory = torch.empty(nbytes + PAGE, dtype=torch.uint8)
+    memory = torch.empty(max(1, nbytes) + PAGE, dtype=torch.uint8)
     lib.binary.pipeinfer_huge(memory.data_ptr(), memory.nbytes)
     return memory[-memory.data_ptr() % PAGE :]

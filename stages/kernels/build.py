@@ -47,7 +47,13 @@ BASELINE = {"x86_64": ("-march=x86-64",)}
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "x86_64": {"portable": (), "avx2": AVX2, "avx512": AVX512, "avx512bf16": (*AVX512, "-mavx512bf16")},
+    "x86_64": {
+        "portable": (),
+        "avx2": AVX2,
+        "avx512": AVX512,
+        "avx512vnni": (*AVX512, "-mavx512vnni"),
+        "avx512bf16": (*AVX512, "-mavx512vnni", "-mavx512bf16"),
+    },
 }
 
 ZIG_MACHINES = ("x86_64", "aarch64")

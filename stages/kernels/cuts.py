@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from stages.kernels.library import LEAVES, PANEL
 
+BLOCK = 32
+"""Inputs of a block of quantised weights, of which their sums consist: their cuts are multiples of it."""
+
 
 def even_cuts(inputs: int, unit: int = 2) -> list[int]:
     """Cuts of ``inputs`` into 8 parts of about the same size, multiples of ``unit`` (even): 9 numbers."""
@@ -15,8 +18,13 @@ def even_cuts(inputs: int, unit: int = 2) -> list[int]:
 
 
 def default_cuts(inputs: int) -> list[int]:
-    """Cuts of the sums over ``inputs`` where nothing else asks for others."""
-    return even_cuts(inputs, PANEL if inputs >= LEAVES * PANEL else 2)
+    """Cuts of the sums over ``inputs`` where nothing else asks for others; between blocks where there are enough."""
+    return even_cuts(inputs, BLOCK if inputs >= LEAVES * BLOCK else PANEL if inputs >= LEAVES * PANEL else 2)
+
+
+def are_aligned(whole: list[int]) -> bool:
+    """Whether the cuts ``whole`` lie between blocks, so that chains consist of whole ones."""
+    return all(cut % BLOCK == 0 or cut == whole[-1] for cut in whole)
 
 
 def part_of(whole: list[int], rank: int, size: int) -> tuple[range, list[int]]:

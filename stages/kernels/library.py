@@ -38,10 +38,14 @@ class CLinear(ctypes.Structure):
     _fields_ = (
         ("weights", c_void_p),
         ("bias", c_void_p),
+        ("packing", c_void_p),
+        ("next", c_void_p),
         ("format", c_int32),
         ("columns", c_int32),
         ("k", c_int32),
         ("cuts", c_int32 * (LEAVES + 1)),
+        ("panels", c_int32),
+        ("is_integer", c_int32),
     )
 
 
@@ -160,7 +164,8 @@ class Library:
     """The kernels for this process. ``isa``: the instruction set in use, of ``available`` ones, best first;
     ``kernels``: its functions. ``threads``: of the pool that all shards of the process share. ``numerics``, for weights
     packed from now on: ``portable``, or ``fast`` to round activations to bfloat16 where the processor multiplies pairs
-    of bfloat16; the bits then differ from other processors', but not with a row's company."""
+    of bfloat16; the bits then differ from other processors', but not with a row's company. ``activations``, for
+    quantised weights packed from now on: ``fp32``, or ``int8`` for exact products of bytes."""
 
     def __init__(self, binary: ctypes.CDLL) -> None:
         binary.pipeinfer_kernels.restype = POINTER(Table)
@@ -168,6 +173,8 @@ class Library:
         binary.pipeinfer_huge.argtypes = (c_void_p, c_int64)
         binary.pipeinfer_share.argtypes = (c_void_p, c_int)
         binary.pipeinfer_pack.argtypes = (c_void_p, *(c_int,) * 5, c_void_p)
+        binary.pipeinfer_pack_quantized.argtypes = (c_void_p, c_void_p, *(c_int,) * 4, c_void_p)
+        binary.pipeinfer_pack_quantized.restype = None
         binary.pipeinfer_rotations.argtypes = (c_void_p, c_int, c_float, c_int, c_void_p)
         binary.pipeinfer_group_wait.argtypes = (c_void_p, c_int, c_int64, c_uint64, c_int64)
         binary.pipeinfer_group_publish.argtypes = (c_void_p, c_int64, c_uint64)
@@ -179,7 +186,7 @@ class Library:
             self._tables[table.contents.name.decode()] = table.contents
         self.available = tuple(self._tables)
         self.threads, self._started = 1, 1
-        self.numerics = "portable"
+        self.numerics, self.activations = "portable", "fp32"
         self._busy: ctypes.c_int32 | None = None
         self.use(self.available[0])
 
@@ -221,7 +228,7 @@ class Library:
         return count / (time.perf_counter() - began)
 
 
-VERSION = 2
+VERSION = 3
 """Of kernels.h, as this file knows it."""
 REBUILD = "build it anew (python stages/kernels/build.py)"
 _forgone: list[str] = []

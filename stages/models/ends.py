@@ -11,10 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stages.checkpoint.checkpoint import EMBEDDING, HEAD, NORM, Weights
+from stages.checkpoint.spec import ModelSpec
 from stages.kernels.group import MOST_ROWS, Group
 from stages.kernels.library import BEST_NBYTES, CHOSEN, HEAD_BLOCK, CHead, Library
-from stages.kernels.linear import padded
+from stages.kernels.linear import Linear, padded
 from stages.models.split import token_ranges
+from stages.quantization.matrix import Matrix, QuantizedMatrix, dense
 
 Chosen = npt.NDArray[np.void]
 
@@ -102,3 +105,75 @@ def _choose(
     places = (ctypes.c_void_p * group.size)(*[part.ctypes.data for part in best])
     of_all = of_ranks.ctypes.data, group.size, count, scratch.ctypes.data, chosen.ctypes.data
     kernels.choose_among(addressof(places), *of_all)
+
+
+class EmbeddingRows:
+    """The embedding ``name`` of ``weights``, whose rows are read from the file when they are needed, as ``dtype``."""
+
+    def __init__(self, weights: Weights, name: str, dtype: torch.dtype) -> None:
+        self._weights, self._name, self._dtype = weights, name, dtype
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Float32 [tokens, hidden_size]. Raises CheckpointError."""
+        needed, places = torch.unique(tokens, return_inverse=True)
+        rows = [self._row(token) for token in needed.tolist()]
+        return torch.cat(rows).float()[places]
+
+    def _row(self, token: int) -> Tensor:
+        part = {self._name: (slice(token, token + 1),)}
+        return self._weights.read([self._name], self._dtype, part)[self._name]
+
+
+Ends = dict[str, Tensor | Linear | EmbeddingRows]
+"""What a shard has of EMBEDDING, NORM and HEAD."""
+
+
+def read_ends(spec: ModelSpec, checkpoint: Weights, layers: range, dtype: torch.dtype) -> Ends:
+    """The embedding for the first shard, norm and head for the last; a tied matrix that both need is packed once."""
+    ends: Ends = {}
+    stored = {end: checkpoint.stored_name(end) if spec.tied else end for end in (EMBEDDING, HEAD)}
+    head = None
+    is_shared = stored[EMBEDDING] == stored[HEAD]
+    if layers.stop == spec.layer_count:
+        head = checkpoint.matrices([stored[HEAD]], dtype)[stored[HEAD]]
+        ends[NORM] = checkpoint.read([NORM], torch.float32)[NORM]
+        ends[HEAD] = Linear.pack(head)
+    if layers.start == 0:
+        if is_shared and head is not None:
+            return {**ends, EMBEDDING: ends[HEAD]}
+        embedding = checkpoint.matrices([stored[EMBEDDING]], dtype)[stored[EMBEDDING]]
+        if spec.tied and head is not None and _are_equal(embedding, head):
+            ends[EMBEDDING] = ends[HEAD]
+        else:
+            ends[EMBEDDING] = embedding if isinstance(embedding, Tensor) else Linear.pack(embedding)
+    return ends
+
+
+def streamed_ends(
+    spec: ModelSpec, checkpoint: Weights, layers: range, dtype: torch.dtype, is_direct: bool
+) -> tuple[Ends, str | None]:
+    """As ``read_ends``, without a head that can be read later; that tensor's name. ``is_direct``: embed by rows that
+    are read when they are needed."""
+    stored = {end: checkpoint.stored_name(end) if spec.tied else end for end in (EMBEDDING, HEAD)}
+    is_first, is_last = layers.start == 0, layers.stop == spec.layer_count
+    if is_first and not is_direct:
+        return read_ends(spec, checkpoint, layers, dtype), None
+    ends: Ends = {EMBEDDING: EmbeddingRows(checkpoint, stored[EMBEDDING], dtype)} if is_first else {}
+    if not is_last:
+        return ends, None
+    return {**ends, NORM: checkpoint.read([NORM], torch.float32)[NORM]}, stored[HEAD]
+
+
+def _are_equal(one: Matrix, other: Matrix) -> bool:
+    if isinstance(one, QuantizedMatrix) and isinstance(other, QuantizedMatrix):
+        return one.is_like(other) and all(_are_same(getattr(one, name), getattr(other, name)) for name in TABLES)
+    return one.shape == other.shape and torch.equal(dense(one), dense(other))
+
+
+def _are_same(one: object, other: object) -> bool:
+    """Of tensors; numbers, and whether there are tensors, are those of matrices that are like each other."""
+    return not (isinstance(one, Tensor) and isinstance(other, Tensor)) or torch.equal(one, other)
+
+
+TABLES = ("scales", "codes", "zeros", "factors", "minima", "minimum_factors")
+"""What a quantised matrix consists of."""

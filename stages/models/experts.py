@@ -76,7 +76,8 @@ class Experts:
     def packed(self) -> list[Tensor]:
         """The weights."""
         linears = [linear for layer in self._layers for pair in layer.experts for linear in pair]
-        return [linear.packed for linear in (*linears, *[layer.router for layer in self._layers])]
+        linears += [layer.router for layer in self._layers]
+        return [tensor for linear in linears for tensor in linear.held]
 
     def run(self, layer: int, model: int, rows: CRows, group: Group | None = None) -> None:
         """What follows attention in the ``layer``-th layer here: add to ``rows.x`` what experts make of

@@ -38,9 +38,17 @@ class _State(NamedTuple):
 
 class Grammars:
     """The grammars of a model whose tokenizer is tokenizer.json in ``directory``. ``vocab_size``: of its logits.
-    ``find_ends``: gives the tokens that end a text. Everything is read when it is first needed."""
+    ``find_ends``: gives the tokens that end a text; ``find_folder``: the folder that has tokenizer.json, if it is
+    another one. Everything is read when it is first needed."""
 
-    def __init__(self, directory: Path, vocab_size: int, find_ends: Callable[[], Iterable[int]]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        vocab_size: int,
+        find_ends: Callable[[], Iterable[int]],
+        find_folder: Callable[[], Path] | None = None,
+    ) -> None:
+        self._find_folder = find_folder or (lambda: directory)
         self._directory, self._vocab_size, self._find_ends = directory, vocab_size, find_ends
         self._states: OrderedDict[tuple[str, bytes], _State] = OrderedDict()
         self._roots: OrderedDict[str, Any] = OrderedDict()
@@ -63,7 +71,7 @@ class Grammars:
             llguidance = importlib.import_module("llguidance")
         except ImportError:
             refuse("a grammar needs the package llguidance", "pip install 'pipeinfer[guidance]' on all hosts")
-        path = self._directory / "tokenizer.json"
+        path = self._find_folder() / "tokenizer.json"
         if not self._ends:
             refuse(f"a grammar for {self._directory}, which has no token that ends a text", "use another model")
         try:

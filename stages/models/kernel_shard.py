@@ -11,7 +11,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Generator, Sequence
+import weakref
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from ctypes import addressof
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,6 @@ from pipeinfer.core.ports import GREEDY, Batch, Payload, SampledToken, Sampling,
 from pipeinfer.core.slots import slots_of
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, NORM, Weights, dense_tensors
 from stages.checkpoint.spec import ModelSpec
-from stages.kernels.cuts import part_of
 from stages.kernels.group import Group, tile_panels
 from stages.kernels.library import (
     PANEL,
@@ -42,11 +42,15 @@ from stages.kernels.linear import FORMATS, Linear, padded
 from stages.kernels.sampling import changes_nothing, processors
 from stages.kernels.top_tokens import add_tops, top_tokens
 from stages.models.bulk import compute_in_bulk
-from stages.models.ends import Chosen, choose, spread
+from stages.models.ends import Chosen, EmbeddingRows, Ends, choose, read_ends, spread, streamed_ends
 from stages.models.experts import Experts
+from stages.models.layer_linears import pack_linear
+from stages.models.linear_sizes import LINEARS, linear_shape, linears_of, within_layer
 from stages.models.rope import inverse_frequencies
-from stages.models.split import Split, SplitWeights, down_cuts, output_cuts
-from stages.quantization.matrix import Matrix, dense, stacked
+from stages.models.split import Split, SplitWeights
+from stages.models.streaming import LayerStream, Origin
+from stages.models.weights_plan import ShardPlan, shard_plan
+from stages.quantization.matrix import Matrix
 
 POSITIONS = 256
 """As in native/attention.h: positions of a chunk of attention."""
@@ -84,21 +88,25 @@ class KernelShard:
         self,
         spec: ModelSpec,
         layers: list[_Layer],
-        ends: dict[str, Tensor | Linear],
+        ends: Ends,
+        filled_by: Experts | LayerStream | None,
         kv: Tensor,
         first_layer: int,
         vocabulary: int | None,
         group: Group | None,
-        experts: Experts | None,
     ) -> None:
-        """``ends`` holds what the shard has of EMBEDDING, NORM and HEAD. Use ``load``."""
+        """``ends`` holds what the shard has of EMBEDDING, NORM and HEAD; ``filled_by``: the layers' experts, or
+        what fills layers, and the head if it is not in ``ends``. Use ``load``."""
         lib = library()
         assert lib is not None
         self.faults: dict[int, int] = {}
         self._lib: Library = lib
         self._spec, self._layers, self._kv, self._first_layer = spec, layers, kv, first_layer
-        self._experts = experts
-        self._embedding, self._norm, self._head = ends.get(EMBEDDING), ends.get(NORM), ends.get(HEAD)
+        self._experts = filled_by if isinstance(filled_by, Experts) else None
+        self._stream = filled_by if isinstance(filled_by, LayerStream) else None
+        self._embedding, self._norm, self._given_head = ends.get(EMBEDDING), ends.get(NORM), ends.get(HEAD)
+        if self._stream is not None:
+            weakref.finalize(self, self._stream.close)
         self._limit = spec.vocab_size if vocabulary is None else min(vocabulary, spec.vocab_size)
         frequencies, factor = inverse_frequencies(spec.rope, spec.head_dim, spec.context)
         capacity, stride = kv.shape[3:]
@@ -125,36 +133,60 @@ class KernelShard:
         capacity: int,
         vocabulary: int | None = None,
         group: Group | None = None,
+        memory: int = 0,
     ) -> KernelShard:
         """Read the shard's weights, layer by layer, and set up ``capacity`` zeroed slots. Raises CheckpointError.
 
         ``group``: the ranks that share the shard; this one has its part of every layer.
         ``vocabulary``: of a draft, how many tokens its target has rows for. It chooses none beyond those, and embeds
-        tokens beyond its own rows as its last one."""
+        tokens beyond its own rows as its last one. ``memory``: most bytes of resident weights and buffers, 0 for all
+        weights. With it matrices are read while the shard computes; what fails then is raised by the pass."""
         with torch.inference_mode():
             split = Split(spec, group.rank, group.size) if group else Split(spec)
-            checkpoint = SplitWeights(checkpoint, split) if group else checkpoint
             shape = (len(layers), 2, len(split.kv_heads), capacity, padded(spec.head_dim))
             kv = torch.zeros(shape, dtype=dtype)
+            more = vocabulary, group
+            if memory:
+                plan = shard_plan(checkpoint, split, layers, dtype.itemsize, memory)
+                packed, ends, stream = _streamed(split, checkpoint, layers, dtype, kv, plan)
+                return cls(spec, packed, ends, stream, kv, layers.start, *more)
+            checkpoint = SplitWeights(checkpoint, split) if group else checkpoint
             packed = []
             for index, layer in enumerate(layers):
                 names = dense_tensors(spec, layer)
-                wide = [name for name, shape in names.items() if len(shape) == 1]  # norms and biases stay float32
+                wide = _vectors(spec, layer)  # norms and biases stay float32
                 read: dict[str, Matrix] = checkpoint.matrices(names.keys() - wide, dtype)
                 read |= checkpoint.read(wide, torch.float32)
-                packed.append(_pack(split, {name.split(".", 3)[3]: tensor for name, tensor in read.items()}, kv[index]))
-            ends = _read_ends(spec, checkpoint, layers, dtype)
+                packed.append(_pack(split, within_layer(read), kv[index]))
+            ends = read_ends(spec, checkpoint, layers, dtype)
             experts = Experts.load(spec, checkpoint, layers, dtype, split.rank, split.size)
-            return cls(spec, packed, ends, kv, layers.start, vocabulary, group, experts)
+            return cls(spec, packed, ends, experts, kv, layers.start, *more)
 
     @property
     def weight_nbytes(self) -> int:
-        """Bytes of weights that this shard holds resident; a tied embedding held once counts once."""
+        """Bytes of weights that this shard holds resident, and of buffers for others; a tied embedding held once counts
+        once."""
+        if self._stream is not None:
+            return self._stream.nbytes
         held = [tensor for layer in self._layers for tensor in layer.tensors]
-        held += [linear.packed for layer in self._layers for linear in layer.linears]
+        held += [tensor for layer in self._layers for linear in layer.linears for tensor in linear.held]
         held += self._experts.packed if self._experts is not None else []
-        ends = [end.packed if isinstance(end, Linear) else end for end in (self._embedding, self._norm, self._head)]
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in (*held, *ends) if tensor is not None}.values())
+        for end in (self._embedding, self._norm, self._head):
+            held += end.held if isinstance(end, Linear) else [end] if isinstance(end, Tensor) else []
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())
+
+    @property
+    def _head(self) -> Linear | None:
+        """The output head of the last shard, waited for where it is still being read."""
+        head = self._stream.head() if self._given_head is None and self._stream is not None else self._given_head
+        assert head is None or isinstance(head, Linear)
+        return head
+
+    def _ready(self) -> Iterator[_Layer]:
+        """The layers, each once its weights are there."""
+        if self._stream is None:
+            return iter(self._layers)
+        return (self._layers[index] for index in self._stream.passes())
 
     @torch.inference_mode()
     def clear(self, slots: int) -> None:
@@ -185,7 +217,7 @@ class KernelShard:
             scratch.threads,
             faults.ctypes.data,
         )
-        for index, layer in enumerate(self._layers, self._first_layer):
+        for index, layer in enumerate(self._ready(), self._first_layer):
             rows.layer, rows.first, rows.end = index, 0, PHASES
             self._compute(layer, rows)
             if self._experts is not None:
@@ -231,6 +263,8 @@ class KernelShard:
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Float32 [tokens, hidden_size]; ``tokens`` as rows of this shard's embedding."""
+        if isinstance(self._embedding, EmbeddingRows):
+            return self._embedding.embed(tokens)
         if isinstance(self._embedding, Tensor):
             return F.embedding(tokens, self._embedding).float()
         assert self._embedding is not None, "only the first shard can embed"
@@ -318,34 +352,21 @@ def _is_fused(sampling: Sampling, is_guess: bool) -> bool:
     return replace(processors(sampling), temperature=0.0) == GREEDY and not is_guess
 
 
-def _pack(split: Split, read: dict[str, Any], kv: Tensor) -> _Layer:
+def _pack(split: Split, read: Mapping[str, Any], kv: Tensor) -> _Layer:
     """The part that ``split`` has of one layer's tensors, by their names within the layer, as the kernels take them."""
+    linears = [pack_linear(split, kind, read) for kind in linears_of(split.spec)]
+    return _layer(split, read, [linear.c for linear in linears], linears, kv)
+
+
+def _layer(
+    split: Split, read: Mapping[str, Any], given: Sequence[CLinear], linears: Sequence[Linear], kv: Tensor
+) -> _Layer:
+    """A layer whose linear layers are ``given`` to the kernels. ``read``: its norms, among others."""
     spec = split.spec
-
-    def joined(names: Sequence[str], kind: str) -> list[Any] | None:
-        found = [read.pop(f"{name}.{kind}", None) for name in names]
-        return None if found[0] is None else [tensor for tensor in found if tensor is not None]
-
-    def linear(name: str, cuts: Sequence[int] | None = None) -> Linear:
-        bias = read.pop(f"{name}.bias", None)
-        return Linear.pack(read.pop(f"{name}.weight"), bias, cuts)
-
-    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    weights, biases = joined(qkv, "weight"), joined(qkv, "bias")
-    assert weights is not None
-    gate_up = ("mlp.gate_proj", "mlp.up_proj")
-    gates, gate_biases = joined(gate_up, "weight"), joined(gate_up, "bias")
-    linears = [
-        Linear.pack(stacked(weights), None if biases is None else torch.cat(biases)),
-        linear("self_attn.o_proj", part_of(output_cuts(spec), split.rank, split.size)[1]),
-    ]
-    if gates is not None:  # else the layer has experts
-        down = linear("mlp.down_proj", part_of(down_cuts(spec), split.rank, split.size)[1])
-        linears += [Linear.interleaved(gates, gate_biases), down]
     names = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
     norms = [read[f"{name}.weight"].float() if f"{name}.weight" in read else None for name in names]
     addresses = [None if norm is None else norm.data_ptr() for norm in norms]
-    given = [*[linear.c for linear in linears], *[CLinear()] * (4 - len(linears))]
+    given = [*given, *[CLinear()] * (4 - len(given))]
     c = CLayer(*addresses, *given, *[states.data_ptr() for states in kv])
     sizes = spec.head_count * spec.head_dim, spec.intermediate_size
     tiles = [tile_panels(spec.hidden_size, -(-size // split.size), kv.element_size()) for size in sizes]
@@ -354,23 +375,22 @@ def _pack(split: Split, read: dict[str, Any], kv: Tensor) -> _Layer:
     return _Layer(c, tuple(linears), tuple(tensor for tensor in held if tensor is not None))
 
 
-def _read_ends(spec: ModelSpec, checkpoint: Weights, layers: range, dtype: torch.dtype) -> dict[str, Tensor | Linear]:
-    """The embedding for the first shard, norm and head for the last; a tied matrix that both need is packed once."""
-    ends: dict[str, Tensor | Linear] = {}
-    stored = {end: checkpoint.stored_name(end) if spec.tied else end for end in (EMBEDDING, HEAD)}
-    head, embedding = None, None
-    if layers.stop == spec.layer_count:
-        head = checkpoint.matrices([stored[HEAD]], dtype)[stored[HEAD]]
-        ends[NORM] = checkpoint.read([NORM], torch.float32)[NORM]
-        ends[HEAD] = Linear.pack(head)
-    if layers.start == 0:
-        embedding = checkpoint.matrices([stored[EMBEDDING]], dtype)[stored[EMBEDDING]]
-        if spec.tied and head is not None and _are_equal(embedding, head):
-            ends[EMBEDDING] = ends[HEAD]
-        else:
-            ends[EMBEDDING] = embedding if isinstance(embedding, Tensor) else Linear.pack(embedding)
-    return ends
+def _streamed(
+    split: Split, weights: Weights, layers: range, dtype: torch.dtype, kv: Tensor, plan: ShardPlan
+) -> tuple[list[_Layer], Ends, LayerStream]:
+    """Layers that are filled later, the ends that are there already, and what fills the layers. The head comes after
+    the layers; before them where it is also the embedding, and rows of that cannot be read one by one."""
+    spec, lib = split.spec, library()
+    assert lib is not None
+    weights = SplitWeights(weights, split) if split.size > 1 else weights
+    vectors = [within_layer(weights.read(_vectors(spec, layer), torch.float32)) for layer in layers]
+    shapes = [CLinear(columns=columns, k=k) for columns, k in (linear_shape(split, kind) for kind in LINEARS)]
+    packed = [_layer(split, read, shapes, [], states) for read, states in zip(vectors, kv, strict=True)]
+    ends, head = streamed_ends(spec, weights, layers, dtype, plan.is_direct)
+    origin = Origin(split, weights, layers, dtype, vectors, head)
+    return packed, ends, LayerStream(lib, origin, plan.plan, [layer.c for layer in packed])
 
 
-def _are_equal(one: Matrix, other: Matrix) -> bool:
-    return one.shape == other.shape and torch.equal(dense(one), dense(other))
+def _vectors(spec: ModelSpec, layer: int) -> list[str]:
+    """The norms and biases of ``layer``."""
+    return [name for name, shape in dense_tensors(spec, layer).items() if len(shape) == 1]

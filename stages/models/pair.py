@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeinfer.core.config import NUMERICS
+from pipeinfer.core.config import ACTIVATIONS, NUMERICS
 from pipeinfer.core.errors import refuse
 from pipeinfer.core.ports import Payload, ShardModel
 from stages.checkpoint.checkpoint import Weights
@@ -35,11 +35,12 @@ def load_llama(
     capacity: int,
     vocabulary: int | None = None,
     device: str = "cpu",
+    memory: int = 0,
 ) -> KernelShard | LlamaShard:
     """The shard of ``layers`` of a model of the Llama family: on the kernels if they can be had, else in torch. Raises
     UserError for a model with experts where torch would compute."""
     if library() is not None and device == "cpu":
-        return KernelShard.load(spec, weights, layers, dtype, capacity, vocabulary)
+        return KernelShard.load(spec, weights, layers, dtype, capacity, vocabulary, memory=memory)
     if spec.experts is not None:
         refuse(f"{spec.architecture} has experts, which need the C kernels", "use a device and a host that have them")
     return LlamaShard.load(spec, weights, layers, dtype, capacity, device, vocabulary)
@@ -48,9 +49,10 @@ def load_llama(
 class CheckpointPair:
     """The models in ``target`` and ``drafts``, each a spec and where its weights are; see Pair. ``forced``: how often a
     draft's choices are right, if that is forced (see stages.models.forced). ``dtype``: of the target's weights;
-    ``draft_dtypes``: of each draft's, by default the same. ``numerics``: see Config. ``group``: of ranks
+    ``draft_dtypes``: of each draft's, by default the same. ``numerics``, ``arithmetic``: see Config, ``activations``. ``group``: of ranks
     that share all models of this one. ``grammars``: those that answers may follow; None: none can be asked for.
 
+    ``weights_memory``: bytes for the target's weights on this rank, 0 for all of them (see KernelShard.load).
     ``activations``: the dtype of what stages send each other."""
 
     def __init__(
@@ -63,6 +65,8 @@ class CheckpointPair:
         numerics: str = NUMERICS[0],
         group: Group | None = None,
         grammars: Grammars | None = None,
+        weights_memory: int = 0,
+        arithmetic: str = ACTIVATIONS[0],
     ) -> None:
         self._target = target
         self._drafts = drafts
@@ -70,17 +74,17 @@ class CheckpointPair:
         self._draft_dtypes = [DTYPES[name] for name in draft_dtypes] or [self._dtype] * len(drafts)
         self.activations = self._dtype
         if (kernels := library()) is not None:
-            kernels.numerics = numerics
+            kernels.numerics, kernels.activations = numerics, arithmetic
             self.activations = torch.float32
         self._forced = forced
-        self._group = group
+        self._group, self._weights_memory = group, weights_memory
         self._grammars = grammars
         self.layers = target[0].layer_count
         self.draft_contexts = tuple(spec.context for spec, _ in drafts)
 
     def stage(self, layers: range, capacity: int) -> ShardModel:
         """See Pair."""
-        shard = self._load(*self._target, layers, self._dtype, capacity)
+        shard = self._load(*self._target, layers, self._dtype, capacity, memory=self._weights_memory)
         chooses = layers.stop == self.layers
         if not chooses:
             return shard
@@ -106,9 +110,10 @@ class CheckpointPair:
         dtype: torch.dtype,
         capacity: int,
         vocabulary: int | None = None,
+        memory: int = 0,
     ) -> ShardModel:
         try:
-            return self._read(spec, checkpoint, layers, dtype, capacity, vocabulary)
+            return self._read(spec, checkpoint, layers, dtype, capacity, vocabulary, memory)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise
@@ -125,12 +130,13 @@ class CheckpointPair:
         dtype: torch.dtype,
         capacity: int,
         vocabulary: int | None,
+        memory: int,
     ) -> ShardModel:
         if self._group is not None and isinstance(spec, ModelSpec) and can_split(spec, self._group.size):
-            part = KernelShard.load(spec, checkpoint, layers, dtype, capacity, vocabulary, self._group)
+            part = KernelShard.load(spec, checkpoint, layers, dtype, capacity, vocabulary, self._group, memory)
             return GroupShard(part, self._group)
         if isinstance(spec, ModelSpec):
-            return load_llama(spec, checkpoint, layers, dtype, capacity, vocabulary)
+            return load_llama(spec, checkpoint, layers, dtype, capacity, vocabulary, memory=memory)
         from stages.models.generic import GenericShard  # transformers takes a second to import
 
         return GenericShard.load(spec, layers, dtype, capacity, vocabulary=vocabulary)

@@ -9,6 +9,7 @@ blocks of the head's kernel. Where ranks are more than key and value heads, seve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,20 +17,25 @@ from typing import TYPE_CHECKING
 from pipeinfer.core.errors import UserError, refuse
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, Weights
 from stages.checkpoint.spec import ModelSpec
-from stages.kernels.cuts import default_cuts, part_of
+from stages.kernels.cuts import BLOCK, default_cuts, even_cuts, part_of
 from stages.kernels.library import HEAD_BLOCK, LEAVES
 
 if TYPE_CHECKING:
     import torch
 
+    from stages.checkpoint.extents import Extent
     from stages.quantization.matrix import Matrix
 
 Slices = tuple[slice, ...]
 
 
 def output_cuts(spec: ModelSpec) -> list[int]:
-    """Cuts of the sums over attention's outputs: between heads where there are enough."""
+    """Cuts of the sums over attention's outputs: between heads where there are enough, and between blocks of quantised
+    weights too where there are enough of both."""
     heads, size = spec.head_count, spec.head_dim
+    both = math.lcm(size, BLOCK)
+    if heads * size >= LEAVES * both:
+        return even_cuts(heads * size, both)
     if heads < LEAVES:
         return default_cuts(heads * size)
     return [size * (heads * leaf // LEAVES) for leaf in range(LEAVES + 1)]
@@ -139,6 +145,10 @@ class SplitWeights(Weights):
     ) -> dict[str, Matrix]:
         """See Weights."""
         return self._weights.matrices(names := list(names), dtype, self._slices(names))
+
+    def extents(self, names: Iterable[str], slices: Mapping[str, Slices] | None = None) -> list[Extent]:
+        """See Weights."""
+        return self._weights.extents(names := list(names), self._slices(names))
 
     def _slices(self, names: Iterable[str]) -> dict[str, Slices]:
         return {name: self._split.slices(name) for name in names}

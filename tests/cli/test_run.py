@@ -117,10 +117,12 @@ def test_bf16_decodes_on_several_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_threads_and_dtypes_are_told(ranks: int) -> None:
     """The dtype that auto came to, of each model, and the threads of each rank, which may be more than cores."""
-    found = json.loads(pipeinfer(*RUN, "--json", "--ranks", str(ranks), "--threads", "3", "--numerics", "fast").stdout)
+    activations = "fp32" if library() is None else "int8"
+    how = ("--threads", "3", "--numerics", "fast", "--activations", activations)
+    found = json.loads(pipeinfer(*RUN, "--json", "--ranks", str(ranks), *how).stdout)
     assert [rank["threads"] for rank in found["ranks"]] == [3] * ranks
     config = found["config"]
-    assert (config["threads"], config["numerics"]) == (3, "fast")
+    assert (config["threads"], config["numerics"], config["activations"]) == (3, "fast", activations)
     dtype = "fp32" if library() is None else "bf16"
     assert (config["dtype"], config["draft_dtypes"]) == (dtype, [dtype])
 

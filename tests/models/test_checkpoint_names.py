@@ -147,7 +147,7 @@ PICKLES: dict[str, tuple[Callable[[dict[str, torch.Tensor], Path], object], str]
     ),
     "whole numbers": (
         lambda all_, path: torch.save(all_ | {"model.norm.weight": torch.ones(64, dtype=torch.int64)}, path),
-        r"norm\.weight is int64; use one of F32",
+        r"norm\.weight is I64; use one of F32",
     ),
     "a huge view": (
         lambda all_, path: torch.save(all_ | {"model.norm.weight": torch.zeros(1).expand(1 << 40)}, path),
@@ -172,7 +172,7 @@ def test_pickles_that_are_not_weights(llama: Path, case: str, capsys: pytest.Cap
     ("file", "says"),
     [
         ("adapter_model.safetensors", "only a LoRA adapter .*; merge it"),
-        ("model-Q4_K_M.gguf", "a GGUF file .*; give the model's safetensors release"),
+        ("model-Q4_K_M.gguf", "a GGUF file .*; give the path of that file"),
         ("model.onnx", "an ONNX model"),
         ("consolidated.00.pth", r"its authors' own format \(consolidated"),
         ("tf_model.h5", "weights for TensorFlow"),

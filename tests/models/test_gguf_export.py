@@ -10,9 +10,10 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from pipeinfer.bench.gguf_export import export, gguf_name, neighbours
+from pipeinfer.bench.gguf_export import export, neighbours
 from pipeinfer.core.errors import UserError
 from stages.checkpoint.checkpoint import Checkpoint
+from stages.checkpoint.gguf_names import gguf_name
 from tests.models.tiny import make_tiny
 
 gguf: Any = pytest.importorskip("gguf", reason="the extra peers is not installed")

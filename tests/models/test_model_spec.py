@@ -117,7 +117,6 @@ def test_dtype(tmp_path: Path, key: str, said: str | None) -> None:
         (LLAMA, {"num_key_value_heads": 3}, "4 heads cannot share 3 key/value heads"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act gelu is not supported; only silu"),
         (LLAMA, {"pretraining_tp": 2}, "pretraining_tp 2 is not supported; set it to 1"),
-        (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config is not supported; use the model's float32"),
         (LLAMA, {"per_layer_config": {}}, "per_layer_config is not supported"),
         (LLAMA, {"layer_types": ["linear_attention"] * 6}, "layer_types names linear_attention"),
         (LLAMA, {"eos_token_id": "</s>"}, "eos_token_id must be a token id or a list"),

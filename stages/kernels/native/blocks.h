@@ -2,17 +2,7 @@
 #ifndef BLOCKS_H
 #define BLOCKS_H
 
-#include "kernels.h"
-#include "lanes.h"
-
-enum {
-    GROUP = 4,            /* panels that are worked on together */
-    TILE = GROUP * PANEL, /* columns of a tile of results */
-    BLOCK_ROWS = 40,      /* rows of a tile */
-    AHEAD = 4096,         /* bytes that are prefetched, of all panels together */
-};
-
-static int ceiling(int a, int b) { return (a + b - 1) / b; }
+#include "quantized.h"
 
 #define LINE_BF16 64
 #define LINE_HALF 64
@@ -124,31 +114,47 @@ static void round_pairs(const float *x, int64_t ldx, int rows, int pairs, uint32
 /* The rows of the next block where `rows` are left. */
 static int next_block(int rows) { return SPLIT[rows < 13 ? rows : 13]; }
 
-/* tile[rows][TILE] = x[rows] times `panels` panels from `first` on; rows <= BLOCK_ROWS, panels <= GROUP. `tile` has
- * room for four, `rounded` for the pairs of a leaf where the format is DOT. */
-static void product(const struct linear *linear, int first, int panels, const float *x, int64_t ldx, int rows,
-                    float *tile, uint32_t *rounded) {
-    const int64_t line = LINE[linear->format], panel = (linear->k + 1) / 2 * line;
+/* Bytes of a panel. */
+static int64_t panel_nbytes(const struct linear *linear) {
+    if (linear->format == QUANTIZED) return linear->packing->panel_nbytes;
+    return (int64_t)((linear->k + 1) / 2) * LINE[linear->format];
+}
+
+/* The sums of one chain, of weights that are not quantised: see product. */
+static void multiply_dense(const struct linear *linear, int leaf, int first, int panels, const float *x, int64_t ldx,
+                           int rows, float *sums, uint32_t *rounded) {
+    const int64_t line = LINE[linear->format], panel = panel_nbytes(linear);
     const char *w = (const char *)linear->weights + first * panel;
+    int begin = linear->cuts[leaf] / 2, pairs = (linear->cuts[leaf + 1] + 1) / 2 - begin;
+    const float *from = x + 2 * begin;
+    int64_t ld = ldx;
+    if (linear->format == DOT)
+        round_pairs(from, ldx, rows, pairs, rounded), from = (const float *)rounded, ld = pairs;
+    for (int m = 0; m < rows;) {
+        int count = next_block(rows - m);
+        block_of *const *blocks = BLOCK_OF[linear->format][count];
+        for (int p = 0; p < panels;) {
+            int step = panels - p >= 4 && blocks[2] ? 2 : panels - p >= 2 && blocks[1] ? 1 : 0;
+            blocks[step](from + m * ld, ld, w + p * panel + begin * line, panel, sums + m * TILE + p * PANEL, pairs);
+            p += 1 << step;
+        }
+        m += count;
+    }
+}
+
+/* tile[rows][TILE] = x[rows] times `panels` panels from `first` on; rows <= BLOCK_ROWS, panels <= GROUP. `tile` has
+ * room for four, `rounded` for the pairs of a leaf where the format is DOT. `prepared`, of quantised weights: the rows
+ * that x[0] is row `row` of. */
+static void product(const struct linear *linear, int first, int panels, const float *x, int64_t ldx, int rows,
+                    float *tile, uint32_t *rounded, const struct prepared *prepared, int row) {
     int depth = 0;
     for (int leaf = 0; leaf < LEAVES; leaf++) {
-        int begin = linear->cuts[leaf] / 2, pairs = (linear->cuts[leaf + 1] + 1) / 2 - begin;
         float *sums = tile + depth++ * BLOCK_ROWS * TILE;
-        const float *from = x + 2 * begin;
-        int64_t ld = ldx;
-        if (linear->format == DOT)
-            round_pairs(from, ldx, rows, pairs, rounded), from = (const float *)rounded, ld = pairs;
-        for (int m = 0; m < rows;) {
-            int count = next_block(rows - m);
-            block_of *const *blocks = BLOCK_OF[linear->format][count];
-            for (int p = 0; p < panels;) {
-                int step = panels - p >= 4 && blocks[2] ? 2 : panels - p >= 2 && blocks[1] ? 1 : 0;
-                blocks[step](from + m * ld, ld, w + p * panel + begin * line, panel, sums + m * TILE + p * PANEL,
-                             pairs);
-                p += 1 << step;
-            }
-            m += count;
-        }
+        if (linear->format == QUANTIZED)
+            multiply_quantized(linear, first, panels, prepared, row, rows, linear->cuts[leaf], linear->cuts[leaf + 1],
+                               sums);
+        else
+            multiply_dense(linear, leaf, first, panels, x, ldx, rows, sums, rounded);
         for (int done = leaf + 1; done % 2 == 0; done /= 2) { /* the tree: of two neighbours of one size their sum */
             float *left = tile + (--depth - 1) * BLOCK_ROWS * TILE, *right = left + BLOCK_ROWS * TILE;
             for (int m = 0; m < rows; m++)

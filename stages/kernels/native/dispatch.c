@@ -3,6 +3,9 @@
 #include "lanes.h"
 
 #include <sys/mman.h>
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -13,12 +16,15 @@ extern const struct kernels pipeinfer_kernels_avx2;
 #if defined(HAVE_avx512)
 extern const struct kernels pipeinfer_kernels_avx512;
 #endif
+#if defined(HAVE_avx512vnni)
+extern const struct kernels pipeinfer_kernels_avx512vnni;
+#endif
 #if defined(HAVE_avx512bf16)
 extern const struct kernels pipeinfer_kernels_avx512bf16;
 #endif
 
 /* Of kernels.h. It grows with each change there: a library of another version would read wrong memory. */
-EXPORT int pipeinfer_version(void) { return 2; }
+EXPORT int pipeinfer_version(void) { return 3; }
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -42,15 +48,19 @@ static int has_avx2(void) { return has_saved(0x6) && has(1, 0, ECX, 1u << 12 | 1
 static int has_avx512(void) { /* F, DQ, BW, VL */
     return has_avx2() && has_saved(0xe6) && has(7, 0, EBX, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31);
 }
-static int has_bf16(void) { return has_avx512() && has(7, 1, EAX, 1u << 5); }
+static int has_vnni(void) { return has_avx512() && has(7, 0, ECX, 1u << 11); }
+static int has_bf16(void) { return has_vnni() && has(7, 1, EAX, 1u << 5); }
 #endif
 
 /* Kernels from the best on that this processor runs; NULL from a number on. */
 EXPORT const struct kernels *pipeinfer_kernels(int index) {
-    const struct kernels *found[4] = {0};
+    const struct kernels *found[5] = {0};
     int count = 0;
 #if defined(HAVE_avx512bf16)
     if (has_bf16()) found[count++] = &pipeinfer_kernels_avx512bf16;
+#endif
+#if defined(HAVE_avx512vnni)
+    if (has_vnni()) found[count++] = &pipeinfer_kernels_avx512vnni;
 #endif
 #if defined(HAVE_avx512)
     if (has_avx512()) found[count++] = &pipeinfer_kernels_avx512;
@@ -78,22 +88,63 @@ EXPORT void pipeinfer_huge(void *memory, int64_t nbytes) {
     if (nbytes >= PAGE && end > begin) madvise((void *)begin, (size_t)(end - begin), MADV_HUGEPAGE);
 }
 
+/* A block: 64 bytes of each of the 16 rows that become a panel's lanes, whole cache lines. */
+enum { BLOCK = 64 };
+
+/* `nbytes` of the panel's rows from byte `from` of each on, zeros where a row or its end is missing. */
+static void gather(const char *rows, int64_t row, int there, int64_t from, int64_t nbytes, char block[PANEL][BLOCK]) {
+    if (nbytes < BLOCK || there < PANEL) memset(block, 0, PANEL * BLOCK);
+    for (int lane = 0; lane < there; lane++)
+        if (nbytes >= BLOCK)
+            memcpy(block[lane], rows + lane * row + from, BLOCK);
+        else
+            memcpy(block[lane], rows + lane * row + from, (size_t)nbytes);
+}
+
+/* A block as lines of 16 dwords: a transposition. */
+static void transpose(const char block[PANEL][BLOCK], uint32_t lines[PANEL][PANEL]) {
+    uint32_t dwords[PANEL][PANEL];
+    memcpy(dwords, block, sizeof dwords);
+#if defined(__SSE2__)
+    for (int lane = 0; lane < PANEL; lane += 4)
+        for (int line = 0; line < PANEL; line += 4) {
+            __m128 a = _mm_loadu_ps((const float *)&dwords[lane][line]);
+            __m128 b = _mm_loadu_ps((const float *)&dwords[lane + 1][line]);
+            __m128 c = _mm_loadu_ps((const float *)&dwords[lane + 2][line]);
+            __m128 d = _mm_loadu_ps((const float *)&dwords[lane + 3][line]);
+            _MM_TRANSPOSE4_PS(a, b, c, d);
+            _mm_storeu_ps((float *)&lines[line][lane], a);
+            _mm_storeu_ps((float *)&lines[line + 1][lane], b);
+            _mm_storeu_ps((float *)&lines[line + 2][lane], c);
+            _mm_storeu_ps((float *)&lines[line + 3][lane], d);
+        }
+#else
+    for (int line = 0; line < PANEL; line++)
+        for (int lane = 0; lane < PANEL; lane++) lines[line][lane] = dwords[lane][line];
+#endif
+}
+
 /* Panels from `first` on, every `turn`-th, get the rows of w [columns][k]. See struct linear. */
 EXPORT void pipeinfer_pack(const void *w, int format, int columns, int k, int first, int turn, void *panels) {
-    int64_t line = format == FLOAT ? 128 : 64, pairs = (k + 1) / 2;
-    for (int begin = 0; begin < columns; begin += PANEL) {
-        char *panel = (char *)panels + (first + begin / PANEL * (int64_t)turn) * pairs * line;
-        for (int lane = 0; lane < PANEL; lane++) {
-            int is_there = begin + lane < columns;
-            for (int i = 0; i < 2 * pairs; i++) {
-                int64_t from = (int64_t)(begin + lane) * k + i;
-                char *to = panel + i / 2 * line;
-                int place = format == BF16 ? 2 * lane + i % 2 : PANEL * (i % 2) + lane;
-                if (format == FLOAT)
-                    ((float *)to)[place] = is_there && i < k ? ((const float *)w)[from] : 0.0f;
-                else
-                    ((uint16_t *)to)[place] = is_there && i < k ? ((const uint16_t *)w)[from] : 0;
-            }
+    int64_t size = format == FLOAT ? 4 : 2, row = k * size, line = 2 * PANEL * size, pairs = (k + 1) / 2;
+    char block[PANEL][BLOCK];
+    uint32_t lines[PANEL][PANEL];
+    for (int64_t begin = 0; begin < columns; begin += PANEL) {
+        char *to = (char *)panels + (first + begin / PANEL * turn) * pairs * line, *end = to + pairs * line;
+        int there = columns - begin < PANEL ? (int)(columns - begin) : PANEL;
+        for (int64_t from = 0; from < row; from += BLOCK, to += PANEL * BLOCK) {
+            gather((const char *)w + begin * row, row, there, from, row - from, block);
+            transpose(block, lines);
+            if (format == HALF)
+                for (int i = 0; i < PANEL; i++) {
+                    uint16_t parted[2 * PANEL];
+                    for (int lane = 0; lane < PANEL; lane++) {
+                        parted[lane] = (uint16_t)lines[i][lane];
+                        parted[PANEL + lane] = (uint16_t)(lines[i][lane] >> 16);
+                    }
+                    memcpy(lines[i], parted, sizeof parted);
+                }
+            memcpy(to, lines, (size_t)(end - to < (int64_t)sizeof lines ? end - to : (int64_t)sizeof lines));
         }
     }
 }

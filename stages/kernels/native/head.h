@@ -9,19 +9,24 @@
 
 enum { HEAD_BLOCK = 256 }; /* columns of a block of logits */
 
+/* The number of row `lane` of a panel and input k. */
+static float dense_number(const struct linear *linear, const char *w, int lane, int k) {
+    const char *pair = w + k / 2 * LINE[linear->format];
+    return linear->format == BF16 || linear->format == DOT
+               ? from_bits((uint32_t)((const uint16_t *)pair)[2 * lane + k % 2] << 16)
+           : linear->format == HALF ? half_to_float(((const uint16_t *)pair)[PANEL * (k % 2) + lane])
+                                    : ((const float *)pair)[PANEL * (k % 2) + lane];
+}
+
 static void embed(const struct linear *linear, const int64_t *tokens, int32_t count, float *x) {
-    const int64_t line = LINE[linear->format], panel = (linear->k + 1) / 2 * line;
     for (int row = 0; row < count; row++) {
-        const char *w = (const char *)linear->weights + tokens[row] / PANEL * panel;
+        const char *w = (const char *)linear->weights + tokens[row] / PANEL * panel_nbytes(linear);
+        float *to = x + (int64_t)row * linear->k;
         int lane = (int)(tokens[row] % PANEL);
-        for (int k = 0; k < linear->k; k++) {
-            const char *pair = w + k / 2 * line;
-            x[(int64_t)row * linear->k + k] =
-                linear->format == BF16 || linear->format == DOT
-                    ? from_bits((uint32_t)((const uint16_t *)pair)[2 * lane + k % 2] << 16)
-                : linear->format == HALF ? half_to_float(((const uint16_t *)pair)[PANEL * (k % 2) + lane])
-                                         : ((const float *)pair)[PANEL * (k % 2) + lane];
-        }
+        if (linear->format == QUANTIZED)
+            embed_quantized(linear, w, lane, to);
+        else
+            for (int k = 0; k < linear->k; k++) to[k] = dense_number(linear, w, lane, k);
     }
 }
 

@@ -9,9 +9,11 @@ enum {
     BF16,
     HALF,
     FLOAT,
-    DOT
+    DOT,
+    QUANTIZED
 }; /* formats of weights, the first three also of keys and values. DOT is BF16 whose products are
       taken by an instruction for pairs of bf16, of activations that are rounded to it */
+enum { INTEGER, E3M2, E4M3 }; /* what codes of quantised weights are: see stages/quantization/matrix.py */
 enum { LEAVES = 8 }; /* parts of a sum, combined by a binary tree */
 enum { PANEL = 16 }; /* output columns of a panel of weights */
 enum {
@@ -20,13 +22,32 @@ enum {
     PHASES = 9, /* and how many there are */
 };
 
+/* How a panel of quantised weights lies in memory: record after record, each of `record` inputs, the last one shorter. A
+ * record is a header of whole lines of 64 bytes, then the codes of its blocks of 32 inputs, 64 * `bits` bytes each (see
+ * planes.h). The header has, for 16 outputs each: scales of spans, minima of spans, factors of groups, factors of
+ * minima, zero points; what is not there begins at 0. The last three are bytes. */
+struct packing {
+    int32_t bits, kind, scale_format;
+    int32_t group, span, record; /* inputs; all are multiples of 32, but for groups and spans of 16 */
+    int32_t parts;               /* 2 where a block has two groups, else 1 */
+    int32_t zero;                /* of all codes */
+    int32_t minima, factors, minimum_factors, zeros;
+    int32_t header_nbytes, record_nbytes;
+    int64_t panel_nbytes;
+};
+
 /* y = x W^T + bias. Panels of 16 columns lie one after the other; in a panel, for each pair of k, a line: 16 dwords
  * with w[k] low and w[k + 1] high (BF16), or 16 w[k] and 16 w[k + 1]. Missing columns and an odd k are filled with
- * zeros. A sum over k is 8 chains of fused multiply-adds, from cuts[i] to cuts[i + 1], each in order of k. */
+ * zeros. A sum over k is 8 chains of fused multiply-adds, from cuts[i] to cuts[i + 1], each in order of k. Quantised
+ * weights are added block by block: see quantized.h. */
 struct linear {
     const void *weights;
-    const float *bias; /* NULL, or whole panels */
+    const float *bias;            /* NULL, or whole panels */
+    const struct packing *packing; /* of QUANTIZED weights */
+    const struct linear *next;    /* NULL, or the columns that follow the first `panels`, of another format */
     int32_t format, columns, k, cuts[LEAVES + 1];
+    int32_t panels;
+    int32_t is_integer; /* whether activations become bytes, for exact dot products with integer codes */
 };
 
 struct layer {

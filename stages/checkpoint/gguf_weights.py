@@ -1,0 +1,183 @@
+"""The weights of a model in a GGUF file: which tensors there must be, whether they are there, and reading some of them.
+
+Only the bytes of what is asked for are read: rows of a matrix, of each row the blocks that have the wanted inputs, and
+of the tensor that all experts share the wanted expert's. Files of the architecture llama have the rows of q and k in
+the order in which llama.cpp rotates neighbours; here they come in the order of Hugging Face layout.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.checkpoint.checkpoint import EMBEDDING, HEAD, Weights, expected
+from stages.checkpoint.folder import AGAIN, refuse, refuse_system, said, shown
+from stages.checkpoint.gguf_file import GGUFTensor, read_gguf
+from stages.checkpoint.gguf_names import expert_name, gguf_name
+from stages.checkpoint.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from stages.quantization.matrix import Matrix
+
+FLOATS = ("F32", "F16", "BF16")
+DENSE_NUMBERS = 16 << 20
+"""Numbers of a quantised matrix that are made dense at a time."""
+ROTATED = (".self_attn.q_proj.", ".self_attn.k_proj.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor of ours is. ``shape``: ours; ``first``: the first of its rows in the file's tensor; ``head_dim``:
+    the size of heads whose rows are in llama.cpp's order, else 0."""
+
+    tensor: GGUFTensor
+    shape: tuple[int, ...]
+    first: int = 0
+    head_dim: int = 0
+
+
+class GGUFCheckpoint(Weights):
+    """The weights in the file ``path``, or in the files of which it is the first. ``spec``: what the file says of its
+    model (see ModelSpec.read). Raises CheckpointError for a damaged header and for tensors that are missing or of
+    another shape."""
+
+    def __init__(self, path: str | Path, spec: ModelSpec) -> None:
+        self.path, self._file = Path(path), read_gguf(path)
+        rotates_neighbours = self._file.metadata.get("general.architecture") == "llama"
+        self._head_dim = spec.head_dim if rotates_neighbours else 0
+        self._places = {name: self._place(name, shape) for name, shape in expected(spec)}
+
+    def _place(self, name: str, shape: tuple[int, ...]) -> _Place:
+        expert = expert_name(name)
+        stored, index = (gguf_name(name), 0) if expert is None else (expert[0], expert[2])
+        if expert is not None and stored not in self._file.tensors and expert[1] in self._file.tensors:
+            stored, expert = expert[1], None
+        tensor = self._file.tensors.get(stored)
+        if tensor is None:
+            refuse(f"{self.path}: tensor {stored} {shown(list(shape))} is missing", AGAIN)
+        found = tensor.shape
+        if expert is not None:
+            found = found[1:] if len(found) == 3 and index < found[0] else ()
+        if found != shape:
+            asked = f"the metadata ask for {shown(list(shape))}"
+            refuse(f"{tensor.path}: tensor {stored} has shape {shown(list(tensor.shape))}, {asked}", AGAIN)
+        if len(shape) == 1 and tensor.kind not in FLOATS:
+            refuse(f"{tensor.path}: tensor {stored} is {tensor.kind}, but a vector", f"use {', '.join(FLOATS)} for it")
+        is_rotated = any(part in name for part in ROTATED)
+        first = index * shape[0] if expert is not None else 0
+        return _Place(tensor, shape, first, self._head_dim if is_rotated else 0)
+
+    def stored_name(self, name: str) -> str:
+        """See Weights: a tied model has no head of its own."""
+        return EMBEDDING if name == HEAD and HEAD not in self._places else name
+
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype, slices: Mapping[str, tuple[slice, ...]] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """See Weights."""
+        return {name: self._dense(name, dtype, slices[name] if slices else ()) for name in names}
+
+    def matrices(
+        self, names: Iterable[str], dtype: torch.dtype, slices: Mapping[str, tuple[slice, ...]] | None = None
+    ) -> dict[str, Matrix]:
+        """See Weights."""
+        read: dict[str, Matrix] = {}
+        for name in names:
+            matrix, part = self._known(name), slices[name] if slices else ()
+            is_float = matrix.tensor.kind in FLOATS
+            read[name] = self._dense(name, dtype, part) if is_float else self._stored(matrix, *self._cut(matrix, part))
+        return read
+
+    def _known(self, name: str) -> _Place:
+        if name not in self._places:
+            refuse(f"{self.path}: tensor {name} is missing", AGAIN)
+        return self._places[name]
+
+    def _cut(self, place: _Place, part: tuple[slice, ...]) -> tuple[range, range]:
+        """Rows and inputs of the ``part`` of a matrix."""
+        rows, columns = (*part, slice(None), slice(None))[:2]
+        return range(place.shape[0])[rows], range(place.shape[1])[columns]
+
+    def _dense(self, name: str, dtype: torch.dtype, part: tuple[slice, ...]) -> torch.Tensor:
+        """A tensor's ``part`` as ``dtype``."""
+        import torch
+
+        place = self._known(name)
+        if len(place.shape) == 1:
+            vector: Any = _decoded(place.tensor, range(1), range(place.shape[0]))
+            vector = vector[0][_order(place.shape[0], place.head_dim)] if place.head_dim else vector[0]
+            cut: torch.Tensor = vector[part[:1]].to(dtype, copy=True)
+            return cut
+        rows, columns = self._cut(place, part)
+        found = torch.empty((len(rows), len(columns)), dtype=dtype)
+        step = max(1, DENSE_NUMBERS // max(1, len(columns)))
+        step = -(-step // place.head_dim) * place.head_dim if place.head_dim else step
+        for start in range(0, len(rows), step):
+            matrix: Any = self._stored(place, rows[start : start + step], columns)
+            found[start : start + step] = matrix if isinstance(matrix, torch.Tensor) else matrix.dense()
+        return found
+
+    def _stored(self, place: _Place, rows: range, columns: range) -> Matrix:
+        """These rows and inputs of a matrix as the file has them."""
+        size, wanted = place.head_dim, slice(None)
+        if size:  # whole heads are read
+            wanted = slice(rows.start % size, rows.start % size + len(rows))
+            rows = range(rows.start // size * size, -(-rows.stop // size) * size)
+        block = place.tensor.block
+        blocks = range(columns.start // block, -(-columns.stop // block))
+        matrix = _decoded(place.tensor, range(place.first + rows.start, place.first + rows.stop), blocks)
+        if size:
+            matrix = matrix[_order(len(rows), size)[wanted]]
+        skipped = columns.start - blocks.start * block
+        if skipped or len(columns) < len(blocks) * block:
+            matrix = matrix[:, skipped : skipped + len(columns)]
+        return matrix
+
+
+def _order(rows: int, size: int) -> torch.Tensor:
+    """Where in heads of ``size`` rows, in llama.cpp's order, each row of Hugging Face's order is."""
+    import torch
+
+    return torch.arange(rows).view(-1, size // 2, 2).transpose(1, 2).reshape(-1)
+
+
+def _decoded(tensor: GGUFTensor, rows: range, blocks: range) -> Matrix:
+    """Whole blocks of some of a tensor's rows, as its type has them."""
+    import numpy as np
+    import torch
+
+    nbytes = len(blocks) * tensor.block_nbytes
+    data = np.empty((len(rows), nbytes), np.uint8)
+    _read_into(tensor, rows, blocks.start * tensor.block_nbytes, data)
+    raw = torch.from_numpy(data)
+    if tensor.kind in FLOATS:
+        kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        return raw.view(kinds[tensor.kind])
+    from stages.quantization.gguf_blocks import decode
+
+    try:
+        return decode(tensor.kind, data, tensor.block_nbytes)
+    except ValueError as error:
+        refuse(f"{tensor.path}: tensor {tensor.name} ({tensor.kind}) cannot be used: {said(error)}", AGAIN)
+
+
+def _read_into(tensor: GGUFTensor, rows: range, skipped: int, data: Any) -> None:
+    """Fill ``data``, uint8 [rows, bytes], with what follows the first ``skipped`` bytes of each row."""
+    start = tensor.offset + rows.start * tensor.row_nbytes + skipped
+    parts = [data.reshape(-1)] if data.shape[1] == tensor.row_nbytes else list(data)
+    try:
+        with tensor.path.open("rb", buffering=0) as file:
+            for index, part in enumerate(parts):
+                view, at = memoryview(part), start + index * tensor.row_nbytes
+                while len(view):
+                    count = os.preadv(file.fileno(), [view], at)
+                    if not count:
+                        refuse(f"{tensor.path} ends at {at}, within tensor {tensor.name}", AGAIN)
+                    view, at = view[count:], at + count
+    except OSError as error:
+        refuse_system(tensor.path, error)
