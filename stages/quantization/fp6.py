@@ -49,10 +49,10 @@ class Fp6Packing:
         """See Packing."""
         return "FP6 in bit planes"
 
-    def shape(self, stored: Mapping[str, Shape]) -> tuple[int, int]:
-        """See Packing; of inputs that do not fill bytes, with what fills them."""
-        outputs, width = stored[HIGH]
-        return outputs, width * PER_BYTE[HIGH]
+    def shape(self, stored: Mapping[str, Shape], read: Reader) -> tuple[int, int]:
+        """See Packing."""
+        outputs, inputs = read(SHAPE).tolist()
+        return outputs, inputs
 
     def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
         """See Packing."""
