@@ -48,7 +48,7 @@ class Fp6Packing:
         """See Packing."""
         return "FP6 in bit planes"
 
-    def shape(self, stored: Mapping[str, Shape]) -> tuple[int, int]:
+    def shape(self, stored: Mapping[str, Shape], read: Reader) -> tuple[int, int]:
         """See Packing; of inputs that do not fill bytes, with what fills them."""
         outputs, width = stored[HIGH]
         return outputs, width * PER_BYTE[HIGH]
