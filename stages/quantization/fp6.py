@@ -51,8 +51,7 @@ class Fp6Packing:
 
     def shape(self, stored: Mapping[str, Shape], read: Reader) -> tuple[int, int]:
         """See Packing."""
-        outputs, inputs = read(SHAPE).tolist()
-        return outputs, inputs
+        return stored[HIGH][0], int(read(SHAPE)[1])
 
     def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
         """See Packing."""
