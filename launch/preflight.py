@@ -37,8 +37,8 @@ Model = tuple[ModelSpec | GenericSpec, Weights]
 class Cleared:
     """A job that may start: the models' specs and checked weights, the plan, and the context it serves.
 
-    ``config``: with every dtype and the number of KV slots resolved. ``note``: what its user should know of the dtypes,
-    in one line; empty for nothing."""
+    ``config``: with every dtype and the number of KV slots resolved. ``note``: what its user should know of the dtypes
+    and of quantised weights, in one line; empty for nothing."""
 
     config: Config
     target: Model
@@ -92,8 +92,9 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
     resolved = _resolved(config, target, drafts, has_kernels)
     resolved = replace(resolved, kv_slots=kv_slots(spec, plan, resolved, context))
     refuse_weights_memory(target, plan, resolved, has_kernels)
-    note = "" if has_kernels else _note(config, target, drafts)
-    return Cleared(resolved, target, drafts, plan, context, note)
+    notes = ["" if has_kernels else _note(config, target, drafts)]
+    notes += [weights.note for _, weights in (target, *models.values()) if isinstance(weights, Checkpoint)]
+    return Cleared(resolved, target, drafts, plan, context, "; ".join(dict.fromkeys(filter(None, notes))))
 
 
 def _refuse_words(config: Config) -> None:

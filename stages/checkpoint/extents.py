@@ -108,7 +108,7 @@ def refuse_changed(extent: Extent, descriptor: int) -> None:
 
 def refuse_short(path: Path, offset: int) -> NoReturn:
     """``path`` ends before ``offset``, where its header has numbers."""
-    refuse(f"{path} ends at byte {offset}, in the middle of a tensor: it was cut short or replaced", AGAIN)
+    refuse(f"{path} ends before byte {offset}, in the middle of a tensor: it was cut short or replaced", AGAIN)
 
 
 def refuse_failed(path: Path, offset: int, error: OSError) -> NoReturn:
