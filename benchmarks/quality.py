@@ -107,7 +107,7 @@ class Quality:
         if kind != one.kind:
             from pipeinfer.bench.gguf_export import export
 
-            return export(self.source, folder / "model.gguf", kind)
+            return export(self.source, folder / "model.gguf", kind, with_tokenizer=True)
         from pipeinfer.cli.quantize import copy_files, write_model
         from stages.checkpoint.quantizer import open_source
 
