@@ -312,6 +312,7 @@ def load(cleared: Cleared, world: World | None, rendezvous: Rendezvous | None = 
             group,
             grammars_of(config.tokenizer_directory, cleared.target[0]),
             config.weights_memory,
+            config.activations,
         )
     cache = _cache(cleared, world, threads) if are_of_use(Policy(**config.policy)) else None
     return Job(config, cleared.plan, cleared.context, pair, world, rendezvous=rendezvous, cache=cache, group=group)
@@ -339,6 +340,7 @@ def _cache(cleared: Cleared, world: World | None, threads: int) -> PassCache:
         "self_drafts": [name for name in config.drafts if is_self_draft(name)],
         "dtypes": [config.dtype, *config.draft_dtypes],
         "numerics": config.numerics,
+        "activations": config.activations,
         "isa": kernels.isa if (kernels := library()) else str(torch.backends.cpu.get_cpu_capability()),
         "threads": threads,
         "ranks": world.size if world else 1,

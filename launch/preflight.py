@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.cores import refuse_threads
 from launch.kv_memory import kv_slots
 from launch.weights_memory import refuse_weights_memory
-from pipeinfer.core.config import AUTO, DEFAULT_CONTEXT, DTYPES, FUSED, NUMERICS, Config, resolve_dtype
+from pipeinfer.core.config import ACTIVATIONS, AUTO, DEFAULT_CONTEXT, DTYPES, FUSED, NUMERICS, Config, resolve_dtype
 from pipeinfer.core.errors import refuse
 from pipeinfer.core.self_draft import is_self_draft
 from pipeinfer.placement.roles import Plan, assign
@@ -37,8 +37,8 @@ Model = tuple[ModelSpec | GenericSpec, Weights]
 class Cleared:
     """A job that may start: the models' specs and checked weights, the plan, and the context it serves.
 
-    ``config``: with every dtype and the number of KV slots resolved. ``note``: what its user should know of the dtypes,
-    in one line; empty for nothing."""
+    ``config``: with every dtype and the number of KV slots resolved. ``note``: what its user should know of the dtypes
+    and of quantised weights, in one line; empty for nothing."""
 
     config: Config
     target: Model
@@ -85,17 +85,20 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
         self_draft(name, target) if is_self_draft(name) else models[place]
         for name, place in zip(names, config.draft_directories, strict=False)
     ]
+    if config.activations != ACTIVATIONS[0] and not has_kernels:
+        refuse(f"--activations {config.activations} needs the C kernels on all ranks", "pipeinfer doctor says more")
     if config.tp > 1:
         _refuse_group(config, spec, has_kernels)
     resolved = _resolved(config, target, drafts, has_kernels)
     resolved = replace(resolved, kv_slots=kv_slots(spec, plan, resolved, context))
     refuse_weights_memory(target, plan, resolved, has_kernels)
-    note = "" if has_kernels else _note(config, target, drafts)
-    return Cleared(resolved, target, drafts, plan, context, note)
+    notes = ["" if has_kernels else _note(config, target, drafts)]
+    notes += [weights.note for _, weights in (target, *models.values()) if isinstance(weights, Checkpoint)]
+    return Cleared(resolved, target, drafts, plan, context, "; ".join(dict.fromkeys(filter(None, notes))))
 
 
 def _refuse_words(config: Config) -> None:
-    """A dtype or numerics that there is not."""
+    """A dtype, numerics or activations that there are not."""
     choices = (AUTO, *DTYPES)
     for dtype in (config.dtype, *config.draft_dtypes):
         if dtype not in choices:
@@ -108,6 +111,8 @@ def _refuse_words(config: Config) -> None:
         refuse(f"--tp {config.tp}", f"use 1 to {MOST_RANKS} ranks for a stage")
     if config.numerics not in NUMERICS:
         refuse(f"unknown numerics {config.numerics!r}", f"use one of {', '.join(NUMERICS)}")
+    if config.activations not in ACTIVATIONS:
+        refuse(f"unknown activations {config.activations!r}", f"use one of {', '.join(ACTIVATIONS)}")
 
 
 def _refuse_group(config: Config, spec: ModelSpec | GenericSpec, has_kernels: bool) -> None:
@@ -184,9 +189,19 @@ def _model(directory: Path, context: int, has_kernels: bool) -> Model:
     if not is_llama_family(directory):  # the only case that loads torch: such a model has to be looked at
         return _generic(directory)
     spec = ModelSpec.read(directory)
-    if _is_windowed(spec, context) or (spec.experts is not None and not has_kernels):
+    if is_gguf_name(directory):
+        _refuse_file(directory, spec, context, has_kernels)
+    elif _is_windowed(spec, context) or (spec.experts is not None and not has_kernels):
         return _generic(directory)
     return spec, open_weights(directory, spec)
+
+
+def _refuse_file(path: Path, spec: ModelSpec, context: int, has_kernels: bool) -> None:
+    """Refuse a GGUF file that only transformers' code could compute, as it has no directory to be read from."""
+    if _is_windowed(spec, context):
+        refuse(f"{path}: no GGUF file is decoded with its window of {spec.window} tokens", "ask for less --context")
+    if spec.experts is not None and not has_kernels:
+        refuse(f"{path}: experts need the C kernels ({reason()})", "use a model without experts")
 
 
 def _is_windowed(spec: ModelSpec, context: int) -> bool:
@@ -195,8 +210,6 @@ def _is_windowed(spec: ModelSpec, context: int) -> bool:
 
 
 def _generic(directory: Path) -> Model:
-    if is_gguf_name(directory):
-        refuse(f"{directory}: windows and experts need what GGUF files do not have", "give the model's directory")
     return GenericSpec.read(directory), Checkpoint(directory, llama=False)
 
 

@@ -31,8 +31,8 @@ class Point:
     pass of the draft. Real: ``target`` and ``draft`` are models, ``builtin*300M`` for one as costly as that (see
     inflate), ``shaped`` for a pair of 620M and 99M weights (see shaped_pair); an acceptance is forced upon them,
     weights may be random. ``prompt_tokens``: 0 for prompts as they come. ``set``: changes to every policy that drafts,
-    as ``knob=value``. ``dtype``, ``numerics`` and ``threads`` (of a rank; 0 for its fair share): see Engine. ``tp``:
-    ranks that share a stage; ``fused``, of real ones: how they exchange activations, see Engine; ``efficiency``, of
+    as ``knob=value``. ``dtype``, ``numerics``, ``activations`` and ``threads`` (of a rank; 0 for its fair share): see
+    Engine. ``tp``: ranks that share a stage; ``fused``, of real ones: how they exchange activations, see Engine; ``efficiency``, of
     others: the share of ``tp`` times a rank's speed that they have together before exchanges. ``requests``, simulated:
     that are decoded at once, 0 for one after the other; ``arrivals``: how they come (see load.py); ``row_costs``:
     without a ``hardware``, times of passes of ROW_COUNTS rows in any unit, of target and draft."""
@@ -54,6 +54,7 @@ class Point:
     temperature: float = 0.0
     random_weights: bool = False
     numerics: str = "portable"
+    activations: str = "fp32"
     threads: int = 0
     set: tuple[str, ...] = ()
     tp: int = 1

@@ -20,7 +20,7 @@ EXCHANGES = "fused"
 """Takes the place of a suite: linears and passes on this process's cores, without ranks."""
 
 
-REAL_ONLY = ("dtype", "numerics", "threads")
+REAL_ONLY = ("dtype", "numerics", "activations", "threads")
 """Options that mean something where real models compute."""
 
 
@@ -50,11 +50,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--ranks", type=int, metavar="N", help="ranks of every point, instead of the suite's")
     parser.add_argument("--repeats", type=int, metavar="R", help="samples of each policy at each point")
     parser.add_argument("--tokens", type=int, metavar="K", help="new tokens of a request")
-    parser.add_argument("--target", metavar="DIR", help="the target of every point, instead of the suite's (real)")
-    parser.add_argument("--draft", metavar="DIR", help="the draft of every point, instead of the suite's (real)")
+    parser.add_argument("--target", metavar="MODEL", help="the target of every point, instead of the suite's (real)")
+    parser.add_argument("--draft", metavar="MODEL", help="the draft of every point, instead of the suite's (real)")
     parser.add_argument("--prompts", type=int, metavar="K", help="requests of a sample (real)")
     parser.add_argument("--dtype", metavar="auto|fp32|bf16|fp16", help="type of weights, instead of the suite's (real)")
     parser.add_argument("--numerics", metavar="portable|fast", help="see `pipeinfer run` (real)")
+    parser.add_argument("--activations", metavar="fp32|int8", help="see `pipeinfer run` (real)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of each rank (real)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per row instead of a table")
     parser.add_argument("--out", metavar="DIR", help="also write the rows to DIR/SUITE.EXECUTION.jsonl")

@@ -110,10 +110,10 @@ def add_models(group: Any) -> None:
 def add_computing(group: Any) -> None:
     """Add the options that say how ranks compute to the parser's ``group``."""
     group.add_argument(
-        "--numerics",
-        default="portable",
-        metavar="portable|fast",
-        help="portable: the same bits on every processor; fast: its own 16-bit products (default portable)",
+        "--numerics", default="portable", metavar="portable|fast", help="fast: this processor's own 16-bit products"
+    )
+    group.add_argument(
+        "--activations", default="fp32", metavar="fp32|int8", help="int8: products of quantised weights with bytes"
     )
     group.add_argument(
         "--threads", type=int, metavar="N", help="threads of each rank (default: its share of the cores it may use)"
@@ -225,6 +225,7 @@ def open_engine(args: argparse.Namespace, check: Callable[[Engine], object], **m
         settings=args.set,
         dtype=args.dtype,
         numerics=args.numerics,
+        activations=args.activations,
         threads=args.threads,
         tp=args.tp,
         stages=args.stages,

@@ -22,6 +22,7 @@ AUTO = "auto"
 """The dtype of a job whose weights are held as their checkpoints store them."""
 STORED_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 NUMERICS = ("portable", "fast")
+ACTIVATIONS = ("fp32", "int8")
 FUSED = ("auto", "on", "off")
 UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 """Powers of 1024 by their letters."""
@@ -42,7 +43,8 @@ class Config:
     ``random_weights``: the directories' weights are not read but made up (see stages.checkpoint.random_weights).
     ``dtype``: of weights; ``auto`` until preflight knows what the target's checkpoint says. ``draft_dtypes``: what
     preflight resolved for each draft; until then as ``dtype``. ``numerics``: ``portable`` for the same bits on every
-    processor, ``fast`` for those of this one. ``threads``: of each rank; None for its fair share of the cores.
+    processor, ``fast`` for those of this one. ``activations``: what quantised weights with integer codes are multiplied
+    by, of ACTIVATIONS. ``threads``: of each rank; None for its fair share of the cores.
     ``tp``: ranks that share a stage; ``stages``: how many there are to be, if that is said. ``fused``: whether their
     exchanges are fused with the kernels, of FUSED. ``max_num_seqs``: requests that are decoded at once. ``kv_memory``:
     bytes of each rank for keys and values of accepted tokens, 0 for what so many whole contexts need; ``kv_slots``: the
@@ -61,6 +63,7 @@ class Config:
     forced_acceptance: tuple[float, ...] = ()
     random_weights: bool = False
     numerics: str = NUMERICS[0]
+    activations: str = ACTIVATIONS[0]
     threads: int | None = None
     draft_dtypes: tuple[str, ...] = ()
     tp: int = 1

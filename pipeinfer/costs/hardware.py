@@ -29,6 +29,7 @@ GROUPS = {
     "processor": ("cores",),
     "memory": ("capacity", "bandwidth"),
     "link": ("latency", "bandwidth"),
+    "disk": ("bandwidth",),
     **dict.fromkeys(DTYPES, OF_DTYPE),
 }
 NEEDED = ("processor.cores", "memory.capacity", "memory.bandwidth", "link.latency", "link.bandwidth")
@@ -70,7 +71,7 @@ class Arithmetic:
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """The hardware of one stage: ``cores``, ``memory_nbytes`` bytes of memory, its ``bandwidth`` in bytes/s, and a link
-    to each other stage."""
+    to each other stage. ``disk``: bytes/s at which weights are streamed; None if the description has none."""
 
     name: str
     title: str
@@ -79,6 +80,7 @@ class Hardware:
     bandwidth: float
     link: Link
     arithmetic: Mapping[str, Arithmetic]  # by dtype
+    disk: float | None = None
 
 
 def read_hardware(name: str) -> Hardware:
@@ -102,6 +104,7 @@ def read_hardware(name: str) -> Hardware:
         bandwidth=value("memory.bandwidth"),
         link=Link(value("link.latency"), bandwidth=value("link.bandwidth")),
         arithmetic={dtype: _arithmetic(dtype, figures) for dtype in dtypes},
+        disk=value("disk.bandwidth") if "disk.bandwidth" in figures else None,
     )
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from launch.preflight import Cleared, clear
 from launch.signals import end_in_order
 from pipeinfer.core.config import (
+    ACTIVATIONS,
     AUTO,
     BUILTIN,
     FUSED,
@@ -64,7 +65,7 @@ class Engine:
     used. policy: ``plain`` (the default of one rank without a draft), ``continuous`` or a TOML file with a policy's
     knobs; settings: changes to it, as ``knob=value``. dtype: of weights and KV slots: ``auto`` for what each
     checkpoint says, or ``fp32``, ``bf16`` or ``fp16``. numerics: ``portable`` for the same bits on every processor, or
-    ``fast``. threads: of each rank (default: its fair share of the cores). tp: ranks that share each stage; stages: how
+    ``fast``. activations: ``fp32``, or ``int8`` to multiply quantised weights by integers. threads: of each rank (default: its fair share of the cores). tp: ranks that share each stage; stages: how
     many there have to be; fused: how those ranks exchange activations, ``auto``, ``on`` or ``off``. context: most
     tokens of a request. max_num_seqs: requests that are decoded at once; others wait. kv_memory: bytes of each rank for
     keys and values, as a number or as ``8G`` (default: what so many whole contexts need, which is taken from the system
@@ -103,6 +104,7 @@ class Engine:
         forced_acceptance: float | Sequence[float] = (),
         random_weights: bool = False,
         numerics: str = NUMERICS[0],
+        activations: str = ACTIVATIONS[0],
         threads: int | None = None,
         tp: int = 1,
         stages: int | None = None,
@@ -127,7 +129,7 @@ class Engine:
                 timeout_s=timeout_s, trace=None if trace is None else _name(trace),
                 calibrations={} if calibration is None else read_calibrations(_name(calibration)),
                 forced_acceptance=_shares(forced_acceptance), random_weights=random_weights, numerics=numerics,
-                threads=threads, tp=tp, stages=stages, fused=fused, max_num_seqs=max_num_seqs,
+                activations=activations, threads=threads, tp=tp, stages=stages, fused=fused, max_num_seqs=max_num_seqs,
                 kv_memory=byte_count(kv_memory, "kv_memory"), prefix_caching=prefix_caching,
                 tokenizer=None if tokenizer is None else model_name(tokenizer, "tokenizer"),
                 weights_memory=byte_count(weights_memory, "weights_memory"),

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeinfer.core.config import NUMERICS
+from pipeinfer.core.config import ACTIVATIONS, NUMERICS
 from pipeinfer.core.errors import refuse
 from pipeinfer.core.ports import Payload, ShardModel
 from stages.checkpoint.checkpoint import Weights
@@ -49,7 +49,7 @@ def load_llama(
 class CheckpointPair:
     """The models in ``target`` and ``drafts``, each a spec and where its weights are; see Pair. ``forced``: how often a
     draft's choices are right, if that is forced (see stages.models.forced). ``dtype``: of the target's weights;
-    ``draft_dtypes``: of each draft's, by default the same. ``numerics``: see Config. ``group``: of ranks
+    ``draft_dtypes``: of each draft's, by default the same. ``numerics``, ``arithmetic``: see Config, ``activations``. ``group``: of ranks
     that share all models of this one. ``grammars``: those that answers may follow; None: none can be asked for.
 
     ``weights_memory``: bytes for the target's weights on this rank, 0 for all of them (see KernelShard.load).
@@ -66,6 +66,7 @@ class CheckpointPair:
         group: Group | None = None,
         grammars: Grammars | None = None,
         weights_memory: int = 0,
+        arithmetic: str = ACTIVATIONS[0],
     ) -> None:
         self._target = target
         self._drafts = drafts
@@ -73,7 +74,7 @@ class CheckpointPair:
         self._draft_dtypes = [DTYPES[name] for name in draft_dtypes] or [self._dtype] * len(drafts)
         self.activations = self._dtype
         if (kernels := library()) is not None:
-            kernels.numerics = numerics
+            kernels.numerics, kernels.activations = numerics, arithmetic
             self.activations = torch.float32
         self._forced = forced
         self._group, self._weights_memory = group, weights_memory

@@ -14,7 +14,8 @@ from tests.house.source import PACKAGES, ROOT, imports, module_name, python_file
 HEAVY = {"torch", "transformers", "mpi4py"}
 SPEAKS_MPI = {"launch.mpi"}
 EAGER_TORCH = re.compile(  # what computes; whoever loads it imports it late
-    r"stages\.quantization\.(matrix|unpack|rounding|packing|bit_fields)|stages\.kernels\.(?!(library|build|cuts|group)$)\w+|pipeinfer\.bench\.fused|"
+    r"stages\.quantization\.(matrix|unpack|rounding|packing|bit_fields)|pipeinfer\.bench\.fused|"
+    r"stages\.kernels\.(?!(library|build|cuts|group)$)\w+|"
     r"stages\.models\.(pair|llama|kernel_shard|experts|ends|bulk|rope|generic|activation_scales|"
     r"generic_(slots|probe|skeleton|weights|kernels))"
 )

@@ -145,7 +145,7 @@ def grouped(world: World, how: How, lib: Library | None = None, late_by: random.
     """The world's shards on a group's ranks, as their leader sees them. ``late_by``: see late."""
     groups = make_groups(how, slot_nbytes([world.spec.hidden_size], [world.spec.vocab_size]), lib)
     sizes = world.dtype, len(world.tokens) + 60, world.vocabulary
-    with used(lib):
+    with used(lib, world.arithmetic):
         loaded = [
             [KernelShard.load(world.spec, world.weights, layers, *sizes, group) for group in groups]
             for layers in world.cuts

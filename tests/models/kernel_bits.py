@@ -75,7 +75,7 @@ class RandomWeights(Weights):
 class World:
     """``parents``: of each row of the forest the row before it, or -1. ``vocabulary``: see KernelShard.load.
     ``activations``: what the first and the last shard left of each row, alone; ``logits`` and ``said``: what was chosen
-    after it."""
+    after it. ``arithmetic``: with quantised weights, the ``activations`` of Library."""
 
     seed: int
     spec: ModelSpec
@@ -88,6 +88,7 @@ class World:
     paths: list[list[int]] = field(default_factory=list)
     activations: list[Tensor] = field(default_factory=list)
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    arithmetic: str = "fp32"
     said: dict[tuple[int, str], Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -150,18 +151,19 @@ def draw_world(seed: int, long_texts: bool = True) -> World:
 
 
 @contextlib.contextmanager
-def used(lib: Library | None) -> Iterator[None]:
+def used(lib: Library | None, arithmetic: str = "fp32") -> Iterator[None]:
     """Shards and linear layers are those of ``lib`` and not of the library in use."""
     with pytest.MonkeyPatch.context() as patch:
         if lib is not None:
             for module in ("stages.models.kernel_shard", "stages.kernels.linear"):
                 patch.setattr(f"{module}.library", lambda: lib)
+        patch.setattr(lib or library(), "activations", arithmetic)
         yield
 
 
 def load(world: World, lib: Library | None = None, spare: int = 60) -> list[KernelShard]:
     """The shards of a world's model, with ``spare`` slots more than rows; every number in every slot is NaN."""
-    with used(lib):
+    with used(lib, world.arithmetic):
         capacity = len(world.tokens) + spare
         sizes = world.dtype, capacity, world.vocabulary
         shards = [KernelShard.load(world.spec, world.weights, layers, *sizes) for layers in world.cuts]

@@ -24,7 +24,7 @@ NO_PORTABLE = """#include "kernels.h"
 const struct kernels pipeinfer_kernels_portable = {"portable"};
 """
 """What stands for the kernels that no test of a mutant uses."""
-PARTS = ("kernels.c", "absent.c", "dispatch.c", "pool.c", "group.c")
+PARTS = ("kernels.c", "absent.c", "dispatch.c", "pool.c", "group.c", "pack.c")
 WORLDS = 40
 """In how many worlds a fault is looked for."""
 
@@ -179,6 +179,7 @@ class Builder:
         self._compile("dispatch.c", "-DHAVE_avx2")
         self._compile("pool.c", "")
         self._compile("group.c", "")
+        self._compile("pack.c", "")
 
     def _compile(self, name: str, more: str, into: str = "") -> Path:
         assert COMPILER is not None

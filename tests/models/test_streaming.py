@@ -23,6 +23,7 @@ from stages.models.split import Split
 from stages.models.weights_plan import shard_plan
 from tests.models.grouped import How, following, make_groups
 from tests.models.in_process import POLICIES, decode, pair_of
+from tests.models.quantized_models import write
 from tests.models.tiny import make_tiny, make_tiny_pair
 from tests.models.walk import NO_KERNELS, compute, greedy, make_batch
 
@@ -85,6 +86,18 @@ def test_streamed_layers_give_the_bits_of_resident_ones(tmp_path: Path, kind: st
             assert 0.95 * memory < shard.weight_nbytes <= memory
             assert held(shard) <= memory + 8192  # the region has whole blocks
             assert held(shard) > 0.95 * memory
+
+
+@pytest.mark.parametrize("form", ["gptq-4", "int8", "fp8-blocks"])
+def test_quantised_layers_are_streamed_as_they_are(tmp_path: Path, form: str) -> None:
+    folder = write(make_tiny(tmp_path / "source", "LlamaForCausalLM", num_hidden_layers=12), tmp_path / form, form)
+    resident = load(folder, 0, range(12))
+    memory = resident.weight_nbytes * 4 // 5
+    shard = load(folder, memory, range(12))
+    assert shard._stream is not None and shard._stream._plan.is_streaming
+    assert greedy([shard], PROMPT, 8) == greedy([resident], PROMPT, 8)
+    assert 0.95 * memory < held(shard) <= memory + 8192
+    assert all(not buffer.extra for buffer in shard._stream._buffers), "each layer fits into its buffer"
 
 
 @pytest.mark.parametrize("policy", ["continuous", "plain"])

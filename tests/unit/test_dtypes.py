@@ -60,16 +60,16 @@ def test_what_ranks_must_agree_on() -> None:
     config = speculative()
     same = replace(config, threads=3, trace="here")
     assert same.digest() == config.digest()
-    for other in ({"dtype": "bf16"}, {"numerics": "fast"}, {"draft_dtypes": ("bf16",)}):
+    for other in ({"dtype": "bf16"}, {"numerics": "fast"}, {"activations": "int8"}, {"draft_dtypes": ("bf16",)}):
         assert replace(config, **other).digest() != config.digest()  # type: ignore[arg-type]
     assert clear(config, 1, True).config.digest() != clear(config, 1, False).config.digest()
 
 
 def test_a_config_survives_json_and_may_be_older() -> None:
-    config = clear(speculative(threads=2, numerics="fast"), 1, True).config
+    config = clear(speculative(threads=2, numerics="fast", activations="int8"), 1, True).config
     words = json.loads(json.dumps(asdict(config)))
     assert Config.of(words) == config
-    for name in ("numerics", "threads", "draft_dtypes"):
+    for name in ("numerics", "activations", "threads", "draft_dtypes"):
         del words[name]
     assert Config.of(words).draft_dtypes == ()
 
@@ -79,6 +79,7 @@ def test_a_config_survives_json_and_may_be_older() -> None:
     [
         ({"dtype": "fp8"}, "unknown dtype 'fp8'; use one of auto, fp32, bf16, fp16"),
         ({"numerics": "exact"}, "unknown numerics 'exact'; use one of portable, fast"),
+        ({"activations": "int4"}, "unknown activations 'int4'; use one of fp32, int8"),
         ({"threads": 0}, "--threads 0; use 1 to"),
     ],
 )

@@ -138,11 +138,15 @@ INLINE void prefetch(const char *from, int nbytes) {
     }
 
 /* The codes of a block as numbers [32][16], or as vectors of bytes. */
-#define EXPAND(BITS, KIND)                                                                                             \
-    static void expand_##BITS##_##KIND##_FLOAT(const char *codes, const vf *zero, void *to) {                          \
-        EXPAND_STEP(BITS, KIND, 0) EXPAND_STEP(BITS, KIND, 1) EXPAND_STEP(BITS, KIND, 2) EXPAND_STEP(BITS, KIND, 3)    \
-        EXPAND_STEP(BITS, KIND, 4) EXPAND_STEP(BITS, KIND, 5) EXPAND_STEP(BITS, KIND, 6) EXPAND_STEP(BITS, KIND, 7)    \
-    }
+#if defined(__AVX2__)
+#define EIGHT(STEP, BITS, KIND)                                                                                        \
+    STEP(BITS, KIND, 0)                                                                                                \
+    STEP(BITS, KIND, 1)                                                                                                \
+    STEP(BITS, KIND, 2) STEP(BITS, KIND, 3) STEP(BITS, KIND, 4) STEP(BITS, KIND, 5) STEP(BITS, KIND, 6) STEP(BITS, KIND, 7)
+#else
+#define EIGHT(STEP, BITS, KIND)                                                                                        \
+    for (int i = 0; i < 8; i++) STEP(BITS, KIND, i)
+#endif
 #define EXPAND_STEP(BITS, KIND, i)                                                                                     \
     {                                                                                                                  \
         vi vector = VECTOR_##BITS(codes, i);                                                                           \
@@ -152,13 +156,14 @@ INLINE void prefetch(const char *from, int nbytes) {
         v_store(numbers + 2 * PANEL, NUMBER_##KIND(vector, 2, zero[(i) / 4]));                                         \
         v_store(numbers + 3 * PANEL, NUMBER_##KIND(vector, 3, zero[(i) / 4]));                                         \
     }
+#define BYTES_STEP(BITS, KIND, i) vi_store((char *)to + (i)*64, VECTOR_##BITS(codes, i));
+#define EXPAND(BITS, KIND)                                                                                             \
+    static void expand_##BITS##_##KIND##_FLOAT(const char *codes, const vf *zero, void *to) {                          \
+        EIGHT(EXPAND_STEP, BITS, KIND)                                                                                 \
+    }
 #define EXPAND_BYTES(BITS)                                                                                             \
     static void expand_##BITS##_INTEGER_INTEGER(const char *codes, const vf *zero, void *to) {                         \
-        char *bytes = to;                                                                                              \
-        vi_store(bytes, VECTOR_##BITS(codes, 0)), vi_store(bytes + 64, VECTOR_##BITS(codes, 1));                       \
-        vi_store(bytes + 128, VECTOR_##BITS(codes, 2)), vi_store(bytes + 192, VECTOR_##BITS(codes, 3));                \
-        vi_store(bytes + 256, VECTOR_##BITS(codes, 4)), vi_store(bytes + 320, VECTOR_##BITS(codes, 5));                \
-        vi_store(bytes + 384, VECTOR_##BITS(codes, 6)), vi_store(bytes + 448, VECTOR_##BITS(codes, 7));                \
+        EIGHT(BYTES_STEP, BITS, INTEGER)                                                                               \
     }
 typedef void expand_of(const char *codes, const vf *zero, void *to);
 
@@ -224,20 +229,19 @@ typedef void rows_of(const struct packing *of, const char *header, const struct 
 #define ALL_OF(BITS, KIND, A)
 #endif
 #define WITH_FLOATS(BITS, KIND) ALL_OF(BITS, KIND, FLOAT) EXPAND(BITS, KIND)
-#if REGISTERS == 32
+#if defined(__AVX512F__)
 #define MORE_PANELS(BITS, KIND, A) ONE_ROW(BITS, KIND, A, 4)
 #define ONE_OF(BITS, KIND, A) {one_##BITS##_##KIND##_##A##_1, one_##BITS##_##KIND##_##A##_2, one_##BITS##_##KIND##_##A##_4}
 enum { MOST_TOGETHER = 8 };
 FLOAT_ROWS(8)
 INTEGER_ROWS(8)
-#else
+#elif defined(__AVX2__)
 #define MORE_PANELS(BITS, KIND, A)
 #define ONE_OF(BITS, KIND, A) {one_##BITS##_##KIND##_##A##_1, one_##BITS##_##KIND##_##A##_2}
 enum { MOST_TOGETHER = 4 };
-#endif
-#if !defined(__AVX2__)
-#undef ONE_OF
+#else
 #define ONE_OF(BITS, KIND, A) {0}
+enum { MOST_TOGETHER = 4 };
 #endif
 FLOAT_ROWS(1)
 FLOAT_ROWS(2)
@@ -282,7 +286,7 @@ static expand_of *const EXPAND_OF[2][3][9] = {
                   [5] = expand_5_INTEGER_INTEGER, [6] = expand_6_INTEGER_INTEGER}},
 };
 static rows_of *const ROWS_OF[2][9] = {
-#if REGISTERS == 32
+#if defined(__AVX512F__)
     {[1] = float_rows_1, [2] = float_rows_2, [4] = float_rows_4, [8] = float_rows_8},
     {[1] = integer_rows_1, [2] = integer_rows_2, [4] = integer_rows_4, [8] = integer_rows_8},
 #else
