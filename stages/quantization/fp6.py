@@ -76,7 +76,7 @@ class Fp6Packing:
 
     def _plane(self, read: Reader, name: str, rows: range, near: range) -> Tensor:
         """Uint8 [rows, near]: the bits of the plane ``name``."""
-        from stages.quantization.packing import codes_of
+        from stages.quantization.bit_fields import codes_of
 
         per = PER_BYTE[name]
         packed = read(name, slice(rows.start, rows.stop), slice(near.start // per, -(-near.stop // per)))
