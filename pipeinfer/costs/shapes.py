@@ -16,6 +16,7 @@ from pipeinfer.core.config import DTYPES, model_directory
 from pipeinfer.core.errors import refuse
 from pipeinfer.costs.paths import find
 from pipeinfer.costs.tables import Table
+from stages.checkpoint.folder import is_gguf_name
 from stages.checkpoint.spec import ModelSpec
 
 DTYPE_NBYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -92,7 +93,7 @@ def read_shape(name: str) -> Shape:
     (``builtin``: the built-in target) in fp32. Raises UserError for a shape that is missing, lacks a number or a
     source, or has an unknown key."""
     directory = model_directory(name, "target")
-    if directory.is_dir():
+    if directory.is_dir() or is_gguf_name(directory):
         return of_spec(ModelSpec.read(directory), name)
     file = Table.read(find("models", name))
     file.only(("title", "shape", "weights", "arithmetic", "kv_cache"))

@@ -10,7 +10,8 @@ Of a matrix [outputs, inputs]:
 
     weight[o, i] = weight_scale[o, i // group] e3m2(4 high[o, i] + low[o, i])
 
-config.json: {"quant_method": "pipeinfer-fp6", "format": "e3m2-planes", "group_size": N, or null for one scale an output}
+In config.json "quant_method" is "pipeinfer-fp6", "format" "e3m2-planes", and "group_size" a number, or null for one
+scale an output.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 
 def test_answers_are_those_of_run(server: Client) -> None:
     arguments = ["--prompt", PROMPT, "--max-new-tokens", "40", "--ignore-eos", "--json", "--logprobs"]
-    run = json.loads(pipeinfer("run", *arguments).stdout)
+    run = json.loads(here("run", *arguments).stdout)
     answer = server.complete(max_tokens=40, logprobs=0)
     (choice,) = answer["choices"]
     assert (choice["text"], choice["finish_reason"]) == (run["text"], "length")
