@@ -15,7 +15,8 @@ HEAVY = {"torch", "transformers", "mpi4py"}
 SPEAKS_MPI = {"launch.mpi"}
 EAGER_TORCH = re.compile(  # what computes; whoever loads it imports it late
     r"stages\.quantization\.(matrix|unpack)|stages\.kernels\.(?!(library|build|cuts|group)$)\w+|pipeinfer\.bench\.fused|"
-    r"stages\.models\.(pair|llama|kernel_shard|experts|ends|bulk|rope|generic|generic_(slots|probe|skeleton|weights|kernels))"
+    r"stages\.models\.(streaming|layer_linears|packed_sizes|"
+    r"pair|llama|kernel_shard|experts|ends|bulk|rope|generic|generic_(slots|probe|skeleton|weights|kernels))"
 )
 LATE_TORCH = re.compile(r"(launch|stages|pipeinfer\.(bench|text|engine))\.")  # may load it inside functions
 
