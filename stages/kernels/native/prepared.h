@@ -34,20 +34,22 @@ INLINE void store_bytes(int8_t *to, vf low_bytes) {
 #endif
 }
 
-INLINE vf v_size(vf a) { return v_max(a, v_sub(v_zero(), a)); }
-
 /* A block as bytes: x is about scale * code. The scale is not a number where one of x is not finite, and 0 where all are
- * nearly 0. */
+ * nearly 0. Sizes are compared as whole numbers, which have the order of floats. */
 static void quantize(const float *x, int8_t *codes, struct fact *fact) {
     const vf ROUND = v_set1(12582912.0f); /* 1.5 2^23: adding it rounds to whole numbers, ties to even */
-    vf a = v_load(x), b = v_load(x + LANES);
-    float bad = v_sum(v_add(v_sub(a, a), v_sub(b, b))), most = v_highest(v_max(v_size(a), v_size(b)));
-    int is_number = bad == 0.0f, is_large = is_number && most >= 1e-30f;
-    vf factor = v_set1(is_large ? 127.0f / most : 0.0f);
-    if (!is_number) a = b = v_zero();
-    vf low = v_add(v_mul(a, factor), ROUND), high = v_add(v_mul(b, factor), ROUND);
+    const vi SIZE = vi_set1(0x7fffffff);
+    const int32_t bits = vi_highest(vi_max(vi_and(vi_load(x), SIZE), vi_and(vi_load(x + LANES), SIZE)));
+    const float most = from_bits((uint32_t)bits);
+    if (bits >= 0x7f800000 || most < 1e-30f) {
+        memset(codes, 0, BLOCK_INPUTS);
+        *fact = (struct fact){.scale = bits >= 0x7f800000 ? from_bits(0x7fc00000) : 0.0f};
+        return;
+    }
+    vf factor = v_set1(127.0f / most);
+    vf low = v_add(v_mul(v_load(x), factor), ROUND), high = v_add(v_mul(v_load(x + LANES), factor), ROUND);
     store_bytes(codes, low), store_bytes(codes + LANES, high);
-    fact->scale = is_large ? most / 127.0f : is_number ? 0.0f : bad;
+    fact->scale = most / 127.0f;
     fact->sum[0] = (int32_t)v_sum(v_sub(low, ROUND)), fact->sum[1] = (int32_t)v_sum(v_sub(high, ROUND));
 }
 

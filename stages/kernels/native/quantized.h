@@ -88,13 +88,18 @@ INLINE vi first_part(vi zero, int parts, int half, const struct fact *fact) {
 typedef void one_row_of(const struct packing *of, const struct prepared *x, const char *w, int begin, int end,
                         float *tile);
 
+/* A line of codes: into the second cache long before it is used, into the first one a little before. */
+enum { SOON = 2048, LATER = 8192 };
+INLINE void prefetch_line(const char *from) { v_prefetch_second(from + LATER), v_prefetch(from); }
+
 INLINE void prefetch(const char *from, int nbytes) {
-    for (int i = 0; i < nbytes; i += 64) v_prefetch(from + i);
+    for (int i = 0; i < nbytes; i += 64) prefetch_line(from + i);
 }
 
 /* The sums of one row and P panels, of a chain from `begin` to `end`. VECTOR and NUMBER are of planes.h. */
 #define FLOAT_STEP(BITS, KIND, P, i)                                                                                   \
     for (int p = 0; p < P; p++) {                                                                                      \
+        if (i < BITS) prefetch_line(w + p * panel + place.codes + SOON / P + (i)*64);                                   \
         vi codes = VECTOR_##BITS(w + p * panel + place.codes, i);                                                      \
         part[p] = v_fma(v_set1(from[4 * (i)]), NUMBER_##KIND(codes, 0, zero[p]), part[p]);                             \
         part[p] = v_fma(v_set1(from[4 * (i) + 1]), NUMBER_##KIND(codes, 1, zero[p]), part[p]);                         \
@@ -102,8 +107,10 @@ INLINE void prefetch(const char *from, int nbytes) {
         part[p] = v_fma(v_set1(from[4 * (i) + 3]), NUMBER_##KIND(codes, 3, zero[p]), part[p]);                         \
     }
 #define INTEGER_STEP(BITS, KIND, P, i)                                                                                 \
-    for (int p = 0; p < P; p++)                                                                                        \
-        part[p] = vi_dot(part[p], VECTOR_##BITS(w + p * panel + place.codes, i), vi_set1(from[i]), BITS <= 6);
+    for (int p = 0; p < P; p++) {                                                                                      \
+        if (i < BITS) prefetch_line(w + p * panel + place.codes + SOON / P + (i)*64);                                   \
+        part[p] = vi_dot(part[p], VECTOR_##BITS(w + p * panel + place.codes, i), vi_set1(from[i]), BITS <= 6);         \
+    }
 #define FLOAT_BEGIN(half)                                                                                              \
     zero[p] = shifted_zero(zero_of(of, w + p * panel + place.header, &place, half));                                   \
     part[p] = v_zero()
@@ -133,9 +140,8 @@ INLINE void prefetch(const char *from, int nbytes) {
             A##_FROM;                                                                                                  \
             int is_first = k == begin || place.codes - place.header == of->header_nbytes;                              \
             for (int p = 0; p < P; p++) {                                                                              \
-                const char *ahead = w + p * panel + AHEAD / P;                                                         \
+                const char *ahead = w + p * panel + SOON / P;                                                        \
                 if (is_first) prefetch(ahead + place.header, of->header_nbytes);                                       \
-                prefetch(ahead + place.codes, BITS * 64);                                                              \
                 A##_BEGIN(0);                                                                                          \
             }                                                                                                          \
             A##_STEP(BITS, KIND, P, 0) A##_STEP(BITS, KIND, P, 1) A##_STEP(BITS, KIND, P, 2) A##_STEP(BITS, KIND, P, 3) \
@@ -318,8 +324,8 @@ static void multiply_rows(const struct linear *linear, const struct prepared *x,
     for (int k = begin; k < end; k += BLOCK_INPUTS) {
         struct place place = place_of(of, k);
         const char *header = w + place.header, *codes = w + place.codes;
-        if (place.codes - place.header == of->header_nbytes) prefetch(header + AHEAD, of->header_nbytes);
-        prefetch(codes + AHEAD, of->bits * 64);
+        if (place.codes - place.header == of->header_nbytes) prefetch(header + SOON, of->header_nbytes);
+        prefetch(codes + SOON, of->bits * 64);
         struct terms terms[2] = {terms_of(of, header, &place, 0), terms_of(of, header, &place, of->parts - 1)};
         vf zero[2] = {shifted_zero(terms[0].zero), shifted_zero(terms[1].zero)};
         if (expand) expand(codes, zero, expanded);
