@@ -189,9 +189,19 @@ def _model(directory: Path, context: int, has_kernels: bool) -> Model:
     if not is_llama_family(directory):  # the only case that loads torch: such a model has to be looked at
         return _generic(directory)
     spec = ModelSpec.read(directory)
-    if _is_windowed(spec, context) or (spec.experts is not None and not has_kernels):
+    if is_gguf_name(directory):
+        _refuse_file(directory, spec, context, has_kernels)
+    elif _is_windowed(spec, context) or (spec.experts is not None and not has_kernels):
         return _generic(directory)
     return spec, open_weights(directory, spec)
+
+
+def _refuse_file(path: Path, spec: ModelSpec, context: int, has_kernels: bool) -> None:
+    """Refuse a GGUF file that only transformers' code could compute, as it has no directory to be read from."""
+    if _is_windowed(spec, context):
+        refuse(f"{path}: no GGUF file is decoded with its window of {spec.window} tokens", "ask for less --context")
+    if spec.experts is not None and not has_kernels:
+        refuse(f"{path}: experts need the C kernels ({reason()})", "use a model without experts")
 
 
 def _is_windowed(spec: ModelSpec, context: int) -> bool:
@@ -200,8 +210,6 @@ def _is_windowed(spec: ModelSpec, context: int) -> bool:
 
 
 def _generic(directory: Path) -> Model:
-    if is_gguf_name(directory):
-        refuse(f"{directory}: windows and experts need what GGUF files do not have", "give the model's directory")
     return GenericSpec.read(directory), Checkpoint(directory, llama=False)
 
 
