@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, Weights, expected
 from stages.checkpoint.extents import Extent, is_redirected, read_extent, read_strided
-from stages.checkpoint.folder import AGAIN, refuse, said, shown
+from stages.checkpoint.folder import AGAIN, printable, refuse, said, shown
 from stages.checkpoint.gguf_file import GGUFTensor, read_gguf
 from stages.checkpoint.gguf_names import expert_name, gguf_name
 from stages.checkpoint.spec import ModelSpec
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 FLOATS = ("F32", "F16", "BF16")
 DENSE_NUMBERS = 16 << 20
 """Numbers of a quantised matrix that are made dense at a time."""
+IGNORED = ("rope_freqs.weight", ".attn_rot_embd.weight", ".attn_rot_embd")
+"""Ends of names of tensors that say nothing that the metadata do not, or that gguf_rope reads."""
 ROTATED = (".self_attn.q_proj.", ".self_attn.k_proj.")
 
 
@@ -56,6 +58,7 @@ class GGUFCheckpoint(Weights):
         rotates_neighbours = self._file.metadata.get("general.architecture") == "llama"
         self._head_dim = spec.head_dim if rotates_neighbours else 0
         self._places = {name: self._place(name, shape) for name, shape in expected(spec)}
+        self._refuse_others(spec)
 
     def _place(self, name: str, shape: tuple[int, ...]) -> _Place:
         expert = expert_name(name)
@@ -76,6 +79,14 @@ class GGUFCheckpoint(Weights):
         is_rotated = any(part in name for part in ROTATED)
         first = index * shape[0] if expert is not None else 0
         return _Place(tensor, shape, first, self._head_dim if is_rotated else 0)
+
+    def _refuse_others(self, spec: ModelSpec) -> None:
+        """Refuse a file with a tensor that nothing here computes with."""
+        used = {place.tensor.name for place in self._places.values()}
+        for name in self._file.tensors:
+            if name not in used and not name.endswith(IGNORED):
+                known = f"no {spec.architecture} of {spec.layer_count} layers has the tensor {printable(name)}"
+                refuse(f"{self.path}: {known}", "use the model's directory")
 
     def stored_name(self, name: str) -> str:
         """See Weights: a tied model has no head of its own."""
