@@ -107,7 +107,7 @@ class Quality:
         if kind != one.kind:
             from pipeinfer.bench.gguf_export import export
 
-            return export(self.source, folder / "model.gguf", kind)
+            return export(self.source, folder / "model.gguf", kind, with_tokenizer=True)
         from pipeinfer.cli.quantize import copy_files, write_model
         from stages.checkpoint.quantizer import open_source
 
@@ -191,29 +191,28 @@ def formats(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A point for each format: how many bytes it has, and how far its tokens are from those of bfloat16."""
-    from pipeinfer.plots.style import BLUE, GREEN, GREY, ORANGE, PALE, VERMILLION, new_figure, save, tidy
+    """Bars for each format: its bytes, and how far its tokens are from those of bfloat16."""
+    from pipeinfer.plots.style import BLUE, GREEN, GREY, INK, ORANGE, SKY, VERMILLION, new_figure, save, tidy
 
-    first = rows[0]
-    about = ["built-in target", f"{first['tokens']} held-out tokens", first["fingerprint"]["cpu"]]
-    figure = new_figure(6.4, 3.6, "real", about)
-    axes = figure.subplots()
+    about = ["built-in target", f"{rows[0]['tokens']} held-out tokens", rows[0]["fingerprint"]["cpu"]]
+    figure = new_figure(7.2, 0.5 + 0.27 * len(rows), "real", about)
     colors = {"int8": BLUE, "int4": ORANGE, "fp6": GREEN, "GGUF": VERMILLION}
-    for row in rows:
-        kind = row["format"].replace(",", " ").split()[0]
-        place = row["nbytes"] / 1e6, 100 * (1 - row["agreement"])
-        is_calibrated = row["format"].endswith("calibrated")
-        color, marker = colors.get(kind, GREY), "D" if is_calibrated else "o"
-        axes.plot(*place, marker, color=color, ms=6, fillstyle="none" if is_calibrated else "full")
-        below = is_calibrated or kind == "GGUF"
-        told = row["format"].replace("groups of ", "g").replace(", one scale an output", "")
-        axes.annotate(told, place, xytext=(4, -9 if below else 4), textcoords="offset points", size=7)
-    axes.set_xlabel("weights, MB", size=9)
-    axes.set_ylabel("next token differs from bf16, %", size=9)
-    axes.set_ylim(bottom=-0.5)
-    axes.set_xlim(right=1.08 * max(row["nbytes"] for row in rows) / 1e6)
-    axes.grid(color=PALE, lw=0.6)
-    tidy(axes)
+    measures = (
+        ("weights, MB", [row["nbytes"] / 1e6 for row in rows], "{:.1f}"),
+        ("next token differs from bf16, %", [100 * (1 - row["agreement"]) for row in rows], "{:.1f}"),
+        ("KL divergence, millinats", [1e3 * row["divergence"] for row in rows], "{:.2g}"),
+    )
+    names = [row["format"] for row in rows]
+    looks = [SKY if "calibrated" in name else colors.get(name.replace(",", " ").split()[0], GREY) for name in names]
+    for axes, (title, lengths, form) in zip(figure.subplots(1, 3, sharey=True), measures, strict=True):
+        axes.barh(range(len(rows)), lengths, height=0.7, color=looks)
+        for place, length in enumerate(lengths):
+            axes.text(length + 0.02 * max(lengths), place, form.format(length), va="center", size=7, color=INK)
+        axes.set_xlim(0, 1.2 * max(lengths))
+        axes.set_xlabel(title, size=8)
+        axes.set_yticks(range(len(rows)), names, size=8)
+        tidy(axes)
+    axes.invert_yaxis()
     save(figure, path)
 
 

@@ -192,14 +192,14 @@ def wanted(args: argparse.Namespace) -> Suite:
 
 def models(args: argparse.Namespace, suite: Suite) -> dict[str, str]:
     """The models that ``args`` name in place of those of ``suite``. Raises UserError for a directory without one."""
-    from stages.checkpoint.folder import read_config
+    from stages.checkpoint.model_config import model_config
 
     given = {key: getattr(args, key) for key in ("target", "draft") if getattr(args, key) is not None}
     for key, name in given.items():
         if suite.execution != "real":
             refuse(f"--{key} {name} with a suite that is {suite.execution}", "use --real")
         if name != BUILTIN:
-            read_config(name)
+            model_config(name)
     if "target" in given and "draft" not in given:
         refuse("--target without --draft", "name both: a pair")
     return given

@@ -19,7 +19,7 @@
 
 Where the hardware description has a measured curve (hardware.py), the curve takes the place of the maximum: W bytes
 read by r rows, or c V bytes read by r H / (KV heads) rows. The curve of linears applies only to weights that are stored
-in the dtype of the arithmetic.
+in the dtype of the arithmetic; quantised weights have the curve of their format, if it was measured.
 
 Accuracy (`pipeinfer doctor --validate`, the host of two-core-zen5): the roofline predicted a quarter to three quarters
 of the measured times, the curves 0.75 to 1.3 times the measured times. A model that fits into a cache is faster than
@@ -46,7 +46,7 @@ class ModelCosts:
         self.shape = shape
         self._bandwidth, self._disk = hardware.bandwidth, hardware.disk
         self._arithmetic: Arithmetic = known[shape.dtype]
-        self._linear = self._arithmetic.linear if shape.stored_as_computed else None
+        self._linear = self._arithmetic.linear if shape.stored_as_computed else hardware.weights.get(shape.format)
 
     def layer_s(self, rows: int, context: int) -> float:
         """Seconds of one layer for ``rows`` rows that attend to ``context`` slots."""

@@ -76,7 +76,8 @@ def _refuse_no_smaller(name: str, format: str, spec: ModelSpec, weights: Weights
             if len(shape) == 2 and (extents := weights.extents([tensor])):
                 most = max(most, 8 * sum(extent.nbytes for extent in extents) / math.prod(shape))
     if 0 < most <= BITS[format] + SCALE_BITS:
-        refuse(f"--draft {name}: the target has {most:.2g} bits a weight already", "ask for fewer, or for layers=N alone")
+        problem = f"--draft {name}: the target has {most:.2g} bits a weight already"
+        refuse(problem, "ask for fewer, or for layers=N alone")
 
 
 def rounded(matrix: Matrix, dtype: torch.dtype, format: str, group: int) -> Matrix:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.signals import end_in_order
+from pipeinfer.cli.progress import ProgressBar
 from stages.checkpoint.checkpoint import expected
 from stages.checkpoint.quantizer import linears
 from stages.checkpoint.safetensors_writer import SafetensorsWriter
@@ -76,25 +80,31 @@ def test_sources_that_cannot_be_quantised_are_refused(source: Path, tmp_path: Pa
         assert not os.path.lexists(out)
 
 
-@pytest.mark.slow
-def test_a_signal_in_the_middle_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    prelude = """
-import signal
-from pipeinfer.cli.progress import ProgressBar
-def tell(self, done, text):
-    if text.startswith("model.layers.1."):
-        signal.raise_signal(signal.SIGTERM)
-ProgressBar.tell = tell
-"""
-    done = programmed(prelude, "quantize", str(source), "--format", "fp6", "--out", str(tmp_path / "out"))
-    assert done.returncode == 143, done.stderr
+def test_a_signal_in_the_middle_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tell(self: ProgressBar, done: int, text: str) -> None:
+        if text.startswith("model.layers.1."):
+            assert [path.name.startswith(".out.") for path in tmp_path.iterdir()] == [True]
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(ProgressBar, "tell", tell)
+    take_back = end_in_order()
+    try:
+        done = here("quantize", str(source), "--format", "fp6", "--out", str(tmp_path / "out"))
+    finally:
+        take_back()
+    assert done.returncode == 128 + signal.SIGTERM
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"
-    done = programmed(prelude, "quantize", str(source), "--format", "int8", "--out", str(tmp_path / "out"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
+    try:
+        done = here("quantize", str(source), "--format", "int8", "--out", str(tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "out cannot be written (File too large)" in done.stderr
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from pipeinfer.runtime.trace import FORMAT, MARK
 from pipeinfer.sim.world import World, WorldSpec
 from speculation.schedules.policy import CONTINUOUS
 from stages.models.emulated import EmulatedSpec, spread
-from tests.cli.run import ROOT, pipeinfer
+from tests.cli.run import ROOT, here
 from tests.invariants.traced import trace_world
 from tests.unit.crowd import crowd
 

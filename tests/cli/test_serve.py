@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeinfer.core.config import BUILTIN, model_directory
-from tests.cli.run import here, pipeinfer
+from tests.cli.run import here
 from tests.cli.serving import HANG_S, KEY, PROMPT, Client, events, serving
 
 pytestmark = pytest.mark.slow

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from pipeinfer.core.errors import CheckpointError
 from pipeinfer.core.ports import Request
@@ -142,3 +143,25 @@ def test_tokens_of_a_quantised_model_do_not_depend_on_the_policy(tmp_path: Path)
     requests = [Request(tuple(prompt), 20) for prompt in prompts]
     answers = {name: [one.tokens for one in decode(pair, POLICIES[name], requests)] for name in ("plain", "continuous")}
     assert answers["plain"] == answers["continuous"] and all(len(tokens) > 8 for tokens in answers["plain"])
+
+
+def test_damaged_planes_are_refused(source: Path, tmp_path: Path) -> None:
+    out = quantized(source, tmp_path / "out", "fp6", 32)
+    config, file = json.loads((out / "config.json").read_text()), out / "model.safetensors"
+    tensors, stem = load_file(file), "model.layers.1.mlp.down_proj"
+    cases = [
+        ({"format": "e2m3"}, {}, "format e2m3 is not supported"),
+        ({"group_size": 5}, {}, "group_size 5 is not supported"),
+        ({"group_size": 64}, {}, "weight_scale"),
+        ({}, {"weight_low": None}, "weight_low"),
+        ({}, {"weight_high": torch.zeros(64, 47, dtype=torch.uint8)}, "weight_high"),
+        ({}, {"weight_low": torch.zeros(64, 24)}, "weight_low"),
+        ({}, {"weight_scale": None}, "weight_scale"),
+    ]
+    for settings, replaced, reason in cases:
+        asked = {**config, "quantization_config": config["quantization_config"] | settings}
+        (out / "config.json").write_text(json.dumps(asked))
+        content = tensors | {f"{stem}.{name}": one for name, one in replaced.items()}
+        save_file({name: one for name, one in content.items() if one is not None}, file, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=reason):
+            Checkpoint(out).validate(ModelSpec.read(out))

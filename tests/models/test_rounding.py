@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from stages.quantization.bit_fields import bytes_of, codes_of
 from stages.quantization.matrix import floats_of
-from stages.quantization.packing import bytes_of, codes_of, stored_shapes, stored_tensors
+from stages.quantization.packing import stored_shapes, stored_tensors
 from stages.quantization.rounding import FORMATS, PLANE, quantize_matrix
 from tests.models.stored_numbers import E3M2
 

@@ -97,7 +97,7 @@ def test_a_target_in_few_bits_already(format: str, less: str, fits: str, tmp_pat
 
     with pytest.raises(UserError, match=f"--draft self:{less}: the target has .* bits a weight already; ask for fewer"):
         cleared(f"self:{less}")
-    spec, weights = cleared("self:layers=2").drafts[0]
+    _, weights = cleared("self:layers=2").drafts[0]
     assert isinstance(weights.matrices([Q_PROJ], torch.bfloat16)[Q_PROJ], QuantizedMatrix)
     assert {extent.path.name for extent in weights.extents([Q_PROJ])} == {"model.safetensors"}
     if fits:

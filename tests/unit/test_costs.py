@@ -58,6 +58,10 @@ def test_a_pass_that_reads_weights_from_a_disk_costs_the_same_for_few_rows_and_m
 
 
 def test_quantised_weights_are_read_faster_and_computed_alike() -> None:
+    curve = Curve((1, 4), (8e9, 4e9))
+    known = ModelCosts(replace(HARDWARE, weights={"q4_k": curve}), replace(SHAPE, weight_bits=4.5, format="q4_k"))
+    nbytes = SHAPE.head_numel * 4.5 / 8
+    assert known.head_s(4) == pytest.approx(nbytes / 4e9 + ROOFLINE.overhead_s)
     quantised = Costs(HARDWARE, replace(SHAPE, weight_bits=4.0))
     assert quantised.layer_s(1, 0) == pytest.approx(0.5e-3 + 1e-3), "a row's arithmetic is longer than 0.25 ms"
     assert quantised.layer_s(8, 0) == Costs(HARDWARE, SHAPE).layer_s(8, 0)

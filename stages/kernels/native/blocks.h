@@ -143,16 +143,15 @@ static void multiply_dense(const struct linear *linear, int leaf, int first, int
 }
 
 /* tile[rows][TILE] = x[rows] times `panels` panels from `first` on; rows <= BLOCK_ROWS, panels <= GROUP. `tile` has
- * room for four, `rounded` for the pairs of a leaf where the format is DOT. `prepared`, of quantised weights: the rows
- * that x[0] is row `row` of. */
+ * room for four, `rounded` for the pairs of a leaf where the format is DOT. `prepared`: the rows, where weights are
+ * quantised. */
 static void product(const struct linear *linear, int first, int panels, const float *x, int64_t ldx, int rows,
-                    float *tile, uint32_t *rounded, const struct prepared *prepared, int row) {
+                    float *tile, uint32_t *rounded, const struct prepared *prepared) {
     int depth = 0;
     for (int leaf = 0; leaf < LEAVES; leaf++) {
         float *sums = tile + depth++ * BLOCK_ROWS * TILE;
         if (linear->format == QUANTIZED)
-            multiply_quantized(linear, first, panels, prepared, row, rows, linear->cuts[leaf], linear->cuts[leaf + 1],
-                               sums);
+            multiply_quantized(linear, first, panels, prepared, linear->cuts[leaf], linear->cuts[leaf + 1], sums);
         else
             multiply_dense(linear, leaf, first, panels, x, ldx, rows, sums, rounded);
         for (int done = leaf + 1; done % 2 == 0; done /= 2) { /* the tree: of two neighbours of one size their sum */

@@ -23,6 +23,8 @@ INLINE vi vi_signed_shift(vi a, int n) { return _mm512_srai_epi32(a, n); }
 INLINE vi vi_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
 INLINE vf vi_float(vi a) { return _mm512_cvtepi32_ps(a); }
 INLINE vf vi_as_float(vi a) { return _mm512_castsi512_ps(a); }
+INLINE vi vi_max(vi a, vi b) { return _mm512_max_epi32(a, b); }
+INLINE int32_t vi_highest(vi a) { return _mm512_reduce_max_epi32(a); }
 #if defined(__AVX512VNNI__)
 INLINE vi vi_dot(vi sum, vi codes, vi x, int small) { return _mm512_dpbusd_epi32(sum, codes, x); }
 #else
@@ -63,6 +65,13 @@ INLINE vi vi_signed_shift(vi a, int n) { return (vi){_mm256_srai_epi32(a.l, n), 
 INLINE vi vi_mul(vi a, vi b) { return BOTH(_mm256_mullo_epi32, a, b); }
 INLINE vf vi_float(vi a) { return (vf){_mm256_cvtepi32_ps(a.l), _mm256_cvtepi32_ps(a.h)}; }
 INLINE vf vi_as_float(vi a) { return (vf){_mm256_castsi256_ps(a.l), _mm256_castsi256_ps(a.h)}; }
+INLINE vi vi_max(vi a, vi b) { return BOTH(_mm256_max_epi32, a, b); }
+INLINE int32_t vi_highest(vi a) {
+    __m256i eight = _mm256_max_epi32(a.l, a.h);
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    __m128i two = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 1)));
+}
 INLINE __m256i dot_8(__m256i sum, __m256i codes, __m256i x, int small) {
     if (small)
         return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
@@ -99,6 +108,11 @@ INLINE vi vi_signed_shift(vi a, int n) { EACH_INTEGER(a.i[i] >> n); }
 INLINE vi vi_mul(vi a, vi b) { EACH_INTEGER(a.i[i] * b.i[i]); }
 INLINE vf vi_float(vi a) { EACH((float)a.i[i]); }
 INLINE vf vi_as_float(vi a) { EACH(from_bits((uint32_t)a.i[i])); }
+INLINE vi vi_max(vi a, vi b) { EACH_INTEGER(a.i[i] > b.i[i] ? a.i[i] : b.i[i]); }
+INLINE int32_t vi_highest(vi a) {
+    for (int i = 1; i < LANES; i++) a.i[0] = a.i[i] > a.i[0] ? a.i[i] : a.i[0];
+    return a.i[0];
+}
 INLINE vi vi_dot(vi sum, vi codes, vi x, int small) {
     for (int i = 0; i < LANES; i++)
         for (int j = 0; j < 32; j += 8)

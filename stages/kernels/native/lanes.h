@@ -76,6 +76,7 @@ INLINE vf v_load_bf16(const uint16_t *p) {
 INLINE vf v_load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
 INLINE __m256 fold_half(vf a) { return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
 INLINE void v_prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+INLINE void v_prefetch_second(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 INLINE void relax(void) { _mm_pause(); }
 #define REGISTERS 32
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -118,6 +119,7 @@ INLINE vf v_load_half(const uint16_t *p) {
 }
 INLINE __m256 fold_half(vf a) { return _mm256_add_ps(a.l, a.h); }
 INLINE void v_prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+INLINE void v_prefetch_second(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 INLINE void relax(void) { _mm_pause(); }
 #define REGISTERS 16
 #else
@@ -155,6 +157,7 @@ INLINE vf bf16_high(const void *line) {
 INLINE vf v_load_bf16(const uint16_t *p) { EACH(from_bits((uint32_t)p[i] << 16)); }
 INLINE vf v_load_half(const uint16_t *p) { EACH(half_to_float(p[i])); }
 INLINE void v_prefetch(const void *p) { __builtin_prefetch(p); }
+INLINE void v_prefetch_second(const void *p) { __builtin_prefetch(p, 0, 2); }
 INLINE void relax(void) {}
 #define REGISTERS 32
 #endif

@@ -7,7 +7,7 @@
 
 enum {
     CHUNK_BYTES = 32 * 1024,    /* least weights of a chunk of work */
-    PREPARED_BYTES = 256 * 1024 /* of rows that are prepared at a time, if they are more than 8 */
+    PREPARED_BYTES = 512 * 1024 /* of rows that are prepared at a time, if they are more than 8 */
 };
 
 /* How a linear layer is cut into chunks of work: `unit` panels stay together. */
@@ -77,8 +77,7 @@ INLINE void multiply_chunk(const struct linear *linear, const struct cut *cut, i
             panels = panels < GROUP ? panels : GROUP;
             for (int m = begin; m < begin + some; m += BLOCK_ROWS) {
                 int count = begin + some - m < BLOCK_ROWS ? begin + some - m : BLOCK_ROWS;
-                product(part, first, panels, x + m * ldx, ldx, count, tile, rounded, prepared + part->is_integer,
-                        m - begin);
+                product(part, first, panels, x + m * ldx, ldx, count, tile, rounded, prepared + part->is_integer);
                 for (int row = 0; row < count; row++)
                     finish(to, linear, tile + row * TILE, m + row, p * PANEL, panels * PANEL);
             }

@@ -10,24 +10,18 @@ struct fact {
     int32_t sum[2]; /* of the bytes of each half */
 };
 
+/* Of a block, what all rows have lies side by side: x[blocks][rows][32], codes and facts likewise. */
 struct prepared {
     const float *x;
-    int64_t ldx;
-    int k, blocks;
-    int64_t padded;       /* inputs of whole blocks */
-    struct fact *facts;   /* [rows][blocks] */
-    int8_t *codes;        /* [rows][padded], where activations are integers */
-    const float *tails;   /* [rows][32]: the last block where it is short, and zeros */
+    struct fact *facts;
+    int8_t *codes; /* where activations are integers */
+    int rows;
 };
 
 /* Bytes of memory for what is prepared of a row. */
 static int64_t prepared_nbytes(int k) {
     int64_t blocks = (k + BLOCK_INPUTS - 1) / BLOCK_INPUTS;
-    return blocks * ((int64_t)sizeof(struct fact) + BLOCK_INPUTS) + BLOCK_INPUTS * 4;
-}
-
-INLINE const float *block_of_row(const struct prepared *x, int row, int k) {
-    return k + BLOCK_INPUTS <= x->k ? x->x + row * x->ldx + k : x->tails + row * BLOCK_INPUTS;
+    return blocks * ((int64_t)sizeof(struct fact) + BLOCK_INPUTS * 4);
 }
 
 INLINE void store_bytes(int8_t *to, vf low_bytes) {
@@ -40,42 +34,49 @@ INLINE void store_bytes(int8_t *to, vf low_bytes) {
 #endif
 }
 
-INLINE vf v_size(vf a) { return v_max(a, v_sub(v_zero(), a)); }
-
 /* A block as bytes: x is about scale * code. The scale is not a number where one of x is not finite, and 0 where all are
- * nearly 0. */
+ * nearly 0. Sizes are compared as whole numbers, which have the order of floats. */
 static void quantize(const float *x, int8_t *codes, struct fact *fact) {
     const vf ROUND = v_set1(12582912.0f); /* 1.5 2^23: adding it rounds to whole numbers, ties to even */
-    vf a = v_load(x), b = v_load(x + LANES);
-    float bad = v_sum(v_add(v_sub(a, a), v_sub(b, b))), most = v_highest(v_max(v_size(a), v_size(b)));
-    int is_number = bad == 0.0f, is_large = is_number && most >= 1e-30f;
-    vf factor = v_set1(is_large ? 127.0f / most : 0.0f);
-    if (!is_number) a = b = v_zero();
-    vf low = v_add(v_mul(a, factor), ROUND), high = v_add(v_mul(b, factor), ROUND);
+    const vi SIZE = vi_set1(0x7fffffff);
+    const int32_t bits = vi_highest(vi_max(vi_and(vi_load(x), SIZE), vi_and(vi_load(x + LANES), SIZE)));
+    const float most = from_bits((uint32_t)bits);
+    if (bits >= 0x7f800000 || most < 1e-30f) {
+        memset(codes, 0, BLOCK_INPUTS);
+        *fact = (struct fact){.scale = bits >= 0x7f800000 ? from_bits(0x7fc00000) : 0.0f};
+        return;
+    }
+    vf factor = v_set1(127.0f / most);
+    vf low = v_add(v_mul(v_load(x), factor), ROUND), high = v_add(v_mul(v_load(x + LANES), factor), ROUND);
     store_bytes(codes, low), store_bytes(codes + LANES, high);
-    fact->scale = is_large ? most / 127.0f : is_number ? 0.0f : bad;
+    fact->scale = most / 127.0f;
     fact->sum[0] = (int32_t)v_sum(v_sub(low, ROUND)), fact->sum[1] = (int32_t)v_sum(v_sub(high, ROUND));
 }
 
-/* Prepare `rows` rows of x for `linear`; `memory` has prepared_nbytes for each. */
+/* Prepare `rows` rows of x; `memory` has prepared_nbytes for each. What lies as it should stays where it is. */
 static struct prepared prepare(const float *x, int64_t ldx, int k, int rows, int is_integer, char *memory) {
-    int blocks = (k + BLOCK_INPUTS - 1) / BLOCK_INPUTS, whole = k / BLOCK_INPUTS * BLOCK_INPUTS;
-    float *tails = (float *)memory;
-    struct fact *facts = (struct fact *)(tails + rows * BLOCK_INPUTS);
-    int8_t *codes = (int8_t *)(facts + (int64_t)rows * blocks);
-    struct prepared prepared = {x, ldx, k, blocks, (int64_t)blocks * BLOCK_INPUTS, facts, codes, tails};
-    for (int row = 0; row < rows; row++) {
-        float *tail = tails + row * BLOCK_INPUTS;
-        for (int i = 0; i < BLOCK_INPUTS; i++) tail[i] = whole + i < k ? x[row * ldx + whole + i] : 0.0f;
-        for (int block = 0; block < blocks; block++, facts++, codes += BLOCK_INPUTS) {
-            const float *from = block_of_row(&prepared, row, block * BLOCK_INPUTS);
+    const int blocks = (k + BLOCK_INPUTS - 1) / BLOCK_INPUTS, in_place = rows == 1 && k % BLOCK_INPUTS == 0;
+    float *copies = (float *)memory;
+    int8_t *codes = (int8_t *)memory;
+    struct fact *facts = (struct fact *)(memory + (int64_t)blocks * rows * BLOCK_INPUTS * 4);
+    for (int row = 0; row < rows; row++)
+        for (int block = 0; block < blocks; block++) {
+            const int64_t place = (int64_t)block * rows + row;
+            const int begin = block * BLOCK_INPUTS, left = k - begin;
+            const float *from = x + row * ldx + begin;
+            float part[BLOCK_INPUTS], *to = is_integer ? part : copies + place * BLOCK_INPUTS;
+            if (left < BLOCK_INPUTS) {
+                for (int i = 0; i < BLOCK_INPUTS; i++) to[i] = i < left ? from[i] : 0.0f;
+                from = to;
+            } else if (!is_integer && !in_place) {
+                memcpy(to, from, BLOCK_INPUTS * 4);
+            }
             if (is_integer)
-                quantize(from, codes, facts);
+                quantize(from, codes + place * BLOCK_INPUTS, facts + place);
             else
-                facts->half[0] = v_sum(v_load(from)), facts->half[1] = v_sum(v_load(from + LANES));
+                facts[place].half[0] = v_sum(v_load(from)), facts[place].half[1] = v_sum(v_load(from + LANES));
         }
-    }
-    return prepared;
+    return (struct prepared){in_place ? x : copies, facts, codes, rows};
 }
 
 #endif

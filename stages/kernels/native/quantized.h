@@ -33,59 +33,73 @@ INLINE vf load_scales(const char *from, int format, int index) {
                              : v_load_bf16((const uint16_t *)from + index * PANEL);
 }
 
-/* Of half `half` of the block at `place`: scales, minima and zero points of the 16 outputs. */
+/* Of a half of a block, or of all of it where it has one part: what the 16 outputs have. */
+struct terms {
+    vf scale, minimum;
+    vi zero;
+};
+
 INLINE vf scale_of(const struct packing *of, const char *header, const struct place *place, int half) {
-    int second = half * BLOCK_INPUTS / 2, group = place->group + (second && of->group <= second);
+    const int second = half * BLOCK_INPUTS / 2, group = place->group + (second && of->group <= second);
     vf scale = load_scales(header, of->scale_format, place->span + (second && of->span <= second));
     return of->factors ? v_mul(scale, vi_float(vi_load_i8(header + of->factors + group * PANEL))) : scale;
 }
 
 INLINE vf minimum_of(const struct packing *of, const char *header, const struct place *place, int half) {
-    int second = half * BLOCK_INPUTS / 2, group = place->group + (second && of->group <= second);
+    const int second = half * BLOCK_INPUTS / 2, group = place->group + (second && of->group <= second);
+    if (!of->minima) return v_zero();
     vf minimum = load_scales(header + of->minima, of->scale_format, place->span + (second && of->span <= second));
     if (!of->minimum_factors) return minimum;
     return v_mul(minimum, vi_float(vi_load_i8(header + of->minimum_factors + group * PANEL)));
 }
 
 INLINE vi zero_of(const struct packing *of, const char *header, const struct place *place, int half) {
-    int second = half * BLOCK_INPUTS / 2, group = place->group + (second && of->group <= second);
+    const int second = half * BLOCK_INPUTS / 2, group = place->group + (second && of->group <= second);
     return of->zeros ? vi_load_u8(header + of->zeros + group * PANEL) : vi_set1(of->zero);
 }
 
-/* The sum with a part of a block: its half `half`, or all of it where it has one part. */
-INLINE vf with_float_part(const struct packing *of, const char *header, const struct place *place, int half, vf part,
-                          const struct fact *fact, vf sum) {
-    sum = v_fma(scale_of(of, header, place, half), part, sum);
-    if (!of->minima) return sum;
-    float x = of->parts == 2 ? fact->half[half] : fact->half[0] + fact->half[1];
-    return v_fma(minimum_of(of, header, place, half), v_set1(-x), sum);
+INLINE struct terms terms_of(const struct packing *of, const char *header, const struct place *place, int half) {
+    return (struct terms){scale_of(of, header, place, half), minimum_of(of, header, place, half),
+                          zero_of(of, header, place, half)};
 }
 
-INLINE vf with_integer_part(const struct packing *of, const char *header, const struct place *place, int half, vi part,
+/* The sum with a part of a block: its half `half`, or all of it where it has one part. */
+INLINE vf with_float_part(const struct terms *terms, int has_minima, int parts, int half, vf part,
+                          const struct fact *fact, vf sum) {
+    sum = v_fma(terms->scale, part, sum);
+    if (!has_minima) return sum;
+    float x = parts == 2 ? fact->half[half] : fact->half[0] + fact->half[1];
+    return v_fma(terms->minimum, v_set1(-x), sum);
+}
+
+INLINE vf with_integer_part(const struct terms *terms, int has_minima, int parts, int half, vi part,
                             const struct fact *fact, vf sum) {
-    sum = v_fma(vi_float(part), v_mul(scale_of(of, header, place, half), v_set1(fact->scale)), sum);
-    if (!of->minima) return sum;
-    float x = (float)(of->parts == 2 ? fact->sum[half] : fact->sum[0] + fact->sum[1]) * fact->scale;
-    return v_fma(minimum_of(of, header, place, half), v_set1(-x), sum);
+    sum = v_fma(vi_float(part), v_mul(terms->scale, v_set1(fact->scale)), sum);
+    if (!has_minima) return sum;
+    float x = (float)(parts == 2 ? fact->sum[half] : fact->sum[0] + fact->sum[1]) * fact->scale;
+    return v_fma(terms->minimum, v_set1(-x), sum);
 }
 
 /* What an integer part begins with: the zero point times the sum of q, less. */
-INLINE vi first_part(const struct packing *of, const char *header, const struct place *place, int half,
-                     const struct fact *fact) {
-    int q = of->parts == 2 ? fact->sum[half] : fact->sum[0] + fact->sum[1];
-    return vi_mul(vi_set1(-q), zero_of(of, header, place, half));
+INLINE vi first_part(vi zero, int parts, int half, const struct fact *fact) {
+    return vi_mul(vi_set1(-(parts == 2 ? fact->sum[half] : fact->sum[0] + fact->sum[1])), zero);
 }
 
-typedef void one_row_of(const struct packing *of, const struct prepared *x, int row, const char *w, int begin, int end,
+typedef void one_row_of(const struct packing *of, const struct prepared *x, const char *w, int begin, int end,
                         float *tile);
 
+/* A line of codes: into the second cache long before it is used, into the first one a little before. */
+enum { SOON = 2048, LATER = 8192 };
+INLINE void prefetch_line(const char *from) { v_prefetch_second(from + LATER), v_prefetch(from); }
+
 INLINE void prefetch(const char *from, int nbytes) {
-    for (int i = 0; i < nbytes; i += 64) v_prefetch(from + i);
+    for (int i = 0; i < nbytes; i += 64) prefetch_line(from + i);
 }
 
 /* The sums of one row and P panels, of a chain from `begin` to `end`. VECTOR and NUMBER are of planes.h. */
 #define FLOAT_STEP(BITS, KIND, P, i)                                                                                   \
     for (int p = 0; p < P; p++) {                                                                                      \
+        if (i < BITS) prefetch_line(w + p * panel + place.codes + SOON / P + (i)*64);                                   \
         vi codes = VECTOR_##BITS(w + p * panel + place.codes, i);                                                      \
         part[p] = v_fma(v_set1(from[4 * (i)]), NUMBER_##KIND(codes, 0, zero[p]), part[p]);                             \
         part[p] = v_fma(v_set1(from[4 * (i) + 1]), NUMBER_##KIND(codes, 1, zero[p]), part[p]);                         \
@@ -93,46 +107,53 @@ INLINE void prefetch(const char *from, int nbytes) {
         part[p] = v_fma(v_set1(from[4 * (i) + 3]), NUMBER_##KIND(codes, 3, zero[p]), part[p]);                         \
     }
 #define INTEGER_STEP(BITS, KIND, P, i)                                                                                 \
-    for (int p = 0; p < P; p++)                                                                                        \
-        part[p] = vi_dot(part[p], VECTOR_##BITS(w + p * panel + place.codes, i), vi_set1(from[i]), BITS <= 6);
+    for (int p = 0; p < P; p++) {                                                                                      \
+        if (i < BITS) prefetch_line(w + p * panel + place.codes + SOON / P + (i)*64);                                   \
+        part[p] = vi_dot(part[p], VECTOR_##BITS(w + p * panel + place.codes, i), vi_set1(from[i]), BITS <= 6);         \
+    }
 #define FLOAT_BEGIN(half)                                                                                              \
     zero[p] = shifted_zero(zero_of(of, w + p * panel + place.header, &place, half));                                   \
     part[p] = v_zero()
-#define INTEGER_BEGIN(half) part[p] = first_part(of, w + p * panel + place.header, &place, half, fact)
+#define INTEGER_BEGIN(half)                                                                                            \
+    part[p] = first_part(zero_of(of, w + p * panel + place.header, &place, half), parts, half, fact)
 #define FLOAT_END(half)                                                                                                \
-    sum[p] = with_float_part(of, w + p * panel + place.header, &place, half, part[p], fact, sum[p])
+    struct terms terms = terms_of(of, w + p * panel + place.header, &place, half);                                     \
+    sum[p] = with_float_part(&terms, has_minima, parts, half, part[p], fact, sum[p])
 #define INTEGER_END(half)                                                                                              \
-    sum[p] = with_integer_part(of, w + p * panel + place.header, &place, half, part[p], fact, sum[p])
+    struct terms terms = terms_of(of, w + p * panel + place.header, &place, half);                                     \
+    sum[p] = with_integer_part(&terms, has_minima, parts, half, part[p], fact, sum[p])
 #define FLOAT_PART vf
 #define INTEGER_PART vi
-#define FLOAT_FROM const float *from = block_of_row(x, row, k)
-#define INTEGER_FROM const int32_t *from = (const int32_t *)(x->codes + (int64_t)row * x->padded + k)
+#define FLOAT_FROM const float *from = x->x + k
+#define INTEGER_FROM const int32_t *from = (const int32_t *)(x->codes + k)
 #define ONE_ROW(BITS, KIND, A, P)                                                                                      \
-    static void one_##BITS##_##KIND##_##A##_##P(const struct packing *of, const struct prepared *x, int row,           \
+    static void one_##BITS##_##KIND##_##A##_##P(const struct packing *of, const struct prepared *x,                    \
                                                 const char *w, int begin, int end, float *tile) {                      \
         const int64_t panel = of->panel_nbytes;                                                                        \
+        const int parts = of->parts, has_minima = of->minima != 0;                                                     \
         vf sum[P], zero[P];                                                                                            \
         A##_PART part[P];                                                                                              \
         for (int p = 0; p < P; p++) sum[p] = zero[p] = v_zero();                                                       \
         for (int k = begin; k < end; k += BLOCK_INPUTS) {                                                              \
             struct place place = place_of(of, k);                                                                      \
-            const struct fact *fact = x->facts + (int64_t)row * x->blocks + k / BLOCK_INPUTS;                          \
+            const struct fact *fact = x->facts + k / BLOCK_INPUTS;                                                     \
             A##_FROM;                                                                                                  \
             int is_first = k == begin || place.codes - place.header == of->header_nbytes;                              \
             for (int p = 0; p < P; p++) {                                                                              \
-                const char *ahead = w + p * panel + AHEAD / P;                                                         \
+                const char *ahead = w + p * panel + SOON / P;                                                        \
                 if (is_first) prefetch(ahead + place.header, of->header_nbytes);                                       \
-                prefetch(ahead + place.codes, BITS * 64);                                                              \
                 A##_BEGIN(0);                                                                                          \
             }                                                                                                          \
             A##_STEP(BITS, KIND, P, 0) A##_STEP(BITS, KIND, P, 1) A##_STEP(BITS, KIND, P, 2) A##_STEP(BITS, KIND, P, 3) \
-            if (of->parts == 2)                                                                                        \
+            if (parts == 2)                                                                                            \
                 for (int p = 0; p < P; p++) {                                                                          \
                     A##_END(0);                                                                                        \
                     A##_BEGIN(1);                                                                                      \
                 }                                                                                                      \
             A##_STEP(BITS, KIND, P, 4) A##_STEP(BITS, KIND, P, 5) A##_STEP(BITS, KIND, P, 6) A##_STEP(BITS, KIND, P, 7) \
-            for (int p = 0; p < P; p++) A##_END(of->parts - 1);                                                        \
+            for (int p = 0; p < P; p++) {                                                                              \
+                A##_END(parts - 1);                                                                                    \
+            }                                                                                                          \
         }                                                                                                              \
         for (int p = 0; p < P; p++) v_store(tile + p * PANEL, sum[p]);                                                 \
     }
@@ -167,61 +188,54 @@ INLINE void prefetch(const char *from, int nbytes) {
     }
 typedef void expand_of(const char *codes, const vf *zero, void *to);
 
-/* What a block of one panel adds to the sums of M rows, the first of them `row`. `small`: see vi_dot. */
+/* What a block of one panel adds to the sums of M rows. `x`, `q`, `fact`: of the first of them. */
 #define FLOAT_ROWS(M)                                                                                                  \
-    static void float_rows_##M(const struct packing *of, const char *header, const struct place *place,                \
-                               const struct prepared *x, int row, int k, const void *expanded, int small,              \
-                               float *tile) {                                                                          \
-        const int inputs = BLOCK_INPUTS / of->parts;                                                                   \
-        const float *from[M], *numbers = expanded;                                                                     \
-        for (int m = 0; m < M; m++) from[m] = block_of_row(x, row + m, k);                                             \
-        for (int half = 0, i = 0; half < of->parts; half++) {                                                          \
+    static void float_rows_##M(const struct packing *of, const struct terms *terms, const float *x,                    \
+                               const struct fact *fact, const void *expanded, float *tile) {                           \
+        const int parts = of->parts, inputs = BLOCK_INPUTS / parts, has_minima = of->minima != 0;                      \
+        const float *numbers = expanded;                                                                               \
+        for (int half = 0, i = 0; half < parts; half++) {                                                              \
+            const struct terms mine = terms[half];                                                                     \
             vf part[M];                                                                                                \
             for (int m = 0; m < M; m++) part[m] = v_zero();                                                            \
             for (; i < (half + 1) * inputs; i++) {                                                                     \
                 vf number = v_load(numbers + i * PANEL);                                                               \
-                for (int m = 0; m < M; m++) part[m] = v_fma(v_set1(from[m][i]), number, part[m]);                      \
+                for (int m = 0; m < M; m++) part[m] = v_fma(v_set1(x[m * BLOCK_INPUTS + i]), number, part[m]);         \
             }                                                                                                          \
             for (int m = 0; m < M; m++) {                                                                              \
-                const struct fact *fact = x->facts + (int64_t)(row + m) * x->blocks + k / BLOCK_INPUTS;                \
-                float *to = tile + m * TILE;                                                                           \
-                v_store(to, with_float_part(of, header, place, half, part[m], fact, v_load(to)));                      \
+                vf sum = v_load(tile + m * TILE);                                                                      \
+                v_store(tile + m * TILE, with_float_part(&mine, has_minima, parts, half, part[m], fact + m, sum));     \
             }                                                                                                          \
         }                                                                                                              \
     }
-#define INTEGER_ROWS(M)                                                                                                \
-    static void integer_rows_##M(const struct packing *of, const char *header, const struct place *place,              \
-                                 const struct prepared *x, int row, int k, const void *expanded, int small,            \
-                                 float *tile) {                                                                        \
-        const int vectors = BLOCK_INPUTS / 4 / of->parts;                                                              \
-        const int32_t *from[M];                                                                                        \
-        const struct fact *fact[M];                                                                                    \
+#define INTEGER_ROWS(M, SIZE, SMALL)                                                                                   \
+    static void SIZE##_rows_##M(const struct packing *of, const struct terms *terms, const int32_t *q,                 \
+                                const struct fact *fact, const void *expanded, float *tile) {                          \
+        const int parts = of->parts, vectors = BLOCK_INPUTS / 4 / parts, has_minima = of->minima != 0;                 \
         const char *bytes = expanded;                                                                                  \
-        for (int m = 0; m < M; m++) {                                                                                  \
-            from[m] = (const int32_t *)(x->codes + (int64_t)(row + m) * x->padded + k);                                \
-            fact[m] = x->facts + (int64_t)(row + m) * x->blocks + k / BLOCK_INPUTS;                                    \
-        }                                                                                                              \
-        for (int half = 0, i = 0; half < of->parts; half++) {                                                          \
+        for (int half = 0, i = 0; half < parts; half++) {                                                              \
+            const struct terms mine = terms[half];                                                                     \
             vi part[M];                                                                                                \
-            for (int m = 0; m < M; m++) part[m] = first_part(of, header, place, half, fact[m]);                        \
-            if (small)                                                                                                 \
-                for (; i < (half + 1) * vectors; i++) {                                                                \
-                    vi vector = vi_load(bytes + i * 64);                                                               \
-                    for (int m = 0; m < M; m++) part[m] = vi_dot(part[m], vector, vi_set1(from[m][i]), 1);             \
-                }                                                                                                      \
-            else                                                                                                       \
-                for (; i < (half + 1) * vectors; i++) {                                                                \
-                    vi vector = vi_load(bytes + i * 64);                                                               \
-                    for (int m = 0; m < M; m++) part[m] = vi_dot(part[m], vector, vi_set1(from[m][i]), 0);             \
-                }                                                                                                      \
+            for (int m = 0; m < M; m++) part[m] = first_part(mine.zero, parts, half, fact + m);                        \
+            for (; i < (half + 1) * vectors; i++) {                                                                    \
+                vi vector = vi_load(bytes + i * 64);                                                                   \
+                for (int m = 0; m < M; m++)                                                                            \
+                    part[m] = vi_dot(part[m], vector, vi_set1(q[m * BLOCK_INPUTS / 4 + i]), SMALL);                    \
+            }                                                                                                          \
             for (int m = 0; m < M; m++) {                                                                              \
-                float *to = tile + m * TILE;                                                                           \
-                v_store(to, with_integer_part(of, header, place, half, part[m], fact[m], v_load(to)));                 \
+                vf sum = v_load(tile + m * TILE);                                                                      \
+                v_store(tile + m * TILE, with_integer_part(&mine, has_minima, parts, half, part[m], fact + m, sum));   \
             }                                                                                                          \
         }                                                                                                              \
     }
-typedef void rows_of(const struct packing *of, const char *header, const struct place *place, const struct prepared *x,
-                     int row, int k, const void *expanded, int small, float *tile);
+#define ROWS(M) FLOAT_ROWS(M) INTEGER_ROWS(M, small, 1) INTEGER_ROWS(M, large, 0)
+#define ROWS_CASE(M)                                                                                                   \
+    if (!is_integer)                                                                                                   \
+        float_rows_##M(of, terms, x->x + place * BLOCK_INPUTS, x->facts + place, expanded, tile);                      \
+    else if (of->bits <= 6)                                                                                            \
+        small_rows_##M(of, terms, (const int32_t *)(x->codes + place * BLOCK_INPUTS), x->facts + place, expanded, tile); \
+    else                                                                                                               \
+        large_rows_##M(of, terms, (const int32_t *)(x->codes + place * BLOCK_INPUTS), x->facts + place, expanded, tile)
 
 #if defined(__AVX2__)
 #define ALL_OF(BITS, KIND, A) ONE_ROW(BITS, KIND, A, 1) ONE_ROW(BITS, KIND, A, 2) MORE_PANELS(BITS, KIND, A)
@@ -232,23 +246,16 @@ typedef void rows_of(const struct packing *of, const char *header, const struct 
 #if defined(__AVX512F__)
 #define MORE_PANELS(BITS, KIND, A) ONE_ROW(BITS, KIND, A, 4)
 #define ONE_OF(BITS, KIND, A) {one_##BITS##_##KIND##_##A##_1, one_##BITS##_##KIND##_##A##_2, one_##BITS##_##KIND##_##A##_4}
-enum { MOST_TOGETHER = 8 };
-FLOAT_ROWS(8)
-INTEGER_ROWS(8)
+ROWS(8)
 #elif defined(__AVX2__)
 #define MORE_PANELS(BITS, KIND, A)
 #define ONE_OF(BITS, KIND, A) {one_##BITS##_##KIND##_##A##_1, one_##BITS##_##KIND##_##A##_2}
-enum { MOST_TOGETHER = 4 };
 #else
 #define ONE_OF(BITS, KIND, A) {0}
-enum { MOST_TOGETHER = 4 };
 #endif
-FLOAT_ROWS(1)
-FLOAT_ROWS(2)
-FLOAT_ROWS(4)
-INTEGER_ROWS(1)
-INTEGER_ROWS(2)
-INTEGER_ROWS(4)
+ROWS(1)
+ROWS(2)
+ROWS(4)
 WITH_FLOATS(2, INTEGER)
 WITH_FLOATS(3, INTEGER)
 WITH_FLOATS(4, INTEGER)
@@ -285,58 +292,62 @@ static expand_of *const EXPAND_OF[2][3][9] = {
     {[INTEGER] = {[2] = expand_2_INTEGER_INTEGER, [3] = expand_3_INTEGER_INTEGER, [4] = expand_4_INTEGER_INTEGER,
                   [5] = expand_5_INTEGER_INTEGER, [6] = expand_6_INTEGER_INTEGER}},
 };
-static rows_of *const ROWS_OF[2][9] = {
+/* What a block adds to the sums of as many of `rows` rows as go together, and how many those are. */
+static int add_rows(const struct packing *of, int is_integer, const struct terms *terms, const struct prepared *x,
+                    int64_t place, const void *expanded, int rows, float *tile) {
 #if defined(__AVX512F__)
-    {[1] = float_rows_1, [2] = float_rows_2, [4] = float_rows_4, [8] = float_rows_8},
-    {[1] = integer_rows_1, [2] = integer_rows_2, [4] = integer_rows_4, [8] = integer_rows_8},
-#else
-    {[1] = float_rows_1, [2] = float_rows_2, [4] = float_rows_4},
-    {[1] = integer_rows_1, [2] = integer_rows_2, [4] = integer_rows_4},
+    if (rows >= 8) {
+        ROWS_CASE(8);
+        return 8;
+    }
 #endif
-};
+    if (rows >= 4) {
+        ROWS_CASE(4);
+        return 4;
+    }
+    if (rows >= 2) {
+        ROWS_CASE(2);
+        return 2;
+    }
+    ROWS_CASE(1);
+    return 1;
+}
 
-/* The sums of `rows` rows and one panel, of a chain from `begin` to `end`. */
-static void multiply_rows(const struct linear *linear, const struct prepared *x, int row, int rows, const char *w,
-                          int begin, int end, float *tile) {
+/* The sums of all rows and one panel, of a chain from `begin` to `end`. */
+static void multiply_rows(const struct linear *linear, const struct prepared *x, const char *w, int begin, int end,
+                          float *tile) {
     const struct packing *of = linear->packing;
-    const int is_integer = linear->is_integer;
+    const int is_integer = linear->is_integer, rows = x->rows;
     expand_of *expand = EXPAND_OF[is_integer][of->kind][of->bits];
     float expanded[BLOCK_INPUTS * PANEL] __attribute__((aligned(64)));
     for (int m = 0; m < rows; m++) v_store(tile + m * TILE, v_zero());
     for (int k = begin; k < end; k += BLOCK_INPUTS) {
         struct place place = place_of(of, k);
         const char *header = w + place.header, *codes = w + place.codes;
-        const void *found = codes;
-        if (place.codes - place.header == of->header_nbytes) prefetch(header + AHEAD, of->header_nbytes);
-        prefetch(codes + AHEAD, of->bits * 64);
-        if (expand) {
-            vf zero[2] = {v_zero(), v_zero()};
-            for (int half = 0; half < 2 && !is_integer; half++)
-                zero[half] = shifted_zero(zero_of(of, header, &place, of->parts == 2 ? half : 0));
-            expand(codes, zero, expanded);
-            found = expanded;
-        }
-        for (int m = 0, count; m < rows; m += count) {
-            count = MOST_TOGETHER;
-            while (count > rows - m) count /= 2;
-            ROWS_OF[is_integer][count](of, header, &place, x, row + m, k, found, of->bits <= 6, tile + m * TILE);
-        }
+        if (place.codes - place.header == of->header_nbytes) prefetch(header + SOON, of->header_nbytes);
+        prefetch(codes + SOON, of->bits * 64);
+        struct terms terms[2] = {terms_of(of, header, &place, 0), terms_of(of, header, &place, of->parts - 1)};
+        vf zero[2] = {shifted_zero(terms[0].zero), shifted_zero(terms[1].zero)};
+        if (expand) expand(codes, zero, expanded);
+        for (int m = 0; m < rows;)
+            m += add_rows(of, is_integer, terms, x, (int64_t)(k / BLOCK_INPUTS) * rows + m,
+                          expand ? (const void *)expanded : codes, rows - m, tile + m * TILE);
     }
 }
 
-/* The sums of `rows` rows, the first of them `row`, and `panels` panels from `first` on, of one chain. */
-static void multiply_quantized(const struct linear *linear, int first, int panels, const struct prepared *x, int row,
-                               int rows, int begin, int end, float *tile) {
+/* The sums of all rows and `panels` panels from `first` on, of one chain. */
+static void multiply_quantized(const struct linear *linear, int first, int panels, const struct prepared *x, int begin,
+                               int end, float *tile) {
     const struct packing *of = linear->packing;
     const char *w = (const char *)linear->weights + first * of->panel_nbytes;
     one_row_of *const *one = ONE_ROW_OF[linear->is_integer][of->kind][of->bits];
-    const int is_one = rows == 1 && one[0];
+    const int is_one = x->rows == 1 && one[0];
     for (int p = 0; p < panels;) {
         int step = !is_one ? 0 : panels - p >= 4 && one[2] ? 2 : panels - p >= 2 ? 1 : 0;
-        if (!is_one)
-            multiply_rows(linear, x, row, rows, w + p * of->panel_nbytes, begin, end, tile + p * PANEL);
+        if (is_one)
+            one[step](of, x, w + p * of->panel_nbytes, begin, end, tile + p * PANEL);
         else
-            one[step](of, x, row, w + p * of->panel_nbytes, begin, end, tile + p * PANEL);
+            multiply_rows(linear, x, w + p * of->panel_nbytes, begin, end, tile + p * PANEL);
         p += 1 << step;
     }
 }
