@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Extent:
     """``nbytes`` bytes of the file ``path`` from byte ``start`` on. ``state``: size and time of the last change (ns)
-    that the file is to have; None for any."""
+    that the file is to have; None for any. ``is_shared``: whether other ranks of the host read them too, so that they
+    are to go through the page cache."""
 
     path: Path
     start: int
     nbytes: int
     state: tuple[int, int] | None = None
+    is_shared: bool = False
 
     @property
     def end(self) -> int:
@@ -139,11 +141,13 @@ class TensorWindow:
 def extent_of(stored: StoredTensor, parts: Any = ...) -> tuple[Extent, tuple[int, ...]]:
     """Where what ``parts`` name of ``stored`` lies, and its shape: whole rows, all that the first slice names."""
     rows = parts[0] if isinstance(parts, tuple) and parts else parts
+    is_shared = isinstance(parts, tuple) and any(part != slice(None) for part in parts[1:])
     if not isinstance(rows, slice) or not stored.shape:
-        return Extent(stored.path, stored.start, stored.nbytes, stored.state), stored.shape
+        return Extent(stored.path, stored.start, stored.nbytes, stored.state, is_shared), stored.shape
     start, stop, _ = rows.indices(stored.shape[0])
     count, each = max(0, stop - start), stored.nbytes // max(1, stored.shape[0])
-    return Extent(stored.path, stored.start + start * each, count * each, stored.state), (count, *stored.shape[1:])
+    extent = Extent(stored.path, stored.start + start * each, count * each, stored.state, is_shared)
+    return extent, (count, *stored.shape[1:])
 
 
 @functools.cache

@@ -8,7 +8,7 @@ the order in which llama.cpp rotates neighbours; here they come in the order of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,8 +131,11 @@ class GGUFCheckpoint(Weights):
         found = []
         for name in names:
             place = self._known(name)
-            rows = range(1) if len(place.shape) == 1 else self._cut(place, slices[name] if slices else ())[0]
-            found.append(_extent(place.tensor, place.stored_rows(rows)))
+            rows, columns = range(1), range(place.shape[-1])
+            if len(place.shape) > 1:
+                rows, columns = self._cut(place, slices[name] if slices else ())
+            extent = _extent(place.tensor, place.stored_rows(rows))
+            found.append(replace(extent, is_shared=len(columns) < place.shape[-1]))
         return sorted((one for one in found if one.nbytes), key=lambda one: (one.path, one.start))
 
     def _known(self, name: str) -> _Place:

@@ -42,7 +42,7 @@ class OpenFile:
         done = 0
         while done < needed:
             try:
-                direct = self._direct >= 0 and done % BLOCK == 0
+                direct = self._direct >= 0 and done % BLOCK == 0 and not extent.is_shared
                 count = os.preadv(self._direct if direct else self._cached, [memory[done:].data], start + done)
             except OSError as error:
                 if error.errno != errno.EINVAL or not direct:

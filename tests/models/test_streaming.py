@@ -72,8 +72,10 @@ def held(shard: KernelShard) -> int:
     return sum(memory.values()) + len(stream._ahead._region._memory)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("llama", torch.float32), ("llama-biases-tied", torch.bfloat16), ("qwen3-files", torch.float16)],
+)
 def test_streamed_layers_give_the_bits_of_resident_ones(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     architecture, overrides = KINDS[kind]
     folder = make_tiny(tmp_path, architecture, dtype=dtype, **overrides)
@@ -94,7 +96,7 @@ def test_streamed_layers_give_the_bits_of_resident_ones(tmp_path: Path, kind: st
             assert held(shard) > 0.95 * memory
 
 
-@pytest.mark.parametrize("form", ["gptq-4", "int8", "fp8-blocks"])
+@pytest.mark.parametrize("form", ["gptq-4", "fp8-blocks"])
 def test_quantised_layers_are_streamed_as_they_are(tmp_path: Path, form: str) -> None:
     folder = write(make_tiny(tmp_path / "source", "LlamaForCausalLM", num_hidden_layers=12), tmp_path / form, form)
     resident = load(folder, 0, range(12))
@@ -119,12 +121,41 @@ def test_a_job_of_streamed_stages_answers_what_resident_ones_answer(tmp_path: Pa
     assert [answer.tokens for answer in decode(streamed, POLICIES[policy], requests)] == expected
 
 
+class Gate(Checkpoint):
+    """A checkpoint whose last layer cannot be read yet."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.opened = threading.Event()
+
+    def matrices(self, names: Any, dtype: Any, slices: Any = None) -> Any:
+        names = list(names)
+        if any(name.startswith("model.layers.5.") for name in names):
+            assert self.opened.wait(300)
+        return super().matrices(names, dtype, slices)
+
+
+def test_the_first_pass_computes_while_later_layers_load(tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path, "LlamaForCausalLM")
+    rows = make_batch(PROMPT, range(5), range(5), [set(range(row)) for row in range(5)])
+    gate = Gate(folder)
+    shard = KernelShard.load(ModelSpec.read(folder), gate, range(6), torch.float32, 64, memory=1 << 30)
+    passes = shard.forward(rows, None)
+    assert [next(passes) for _ in range(5)] == [0.0] * 5
+    gate.opened.set()
+    next(passes)
+    with pytest.raises(StopIteration) as end:
+        next(passes)
+    assert torch.equal(end.value.value, compute([load(folder, 0)], rows))
+    assert shard._stream is not None and not shard._stream._plan.is_streaming
+
+
 def test_abandoned_passes_leave_the_next_ones_right(tmp_path: Path) -> None:
     folder = make_tiny(tmp_path, "LlamaForCausalLM")
     shard, seed = load(folder, least(folder)), random.randrange(1 << 32)
     rows = make_batch(PROMPT, range(5), range(5), [set(range(row)) for row in range(5)])
     numbers, dice = compute([load(folder, 0)], rows), random.Random(seed)
-    for _ in range(20):
+    for _ in range(12):
         passes = shard.forward(rows, None)
         for _ in range(dice.randrange(6)):
             next(passes)
@@ -159,7 +190,7 @@ def test_too_little_memory_is_refused_with_the_least_that_works(tmp_path: Path) 
 def test_what_was_decoded_before_a_file_failed_is_kept(tmp_path: Path) -> None:
     folder = make_tiny(tmp_path, "LlamaForCausalLM")
     config = Config(str(folder), (), weights_memory=1 << 19, context=200)
-    request = Request(tuple(PROMPT), 150)
+    request = Request(tuple(PROMPT), 60)
     whole = LocalJob(load_job(clear(config, 1), None), is_threaded=False)
     expected = [token for output in whole.decode(request) for token in output.tokens]
     whole.close()
@@ -176,7 +207,7 @@ def test_what_was_decoded_before_a_file_failed_is_kept(tmp_path: Path) -> None:
         job.wait(changed, lambda: bool(outputs) and outputs[-1].is_last)
     job._job.kill()
     kept = [token for output in outputs for token in output.tokens]
-    assert 0 < len(kept) < 150 and kept == expected[: len(kept)]
+    assert 0 < len(kept) < 60 and kept == expected[: len(kept)]
     assert isinstance(outputs[-1].error, CheckpointError)
 
 
