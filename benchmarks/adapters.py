@@ -71,9 +71,9 @@ ONE = [
 ]
 MANY = [
     *(Place(requests, stages) for requests in (4, 8, 16) for stages in (1, 4, 8)),
-    Place(8, 4, "flat"), Place(8, 4, "late"), Place(8, 8, "wrong"),
+    Place(8, 8, "flat"), Place(8, 4, "late"), Place(8, 8, "wrong"),
 ]  # fmt: skip
-SOME = [Place(4, 8), Place(8, 4), Place(16, 4), Place(8, 4, "late")]
+SOME = [Place(4, 8), Place(8, 4), Place(16, 4), Place(8, 4, "late"), Place(8, 8, "flat")]
 """Places of many requests where constants are taken away."""
 ALONE = [*(Place(1, 1, costs, "alone") for costs in ("rows", "late", "wrong")), Place(4, 1, "rows", "alone")]
 
@@ -111,15 +111,15 @@ ADAPTERS = [
     knob("balance", False, MANY, PLAIN),
     knob("min_path_prob", 0.0, [*ONE, *MANY]),
     *(constant(f"many.{name}", value, SOME) for name, value in (
-        ("MOST_COHORTS", 0.0), ("MOST_COHORTS", NEVER), ("PIGGYBACK", 1.0), ("PIGGYBACK", NEVER), ("GUESS_RUN", 0.0),
-        ("GUESS_RUN", 1.0), ("LONGEST", NEVER), ("ROWS", 1),
+        ("PIGGYBACK", 1.0), ("PIGGYBACK", NEVER), ("GUESS_RUN", 0.0), ("GUESS_RUN", 1.0), ("LONGEST", NEVER),
+        ("ROWS", 1),
     )),
     *(constant(f"drafting.{name}", value, SOME) for name, value in (
         ("TOGETHER", 0.0), ("RIGHT_WEIGHT", 0.0), ("GRACE", 1.0), ("WEIGHT", 1.0),
     )),
-    *(constant(f"traffic.{name}", value, SOME) for name, value in (("FIRST", 1), ("BUSIEST", 0.999), ("SPAN", 300))),
+    *(constant(f"traffic.{name}", value, SOME) for name, value in (("FIRST", 1), ("SPAN", 300))),
     *(constant(f"launch_delay.{name}", value, ONE) for name, value in (
-        ("JUST_BEGUN", 1.0), ("LEAST", 0.0), ("GRACE", 1.0), ("TRIAL", 0.0), ("WEIGHT", 1.0), ("FORGET", 1.0),
+        ("JUST_BEGUN", 1.0), ("GRACE", 1.0), ("TRIAL", 0.0), ("WEIGHT", 1.0), ("FORGET", 1.0),
     )),
     *(constant(f"alternation.{name}", value, ALONE) for name, value in (
         ("FAR", 1), ("MOST_LATE", NEVER), ("WEIGHT", 1.0), ("FORGET", 1.0), ("TRIES", 0.1), ("PATIENCE", 10**9),

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Sequence
 
+from benchmarks.quality import formats
 from benchmarks.study import claims, latencies
 from benchmarks.views import Row, agreement, costs, guesses, place, policies, ratios, read, show
 from pipeinfer.bench.rows import BANNERS
@@ -21,7 +22,7 @@ from pipeinfer.costs.paths import BENCHMARKS
 
 ROOT = BENCHMARKS.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-VIEWS = {view.__name__: view for view in (ratios, policies, guesses, agreement, claims, latencies, costs)}
+VIEWS = {view.__name__: view for view in (ratios, policies, guesses, agreement, claims, latencies, costs, formats)}
 BLOCK = re.compile(r"(<!-- result (\S+) (\w+)((?: \w+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -40,6 +41,8 @@ def origin(rows: Sequence[Row]) -> str:
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['when'][:10]}, commit {machine['git']}"
     if first["suite"] == "profile":
         return f"**REAL** (`python -m benchmarks.profile`; {where}; processor time of one thread)"
+    if first["suite"] == "quality":
+        return f"**REAL** (`python -m benchmarks.quality`; {where}; {first['tokens']} held-out tokens)"
     banner = BANNERS[first["execution"]].partition(":")[0]
     samples = sorted({row["tokens_per_s"]["n"] for row in rows if row["policy"] != "plain"})
     flag = {"emulated": " --emulate", "simulated": " --simulate", "real": " --real"}[first["execution"]]

@@ -18,9 +18,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeinfer.core.errors import CheckpointError
 from pipeinfer.core.files import write_whole
 from pipeinfer.core.version import __version__
 from pipeinfer.runtime.pass_times import ROWS, PassTimes
+from stages.checkpoint.folder import is_gguf_name
+from stages.checkpoint.gguf_config import config_of
+from stages.checkpoint.gguf_file import read_gguf
 
 FORMAT = 1
 ENOUGH = 3
@@ -53,10 +57,22 @@ def processor() -> str:
 
 
 def model_digest(directory: Path) -> str:
-    """A digest of the model's config.json; empty where there is none."""
+    """A digest of the model's config.json, or of what a GGUF file says of its model and of the types of its tensors;
+    empty where there is none."""
+    if is_gguf_name(directory):
+        return _gguf_digest(directory)
     try:
         return hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()[:16]
     except OSError:
+        return ""
+
+
+def _gguf_digest(path: Path) -> str:
+    try:
+        file = read_gguf(path)
+        kinds = sorted((name, tensor.kind) for name, tensor in file.tensors.items())
+        return hashlib.sha256(json.dumps([config_of(file), kinds]).encode()).hexdigest()[:16]
+    except CheckpointError:
         return ""
 
 

@@ -37,8 +37,8 @@ Model = tuple[ModelSpec | GenericSpec, Weights]
 class Cleared:
     """A job that may start: the models' specs and checked weights, the plan, and the context it serves.
 
-    ``config``: with every dtype and the number of KV slots resolved. ``note``: what its user should know of the dtypes,
-    in one line; empty for nothing."""
+    ``config``: with every dtype and the number of KV slots resolved. ``note``: what its user should know of the dtypes
+    and of quantised weights, in one line; empty for nothing."""
 
     config: Config
     target: Model
@@ -92,8 +92,9 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
     resolved = _resolved(config, target, drafts, has_kernels)
     resolved = replace(resolved, kv_slots=kv_slots(spec, plan, resolved, context))
     refuse_weights_memory(target, plan, resolved, has_kernels)
-    note = "" if has_kernels else _note(config, target, drafts)
-    return Cleared(resolved, target, drafts, plan, context, note)
+    notes = ["" if has_kernels else _note(config, target, drafts)]
+    notes += [weights.note for _, weights in (target, *models.values()) if isinstance(weights, Checkpoint)]
+    return Cleared(resolved, target, drafts, plan, context, "; ".join(dict.fromkeys(filter(None, notes))))
 
 
 def _refuse_words(config: Config) -> None:
@@ -188,9 +189,19 @@ def _model(directory: Path, context: int, has_kernels: bool) -> Model:
     if not is_llama_family(directory):  # the only case that loads torch: such a model has to be looked at
         return _generic(directory)
     spec = ModelSpec.read(directory)
-    if _is_windowed(spec, context) or (spec.experts is not None and not has_kernels):
+    if is_gguf_name(directory):
+        _refuse_file(directory, spec, context, has_kernels)
+    elif _is_windowed(spec, context) or (spec.experts is not None and not has_kernels):
         return _generic(directory)
     return spec, open_weights(directory, spec)
+
+
+def _refuse_file(path: Path, spec: ModelSpec, context: int, has_kernels: bool) -> None:
+    """Refuse a GGUF file that only transformers' code could compute, as it has no directory to be read from."""
+    if _is_windowed(spec, context):
+        refuse(f"{path}: no GGUF file is decoded with its window of {spec.window} tokens", "ask for less --context")
+    if spec.experts is not None and not has_kernels:
+        refuse(f"{path}: experts need the C kernels ({reason()})", "use a model without experts")
 
 
 def _is_windowed(spec: ModelSpec, context: int) -> bool:
@@ -199,8 +210,6 @@ def _is_windowed(spec: ModelSpec, context: int) -> bool:
 
 
 def _generic(directory: Path) -> Model:
-    if is_gguf_name(directory):
-        refuse(f"{directory}: windows and experts need what GGUF files do not have", "give the model's directory")
     return GenericSpec.read(directory), Checkpoint(directory, llama=False)
 
 

@@ -44,6 +44,8 @@ def export(model: str | Path, path: str | Path, form: str = "fp16", with_tokeniz
     gguf = package("gguf")
     spec, checkpoint, path = ModelSpec.read(model), Checkpoint(model), Path(path)
     _refuse_unlike_llama(Path(model), spec)
+    if checkpoint.quantized.scheme is not None:
+        refuse(f"{model}: quantised weights are not exported to GGUF", "use the model's bfloat16 release")
     checkpoint.validate(spec)
     names = {name: checkpoint.stored_name(name) if spec.tied else name for name in expected_tensors(spec)}
     if spec.tied and HEAD in checkpoint.tensors:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
+FEW_ROWS = (1, 2, 4, 8, 16, 64)
 PACKED_ROWS = (1, 2, 4, 8, 16, 32, 128)  # rows times heads that share a key head
 KV_HEADS = 8
 TINY_LAYERS = 16
@@ -50,6 +51,8 @@ MOST_TIMES = 1000
 LEAST_SQUARE = 128
 DTYPES = ("fp32", "bf16")
 """What is measured; shapes that compute in fp16 need a description made by hand."""
+FORMATS = {"int8": 128, "int4": 128, "fp6": 128}
+"""Quantised weights that our kernels are measured with, and the inputs that share a scale."""
 NUMBERS = 1 + len(DTYPES) * (2 + len(ROWS) + len(PACKED_ROWS))
 
 
@@ -108,6 +111,11 @@ def _describe(cpu: str, threads: int, link: tuple[float, float], here: Probe) ->
         yield _curve(f"{dtype}.linear", ROWS, here.linear(dtype), weights)
         source = f"{by}: {sizes.context} slots, {KV_HEADS} key heads of {sizes.head_dim}, layers in turn"
         yield _curve(f"{dtype}.attention", PACKED_ROWS, here.attention(dtype), source)
+    for name, group in FORMATS.items() if here.kernels is not None else ():
+        if here.is_late():  # on a slow machine; nobody needs these curves
+            break
+        source = f"{by}: up to {sizes.stream_nbytes // 10**6} MB of {matrix} weights in turn, groups of {group}"
+        yield _curve(f"weights.{name}", FEW_ROWS, here.quantized(name, group), source)
 
 
 def _figure(name: str, value: float, source: str, kind: str = "sustained") -> str:
@@ -135,7 +143,13 @@ class Probe:
         work = clock(torch.get_num_threads()) if device == "cpu" else time.perf_counter
         self._clocks = clocks or Clocks(time.monotonic, work)
         self._end = self._clocks.wall() + seconds
-        self._left = NUMBERS + (2 * len(DTYPES) if self.kernels is not None else 0)
+        self._left = NUMBERS
+        if self.kernels is not None:
+            self._left += 2 * len(DTYPES) + len(FORMATS) * len(FEW_ROWS)
+
+    def is_late(self) -> bool:
+        """Whether the time for all numbers is over."""
+        return self._clocks.wall() >= self._end
 
     def _share_s(self) -> float:
         """Time for the next number."""
@@ -218,6 +232,24 @@ class Probe:
                 x = {width: numbers.float() for width, numbers in x.items()}
                 calls = [lambda linear=linear, x=x[linear.inputs]: linear(x) for linear in packed]
             found.append(sum(weight.nbytes for weight in weights) / self.usual_s(calls))
+        return found
+
+    def quantized(self, name: str, group: int) -> list[float]:
+        """Bytes of weights in the format ``name`` per second for each of FEW_ROWS."""
+        import torch
+
+        from stages.kernels.linear import Linear
+        from stages.quantization.rounding import quantize_matrix
+
+        matrix = self.sizes.matrix
+        pair = [quantize_matrix(torch.rand(size), name, group, shares=(1.0,)) for size in (matrix, matrix[::-1])]
+        copies = max(1, self.sizes.stream_nbytes // sum(weight.codes.numel() for weight in pair))
+        packed = [Linear.pack(weight) for _ in range(copies) for weight in pair]
+        found = []
+        for rows in FEW_ROWS:
+            x = {width: torch.rand(rows, width) for width in matrix}
+            calls = [lambda linear=linear, x=x[linear.inputs]: linear(x) for linear in packed]
+            found.append(sum(linear.nbytes for linear in packed) / self.usual_s(calls))
         return found
 
     def attention(self, dtype: str) -> list[float]:

@@ -3,9 +3,10 @@
 ``hf`` is transformers' generate. ``hf-assisted`` is its assisted generation as it is by default: 20 tokens of the
 draft, or fewer where it is unsure (what that means is adapted where scikit-learn is installed). ``hf-assisted-N``:
 always N. ``llama.cpp`` and ``llama.cpp-assisted-N`` are llama.cpp on the same weights, exported to GGUF, or on the same
-GGUF files; without a number it takes the length from 2 to 8 that is fastest on the first prompt. All are greedy and go on after an
-end-of-text token. In 16 bits their tokens may differ from each other's and from ours, as those of any two ways to batch
-do; llama.cpp's always may, as its keys and values are fp16.
+GGUF files; without a number it takes the length from 2 to 8 that is fastest on the first prompt. All are greedy and go
+on after an end-of-text token. In 16 bits their tokens may differ from each other's and from ours, as those of any two
+ways to batch do; llama.cpp's always may, as its keys and values are fp16 and its activations 8 bits for what is
+quantised.
 """
 
 from __future__ import annotations

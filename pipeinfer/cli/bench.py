@@ -50,8 +50,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--ranks", type=int, metavar="N", help="ranks of every point, instead of the suite's")
     parser.add_argument("--repeats", type=int, metavar="R", help="samples of each policy at each point")
     parser.add_argument("--tokens", type=int, metavar="K", help="new tokens of a request")
-    parser.add_argument("--target", metavar="DIR", help="the target of every point, instead of the suite's (real)")
-    parser.add_argument("--draft", metavar="DIR", help="the draft of every point, instead of the suite's (real)")
+    parser.add_argument("--target", metavar="MODEL", help="the target of every point, instead of the suite's (real)")
+    parser.add_argument("--draft", metavar="MODEL", help="the draft of every point, instead of the suite's (real)")
     parser.add_argument("--prompts", type=int, metavar="K", help="requests of a sample (real)")
     parser.add_argument("--dtype", metavar="auto|fp32|bf16|fp16", help="type of weights, instead of the suite's (real)")
     parser.add_argument("--numerics", metavar="portable|fast", help="see `pipeinfer run` (real)")
@@ -192,14 +192,14 @@ def wanted(args: argparse.Namespace) -> Suite:
 
 def models(args: argparse.Namespace, suite: Suite) -> dict[str, str]:
     """The models that ``args`` name in place of those of ``suite``. Raises UserError for a directory without one."""
-    from stages.checkpoint.folder import read_config
+    from stages.checkpoint.model_config import model_config
 
     given = {key: getattr(args, key) for key in ("target", "draft") if getattr(args, key) is not None}
     for key, name in given.items():
         if suite.execution != "real":
             refuse(f"--{key} {name} with a suite that is {suite.execution}", "use --real")
         if name != BUILTIN:
-            read_config(name)
+            model_config(name)
     if "target" in given and "draft" not in given:
         refuse("--target without --draft", "name both: a pair")
     return given

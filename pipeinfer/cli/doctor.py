@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> None:
         help="with --measure: time for measuring, without starting ranks and measuring links (default: 30)",
     )
     parser.add_argument("--out", metavar="FILE", help="with --measure: write to FILE (default: standard output)")
-    parser.add_argument("--target", metavar="DIR", help="with --validate: the model (default: the built-in target)")
+    parser.add_argument("--target", metavar="MODEL", help="with --validate: the model (default: the built-in target)")
     parser.add_argument("--threads", type=int, metavar="N", help="report or measure with N threads a rank")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

@@ -22,6 +22,7 @@ from pipeinfer.cli.run import (
 )
 from pipeinfer.core.config import BUILTIN
 from pipeinfer.core.errors import UserError, refuse
+from stages.checkpoint.folder import is_gguf_name
 
 KEY = "PIPEINFER_API_KEY"
 MAX_NUM_SEQS = 8  # as an Engine has
@@ -113,4 +114,7 @@ def model_id(args: argparse.Namespace) -> str:
         if not args.served_model_name:
             refuse("an empty --served-model-name", "give a name, or leave it out")
         return str(args.served_model_name)
-    return BUILTIN if args.target in (None, BUILTIN) else Path(args.target).absolute().name
+    if args.target in (None, BUILTIN):
+        return BUILTIN
+    path = Path(args.target).absolute()
+    return path.stem if is_gguf_name(path) else path.name

@@ -7,15 +7,16 @@ and override numbers.
     seconds(bytes, r) = bytes / bandwidth(r)
 
 A description of a measured host also has curves: bandwidth(r) is the measured rate in bytes/s at which a kernel reads
-weights (or keys and values) with r rows. A roofline assumes that rows are free until arithmetic takes longer than
-reading the weights. Kernels violate this assumption: some take four times as long for two rows as for one.
+weights (or keys and values) with r rows; there may be one for each format of quantised weights. A roofline assumes that
+rows are free until arithmetic takes longer than reading the weights. Kernels violate this assumption: some take four
+times as long for two rows as for one.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeinfer.core.config import DTYPES
 from pipeinfer.core.links import Link
@@ -25,11 +26,15 @@ from pipeinfer.costs.tables import Table
 KINDS = ("nominal", "sustained", "assumed")
 CURVES = ("linear", "attention")
 OF_DTYPE = ("peak", "overhead", *CURVES)
+WEIGHTS = ("int8", "int4", "fp6", "fp8", "q8_0", "q4_0", "q3_k", "q4_k", "q5_k", "q6_k")
+"""Formats of few bits whose curve of reading weights a description may have, in the group ``weights``."""
 GROUPS = {
     "processor": ("cores",),
     "memory": ("capacity", "bandwidth"),
     "link": ("latency", "bandwidth"),
+    "disk": ("bandwidth",),
     **dict.fromkeys(DTYPES, OF_DTYPE),
+    "weights": WEIGHTS,
 }
 NEEDED = ("processor.cores", "memory.capacity", "memory.bandwidth", "link.latency", "link.bandwidth")
 
@@ -70,7 +75,7 @@ class Arithmetic:
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """The hardware of one stage: ``cores``, ``memory_nbytes`` bytes of memory, its ``bandwidth`` in bytes/s, and a link
-    to each other stage."""
+    to each other stage. ``disk``: bytes/s at which weights are streamed; None if the description has none."""
 
     name: str
     title: str
@@ -79,6 +84,8 @@ class Hardware:
     bandwidth: float
     link: Link
     arithmetic: Mapping[str, Arithmetic]  # by dtype
+    weights: Mapping[str, Curve] = field(default_factory=dict)  # of reading quantised weights, by format
+    disk: float | None = None
 
 
 def read_hardware(name: str) -> Hardware:
@@ -102,6 +109,8 @@ def read_hardware(name: str) -> Hardware:
         bandwidth=value("memory.bandwidth"),
         link=Link(value("link.latency"), bandwidth=value("link.bandwidth")),
         arithmetic={dtype: _arithmetic(dtype, figures) for dtype in dtypes},
+        weights={name: _curve(figures[key]) for name in WEIGHTS if (key := f"weights.{name}") in figures},
+        disk=value("disk.bandwidth") if "disk.bandwidth" in figures else None,
     )
 
 
@@ -122,10 +131,10 @@ def _figures(file: Table) -> dict[str, Table]:
 
 
 def _checked(figure: Table, name: str) -> Table:
-    figure.only((*(("rows", "bandwidth") if name in CURVES else ("value",)), "kind", "source"))
+    figure.only((*(("rows", "bandwidth") if name in (*CURVES, *WEIGHTS) else ("value",)), "kind", "source"))
     figure.text("kind", KINDS)
     figure.text("source")
-    if name in CURVES:
+    if name in (*CURVES, *WEIGHTS):
         _curve(figure)
     else:
         figure.number("value")

@@ -5,6 +5,7 @@
     attention(r, c)  = max(c V / B, 4 r c H D / P)
     head(r)          = linears(r) of the output head + overhead
     pass(r, c)       = layers * layer(r, c) + head(r)
+    streamed(r, c)   = max(pass(r, c), S / D)
 
     r         rows of the pass
     c         KV slots that each row attends to
@@ -14,10 +15,11 @@
     B         memory bandwidth, bytes/s
     P         peak arithmetic, FLOP/s
     overhead  seconds of a layer beside its arithmetic
+    S, D      bytes of weights that are read from a disk in each pass (--weights-memory), and the disk's bytes/s
 
 Where the hardware description has a measured curve (hardware.py), the curve takes the place of the maximum: W bytes
 read by r rows, or c V bytes read by r H / (KV heads) rows. The curve of linears applies only to weights that are stored
-in the dtype of the arithmetic.
+in the dtype of the arithmetic; quantised weights have the curve of their format, if it was measured.
 
 Accuracy (`pipeinfer doctor --validate`, the host of two-core-zen5): the roofline predicted a quarter to three quarters
 of the measured times, the curves 0.75 to 1.3 times the measured times. A model that fits into a cache is faster than
@@ -42,9 +44,9 @@ class ModelCosts:
                 f"take a model that computes in {' or '.join(known)}, or add [{shape.dtype}.peak] to the description",
             )
         self.shape = shape
-        self._bandwidth = hardware.bandwidth
+        self._bandwidth, self._disk = hardware.bandwidth, hardware.disk
         self._arithmetic: Arithmetic = known[shape.dtype]
-        self._linear = self._arithmetic.linear if shape.stored_as_computed else None
+        self._linear = self._arithmetic.linear if shape.stored_as_computed else hardware.weights.get(shape.format)
 
     def layer_s(self, rows: int, context: int) -> float:
         """Seconds of one layer for ``rows`` rows that attend to ``context`` slots."""
@@ -58,6 +60,13 @@ class ModelCosts:
     def pass_s(self, rows: int, context: int) -> float:
         """Seconds of all layers and the output head."""
         return self.shape.layers * self.layer_s(rows, context) + self.head_s(rows)
+
+    def streamed_s(self, rows: int, context: int, nbytes: float) -> float:
+        """Seconds of a pass that reads ``nbytes`` of weights from the disk meanwhile: nearly the same for few rows and
+        many. Raises UserError if the description has no disk."""
+        if self._disk is None:
+            refuse("the hardware description says nothing of a disk", "add [disk.bandwidth] to it")
+        return max(self.pass_s(rows, context), nbytes / self._disk)
 
     def _linears_s(self, numel: int, rows: int) -> float:
         nbytes = self.shape.nbytes(numel)

@@ -5,17 +5,23 @@
     bytes of a KV slot  = 2 * KV heads * D * slot_bits / 8                           per layer; D is the size of a head
 
 Norms and biases are left out; they are less than a thousandth of a layer. benchmarks/models has the shapes of the
-studies. Any directory of the Llama family in Hugging Face format is a shape too.
+studies. Any directory of the Llama family in Hugging Face format, and any GGUF file of it, is a shape too.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pipeinfer.core.config import DTYPES, model_directory
 from pipeinfer.core.errors import refuse
+from pipeinfer.costs.hardware import WEIGHTS
 from pipeinfer.costs.paths import find
 from pipeinfer.costs.tables import Table
+from stages.checkpoint.checkpoint import layer_tensors
+from stages.checkpoint.folder import is_gguf_name
+from stages.checkpoint.opening import open_weights
 from stages.checkpoint.spec import ModelSpec
 
 DTYPE_NBYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -25,7 +31,7 @@ DTYPE_NBYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 class Shape:
     """A decoder's sizes. ``gated``: the MLP has three matrices, not two. ``tied``: the head is the embedding.
     ``weight_bits``: average bits of a stored weight. ``dtype``: of arithmetic and activations. ``slot_bits``: bits of a
-    number in a KV slot."""
+    number in a KV slot. ``format``: of quantised weights, as in "q4_k"; empty for others or where it is not known."""
 
     name: str
     layers: int
@@ -40,6 +46,7 @@ class Shape:
     weight_bits: float
     dtype: str
     slot_bits: float
+    format: str = ""
 
     @property
     def layer_numel(self) -> int:
@@ -84,23 +91,25 @@ class Shape:
     def held_in(self, dtype: str) -> Shape:
         """The same model with weights and slots in ``dtype``."""
         bits = 8.0 * DTYPE_NBYTES[dtype]
-        return replace(self, dtype=dtype, weight_bits=bits, slot_bits=bits)
+        return replace(self, dtype=dtype, weight_bits=bits, slot_bits=bits, format="")
 
 
 def read_shape(name: str) -> Shape:
-    """The shape in the file ``name``, of that name in benchmarks/models, or of the model in the directory ``name``
-    (``builtin``: the built-in target) in fp32. Raises UserError for a shape that is missing, lacks a number or a
-    source, or has an unknown key."""
+    """The shape in the file ``name``, of that name in benchmarks/models, or of the model in the directory or the GGUF
+    file ``name`` (``builtin``: the built-in target): in fp32, or with the bits of its weights if they are quantised.
+    Raises UserError for a shape that is missing, lacks a number or a source, or has an unknown key."""
     directory = model_directory(name, "target")
-    if directory.is_dir():
-        return of_spec(ModelSpec.read(directory), name)
+    if directory.is_dir() or is_gguf_name(directory):
+        spec = ModelSpec.read(directory)
+        found, bits = of_spec(spec, name), stored_bits(directory, spec)
+        return replace(found, weight_bits=bits) if bits < 8 * DTYPE_NBYTES["bf16"] else found
     file = Table.read(find("models", name))
     file.only(("title", "shape", "weights", "arithmetic", "kv_cache"))
     file.text("title")
     shape, weights, arithmetic, kv_cache = map(file.table, ("shape", "weights", "arithmetic", "kv_cache"))
     counts = ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
     shape.only((*counts, "gated", "tied", "source"))
-    weights.only(("bits", "source"))
+    weights.only(("bits", "format", "source"))
     arithmetic.only(("dtype", "source"))
     kv_cache.only(("bits", "source"))
     for table in (shape, weights, arithmetic, kv_cache):
@@ -116,7 +125,16 @@ def read_shape(name: str) -> Shape:
         weight_bits=weights.number("bits"),
         dtype=arithmetic.text("dtype", DTYPES),
         slot_bits=kv_cache.number("bits"),
+        format=weights.text("format", WEIGHTS) if "format" in weights.words else "",
     )
+
+
+def stored_bits(model: Path, spec: ModelSpec) -> float:
+    """Average bits of a layer's weights in the files of ``model``, scales included. Raises CheckpointError."""
+    weights = open_weights(model, spec)
+    shapes = [shape for layer in range(spec.layer_count) for shape in layer_tensors(spec, layer).items()]
+    nbytes = sum(extent.nbytes for name, shape in shapes if len(shape) == 2 for extent in weights.extents([name]))
+    return 8 * nbytes / sum(math.prod(shape) for _, shape in shapes if len(shape) == 2)
 
 
 def of_spec(spec: ModelSpec, name: str) -> Shape:

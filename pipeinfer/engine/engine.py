@@ -138,20 +138,24 @@ class Engine:
         def prepare() -> Cleared:
             if ranks not in (None, size):
                 refuse(f"--ranks {ranks}, but the launcher started {size}", "leave out --ranks under mpirun or srun")
-            self._asked = configure()
-            cleared = clear(self._asked, size, self._world.has_kernels if self._world else None)
-            self.config = cleared.config
-            self._builder = builder = RequestBuilder(self.config, cleared)
-            self.context, self.sampling, self.ignored = builder.context, builder.sampling, builder.ignored
-            if check is not None:
-                check(self)
-            return cleared
+            return self._cleared(configure(), size, check)
 
         if self._world is not None:
             self._join(self._world, timeout_s, configure, prepare)
         else:
             cleared = prepare()  # spawned ranks resolve the dtypes themselves, together
             self._head = spawn_job(self._asked, size) if size > 1 else lead_job(load_job(cleared))
+
+    def _cleared(self, config: Config, size: int, check: Callable[[Engine], object] | None) -> Cleared:
+        """On the head: ``config``, checked for ``size`` ranks and by ``check``. Raises UserError."""
+        self._asked = config
+        cleared = clear(config, size, self._world.has_kernels if self._world else None)
+        self.config = cleared.config
+        self._builder = builder = RequestBuilder(self.config, cleared)
+        self.context, self.sampling, self.ignored = builder.context, builder.sampling, builder.ignored
+        if check is not None:
+            check(self)
+        return cleared
 
     def _join(
         self, world: World, timeout_s: float, configure: Callable[[], Config], prepare: Callable[[], Cleared]

@@ -2,7 +2,8 @@
 
 A pass has a short context, in the lowest slots, which are zeros again afterwards. Each number of rows is tried at least
 once, and then again as long as the budget lasts; its time is the least one found, because a pass may be late for many
-reasons and is never early. For emulated models the seconds that they would rest count as well.
+reasons and is never early. Where passes are slow, one row and the most rows alone are tried. For emulated models the
+seconds that they would rest count as well.
 """
 
 from __future__ import annotations
@@ -42,13 +43,19 @@ def pass_times(
     tried_s = 0.0
     try:
         for turn in range(1 + REPEATS):
-            for rows in (*sizes[:1], *sizes) if turn else sizes[:1]:  # the very first pass is slow for its own reasons
+            order = [*sizes[:1], *sizes] if turn else sizes[:1]
+            while order:
                 limit_s = MOST_S if turn < 2 else min(MOST_S, tried_s + BUDGET_S)
                 if clock() - began > limit_s:
                     break
+                rows = order.pop(0)
                 seconds = _pass_s(shard, rows, min(CONTEXT, capacity - rows), blank, choices, clock)
-                if turn:
-                    best[rows] = min(best.get(rows, seconds), seconds)
+                if not turn:  # the very first pass is slow for its own reasons: layers may still be loading
+                    began = clock()
+                    continue
+                best[rows] = min(best.get(rows, seconds), seconds)
+                if turn == 1 and len(order) == len(sizes) and len(sizes) * seconds > MOST_S:
+                    order = sizes[-1:]  # rows may be free, as where weights are streamed: the extremes tell
             if turn == 1:
                 tried_s = clock() - began
     except Exception:

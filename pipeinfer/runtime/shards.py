@@ -17,7 +17,7 @@ def load_shards(job_spec: JobSpec, roles: Iterable[Role], pair: Pair) -> dict[in
     A stage has the KV slots that ``job_spec`` gives every stage. A drafter has those that its draft may need. The
     orchestrator has no model. Raises what ``pair`` raises, for instance UserError where memory is too small."""
     shards: dict[int, ShardModel] = {}
-    for role in roles:
+    for role in sorted(roles, key=lambda role: role.layers is not None):  # drafts first: they are small
         if role.layers is not None:
             shards[role.address] = pair.stage(role.layers, sum(job_spec.slots))
         elif role.address != ORCHESTRATOR:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeinfer.text.gguf_tokenizer import has_vocabulary, refuse_foreign, tokenizer_of
 from stages.checkpoint.folder import is_gguf_name
-from stages.checkpoint.gguf_file import GGUFFile, read_gguf
+from stages.checkpoint.gguf_file import read_gguf
 
 CONFIG = {"model_type": "llama"}
 """A config.json by which transformers takes tokenizer.json as it is."""
@@ -33,15 +33,15 @@ def tokenizer_folder(model: Path) -> Path:
     file = read_gguf(model)
     if not has_vocabulary(file):
         return model  # which has no files: whoever looks for them says so
-    return Path(_made(file).name) / file.path.name
+    return Path(_made(file.path, file.state).name) / file.path.name
 
 
 @functools.cache
-def _made(file: GGUFFile) -> tempfile.TemporaryDirectory[str]:
-    """Files of the tokenizer, in a folder that has the name of ``file``."""
-    tokenizer, config = tokenizer_of(file)
+def _made(path: Path, _state: tuple[int, int]) -> tempfile.TemporaryDirectory[str]:
+    """Files of the tokenizer, in a folder that has the name of the file ``path``."""
+    tokenizer, config = tokenizer_of(read_gguf(path))
     place = tempfile.TemporaryDirectory(prefix="pipeinfer-tokenizer-")
-    folder = Path(place.name) / file.path.name
+    folder = Path(place.name) / path.name
     folder.mkdir()
     for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config), ("config.json", CONFIG)):
         (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

@@ -6,7 +6,7 @@ it holds each of them up at every stage. For A sequences, with G, mu, c, eta, si
 cost_curve.py, and w of drafting.py, where G is at least what plain decoding gives by T(r):
 
     cohort     a run has at most K roots, K = argmax over n of min(n, q) / T(n m) with q = A / (S + D)
-               D = min(MOST_COHORTS, 2 wait / c): while S cohorts are in flight, others are drafted for
+               D = 2 wait / c: while S cohorts are in flight, others are drafted for
     price      pi = G max(1, K S / A), tokens per second of a run with roots; s = pi (T(2 n) - T(n)) / n, of one more
                row, n = max(4, 4 K)
     ready      an unsent root leaves with what its tree has, unless
@@ -44,8 +44,6 @@ from speculation.schedules.traffic import Traffic
 from speculation.trees.forest import give_back, probabilities, take_best
 from speculation.trees.tree import Node, Tree
 
-MOST_COHORTS = 1.5
-"""Most cohorts that are drafted for while one for each stage is in flight."""
 PIGGYBACK = 2.0
 """Multiple of a row's price that a guess of a sequence in flight has to be worth: it might wait, and cost nothing if
 its ancestors are wrong."""
@@ -153,7 +151,7 @@ class Many:
 
     def _cohort(self, traffic: Traffic) -> int:
         """K."""
-        drafted_for = min(MOST_COHORTS, 2 * traffic.wait_s / traffic.run_s)
+        drafted_for = 2 * traffic.wait_s / traffic.run_s
         share, each = self._count / (self._stages + drafted_for), max(1.0, traffic.rows_per_root)
         few = max(1, int(share))
 

@@ -171,6 +171,12 @@ class Checkpoint(Weights):
         self.tensors: dict[str, StoredTensor] = {meant[tensor.name]: tensor for tensor in stored}
         self.quantized = QuantizedTensors(scheme_of(self.directory), self.tensors)
 
+    @property
+    def note(self) -> str:
+        """What its user should know of the weights, in one line; empty for nothing."""
+        scheme = self.quantized.scheme
+        return f"{self.directory}: {scheme.note}" if scheme is not None and scheme.note else ""
+
     def _stored(self) -> list[StoredTensor]:
         own = weights_name(self.directory)
         for name, read in (*FORMATS, *([(own, read_header)] if own else ())):
@@ -215,6 +221,7 @@ class Checkpoint(Weights):
                 self._validate(self.stored_name(name) if spec.tied else name, shape, window)
             if spec.tied and self._has(HEAD):
                 self._validate(HEAD, (spec.vocab_size, spec.hidden_size), window)
+        self.quantized.refuse_unused(self.directory)
 
     def _validate(self, name: str, shape: tuple[int, ...], window: Window) -> None:
         packing = self.quantized.packing(name)

@@ -65,22 +65,37 @@ def read_extent(extent: Extent) -> torch.Tensor:
     return plain_read(extent) if source is None else source.read(extent)
 
 
+def is_redirected() -> bool:
+    """Whether this thread's reads are done by another source."""
+    return getattr(_of_thread, "source", None) is not None
+
+
 def plain_read(extent: Extent) -> torch.Tensor:
     """As read_extent, by the calling thread and through the page cache."""
+    return read_strided(extent, extent.nbytes, 0, extent.nbytes)[0]
+
+
+def read_strided(extent: Extent, stride: int, skipped: int, nbytes: int) -> torch.Tensor:
+    """Of every ``stride`` bytes of ``extent`` the ``nbytes`` behind the first ``skipped``: uint8 [rows, nbytes], by the
+    calling thread and through the page cache. Raises CheckpointError."""
     import torch
 
-    found = torch.empty(extent.nbytes, dtype=torch.uint8)
-    memory, done = found.numpy(), 0
+    rows = extent.nbytes // stride if stride else 1
+    found = torch.empty((rows, nbytes), dtype=torch.uint8)
+    at = extent.start
     try:
         with extent.path.open("rb", buffering=0) as file:
-            while done < extent.nbytes:
-                count = os.preadv(file.fileno(), [memory[done:].data], extent.start + done)
-                if not count:
-                    refuse_short(extent.path, extent.start + done)
-                done += count
+            for row, memory in enumerate(found.numpy()):
+                begin, done = extent.start + row * stride + skipped, 0
+                while done < nbytes:
+                    at = begin + done
+                    count = os.preadv(file.fileno(), [memory[done:].data], at)
+                    if not count:
+                        refuse_short(extent.path, at)
+                    done += count
             refuse_changed(extent, file.fileno())
     except OSError as error:
-        refuse_failed(extent.path, extent.start + done, error)
+        refuse_failed(extent.path, at, error)
     return found
 
 
@@ -93,7 +108,7 @@ def refuse_changed(extent: Extent, descriptor: int) -> None:
 
 def refuse_short(path: Path, offset: int) -> NoReturn:
     """``path`` ends before ``offset``, where its header has numbers."""
-    refuse(f"{path} ends at byte {offset}, in the middle of a tensor: it was cut short or replaced", AGAIN)
+    refuse(f"{path} ends before byte {offset}, in the middle of a tensor: it was cut short or replaced", AGAIN)
 
 
 def refuse_failed(path: Path, offset: int, error: OSError) -> NoReturn:

@@ -126,6 +126,7 @@ def model_folder(directory: str | Path) -> Path:
     if not stat.S_ISDIR(found.st_mode):
         for pattern, what, fix in _FOREIGN[:4]:
             if folder.match(pattern):
+                fix = "give a directory in Hugging Face layout" if is_gguf_name(folder) else fix
                 refuse(f"{folder} is no directory: it {what.replace('holds', 'is', 1)}", fix)
         refuse(f"{folder} is a file", "give the directory that holds it, with config.json")
     return folder
@@ -137,12 +138,7 @@ def is_gguf_name(path: str | Path) -> bool:
 
 
 def read_config(directory: str | Path, name: str = "config.json") -> tuple[Path, dict[str, Any]]:
-    """The path and the content of a model's config.json; of a GGUF file, what its metadata say. Raises
-    CheckpointError."""
-    if is_gguf_name(directory):
-        from stages.checkpoint.gguf_config import gguf_config  # which imports this module
-
-        return Path(directory), gguf_config(directory)
+    """The path and the content of a directory's config.json. Raises CheckpointError."""
     folder = model_folder(directory)
     path = folder / name
     if not has_file(path):

@@ -25,7 +25,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MOST_HEADER_NBYTES = 512 << 20
 MOST_KEYS, MOST_TENSORS, MOST_PARTS, MOST_NAME = 1 << 16, 1 << 20, 1 << 12, 1 << 16
-MOST_ALIGNMENT = 1 << 20
+ALIGNMENTS = tuple(1 << bits for bits in range(3, 21))
 FIRST_READ_NBYTES = 1 << 20
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Numbers of the format for types of values, as struct spells them; 8 is text and 9 an array."""
@@ -77,7 +77,8 @@ class LongArray:
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """Where a tensor lies in its file. ``kind``: as in BLOCKS; ``shape``: rows first, inputs of a matrix last."""
+    """Where a tensor lies in its file. ``kind``: as in BLOCKS; ``shape``: rows first, inputs of a matrix last.
+    ``state``: size and time of the last change (ns) of the file when its header was read."""
 
     path: Path
     name: str
@@ -86,6 +87,7 @@ class GGUFTensor:
     offset: int
     block: int
     block_nbytes: int
+    state: tuple[int, int]
 
     @property
     def row_nbytes(self) -> int:
@@ -100,9 +102,11 @@ class GGUFTensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GGUFFile:
-    """What the headers say. ``path``: of the file that names the model, the first part of several."""
+    """What the headers say. ``path``: of the file that names the model, the first part of several; ``state``: its size
+    and the time of its last change (ns)."""
 
     path: Path
+    state: tuple[int, int]
     metadata: dict[str, Any] = field(repr=False)
     tensors: dict[str, GGUFTensor] = field(repr=False)
 
@@ -119,30 +123,26 @@ class GGUFFile:
 def read_gguf(path: str | Path) -> GGUFFile:
     """The headers of the model whose file, or whose first file, is ``path``. Raises CheckpointError."""
     path = Path(path)
-    found = status(path)
-    if found is None:
+    if not has_file(path):
         refuse(f"{path}: no such file", "give the path of a GGUF file")
-    return _read_all(path, found.st_mtime_ns, found.st_size)
-
-
-@functools.lru_cache(8)
-def _read_all(path: Path, _mtime: int, _size: int) -> GGUFFile:
-    metadata, tensors = _read_one(path)
+    state, metadata, tensors = _read_part(path)
     parts = metadata.get("split.count", 1)
     named = PART.fullmatch(path.name)
     if type(parts) is not int or not 0 <= parts <= MOST_PARTS:
         refuse(f"{path}: split.count is {shown(parts)}", AGAIN)
     if parts <= 1 and not (named and int(named[3]) > 1):
-        return GGUFFile(path, metadata, tensors)
+        return GGUFFile(path, state, metadata, tensors)
     if not named or int(named[3]) != parts:
         refuse(f"{path} is one of {parts} files", "name them as they were: MODEL-00001-of-0000N.gguf")
     if int(named[2]) != 1 or metadata.get("split.no", 0) != 0:
-        refuse(f"{path} is not the first of {parts} files", f"give {named[1]}-00001-of-{named[3]}.gguf")
+        first = path.with_name(f"{named[1]}-00001-of-{named[3]}.gguf")
+        refuse(f"{path} is not the first of {parts} files", f"give {first}")
+    tensors = dict(tensors)
     for part in range(2, parts + 1):
         other = path.with_name(f"{named[1]}-{part:05}-of-{named[3]}.gguf")
         if not has_file(other):
             refuse(f"{other} is missing, one of {parts} files", AGAIN)
-        more = _read_one(other)[1]
+        more = _read_part(other)[2]
         twice = next(iter(tensors.keys() & more.keys()), None)
         if twice is not None:
             refuse(f"{other}: tensor {printable(twice)} is in another file, too", AGAIN)
@@ -150,23 +150,32 @@ def _read_all(path: Path, _mtime: int, _size: int) -> GGUFFile:
     wanted = metadata.get("split.tensors.count", len(tensors))
     if wanted != len(tensors):
         refuse(f"{path} and the files after it have {len(tensors)} tensors, not {shown(wanted)}", AGAIN)
-    return GGUFFile(path, metadata, tensors)
+    return GGUFFile(path, state, metadata, tensors)
+
+
+def _read_part(path: Path) -> tuple[tuple[int, int], dict[str, Any], dict[str, GGUFTensor]]:
+    """State, metadata and tensors of one file, none of them to be changed."""
+    found = status(path)
+    state = (found.st_size, found.st_mtime_ns) if found is not None else (0, 0)
+    return state, *_read_once(path, state)
 
 
 class _ShortError(Exception):
     """The header goes on beyond what has been read of the file."""
 
 
-def _read_one(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
+@functools.lru_cache(64)
+def _read_once(path: Path, _state: tuple[int, int]) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     """Metadata and tensors of one file; all extents lie within it."""
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            found = os.fstat(file.fileno())
+            size = found.st_size
             data = file.read(FIRST_READ_NBYTES)
             _refuse_foreign(path, data)
             while True:
                 try:
-                    return _Header(path, data, size).read()
+                    return _Header(path, data, (size, found.st_mtime_ns)).read()
                 except _ShortError:
                     if len(data) >= min(size, MOST_HEADER_NBYTES):
                         _damaged(path, f"it ends within its header ({size} bytes)")
@@ -197,10 +206,10 @@ def _refuse_foreign(path: Path, start: bytes) -> None:
 
 
 class _Header:
-    """Reads a header from the first bytes ``data`` of the file ``path``, which has ``size`` bytes."""
+    """Reads a header from the first bytes ``data`` of the file ``path``, whose size and time are ``state``."""
 
-    def __init__(self, path: Path, data: bytes, size: int) -> None:
-        self._path, self._data, self._size, self._at = path, data, size, 8
+    def __init__(self, path: Path, data: bytes, state: tuple[int, int]) -> None:
+        self._path, self._data, self._state, self._size, self._at = path, data, state, state[0], 8
 
     def read(self) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         """Metadata and tensors. Raises _ShortError where ``data`` ends too early, CheckpointError where the file is
@@ -217,7 +226,7 @@ class _Header:
             metadata[key] = self._value(key)
         infos = [self._info() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", 32)
-        if type(alignment) is not int or not 1 <= alignment <= MOST_ALIGNMENT or alignment & (alignment - 1):
+        if type(alignment) is not int or alignment not in ALIGNMENTS:
             _damaged(self._path, f"general.alignment is {shown(alignment)}")
         return metadata, self._placed(infos, -(-self._at // alignment) * alignment, alignment)
 
@@ -303,7 +312,7 @@ class _Header:
                 _damaged(self._path, f"tensor {printable(name)} begins at {offset}, no multiple of {alignment}")
             if name in found:
                 _damaged(self._path, f"tensor {printable(name)} comes twice")
-            found[name] = GGUFTensor(self._path, name, kind, shape, start + offset, block, nbytes)
+            found[name] = GGUFTensor(self._path, name, kind, shape, start + offset, block, nbytes, self._state)
         end = 0
         for tensor in sorted(found.values(), key=lambda tensor: tensor.offset):
             if tensor.offset < end:

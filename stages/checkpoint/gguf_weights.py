@@ -7,14 +7,14 @@ the order in which llama.cpp rotates neighbours; here they come in the order of 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, Weights, expected
-from stages.checkpoint.folder import AGAIN, refuse, refuse_system, said, shown
+from stages.checkpoint.extents import Extent, is_redirected, read_extent, read_strided
+from stages.checkpoint.folder import AGAIN, refuse, said, shown
 from stages.checkpoint.gguf_file import GGUFTensor, read_gguf
 from stages.checkpoint.gguf_names import expert_name, gguf_name
 from stages.checkpoint.spec import ModelSpec
@@ -39,6 +39,11 @@ class _Place:
     shape: tuple[int, ...]
     first: int = 0
     head_dim: int = 0
+
+    def stored_rows(self, rows: range) -> range:
+        """Rows of the file's tensor that have the ``rows`` of ours."""
+        size = self.head_dim if len(self.shape) > 1 and self.head_dim else 1
+        return range(self.first + rows.start // size * size, self.first + -(-rows.stop // size) * size)
 
 
 class GGUFCheckpoint(Weights):
@@ -93,6 +98,15 @@ class GGUFCheckpoint(Weights):
             read[name] = self._dense(name, dtype, part) if is_float else self._stored(matrix, *self._cut(matrix, part))
         return read
 
+    def extents(self, names: Iterable[str], slices: Mapping[str, tuple[slice, ...]] | None = None) -> list[Extent]:
+        """See Weights: whole rows, and of the rows of q and k whole heads."""
+        found = []
+        for name in names:
+            place = self._known(name)
+            rows = range(1) if len(place.shape) == 1 else self._cut(place, slices[name] if slices else ())[0]
+            found.append(_extent(place.tensor, place.stored_rows(rows)))
+        return sorted((one for one in found if one.nbytes), key=lambda one: (one.path, one.start))
+
     def _known(self, name: str) -> _Place:
         if name not in self._places:
             refuse(f"{self.path}: tensor {name} is missing", AGAIN)
@@ -127,12 +141,11 @@ class GGUFCheckpoint(Weights):
         size, wanted = place.head_dim, slice(None)
         if size:  # whole heads are read
             wanted = slice(rows.start % size, rows.start % size + len(rows))
-            rows = range(rows.start // size * size, -(-rows.stop // size) * size)
-        block = place.tensor.block
+        block, stored = place.tensor.block, place.stored_rows(rows)
         blocks = range(columns.start // block, -(-columns.stop // block))
-        matrix = _decoded(place.tensor, range(place.first + rows.start, place.first + rows.stop), blocks)
+        matrix = _decoded(place.tensor, stored, blocks)
         if size:
-            matrix = matrix[_order(len(rows), size)[wanted]]
+            matrix = matrix[_order(len(stored), size)[wanted]]
         skipped = columns.start - blocks.start * block
         if skipped or len(columns) < len(blocks) * block:
             matrix = matrix[:, skipped : skipped + len(columns)]
@@ -148,36 +161,31 @@ def _order(rows: int, size: int) -> torch.Tensor:
 
 def _decoded(tensor: GGUFTensor, rows: range, blocks: range) -> Matrix:
     """Whole blocks of some of a tensor's rows, as its type has them."""
-    import numpy as np
     import torch
 
-    nbytes = len(blocks) * tensor.block_nbytes
-    data = np.empty((len(rows), nbytes), np.uint8)
-    _read_into(tensor, rows, blocks.start * tensor.block_nbytes, data)
-    raw = torch.from_numpy(data)
+    raw = _raw(tensor, rows, blocks)
     if tensor.kind in FLOATS:
         kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         return raw.view(kinds[tensor.kind])
     from stages.quantization.gguf_blocks import decode
 
     try:
-        return decode(tensor.kind, data, tensor.block_nbytes)
+        return decode(tensor.kind, raw.numpy(), tensor.block_nbytes)
     except ValueError as error:
         refuse(f"{tensor.path}: tensor {tensor.name} ({tensor.kind}) cannot be used: {said(error)}", AGAIN)
 
 
-def _read_into(tensor: GGUFTensor, rows: range, skipped: int, data: Any) -> None:
-    """Fill ``data``, uint8 [rows, bytes], with what follows the first ``skipped`` bytes of each row."""
-    start = tensor.offset + rows.start * tensor.row_nbytes + skipped
-    parts = [data.reshape(-1)] if data.shape[1] == tensor.row_nbytes else list(data)
-    try:
-        with tensor.path.open("rb", buffering=0) as file:
-            for index, part in enumerate(parts):
-                view, at = memoryview(part), start + index * tensor.row_nbytes
-                while len(view):
-                    count = os.preadv(file.fileno(), [view], at)
-                    if not count:
-                        refuse(f"{tensor.path} ends at {at}, within tensor {tensor.name}", AGAIN)
-                    view, at = view[count:], at + count
-    except OSError as error:
-        refuse_system(tensor.path, error)
+def _extent(tensor: GGUFTensor, rows: range) -> Extent:
+    """Where whole rows lie."""
+    start = tensor.offset + rows.start * tensor.row_nbytes
+    return Extent(tensor.path, start, len(rows) * tensor.row_nbytes, tensor.state)
+
+
+def _raw(tensor: GGUFTensor, rows: range, blocks: range) -> torch.Tensor:
+    """Bytes of these blocks: uint8 [rows, bytes]. Of part of a row the rest is left in the file, unless somebody reads
+    whole rows ahead."""
+    nbytes, skipped = len(blocks) * tensor.block_nbytes, blocks.start * tensor.block_nbytes
+    if nbytes == tensor.row_nbytes or is_redirected():
+        whole = read_extent(_extent(tensor, rows)).view(len(rows), tensor.row_nbytes)
+        return whole[:, skipped : skipped + nbytes].contiguous()
+    return read_strided(_extent(tensor, rows), tensor.row_nbytes, skipped, nbytes)

@@ -64,6 +64,7 @@ class QuantizedTensors:
         self._tensors = tensors
         self._modules: dict[str, dict[str, StoredTensor]] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
+        self._is_used = False
         for name, stored in tensors.items() if scheme is not None else ():
             module, _, suffix = name.rpartition(".")
             self._modules.setdefault(module, {})[suffix] = stored
@@ -74,7 +75,7 @@ class QuantizedTensors:
         if self.scheme is None or suffix != WEIGHT or module not in self._modules:
             return None
         stored = self._modules[module]
-        with self._told(module, "quantised weights"):
+        with self._told(module):
             return self.scheme.packing(module, {suffix: tensor.dtype for suffix, tensor in stored.items()})
 
     def is_packed(self, name: str) -> bool:
@@ -93,13 +94,20 @@ class QuantizedTensors:
             elif not part.is_optional:
                 refuse(f"{self._where(module)}: tensor {module}.{suffix} is missing ({packing.format})", AGAIN)
         self._shapes[name] = shape[0], shape[1]
+        self._is_used = True
+
+    def refuse_unused(self, directory: Path) -> None:
+        """Refuse a configuration of weights of which none that were compared is quantised."""
+        if self.scheme is not None and not self._is_used:
+            fix = "the two contradict each other: download both again"
+            refuse(f"{directory}: config.json says that weights are quantised, and none is", fix)
 
     def refuse_numbers(self, name: str, packing: Packing, window: Window) -> None:
         """Refuse the matrix ``name`` for the numbers of its small tensors, which are read for that."""
         module = name.rpartition(".")[0]
         for suffix in packing.early:
             if suffix in self._modules[module]:
-                with self._told(module, packing.format):
+                with self._told(module):
                     packing.refuse_numbers(suffix, window(self._modules[module][suffix])[:])
 
     def read(
@@ -107,18 +115,44 @@ class QuantizedTensors:
     ) -> QuantizedMatrix:
         """The ``part`` of the matrix ``name``, by default all. Raises CheckpointError."""
         module = name.rpartition(".")[0]
-        stored = self._modules[module]
-        outputs, inputs = self._shapes.get(name) or packing.shape({key: each.shape for key, each in stored.items()})
+        outputs, inputs = self.shape(name, packing, window)
         rows, columns = (*(part or ()), slice(None), slice(None))[:2]
         ranges = range(outputs)[rows], range(inputs)[columns]
-        with self._told(module, packing.format):
-            return packing.build(_Reader(stored, window), outputs, inputs, *ranges)
+        with self._told(module):
+            return packing.build(_Reader(self._modules[module], window), outputs, inputs, *ranges)
+
+    def shape(self, name: str, packing: Packing, window: Window) -> tuple[int, int]:
+        """Outputs and inputs of the matrix ``name``: those that it was compared with, or as its tensors have it."""
+        if name not in self._shapes:
+            module = name.rpartition(".")[0]
+            stored = self._modules[module]
+            shapes = {suffix: tensor.shape for suffix, tensor in stored.items()}
+            with self._told(module):
+                try:
+                    self._shapes[name] = packing.shape(shapes, _Reader(stored, window))
+                except (KeyError, IndexError, ValueError):
+                    refuse(f"{self._where(module)}: {printable(module)} lacks a tensor ({packing.format})", AGAIN)
+        return self._shapes[name]
+
+    def logical(self) -> dict[str, StoredTensor]:
+        """All tensors by name, each quantised matrix as one of the type F32 and of no shape."""
+        if self.scheme is None:
+            return dict(self._tensors)
+        found = {}
+        for module, stored in self._modules.items():
+            name = f"{module}.{WEIGHT}"
+            packing = self.packing(name)
+            parts = packing.parts(1, 1) if packing is not None else {}
+            if packing is not None:
+                found[name] = StoredTensor(self._where(module), "F32", (), name)
+            found |= {f"{module}.{suffix}": tensor for suffix, tensor in stored.items() if suffix not in parts}
+        return found
 
     def _where(self, module: str) -> Path:
         return next(iter(self._modules[module].values())).path
 
     @contextmanager
-    def _told(self, module: str, what: str) -> Iterator[None]:
+    def _told(self, module: str) -> Iterator[None]:
         """Turn a SchemeError into a CheckpointError that names the tensor and its file."""
         try:
             yield

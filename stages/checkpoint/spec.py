@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeinfer.core.errors import CheckpointError
-from stages.checkpoint.folder import has_file, is_gguf_name, plain, printable, read_config, read_object, refuse, shown
+from stages.checkpoint.folder import has_file, is_gguf_name, plain, printable, read_object, refuse, shown
+from stages.checkpoint.model_config import model_config
 
 CORRECT = "correct it or export the model again"
 LEAST, MOST = 1e-18, 2**31 - 1  # bounds of any number in a config; numbers beyond are damage
@@ -124,7 +125,7 @@ class ModelSpec:
     def read(cls, directory: str | Path) -> ModelSpec:
         """Parse ``config.json`` and, if there, ``generation_config.json``. Raises CheckpointError for a directory that
         is missing, damaged, or of a model that would not be decoded exactly."""
-        path, content = read_config(directory)
+        path, content = model_config(directory)
         fields = _Fields(path, content)
         architecture, family = _family(fields)
         layer_count, context = fields.count("num_hidden_layers"), fields.count("max_position_embeddings")
@@ -160,7 +161,7 @@ class ModelSpec:
 def architecture_of(directory: str | Path) -> str | None:
     """What ``config.json`` calls the model's architecture; None where it is missing or damaged."""
     try:
-        names = read_config(directory)[1]["architectures"]
+        names = model_config(directory)[1]["architectures"]
         return str(names[0])
     except (CheckpointError, TypeError, KeyError, IndexError):
         return None
@@ -168,7 +169,7 @@ def architecture_of(directory: str | Path) -> str | None:
 
 def stored_dtype(directory: str | Path) -> str | None:
     """The dtype of the checkpoint in ``directory``, as "bfloat16"; None if it does not say. Raises CheckpointError."""
-    path, content = read_config(directory)
+    path, content = model_config(directory)
     return _dtype(_Fields(path, content))
 
 
@@ -177,7 +178,7 @@ def is_llama_family(directory: str | Path) -> bool:
     so without loading torch."""
     name = architecture_of(directory)
     if name in FAMILIES and FAMILIES[name].model_type == "qwen3_moe":
-        return not _is_mixed(_Fields(*read_config(directory)))
+        return not _is_mixed(_Fields(*model_config(directory)))
     return name in {None, *FAMILIES}
 
 

@@ -30,9 +30,9 @@ from stages.quantization.rounding import quantize_matrix
 WINDOW = 512
 """Tokens of the text that see each other."""
 MOST_TOKENS = 8192
-KEPT = 256
+KEPT = 1024
 """Inputs of each linear by which alphas are compared."""
-QUICK = (1.0,)
+QUICK = (1.0, 0.85, 0.7)
 """Shares of the largest scale that are tried while alphas are compared."""
 ALPHAS = tuple(step / 20 for step in range(20))
 SHARED = {

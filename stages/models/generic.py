@@ -64,13 +64,15 @@ class GenericShard:
     ) -> GenericShard:
         """Read the shard's weights, and no others, and set up ``capacity`` zeroed slots. Raises CheckpointError.
         ``vocabulary``: see LlamaShard.load."""
-        skeleton = spec.skeleton(layers, dtype)
+        has_kernels = library() is not None and device == "cpu"
+        skeleton = spec.skeleton(layers, dtype, has_kernels)
         skeleton.to(device, layers)
         weights: list[Weight] = []
         kv = []
         with torch.inference_mode():
-            if library() is not None and device == "cpu":
-                weights = use_kernels([skeleton.model, *(skeleton.layers[index] for index in layers)])
+            if has_kernels:
+                modules = [skeleton.model, *(skeleton.layers[index] for index in layers)]
+                weights = use_kernels(modules, skeleton.matrix)
                 dtype = torch.float32
             for index, (heads, *sizes) in enumerate(spec.kv_shapes):
                 if index not in layers:

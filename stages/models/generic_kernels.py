@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.kernels.library import CLayer, CModel, CRows, library
 from stages.kernels.linear import FORMATS, Linear, padded
+from stages.quantization.matrix import Matrix
 
 POSITIONS = 256
 """As in native/kernels.c: positions of a chunk of attention."""
@@ -45,15 +46,16 @@ class Weight:
     """Stands where a parameter was: a matrix, or a stack of them, as of experts, stored in the checkpoint's dtype.
 
     Activations times it are computed by the kernels. It is packed for that when it is first multiplied, which shows
-    what its dimensions mean. Whatever else is done with it is done with its numbers in float32."""
+    what its dimensions mean; a quantised one, which is known to be [outputs, inputs], at once. Whatever else is done
+    with it is done with its numbers in float32."""
 
     dtype = torch.float32
     device = torch.device("cpu")
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, quantized: Matrix | None = None) -> None:
         self.shape = tensor.shape
-        self._tensor: Tensor | None = tensor if tensor.ndim == 2 else None
-        self._packed: Linear | None = None
+        self._tensor: Tensor | None = tensor if tensor.ndim == 2 and quantized is None else None
+        self._packed: Linear | None = None if quantized is None else Linear.pack(quantized)
         self._is_turned = False
         self._parts = [Weight(part) for part in tensor] if tensor.ndim == 3 else []
         self._group = [self]  # all are packed with the first of them, or the stack's memory would not be freed
@@ -168,9 +170,12 @@ class Even(TorchFunctionMode):
         return torch.cat([func(part, *rest, **kwargs) for part in parts])[:, :width].reshape(x.shape)
 
 
-def use_kernels(modules: Iterable[nn.Module]) -> list[Weight]:
+def use_kernels(
+    modules: Iterable[nn.Module], quantized: Callable[[Tensor], Matrix | None] = lambda parameter: None
+) -> list[Weight]:
     """Let ``modules``, whose weights are loaded, compute in float32 and by the kernels: their matrices, which it
-    returns, in the dtype they have, everything else in float32."""
+    returns, in the dtype they have, everything else in float32. ``quantized``: the matrix that a parameter stands
+    for."""
     by_parameter: dict[int, Weight] = {}
     for root in modules:
         own_code: set[nn.Module] = set()
@@ -180,7 +185,9 @@ def use_kernels(modules: Iterable[nn.Module]) -> list[Weight]:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if not _is_multiplied(module, name, parameter):
                     continue
-                weight = by_parameter.setdefault(id(parameter), Weight(parameter.detach()))
+                if id(parameter) not in by_parameter:
+                    by_parameter[id(parameter)] = Weight(parameter.detach(), quantized(parameter))
+                weight = by_parameter[id(parameter)]
                 del module._parameters[name]
                 setattr(module, name, weight)
                 if type(module).forward not in _PLAIN and not isinstance(module, nn.Embedding):

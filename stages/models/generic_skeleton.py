@@ -14,7 +14,7 @@ no others, with its own renaming, conversion (fused experts) and tying.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from stages.models.generic_slots import IMPLEMENTATIONS, SlotCache, UnsupportedError, View, looking
+from stages.quantization.matrix import Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,7 @@ class Skeleton:
 
     def __init__(self, model: PreTrainedModel, notes: Notes) -> None:
         self.model, self.notes = model, notes
+        self.matrix: Callable[[Tensor], Matrix | None] = lambda parameter: None  # what a parameter stands for
         base: Any = model
         self.base: nn.Module = base.get_decoder()  # all but the head
         name = find_layers(model, model.config.num_hidden_layers)

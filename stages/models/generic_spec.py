@@ -56,7 +56,8 @@ class GenericSpec:
         path, fields = read_config(directory)
         _refuse_by_config(path, fields)
         checkpoint = Checkpoint(path.parent, llama=False)
-        _refuse_by_files(checkpoint)
+        if checkpoint.quantized.scheme is None:
+            _refuse_by_files(checkpoint)
         config, model_class = _classes(path, fields, len(checkpoint.tensors))
         from stages.models.generic_probe import probe
         from stages.models.generic_weights import refuse_by_tensors, whole
@@ -90,10 +91,11 @@ class GenericSpec:
         """What runs after the last layer, in weights of the largest layer."""
         return self.exit_numel / self.layer_numel
 
-    def skeleton(self, layers: range, dtype: torch.dtype) -> Skeleton:
-        """The model with the weights of ``layers`` and of the ends that go with them. Raises CheckpointError."""
+    def skeleton(self, layers: range, dtype: torch.dtype, is_packed: bool = False) -> Skeleton:
+        """The model with the weights of ``layers`` and of the ends that go with them. ``is_packed``: quantised matrices
+        are left out, for ``Skeleton.matrix`` to read. Raises CheckpointError."""
         from stages.models.generic_skeleton import build
-        from stages.models.generic_weights import unread
+        from stages.models.generic_weights import Quantized, unread
 
         path, fields = read_config(self.directory)
         checkpoint = Checkpoint(self.directory, llama=False)
@@ -102,7 +104,8 @@ class GenericSpec:
         ends |= set(self.exit if layers.stop == self.layer_count else ())
         if self.tied and ends:  # the two are one tensor, known to the checkpoint by either name
             ends |= self.tied_ends()
-        with reading(self.directory), unread(checkpoint) as weights:
+        quantized = Quantized(checkpoint, dtype, is_packed)
+        with reading(self.directory), unread(checkpoint, quantized) as weights:
             skeleton, missing, unlike = build(model_class, config, weights, dtype, layers, ends)
         for name in sorted(missing):
             refuse(f"{self.directory}: tensor {name} is missing", AGAIN)
@@ -110,6 +113,7 @@ class GenericSpec:
             shapes = f"{list(stored)}, config.json asks for {list(wanted)}"
             refuse(f"{self.directory}: tensor {name} has shape {shapes}", "the two are of different models")
         skeleton.notes.tuples = self.tuples
+        skeleton.matrix = quantized.matrix
         return skeleton
 
     def tied_ends(self) -> set[str]:
@@ -129,8 +133,6 @@ def _refuse_by_config(path: Path, fields: dict[str, Any]) -> None:
     name = printable(str(names[0]))
     if fields.get("is_encoder_decoder"):
         refuse(f"{path}: {name} is an encoder-decoder", USE_ANOTHER)
-    if fields.get("quantization_config") is not None:
-        refuse(f"{path}: quantised weights are not supported", "use the float32, float16 or bfloat16 release")
     for part in ("vision_config", "audio_config", "text_config"):
         if fields.get(part) is not None:
             refuse(f"{path}: {name} is multimodal ({part})", "use a release of its language model alone")
@@ -180,6 +182,8 @@ def _classes(path: Path, fields: dict[str, Any], tensor_count: int) -> tuple[Pre
         window = getattr(config, key, None)
         if window is not None and (type(window) is not int or window < 1):
             refuse(f"{path}: {key} must be a positive integer, not {shown(window)}", CORRECT)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # the weights are ours to read
     config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     if getattr(model_class, "_is_stateful", False):
         refuse(f"{path}: {name} has recurrent layers, whose state is not keys and values", USE_ANOTHER)

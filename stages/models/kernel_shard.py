@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from ctypes import addressof
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ from stages.models.ends import Chosen, EmbeddingRows, Ends, choose, read_ends, s
 from stages.models.experts import Experts
 from stages.models.layer_linears import pack_linear
 from stages.models.linear_sizes import LINEARS, linear_shape, linears_of, within_layer
+from stages.models.packed_sizes import sampled_nbytes
 from stages.models.rope import inverse_frequencies
 from stages.models.split import Split, SplitWeights
 from stages.models.streaming import LayerStream, Origin
@@ -147,7 +149,8 @@ class KernelShard:
             kv = torch.zeros(shape, dtype=dtype)
             more = vocabulary, group
             if memory:
-                plan = shard_plan(checkpoint, split, layers, dtype.itemsize, memory)
+                sampled = partial(sampled_nbytes, checkpoint, split, dtype=dtype)
+                plan = shard_plan(checkpoint, split, layers, dtype.itemsize, memory, sampled)
                 packed, ends, stream = _streamed(split, checkpoint, layers, dtype, kv, plan)
                 return cls(spec, packed, ends, stream, kv, layers.start, *more)
             checkpoint = SplitWeights(checkpoint, split) if group else checkpoint

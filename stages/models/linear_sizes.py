@@ -48,6 +48,14 @@ def linear_shape(split: Split, kind: str) -> tuple[int, int]:
     return shapes[kind]
 
 
+def module_outputs(split: Split, module: str) -> int:
+    """Outputs of ``module``, such as "k_proj": the part that ``split`` has."""
+    local = split.local
+    heads, keys, inner = local.head_count * local.head_dim, len(split.kv_heads) * local.head_dim, len(split.inner)
+    named = {"q_proj": heads, "k_proj": keys, "v_proj": keys, "gate_proj": inner, "up_proj": inner}
+    return named.get(module, local.hidden_size)
+
+
 def packed_nbytes(outputs: int, inputs: int, itemsize: int) -> int:
     """Bytes of a packed matrix, of numbers of ``itemsize`` bytes."""
     return panels(outputs) * 2 * (-(-inputs // 2)) * itemsize

@@ -7,27 +7,31 @@ self-speculation (QuantSpec, arXiv:2502.10424) and skipped layers (Draft & Verif
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from pipeinfer.core.errors import refuse
-from pipeinfer.core.self_draft import SelfDraft, read_self_draft
-from stages.checkpoint.checkpoint import Weights, router_name
+from pipeinfer.core.self_draft import BITS, SelfDraft, read_self_draft
+from stages.checkpoint.checkpoint import Weights, dense_tensors, expert_tensors, router_name
+from stages.checkpoint.extents import Extent
 from stages.checkpoint.spec import FAMILIES, ModelSpec
 from stages.models.generic_spec import GenericSpec
 
 if TYPE_CHECKING:
     import torch
 
-    from stages.quantization.matrix import Matrix
+    from stages.quantization.matrix import Matrix, QuantizedMatrix
 
 SHARES = {"int4": (0.95, 0.85, 0.75)}
 """Scales that are tried, as shares of the largest: loading has to be quick. More of them gain nothing that acceptance
 shows, and of other formats one is enough."""
 GROUPS = {"int4": 32, "fp6-4": 64}
 """Inputs that share a scale where a name leaves it open and they divide all rows; else whole rows."""
+SCALE_BITS = 1
+"""What scales and zero points take at most, for each weight."""
 Slices = Mapping[str, tuple[slice, ...]]
 Round = Callable[["Matrix", "torch.dtype"], "Matrix"]
 """What gives a matrix fewer bits, its scales being of that dtype. Raises ValueError."""
@@ -41,6 +45,8 @@ def self_draft(name: str, target: tuple[ModelSpec | GenericSpec, Weights]) -> tu
     count = spec.layer_count
     if asked.layers is not None and asked.layers >= count + bool(asked.format):
         refuse(f"--draft {name}: the target has {count} layers", "ask for fewer, or for a format of fewer bits")
+    if asked.format:
+        _refuse_no_smaller(name, asked.format, spec, weights)
     kept = asked.kept(count)
     rounding = partial(rounded, format=asked.format, group=_group(name, asked, spec)) if asked.format else None
     return replace(spec, layer_count=len(kept)), SelfDraftWeights(spec, weights, kept, rounding)
@@ -60,6 +66,20 @@ def _group(name: str, asked: SelfDraft, spec: ModelSpec) -> int:
     return group
 
 
+def _refuse_no_smaller(name: str, format: str, spec: ModelSpec, weights: Weights) -> None:
+    """Refuse a format in which no matrix of the first and the last layer would have fewer bits than it has now, its
+    scales included; of experts the first stands for all. What the headers do not tell is not refused."""
+    most = 0.0
+    for layer in (0, spec.layer_count - 1):
+        experts = expert_tensors(spec, layer, 0) if spec.experts is not None else {}
+        for tensor, shape in (dense_tensors(spec, layer) | experts).items():
+            if len(shape) == 2 and (extents := weights.extents([tensor])):
+                most = max(most, 8 * sum(extent.nbytes for extent in extents) / math.prod(shape))
+    if 0 < most <= BITS[format] + SCALE_BITS:
+        problem = f"--draft {name}: the target has {most:.2g} bits a weight already"
+        refuse(problem, "ask for fewer, or for layers=N alone")
+
+
 def rounded(matrix: Matrix, dtype: torch.dtype, format: str, group: int) -> Matrix:
     """``matrix`` in ``format``, with scales of ``dtype``. What is stored in no more bits stays as it is; of FP6 the
     4-bit plane is that of the codes that are stored."""
@@ -70,8 +90,18 @@ def rounded(matrix: Matrix, dtype: torch.dtype, format: str, group: int) -> Matr
         if matrix.bits <= (4 if format == PLANE else FORMATS[format].bits):
             return matrix
         if format == PLANE and matrix.kind == "e3m2":
-            return plane_of(dense(matrix), matrix)
-    return quantize_matrix(dense(matrix), format, group, scales=dtype, shares=SHARES.get(format, (1.0,)))
+            return _packable(plane_of(dense(matrix), matrix))
+    return _packable(quantize_matrix(dense(matrix), format, group, scales=dtype, shares=SHARES.get(format, (1.0,))))
+
+
+def _packable(matrix: QuantizedMatrix) -> QuantizedMatrix:
+    """``matrix`` in codes that kernels have: sign and exponent alone, where they have no such codes, as FP6 whose
+    mantissas are 0."""
+    from stages.quantization.matrix import KINDS
+
+    if matrix.kind in KINDS:
+        return matrix
+    return replace(matrix, bits=6, kind="e3m2", codes=matrix.codes << 2)
 
 
 class SelfDraftWeights(Weights):
@@ -96,6 +126,13 @@ class SelfDraftWeights(Weights):
     def matrices(self, names: Iterable[str], dtype: torch.dtype, slices: Slices | None = None) -> dict[str, Matrix]:
         """See Weights. A matrix is rounded whole, so its numbers do not depend on ``slices``."""
         return {name: self._matrix(name, dtype, slices[name] if slices else ()) for name in names}
+
+    def extents(self, names: Iterable[str], slices: Slices | None = None) -> list[Extent]:
+        """See Weights."""
+        theirs = {name: self._name_in_target(name) for name in names}
+        if slices is None or self._round is not None:
+            return self._weights.extents(theirs.values())
+        return self._weights.extents(theirs.values(), {theirs[name]: slices[name] for name in theirs})
 
     def _matrix(self, name: str, dtype: torch.dtype, part: tuple[slice, ...]) -> Matrix:
         """The tensor that the draft calls ``name``, or ``part`` of it."""

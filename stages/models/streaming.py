@@ -85,7 +85,7 @@ class LayerStream:
         self._held: tuple[int, Buffer, dict[str, Linear]] | None = None  # what is computed now
         self._turn, self._next = 0, 0  # how often the order has begun anew; the layer that a pass needs next
         self._error: BaseException | None = None
-        self._is_over = False
+        self._is_over, self._is_complete = False, False
         self._ahead = ReadAhead(plan.read_nbytes or READ_NBYTES)
         self._thread = threading.Thread(target=self._load, name="pipeinfer weights", daemon=True)
         self._thread.start()
@@ -128,6 +128,12 @@ class LayerStream:
             self._changed.wait_for(lambda: self._error or place in self._resident)
             self._raise()
             return self._resident[place]
+
+    def wait(self) -> None:
+        """Wait until all that is to be resident is there; not while anything is streamed, which passes have to use."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._error or self._is_complete)
+            self._raise()
 
     def close(self) -> None:
         """End the threads."""
@@ -177,6 +183,9 @@ class LayerStream:
                     if self._is_over:
                         return
             self._ahead.close()
+            with self._changed:
+                self._is_complete = True
+                self._changed.notify_all()
         except BaseException as error:
             with self._changed:
                 if not self._is_over:

@@ -3,6 +3,7 @@ refused before anything is loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeinfer.core.errors import refuse
@@ -14,6 +15,8 @@ from stages.weights.memory import BLOCK, whole
 from stages.weights.plan import Part, Plan, least_nbytes, make_plan
 
 MEBI = 1 << 20
+FEW = 15 / 16
+"""What has less than this share of 16 bits a weight is quantised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +28,22 @@ class ShardPlan:
     is_direct: bool
 
 
-def shard_plan(weights: Weights, split: Split, layers: range, itemsize: int, budget: int) -> ShardPlan:
+def shard_plan(
+    weights: Weights,
+    split: Split,
+    layers: range,
+    itemsize: int,
+    budget: int,
+    sampled: Callable[[int, str], int] | None = None,
+) -> ShardPlan:
     """The plan of a shard within ``budget`` bytes, for numbers of ``itemsize`` bytes. ``weights``: of the whole model.
-    Raises UserError, which says the least budget."""
+    ``sampled``: the packed bytes of a layer's quantised linear layer; without it those that the files have are taken
+    for them. Raises UserError, which says the least budget."""
     if split.spec.experts is not None:
         refuse("--weights-memory for a model with experts: these are always resident", "use more ranks")
     mine = SplitWeights(weights, split) if split.size > 1 else weights
-    parts = [[_part(mine, split, layer, kind, itemsize) for kind in linears_of(split.spec)] for layer in layers]
+    kinds = linears_of(split.spec)
+    parts = [[_part(mine, split, layer, kind, itemsize, sampled) for kind in kinds] for layer in layers]
     fixed, rows = _ends(mine, split, layers, itemsize)
     if layers.start == 0 and split.size == 1 and _is_plain(mine, split):
         return ShardPlan(_planned(parts, fixed, budget), True)
@@ -46,12 +58,15 @@ def _planned(parts: list[list[Part]], fixed: int, budget: int) -> Plan:
     return plan
 
 
-def _part(weights: Weights, split: Split, layer: int, kind: str, itemsize: int) -> Part:
+def _part(
+    weights: Weights, split: Split, layer: int, kind: str, itemsize: int, sampled: Callable[[int, str], int] | None
+) -> Part:
     outputs, inputs = linear_shape(split, kind)
     stored = weights.extents(weight_names(layer, kind))
-    if stored and sum(extent.nbytes for extent in stored) < 2 * outputs * inputs * 15 // 16:
-        itemsize = 4  # quantised: packed in float32
-    return Part(packed_nbytes(outputs, inputs, itemsize), _blocks(stored) or outputs * inputs * itemsize)
+    nbytes, read = packed_nbytes(outputs, inputs, itemsize), _blocks(stored) or outputs * inputs * itemsize
+    if stored and sum(extent.nbytes for extent in stored) < 2 * outputs * inputs * FEW:
+        nbytes = read if sampled is None else sampled(layer, kind)
+    return Part(nbytes, read)
 
 
 def _blocks(extents: list[Extent]) -> int:
@@ -65,12 +80,19 @@ def _ends(weights: Weights, split: Split, layers: range, itemsize: int) -> tuple
     vectors = [shape[0] for layer in layers for shape in dense_tensors(spec, layer).values() if len(shape) == 1]
     fixed, rows = 4 * sum(vectors), 0
     if layers.stop == spec.layer_count:
-        fixed += packed_nbytes(tokens, spec.hidden_size, itemsize) + 4 * spec.hidden_size
+        fixed += _end(weights, split, HEAD, packed_nbytes(tokens, spec.hidden_size, itemsize)) + 4 * spec.hidden_size
     if layers.start == 0:
-        rows = tokens * spec.hidden_size * itemsize
+        rows = _end(weights, split, EMBEDDING, tokens * spec.hidden_size * itemsize)
         if layers.stop == spec.layer_count and is_shared(weights, split):
             rows = 0
     return fixed, rows
+
+
+def _end(weights: Weights, split: Split, name: str, nbytes: int) -> int:
+    """Bytes of an end that has ``nbytes`` unless it is quantised; then those that its file has are taken for them."""
+    stored = sum(extent.nbytes for extent in weights.extents([weights.stored_name(name) if split.spec.tied else name]))
+    is_quantized = 0 < stored < 2 * len(split.tokens) * split.spec.hidden_size * FEW
+    return stored if is_quantized else nbytes
 
 
 def is_shared(weights: Weights, split: Split) -> bool:

@@ -52,7 +52,7 @@ class AwqPacking:
         """See Packing."""
         return f"AWQ of {BITS} bits"
 
-    def shape(self, stored: Mapping[str, Shape]) -> tuple[int, int]:
+    def shape(self, stored: Mapping[str, Shape], read: Reader) -> tuple[int, int]:
         """See Packing."""
         return stored["scales"][-1], stored["qweight"][0]
 

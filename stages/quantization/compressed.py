@@ -50,10 +50,11 @@ class IntegerPacking:
     def _per_word(self) -> int:
         return 32 // self.bits
 
-    def shape(self, stored: Mapping[str, Shape]) -> tuple[int, int]:
-        """See Packing; of packed ones, whose inputs do not fill words, with what fills them."""
-        outputs, width = stored["weight_packed" if self.is_packed else "weight"]
-        return outputs, width * self._per_word if self.is_packed else width
+    def shape(self, stored: Mapping[str, Shape], read: Reader) -> tuple[int, int]:
+        """See Packing."""
+        if not self.is_packed:
+            return stored["weight"][0], stored["weight"][1]
+        return stored["weight_packed"][0], int(read("weight_shape")[1])
 
     def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
         """See Packing."""

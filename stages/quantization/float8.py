@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FLOAT8 = "F8_E4M3"
 SCALES = ("weight_scale_inv", "weight_scale")
-DYNAMIC = "activations are not quantised as the file asks: they are --activations"
+DYNAMIC = "activations are not quantised as config.json says (weights are)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Float8Packing:
     early: tuple[str, ...] = ()
     format: str = "fp8 (e4m3)"
 
-    def shape(self, stored: Mapping[str, Shape]) -> tuple[int, int]:
+    def shape(self, stored: Mapping[str, Shape], read: Reader) -> tuple[int, int]:
         """See Packing."""
         outputs, inputs = stored["weight"]
         return outputs, inputs

@@ -10,7 +10,8 @@ Of a matrix [outputs, inputs]:
 
     weight[o, i] = weight_scale[o, i // group] e3m2(4 high[o, i] + low[o, i])
 
-config.json: {"quant_method": "pipeinfer-fp6", "format": "e3m2-planes", "group_size": N, or null for one scale an output}
+In config.json "quant_method" is "pipeinfer-fp6", "format" "e3m2-planes", and "group_size" a number, or null for one
+scale an output.
 """
 
 from __future__ import annotations
@@ -48,10 +49,9 @@ class Fp6Packing:
         """See Packing."""
         return "FP6 in bit planes"
 
-    def shape(self, stored: Mapping[str, Shape]) -> tuple[int, int]:
-        """See Packing; of inputs that do not fill bytes, with what fills them."""
-        outputs, width = stored[HIGH]
-        return outputs, width * PER_BYTE[HIGH]
+    def shape(self, stored: Mapping[str, Shape], read: Reader) -> tuple[int, int]:
+        """See Packing."""
+        return stored[HIGH][0], int(read(SHAPE)[1])
 
     def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
         """See Packing."""
@@ -76,7 +76,7 @@ class Fp6Packing:
 
     def _plane(self, read: Reader, name: str, rows: range, near: range) -> Tensor:
         """Uint8 [rows, near]: the bits of the plane ``name``."""
-        from stages.quantization.packing import codes_of
+        from stages.quantization.bit_fields import codes_of
 
         per = PER_BYTE[name]
         packed = read(name, slice(rows.start, rows.stop), slice(near.start // per, -(-near.stop // per)))

@@ -37,7 +37,7 @@ def decode(kind: str, rows: Bytes, block_nbytes: int) -> QuantizedMatrix:
 
 def _halves(blocks: Bytes, at: int) -> Tensor:
     """The float16 at the byte ``at`` of each block: [outputs, blocks]."""
-    return torch.from_numpy(np.ascontiguousarray(blocks[:, :, at : at + 2]).view(np.float16)[:, :, 0])
+    return torch.from_numpy(blocks[:, :, at : at + 2].copy().view(np.float16)[:, :, 0])
 
 
 def _flat(parts: npt.NDArray[np.generic]) -> Tensor:

@@ -68,7 +68,7 @@ class GptqPacking:
     def _is_stream(self) -> bool:
         return 32 % self.bits != 0
 
-    def shape(self, stored: Mapping[str, Shape]) -> tuple[int, int]:
+    def shape(self, stored: Mapping[str, Shape], read: Reader) -> tuple[int, int]:
         """See Packing."""
         count, outputs = stored["qweight"]
         inputs = stored["g_idx"][0] if "g_idx" in stored else count * 32 // self.bits
@@ -88,7 +88,7 @@ class GptqPacking:
     def refuse_numbers(self, suffix: str, numbers: Any) -> None:
         """See Packing; ``numbers``: of g_idx."""
         group = self._size(len(numbers))
-        if any(int(found) != place // group for place, found in enumerate(numbers.tolist())):
+        if numbers.tolist() != [place // group for place in range(len(numbers))]:
             refuse(
                 "has inputs out of their order (desc_act, act-order), which is not supported",
                 "use a release with desc_act false, or an AWQ or GGUF release",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.quantization.bit_fields import bytes_of
 from stages.quantization.fp6 import FORMAT, HIGH, LOW, METHOD, PER_BYTE
 from stages.quantization.matrix import QuantizedMatrix
 from stages.quantization.rounding import FORMATS
@@ -38,26 +39,6 @@ def stored_tensors(matrix: QuantizedMatrix) -> dict[str, Tensor]:
         return planes | {"weight_scale": matrix.scales}
     packed = bytes_of(matrix.codes, matrix.bits, WORD_BITS)
     return {"weight_packed": packed.view(torch.int32), "weight_scale": matrix.scales}
-
-
-def bytes_of(codes: Tensor, bits: int, word: int = 8) -> Tensor:
-    """``codes``, uint8 [rows, n] below 2^bits, of which bytes hold 8 / bits: uint8 [rows, m]. Rows are filled up with 0
-    to a multiple of ``word`` bits."""
-    per = 8 // bits
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (word // bits)))
-    parts = padded.view(len(codes), -1, per)
-    found: Tensor = parts[..., 0].clone()
-    for index in range(1, per):
-        found |= parts[..., index] << (bits * index)
-    return found
-
-
-def codes_of(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first ``count`` codes of each row of ``packed``: what ``bytes_of`` was given."""
-    per = 8 // bits
-    shifts = torch.arange(per, dtype=torch.uint8) * bits
-    codes: Tensor = (packed[..., None] >> shifts) & (2**bits - 1)
-    return codes.flatten(1)[:, :count].contiguous()
 
 
 def quantization_config(format: str, group: int) -> dict[str, Any]:

@@ -90,8 +90,8 @@ class Packing(Protocol):
         """Suffixes of small tensors whose numbers ``refuse_numbers`` judges before anything is loaded."""
         ...
 
-    def shape(self, stored: Mapping[str, Shape]) -> tuple[int, int]:
-        """Outputs and inputs, by the shapes of what is stored."""
+    def shape(self, stored: Mapping[str, Shape], read: Reader) -> tuple[int, int]:
+        """Outputs and inputs, by the shapes of what is stored, or by numbers where those do not say."""
         ...
 
     def parts(self, outputs: int, inputs: int) -> dict[str, Part]:

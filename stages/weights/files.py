@@ -38,7 +38,7 @@ class OpenFile:
 
     def read(self, extent: Extent, memory: Bytes, start: int, needed: int) -> None:
         """Fill ``memory``, whole blocks, from byte ``start`` on, a multiple of the block; at the end of the file it is
-        enough to fill the first ``needed`` bytes, which belong to ``extent``. Raises CheckpointError with the offset."""
+        enough to fill the first ``needed`` bytes, those of ``extent``. Raises CheckpointError."""
         done = 0
         while done < needed:
             try:

@@ -62,8 +62,9 @@ class Plan:
 
 
 def least_nbytes(layers: Sequence[Sequence[Part]], fixed: int) -> int:
-    """The least budget for ``layers``, each with its matrices: all of them are streamed."""
-    return min(_plan(layers, fixed, 0.0, 0.0, False).nbytes, resident(layers, fixed).nbytes)
+    """The least budget for ``layers``, each with its matrices: mostly that by which all of them are streamed."""
+    plans = [*_plans(layers, fixed, False), resident(layers, fixed)]
+    return min(plan.nbytes for plan in plans)
 
 
 def resident(layers: Sequence[Sequence[Part]], fixed: int) -> Plan:
@@ -78,14 +79,19 @@ def make_plan(layers: Sequence[Sequence[Part]], fixed: int, budget: int) -> Plan
     everything = resident(layers, fixed)
     if everything.nbytes <= budget:
         return everything
-    tried = [(step / STEPS, phase / PHASES) for step in range(STEPS) for phase in range(PHASES if step else 1)]
     for is_ample in (True, False):  # a disk that waits for packing costs more than a resident matrix saves
-        plans = [_plan(layers, fixed, share, phase, is_ample) for share, phase in tried]
-        fitting = [plan for plan in plans if plan.is_streaming and plan.nbytes <= budget]
+        fitting = [plan for plan in _plans(layers, fixed, is_ample) if plan.nbytes <= budget]
         if fitting:
             best = max(fitting, key=lambda plan: plan.resident)
             return replace(best, read_nbytes=best.read_nbytes + budget - best.nbytes)
     return None
+
+
+def _plans(layers: Sequence[Sequence[Part]], fixed: int, is_ample: bool) -> list[Plan]:
+    """Plans that stream something, from more to less."""
+    tried = [(step / STEPS, phase / PHASES) for step in range(STEPS) for phase in range(PHASES if step else 1)]
+    plans = [_plan(layers, fixed, share, phase, is_ample) for share, phase in tried]
+    return [plan for plan in plans if plan.is_streaming]
 
 
 def _plan(layers: Sequence[Sequence[Part]], fixed: int, share: float, phase: float, is_ample: bool) -> Plan:

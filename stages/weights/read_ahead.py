@@ -76,6 +76,7 @@ class ReadAhead:
         self._needed: _Piece | None = None  # what its user waits for
         self._files: dict[Path, OpenFile] = {}
         self._is_over = False
+        self._error: BaseException | None = None
         self.nbytes_read = 0
         self._threads = [
             threading.Thread(target=self._work, name=f"pipeinfer reader {index}", daemon=True)
@@ -125,10 +126,10 @@ class ReadAhead:
                 self._queue.appendleft((unit, piece))
             self._needed = piece
             self._changed.notify_all()
-            self._changed.wait_for(lambda: piece.error or piece.done == piece.nbytes or self._is_over)
+            self._changed.wait_for(lambda: self._error or piece.error or piece.done == piece.nbytes or self._is_over)
             self._needed = None
-            if piece.error is not None:
-                raise piece.error
+            if (error := self._error or piece.error) is not None:
+                raise error
             assert piece.memory is not None and not self._is_over, "reading has ended"
             offset = extent.start - piece.begin
             return torch.from_numpy(piece.memory[offset : offset + extent.nbytes])
@@ -149,10 +150,15 @@ class ReadAhead:
         """A thread's life."""
         while True:
             with self._changed:
-                while (chunk := None if self._is_over else self._next()) is None:
-                    if self._is_over:
-                        return
-                    self._changed.wait()
+                try:
+                    while (chunk := None if self._is_over else self._next()) is None:
+                        if self._is_over:
+                            return
+                        self._changed.wait()
+                except BaseException as error:  # nobody knows what comes next
+                    self._error = error
+                    self._changed.notify_all()
+                    return
             self._read(*chunk)
 
     def _next(self) -> tuple[_Piece, Bytes, int, int] | None:

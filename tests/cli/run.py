@@ -1,5 +1,5 @@
-"""Running the command line: in a process of its own, as a user does, or in this one, for what ends before anything is
-computed (there a process's start takes most of the time)."""
+"""Running the command line: in a process of its own, as a user does, or in this one, where the same program runs and
+a start, which takes most of the time, is saved."""
 
 from __future__ import annotations
 
@@ -35,4 +35,5 @@ def here(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str
     out, err, given = io.StringIO(), io.StringIO(), io.TextIOWrapper(io.BytesIO(stdin), "utf-8", "surrogateescape")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "stdin", given):
         code = main(list(arguments))
-    return subprocess.CompletedProcess(list(arguments), code, out.getvalue(), err.getvalue())
+    told = NOTE.sub("", err.getvalue(), count=1)
+    return subprocess.CompletedProcess(list(arguments), code, out.getvalue(), told)

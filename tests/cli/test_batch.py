@@ -78,7 +78,7 @@ def test_answers_are_those_of_run_and_in_openai_s_form(tmp_path: Path) -> None:
     assert all(one["response"]["status_code"] == 200 and one["error"] is None for one in found)
     assert len({one["id"] for one in found} | {one["response"]["request_id"] for one in found}) == 8
     told = texts(tmp_path / "out.jsonl")
-    alone = pipeinfer("run", "--prompt", PROMPTS[0], "--max-new-tokens", "20")
+    alone = here("run", "--prompt", PROMPTS[0], "--max-new-tokens", "20")
     assert told["line-1"] + "\n" == alone.stdout
     (body,) = [one["response"]["body"] for one in found if one["custom_id"] == "r0"]
     assert (body["object"], body["model"], body["usage"]["completion_tokens"]) == ("text_completion", "builtin", 12)
@@ -109,7 +109,7 @@ def test_bad_lines_are_told_and_the_rest_goes_on(tmp_path: Path) -> None:
     ]
     source = write(tmp_path / "in.jsonl", [*(line for line, *_ in bad), good])
     out = tmp_path / "out.jsonl"
-    done = pipeinfer("batch", str(source), "--out", str(out))
+    done = here("batch", str(source), "--out", str(out))
     assert done.returncode == 0, done.stderr
     *errors, last = answers(out)
     for number, (one, (_, custom_id, code, word)) in enumerate(zip(errors, bad, strict=True), 1):
@@ -119,7 +119,7 @@ def test_bad_lines_are_told_and_the_rest_goes_on(tmp_path: Path) -> None:
         assert one["response"]["body"]["error"]["message"] in one["error"]["message"]
     assert last["custom_id"] == "good" and len(last["response"]["body"]["choices"][0]["logprobs"]["tokens"]) == 3
     before = out.read_bytes()
-    again = pipeinfer("batch", str(source), "--out", str(out))
+    again = here("batch", str(source), "--out", str(out))
     assert "0 answered, 0 refused, 17 skipped" in again.stderr
     assert out.read_bytes() == before
 
@@ -132,7 +132,7 @@ def test_a_killed_batch_goes_on_where_it_was(tmp_path: Path) -> None:
     rng = random.Random(seed)
     source = write(tmp_path / "in.jsonl", requests(16, 16))
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    assert pipeinfer("batch", str(source), "--out", str(whole)).returncode == 0
+    assert here("batch", str(source), "--out", str(whole)).returncode == 0
     had = 0
     for _ in range(2):
         wanted = rng.randint(had + 1, 14)
@@ -146,7 +146,7 @@ def test_a_killed_batch_goes_on_where_it_was(tmp_path: Path) -> None:
     data = out.read_bytes()
     last = data[data[:-1].rfind(b"\n") + 1 :]
     out.write_bytes(data + last[: rng.randint(1, len(last) - 1)])
-    done = pipeinfer("batch", str(source), "--out", str(out), "--concurrency", "3")
+    done = here("batch", str(source), "--out", str(out), "--concurrency", "3")
     assert f"{16 - had} answered, 0 refused, {had} skipped" in done.stderr, done.stderr
     assert out.read_bytes().startswith(data)
     assert texts(out) == texts(whole)
@@ -177,7 +177,7 @@ def test_more_at_once_answer_the_same(tmp_path: Path) -> None:
     told = []
     for concurrency in ("1", "3", "50"):
         out = tmp_path / f"{concurrency}.jsonl"
-        done = pipeinfer("batch", str(source), "--out", str(out), "--concurrency", concurrency)
+        done = here("batch", str(source), "--out", str(out), "--concurrency", concurrency)
         assert done.returncode == 0, done.stderr
         told.append(texts(out))
         if concurrency == "1":
@@ -217,7 +217,7 @@ def test_with_an_mpi_that_grants_one_thread(tmp_path: Path, monkeypatch: pytest.
     from launch.head import LocalJob
 
     source = write(tmp_path / "in.jsonl", [*requests(5, 10), {"prompt": ""}])
-    assert pipeinfer("batch", str(source), "--out", str(tmp_path / "threads.jsonl")).returncode == 0
+    assert here("batch", str(source), "--out", str(tmp_path / "threads.jsonl")).returncode == 0
     monkeypatch.setattr("pipeinfer.engine.engine.lead_job", lambda job, world=None: LocalJob(job, is_threaded=False))
     done = here("batch", str(source), "--out", str(tmp_path / "none.jsonl"), "--concurrency", "3")
     assert done.returncode == 0, done.stderr

@@ -47,7 +47,7 @@ def test_rows_as_a_table_and_as_json(suite: str, tmp_path: Path) -> None:
     assert [row[header.index("policy")] for row in rows] == ["plain", "sync-chain", "continuous"] * 2
     assert all(len(row) == len(header) for row in rows)
     kept = (tmp_path / "out" / "small.simulated.jsonl").read_text().splitlines()
-    again = pipeinfer("bench", suite, "--json", "--policies", "continuous,plain")
+    again = here("bench", suite, "--json", "--policies", "continuous,plain")
     assert again.returncode == 0, again.stderr
     found = [json.loads(line) for line in again.stdout.splitlines()]
     assert all(row.keys() >= KEYS for row in found)

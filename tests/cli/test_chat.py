@@ -38,7 +38,7 @@ def models(tmp_path: Path) -> list[str]:
 
 def run(prompt: str, *arguments: str) -> str:
     """What the model says to ``prompt``."""
-    done = pipeinfer("run", "--json", *TOKENS, "--prompt", prompt, *arguments)
+    done = here("run", "--json", *TOKENS, "--prompt", prompt, *arguments)
     assert done.returncode == 0, done.stderr
     return str(json.loads(done.stdout)["text"])
 
@@ -57,7 +57,7 @@ def test_every_turn_has_the_whole_conversation(models: list[str]) -> None:
 
 @pytest.mark.slow
 def test_without_a_template_it_is_one_text() -> None:
-    done = pipeinfer("chat", "--no-template", *TOKENS, stdin="\n".join(TURNS).encode())
+    done = here("chat", "--no-template", *TOKENS, stdin="\n".join(TURNS).encode())
     first = run(TURNS[0] + "\n")
     answer = first if first.endswith("\n") else first + "\n"
     assert done.stdout == first + "\n" + run(f"{TURNS[0]}\n{answer}{TURNS[1]}\n") + "\n"
@@ -82,7 +82,7 @@ def test_what_is_refused() -> None:
     ("said", "word"), [(b"x " * 3000, "context"), (b"\xff\n", "not UTF-8")], ids=["too long", "no text"]
 )
 def test_a_script_ends_where_a_turn_cannot_be_answered(said: bytes, word: str) -> None:
-    done = pipeinfer("chat", "--no-template", stdin=said)
+    done = here("chat", "--no-template", stdin=said)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert word in done.stderr
 

@@ -17,7 +17,7 @@ import pytest
 
 from launch.requests import RequestOutput
 from pipeinfer.cli.live import DRAW_S, Footline
-from tests.cli.run import ROOT, pipeinfer
+from tests.cli.run import ROOT, here
 
 DRAWING = re.compile(r"\x1b7\x1b\[(\d+);1H\x1b\[2K(.*?)\x1b8", re.DOTALL)
 RESERVING = re.compile(r"\r?\n\x1b\[1A\x1b7\x1b\[1;(\d+)r\x1b8")
@@ -125,7 +125,7 @@ def watched(*more: str, stdout_too: bool, program: tuple[str, ...] = ("-m", "pip
 
 @pytest.mark.slow
 def test_the_text_is_not_touched() -> None:
-    plain = pipeinfer("run", *ARGUMENTS)
+    plain = here("run", *ARGUMENTS)
     alone, out = watched(stdout_too=False)
     assert out == plain.stdout
     assert footlines(alone)[0].startswith("━")

@@ -19,7 +19,7 @@ from pipeinfer.plots.charts import KNOWN, OTHERS
 from pipeinfer.plots.lanes import FILLS, REQUEST_COLOURS, TINT
 from pipeinfer.runtime.timeline import Outcome
 from speculation.schedules.policy import CONTINUOUS
-from tests.cli.run import ROOT, pipeinfer
+from tests.cli.run import ROOT, here, pipeinfer
 from tests.invariants.traced import trace_world
 from tests.unit.crowd import crowd
 from tests.unit.test_timeline import world
@@ -235,6 +235,6 @@ def test_a_run_with_traces_leaves_the_file_for_viewers(tmp_path: Path) -> None:
     assert counts[-1] == {"committed": 24}
     name.with_name("run.json").unlink()
     name.with_name("run.json").mkdir()
-    again = pipeinfer("run", "--ranks", "1", *arguments)
+    again = here("run", "--ranks", "1", *arguments)
     assert again.returncode == 0, "the answer was given"
     assert "run.json cannot be written (Is a directory)" in again.stderr

@@ -19,7 +19,7 @@ from pipeinfer.runtime.trace import FORMAT, MARK
 from pipeinfer.sim.world import World, WorldSpec
 from speculation.schedules.policy import CONTINUOUS
 from stages.models.emulated import EmulatedSpec, spread
-from tests.cli.run import ROOT, pipeinfer
+from tests.cli.run import ROOT, here
 from tests.invariants.traced import trace_world
 from tests.unit.crowd import crowd
 
@@ -217,10 +217,10 @@ def test_a_rank_alone_is_traced_and_the_check_after_it_is_not(tmp_path: Path) ->
     """--verify decodes once more in the same process: that must not write over the trace."""
     trace = tmp_path / "alone"
     arguments = ["--max-new-tokens", "12", "--ignore-eos", "--trace", str(trace), "--json", "--verify"]
-    ran = pipeinfer("run", "--prompt", "def f", "--ranks", "1", "--policy", "continuous", *arguments)
+    ran = here("run", "--prompt", "def f", "--ranks", "1", "--policy", "continuous", *arguments)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["config"]["trace"] == str(trace)
-    done = pipeinfer("replay", str(trace))
+    done = here("replay", str(trace))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{trace}.rank0 (orchestrator, drafter 0, stage 0): ")
     assert done.stdout.splitlines()[0].endswith("commands identical")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stages.kernels.library import library
-from tests.cli.run import ROOT, pipeinfer
+from tests.cli.run import ROOT, here, pipeinfer
 from tests.models.tiny import make_tiny, make_tiny_pair
 
 PROMPT = "def read_lines(path):\n"
@@ -27,7 +27,7 @@ def test_text_goes_to_stdout_and_the_table_to_stderr() -> None:
     plain = pipeinfer("run", *arguments)
     assert plain.returncode == 0, plain.stderr
     assert TABLE.fullmatch(plain.stderr.lstrip("\n")), plain.stderr
-    found = json.loads(pipeinfer("run", *arguments, "--json").stdout)
+    found = json.loads(here("run", *arguments, "--json").stdout)
     assert plain.stdout == found["text"] + "\n"
 
 
@@ -62,7 +62,7 @@ def test_logprobs_are_added_when_asked_for() -> None:
 
     arguments = ["--max-new-tokens", "8", "--ignore-eos", "--temperature", "0.8", "--json", "--logprobs"]
     arguments += ["--dtype", "fp32"]
-    found = json.loads(pipeinfer("run", "--prompt", PROMPT, *arguments).stdout)
+    found = json.loads(here("run", "--prompt", PROMPT, *arguments).stdout)
     model = AutoModelForCausalLM.from_pretrained(model_directory(BUILTIN, "target"), dtype=torch.float32)
     tokens = found["prompt_tokens"] + found["tokens"]
     with torch.no_grad():
@@ -73,9 +73,9 @@ def test_logprobs_are_added_when_asked_for() -> None:
 
 def test_a_stop_string_is_not_shown() -> None:
     arguments = ["run", "--prompt", PROMPT, "--max-new-tokens", "100", "--ignore-eos"]
-    whole = pipeinfer(*arguments).stdout
+    whole = here(*arguments).stdout
     word = whole[20:24]
-    result = pipeinfer(*arguments, "--stop", word, "--stop", "never said")
+    result = here(*arguments, "--stop", word, "--stop", "never said")
     assert result.stdout == whole[: whole.index(word)] + "\n"
     assert "ended by stop" in result.stderr
 
@@ -91,12 +91,10 @@ def test_a_stop_token_ends_the_text_and_is_not_shown(tmp_path: Path) -> None:
     target = tmp_path / "target"
     make_tiny(target, "LlamaForCausalLM")
     (target / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(512))}))
-    result = pipeinfer("run", "--target", str(target), "--prompt", "x", "--json")
+    result = here("run", "--target", str(target), "--prompt", "x", "--json")
     found = json.loads(result.stdout)
     assert (len(found["tokens"]), found["finish_reason"], found["text"]) == (1, "stop", "")
-    ignored = pipeinfer(
-        "run", "--target", str(target), "--prompt", "x", "--json", "--ignore-eos", "--max-new-tokens", "5"
-    )
+    ignored = here("run", "--target", str(target), "--prompt", "x", "--json", "--ignore-eos", "--max-new-tokens", "5")
     assert len(json.loads(ignored.stdout)["tokens"]) == 5
 
 
@@ -109,7 +107,7 @@ def test_bf16_decodes_on_several_ranks(tmp_path: Path) -> None:
     found = json.loads(result.stdout)
     assert found["tokens"]
     alone = [*models, "--prompt", "The ferry", "--max-new-tokens", "1", "--json", "--policy", "plain"]
-    one = json.loads(pipeinfer("run", *alone).stdout)
+    one = json.loads(here("run", *alone).stdout)
     assert 2.0 <= one["ranks"][0]["weight_nbytes"] / _parameters(target) < 2.02, "the norms may have 32 bits"
 
 
@@ -182,21 +180,21 @@ def test_a_chat_template_is_applied(tmp_path: Path) -> None:
     path.write_text(json.dumps(config))
     (target / "chat_template.jinja").unlink(missing_ok=True)
     arguments = ["run", "--target", str(target), "--max-new-tokens", "3", "--ignore-eos", "--json", "--prompt"]
-    chat = json.loads(pipeinfer(*arguments, "hi", "--chat").stdout)
-    same = json.loads(pipeinfer(*arguments, "<user>hi<assistant>").stdout)
+    chat = json.loads(here(*arguments, "hi", "--chat").stdout)
+    same = json.loads(here(*arguments, "<user>hi<assistant>").stdout)
     assert chat["prompt_tokens"] == same["prompt_tokens"]
 
 
 def test_forced_acceptance_is_labelled_wherever_its_words_are_shown() -> None:
     arguments = ["run", "--prompt", PROMPT, "--max-new-tokens", "12", "--forced-acceptance", "0.7,0.1"]
-    plain = pipeinfer(*arguments, "--verify")
+    plain = here(*arguments, "--verify")
     assert plain.returncode == 0, plain.stderr
     assert re.fullmatch(r"(\d+ ){11}\d+\n", plain.stdout), "numbers of tokens, not text"
     label, _, table, *_, verified = plain.stderr.splitlines()
     assert "tokens without meaning" in label
     assert table.startswith("meaningless text, acceptance forced to 0.7,0.1; policy continuous")
     assert verified == "verified: all 12 tokens equal plain decoding"
-    found = json.loads(pipeinfer(*arguments, "--json").stdout)
+    found = json.loads(here(*arguments, "--json").stdout)
     assert found["meaningless"]
     assert found["config"]["forced_acceptance"] == [0.7, 0.1]
     assert f"{found['text']}\n" == plain.stdout == f"{' '.join(map(str, found['tokens']))}\n"
@@ -222,7 +220,7 @@ def test_a_config_is_enough_for_random_weights(tmp_path: Path) -> None:
 
 
 def test_help_tells_every_flag() -> None:
-    told = pipeinfer("run", "--help").stdout + pipeinfer("batch", "--help").stdout  # of which run.py has flags, too
+    told = here("run", "--help").stdout + here("batch", "--help").stdout  # of which run.py has flags, too
     source = (ROOT / "pipeinfer/cli/run.py").read_text()
     for flag in re.findall(r'add_argument\(\s*"(--[\w-]+)"', source):
         assert flag in told

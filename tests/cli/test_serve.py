@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeinfer.core.config import BUILTIN, model_directory
-from tests.cli.run import here, pipeinfer
+from tests.cli.run import here
 from tests.cli.serving import HANG_S, KEY, PROMPT, Client, events, serving
 
 pytestmark = pytest.mark.slow
@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 
 def test_answers_are_those_of_run(server: Client) -> None:
     arguments = ["--prompt", PROMPT, "--max-new-tokens", "40", "--ignore-eos", "--json", "--logprobs"]
-    run = json.loads(pipeinfer("run", *arguments).stdout)
+    run = json.loads(here("run", *arguments).stdout)
     answer = server.complete(max_tokens=40, logprobs=0)
     (choice,) = answer["choices"]
     assert (choice["text"], choice["finish_reason"]) == (run["text"], "length")

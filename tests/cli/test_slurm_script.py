@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.run import pipeinfer
+from tests.cli.run import here, pipeinfer
 
 JOB = ("--", "--prompt", "def f(x):\n    '''$x'''", "--max-new-tokens", "8")
 
@@ -19,7 +19,7 @@ def test_the_script_goes_to_standard_output_or_whole_into_a_file(tmp_path: Path)
     assert "#SBATCH --nodes=2\n" in shown.stdout
     assert f". {shlex.quote(sys.prefix)}/bin/activate\n" in shown.stdout, "the environment that wrote it"
     file = tmp_path / "job.sbatch"
-    stored = pipeinfer("slurm-script", "run", "--nodes", "2", "--out", str(file), *JOB)
+    stored = here("slurm-script", "run", "--nodes", "2", "--out", str(file), *JOB)
     assert (stored.returncode, stored.stdout) == (0, "")
     assert f"sbatch {file}" in stored.stderr
     assert file.read_text() == shown.stdout
@@ -35,7 +35,7 @@ def test_the_script_goes_to_standard_output_or_whole_into_a_file(tmp_path: Path)
     ],
 )
 def test_whatever_has_work_for_several_ranks_can_be_a_job(command: str, arguments: list[str]) -> None:
-    done = pipeinfer("slurm-script", command, "--venv", "none", "--", *arguments)
+    done = here("slurm-script", command, "--venv", "none", "--", *arguments)
     assert done.returncode == 0, done.stderr
     assert f"program=({shlex.join(['pipeinfer', command, *arguments])})\n" in done.stdout
     assert "activate" not in done.stdout
@@ -61,7 +61,7 @@ def test_whatever_has_work_for_several_ranks_can_be_a_job(command: str, argument
     ],
 )
 def test_mistakes_are_found_before_the_job_queues(words: str, says: list[str]) -> None:
-    done = pipeinfer("slurm-script", *words.split(" "))
+    done = here("slurm-script", *words.split(" "))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("pipeinfer: ")
     assert done.stderr.count("\n") == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fuzz import quantized
 from tests.fuzz.checkpoints import run
 
 
@@ -15,3 +16,10 @@ def test_damaged_checkpoints(tmp_path: Path, seed: int) -> None:
     ends, faults = run(seed, range(120), tmp_path)
     assert not faults, "\n\n".join(faults)
     assert ends["exact"] > 20 and ends["refused"] > 20, ends
+
+
+@pytest.mark.slow
+def test_damaged_quantised_checkpoints(tmp_path: Path) -> None:
+    ends, faults = quantized.run(5, range(30), tmp_path)
+    assert not faults, "\n\n".join(faults)
+    assert ends["read"] > 3 and ends["refused"] > 10, ends

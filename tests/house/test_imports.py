@@ -14,8 +14,10 @@ from tests.house.source import PACKAGES, ROOT, imports, module_name, python_file
 HEAVY = {"torch", "transformers", "mpi4py"}
 SPEAKS_MPI = {"launch.mpi"}
 EAGER_TORCH = re.compile(  # what computes; whoever loads it imports it late
-    r"stages\.quantization\.matrix|stages\.kernels\.(?!(library|build|cuts|group)$)\w+|pipeinfer\.bench\.fused|"
-    r"stages\.models\.(pair|llama|kernel_shard|experts|ends|bulk|rope|generic|generic_(slots|probe|skeleton|weights|kernels))"
+    r"stages\.quantization\.(matrix|unpack|gguf_blocks|rounding|packing|bit_fields)|pipeinfer\.bench\.fused|"
+    r"stages\.kernels\.(?!(library|build|cuts|group)$)\w+|"
+    r"stages\.models\.(pair|llama|kernel_shard|experts|ends|bulk|rope|generic|activation_scales|streaming|layer_linears|packed_sizes|"
+    r"generic_(slots|probe|skeleton|weights|kernels))"
 )
 LATE_TORCH = re.compile(r"(launch|stages|pipeinfer\.(bench|text|engine))\.")  # may load it inside functions
 

@@ -1,11 +1,13 @@
 """Planted faults and the hunt for them: in how many random worlds is a change of the code detected, and by which
 invariant?
 
-``python -m tests.invariants.hunt`` prints it for every fault.
+``python -m tests.invariants.hunt`` prints it for every fault; with ``--first`` the first world in which the right
+invariant notices each, for first_worlds.py.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from pipeinfer.core.errors import LocalProtocolError, RemoteProtocolError, Stall
 from pipeinfer.sim.history import InvariantBroken
 from pipeinfer.sim.many_worlds import many_world
 from pipeinfer.sim.random_worlds import check_world, random_world
+from tests.invariants.first_worlds import FIRST
 
 WORLDS = range(300)  # the rarest fault shows in one of a hundred and fifty
 CATCHES = (InvariantBroken, LocalProtocolError, RemoteProtocolError, StallError)
@@ -74,6 +77,12 @@ def hunt(
     return catches, tried
 
 
+def likely_first(planted: Mutant) -> list[int]:
+    """All of WORLDS, the one in which the fault was noticed before being the first."""
+    known = [FIRST[planted.name]] if planted.name in FIRST else []
+    return [*known, *(seed for seed in WORLDS if seed not in known)]
+
+
 def wrap(patch: pytest.MonkeyPatch, owner: Any, name: str, around: Callable[..., Any]) -> None:
     """Replace ``owner.name`` by ``around(original, *arguments)``."""
     original = getattr(owner, name)
@@ -84,6 +93,9 @@ def main() -> None:
     from tests.invariants.mutants import MUTANTS
 
     for planted in MUTANTS:
+        if sys.argv[1:] == ["--first"]:
+            print(f'    "{planted.name}": {hunt(planted, until=planted.caught_by)[1] - 1},', flush=True)
+            continue
         catches, tried = hunt(planted)
         by = ", ".join(f"{invariant} {count}" for invariant, count in catches.most_common())
         worlds = f"{tried} {'many ' * planted.many}{planted.schedule or 'mixed'}"

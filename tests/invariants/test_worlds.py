@@ -9,7 +9,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, note
+from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from pipeinfer.core.ports import Command, Event
@@ -28,8 +28,9 @@ from pipeinfer.sim.world import Checker, World
 from stages.stage.machine import Stage
 from tests.invariants.mutants import MUTANTS
 
-QUICK, ALL = range(25), range(100)
-"""Worlds of each schedule; the mutants are caught in the first of them, and so these must keep every invariant."""
+QUICK, ALL = range(25), range(55)
+"""Worlds of each schedule; the mutants are caught in the first of them, and so these must keep every invariant. More:
+``python -m pipeinfer.sim.random_worlds --worlds 2000 --schedule all``."""
 
 
 @pytest.mark.parametrize("schedule", sorted({mutant.schedule for mutant in MUTANTS if not mutant.many}))
@@ -38,12 +39,12 @@ def test_the_worlds_of_the_mutants_keep_every_invariant(schedule: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(3))
 @pytest.mark.parametrize("schedule", ["", *SCHEDULES])
-def test_a_hundred_worlds_of_each_schedule(schedule: str, part: int) -> None:
-    assert not first_failures(ALL[len(QUICK) + part :: 3], schedule=schedule)[1]
+def test_more_worlds_of_each_schedule(schedule: str) -> None:
+    assert not first_failures(ALL[len(QUICK) :], schedule=schedule)[1]
 
 
+@settings(max_examples=60)
 @given(st.randoms(use_true_random=False), st.integers(0, 0xFFFF), st.sampled_from(("", *SCHEDULES)))
 def test_any_world(rng: random.Random, seed: int, schedule: str) -> None:
     spec = draw_groups(rng, draw_world(rng, seed, schedule))
@@ -52,7 +53,7 @@ def test_any_world(rng: random.Random, seed: int, schedule: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["pipeinfer", "continuous"])  # the others have nothing to cancel before the end
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_advice_changes_time_and_never_tokens(seed: int, schedule: str) -> None:
     # Where a user ends requests, time decides how many tokens there are.
     spec = replace(random_world(seed, schedule), aborts=(), closes_s=None)
@@ -65,7 +66,7 @@ def test_advice_changes_time_and_never_tokens(seed: int, schedule: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_penalties_of_what_was_generated_and_biases_keep_every_invariant(seed: int, schedule: str) -> None:
     spec, dice = random_world(seed, schedule), random.Random(seed)
     requests = []
@@ -79,7 +80,7 @@ def test_penalties_of_what_was_generated_and_biases_keep_every_invariant(seed: i
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_groups_change_time_and_never_tokens(seed: int, schedule: str) -> None:
     alone = replace(random_world(seed, schedule), aborts=(), closes_s=None, tp=1, late=0.0, exchange_s=0.0)
     found = [World(replace(alone, tp=tp)).run() for tp in (1, 2, 3, 8)]
@@ -105,6 +106,8 @@ def test_two_sequences_live_in_the_shards_of_some_worlds(schedule: str) -> None:
     living = Living()
     for seed in range(40):
         World(replace(random_world(seed, schedule), max_num_seqs=2, at_once=True), (living,)).run()
+        if living.most >= 2 and seed >= 5:
+            break
     assert living.most == 2
 
 

@@ -1,7 +1,7 @@
 """GGUF files of models in Hugging Face layout, written here byte by byte, with whatever may be wrong in one.
 
-``write_gguf`` writes any metadata and tensors. ``convert`` writes a model's file in any type of tensor: floats, Q8_0 and
-Q4_0 of the model's weights, the other types in random blocks whose numbers are as large as the weights."""
+``write_gguf`` writes any metadata and tensors. ``convert`` writes a model's file in any type of tensor: floats, Q8_0
+and Q4_0 of the model's weights, the other types in random blocks whose numbers are as large as the weights."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def convert(
 
 def _stored(rng: np.random.Generator, name: str, weight: torch.Tensor, kind: str | Callable[[str], str]) -> Tensor:
     one = "F32" if weight.dim() == 1 else kind if isinstance(kind, str) else kind(name)
-    one = one if weight.shape[-1] % KINDS[one][1] == 0 else "Q8_0"
+    one = next(able for able in (one, "Q8_0", "F16") if weight.shape[-1] % KINDS[able][1] == 0)
     return KINDS[one][0], tuple(weight.shape), encode(rng, weight, one)
 
 

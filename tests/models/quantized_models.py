@@ -153,13 +153,15 @@ FORMATS: dict[str, Write] = {
 """How a weight is written, and what config.json says."""
 
 
-def write(source: Path, folder: Path, form: str) -> Path:
-    """The model ``source`` with its layers' matrices in the format ``form``."""
+def write(source: Path, folder: Path, form: str, more: str = ".layers.") -> Path:
+    """The model ``source`` with its layers' matrices in the format ``form``, and with those in whose names ``more``
+    is."""
     write_one, config = FORMATS[form]
-    shutil.copytree(source, folder)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     tensors: Tensors = {}
-    for name, tensor in load_file(source / "model.safetensors").items():
-        if ".layers." not in name or tensor.ndim != 2:
+    stored = {name: tensor for path in source.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    for name, tensor in stored.items():
+        if tensor.ndim != 2 or not (".layers." in name or more in name):
             tensors[name] = tensor
             continue
         for suffix, part in write_one(tensor.double().numpy()).items():
@@ -196,12 +198,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--formats", nargs="*", default=list(FORMATS))
+    parser.add_argument("--schedules", nargs="*", default=["continuous", "rounds", "pipeinfer"])
     given = parser.parse_args()
     for form in given.formats:
         with tempfile.TemporaryDirectory() as folder:
             target = write(TARGET, Path(folder) / form, form)
             requests = [Request(prompt, given.tokens) for prompt in prompts(given.prompts)]
-            faults = differing(target, DRAFT, requests, ["continuous", "rounds", "pipeinfer"])
+            faults = differing(target, DRAFT, requests, given.schedules)
         print(f"{form}: {given.prompts} prompts, {len(faults)} that differ", *faults[:3], flush=True)
 
 

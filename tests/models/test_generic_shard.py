@@ -32,6 +32,7 @@ PROMPTS = (
 
 
 read_spec = functools.cache(GenericSpec.read)  # a probe each
+read_reference = functools.cache(Reference)
 
 
 def load(directory: Path, shards: int = 1, dtype: torch.dtype = torch.float32, capacity: int = 160) -> list[Any]:
@@ -56,18 +57,18 @@ def gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tokens_equal_transformers(model: Path) -> None:
-    reference = Reference(model)
+    reference = read_reference(model)
     whole, thirds = load(model), load(model, 3)
-    texts = [reference.greedy(prompt, 48) for prompt in PROMPTS]
-    assert sum(len(set(text)) for text in texts) > 36, "texts that loop would hide errors"
+    texts = [reference.greedy(prompt, 32) for prompt in PROMPTS]
+    assert sum(len(set(text)) for text in texts) > 30, "texts that loop would hide errors"
     for prompt, expected in zip(PROMPTS, texts, strict=True):
-        assert greedy(whole, prompt, 16) == expected[:16]
-        assert greedy(thirds, prompt, 48, chunk=3) == expected
+        assert greedy(whole, prompt, 12) == expected[:12]
+        assert greedy(thirds, prompt, 32, chunk=3) == expected
 
 
 def test_a_tree_in_scattered_slots_gives_the_logits_of_plain_text(model: Path) -> None:
     """Three branches in one batch, shuffled, in slots that hold what dead rows left there."""
-    reference, shards, dice = Reference(model), load(model, 3, capacity=96), random.Random(model.name)
+    reference, shards, dice = read_reference(model), load(model, 3, capacity=96), random.Random(model.name)
     free = list(range(96))
     dice.shuffle(free)
     dead = [set(free[:row]) for row in range(40)]
@@ -96,7 +97,7 @@ def test_a_tree_in_scattered_slots_gives_the_logits_of_plain_text(model: Path) -
 
 
 def test_bfloat16_is_close(model: Path) -> None:
-    exact, rounded = Reference(model), Reference(model, torch.bfloat16)
+    exact, rounded = read_reference(model), Reference(model, torch.bfloat16)
     text = PROMPTS[2] + exact.greedy(PROMPTS[2], 20)
     truth, theirs = exact.logps(text), rounded.logps(text)
     ours = torch.full_like(truth, torch.nan)
@@ -114,7 +115,7 @@ def stored_nbytes(directory: Path) -> int:
 
 
 def test_weight_bytes_add_up(model: Path) -> None:
-    spec, stored = GenericSpec.read(model), stored_nbytes(model)
+    spec, stored = read_spec(model), stored_nbytes(model)
     whole = load(model)[0].weight_nbytes
     assert stored <= whole < 1.01 * stored, "a router's few outputs are padded"
     shares = [shard.weight_nbytes for shard in load(model, 3)]
@@ -169,7 +170,7 @@ def test_only_own_tensors_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_an_abandoned_pass_leaves_nothing_behind(gemma2: Path) -> None:
     shards = load(gemma2)
-    expected = Reference(gemma2).greedy(PROMPTS[0], 30)
+    expected = read_reference(gemma2).greedy(PROMPTS[0], 30)
     steps = shards[0].forward(make_batch([1, 2], [90, 91], [3, 4], [set(), {3}]), None)
     next(steps), next(steps)
     assert not torch.is_inference_mode_enabled()
@@ -212,7 +213,7 @@ def test_a_layer_that_keeps_more_than_its_own_slots_is_noticed(gemma2: Path, mon
 
 def test_a_row_that_sees_nothing_poisons_nothing(gemma2: Path) -> None:
     shards = load(gemma2)
-    expected = Reference(gemma2).greedy(PROMPTS[0], 12)
+    expected = read_reference(gemma2).greedy(PROMPTS[0], 12)
     batch = make_batch([9] * 40, list(range(40)), list(range(40)), [set()] * 40)
     batch = replace(batch, ancestors=batch.ancestors[:0], ancestor_ends=np.zeros(40, np.int64))
     assert compute(shards, batch).isfinite().all()

@@ -78,7 +78,7 @@ def phi3(tmp_path: Path) -> Path:
 EDITS: dict[str, tuple[dict[str, Any], str]] = {
     "remote code": ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}, "never run"),
     "unknown": ({"model_type": "mine"}, "update transformers"),
-    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "weights are quantised, and none is"),
     "multimodal": ({"vision_config": {"depth": 2}}, "multimodal"),
     "no architecture": ({"architectures": None}, "architectures is missing"),
     "another head": ({"architectures": ["Phi3ForSequenceClassification"]}, "not a causal language model"),

@@ -63,7 +63,8 @@ def test_parts_of_a_quantised_matrix_are_parts_of_the_whole(kind: str, tmp_path:
         if len(shape) < 2:
             continue
         whole = weights.matrices([name], torch.float16)[name]
-        assert isinstance(whole, QuantizedMatrix) and whole.format == (kind.lower() if shape[1] % KINDS[kind][1] == 0 else "q8_0")
+        kept = kind.lower() if shape[1] % KINDS[kind][1] == 0 else "q8_0"
+        assert isinstance(whole, QuantizedMatrix) and whole.format == kept
         assert torch.equal(weights.read([name], torch.float32)[name], whole.dense())
         for part in ((slice(3, 21),), (slice(None), slice(32, 64)), (slice(0, 16), slice(7, 61)), (slice(5, 5),)):
             cut = weights.matrices([name], torch.float16, {name: part})[name]

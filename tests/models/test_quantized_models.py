@@ -15,17 +15,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launch.preflight import clear
+from pipeinfer.bench.gguf_export import export
 from pipeinfer.core.config import Config
-from pipeinfer.core.errors import CheckpointError
+from pipeinfer.core.errors import CheckpointError, UserError
 from pipeinfer.core.ports import Request
-from stages.checkpoint.checkpoint import Checkpoint, expected_tensors
+from stages.checkpoint.checkpoint import EMBEDDING, Checkpoint, dense_tensors, expected_tensors
 from stages.checkpoint.spec import ModelSpec
+from stages.models.split import Split, SplitWeights
+from stages.quantization.matrix import QuantizedMatrix
 from tests.cli.run import here
 from tests.models.quantized_models import FORMATS, differing, write
 from tests.models.tiny import make_tiny, make_tiny_pair
+from tests.models.tiny_generic import make_model
 from tests.models.walk import NO_KERNELS
 
 MODULE = "model.layers.1.mlp.down_proj"
+EXPERTS = {
+    "mixtral": "model.layers.1.block_sparse_moe.experts.1.w2.weight",
+    "qwen3_moe": "model.layers.1.mlp.experts.1.down_proj.weight",
+}
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +117,16 @@ def sorted_inputs(tensors: dict[str, Any], config: dict[str, Any]) -> None:
     tensors[f"{MODULE}.g_idx"] = tensors[f"{MODULE}.g_idx"].flip(0)
 
 
+def unpacked_of(tensors: dict[str, Any]) -> None:
+    """Ordinary tensors instead of the quantised ones."""
+    for name in [name for name in tensors if name.endswith(".qweight")]:
+        module = name.removesuffix(".qweight")
+        inputs, outputs = len(tensors[name]), tensors[f"{module}.scales"].shape[1]
+        tensors[f"{module}.weight"] = torch.zeros(outputs, inputs)
+        for suffix in ("qweight", "qzeros", "scales"):
+            del tensors[f"{module}.{suffix}"]
+
+
 # Format -> how it is changed -> a part of what is said before anything is loaded.
 EARLY: list[tuple[str, Callable[..., object], str]] = [
     ("gptq-4", method(quant_method="bitsandbytes", load_in_4bit=True), "quantised by bitsandbytes"),
@@ -135,6 +153,7 @@ EARLY: list[tuple[str, Callable[..., object], str]] = [
     ("awq", says(bits=8), "quantization_config.bits 8 is not supported; use a release of 4 bits"),
     ("awq", says(modules_to_not_convert=["mlp"]), "excludes its module (modules_to_not_convert)"),
     ("awq", says(modules_to_not_convert="mlp"), "modules_to_not_convert must be a list of names"),
+    ("awq", lambda tensors, config: unpacked_of(tensors), "says that weights are quantised, and none is"),
     ("awq", stored("qweight", lambda words: None), "down_proj.weight [64, 112] is missing"),
     ("packed-4", says(format="nvfp4-pack-quantized"), "format nvfp4-pack-quantized of compressed-tensors is not supp"),
     ("packed-4", says(format="marlin-24"), "format marlin-24"),
@@ -251,3 +270,39 @@ def test_modules_may_have_bits_of_their_own(tmp_path: Path, sound: Callable[[str
     read = checkpoint.matrices([f"{MODULE}.weight", f"{name}.weight"], torch.float32)
     assert getattr(read[f"{MODULE}.weight"], "bits", None) == 8
     assert isinstance(read[f"{name}.weight"], torch.Tensor)
+
+
+@NO_KERNELS
+@pytest.mark.parametrize("form", ["gptq-4", "awq", "fp8-blocks"])
+def test_embedding_and_head_may_be_quantised(tmp_path: Path, pair: tuple[Path, Path], form: str) -> None:
+    for more in ("lm_head", "embed_tokens"):
+        target = write(pair[0], tmp_path / more, form, more)
+        assert Checkpoint(target).quantized.packing("lm_head.weight" if more == "lm_head" else EMBEDDING) is not None
+        assert not differing(target, pair[1], [Request((17, 301, 5, 488), 8)], ["continuous"])
+
+
+def test_what_is_quantised_is_not_exported(sound: Callable[[str], Path], tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    with pytest.raises(UserError, match="quantised weights are not exported to GGUF"):
+        export(sound("awq"), tmp_path / "model.gguf")
+
+
+@NO_KERNELS
+@pytest.mark.parametrize(("kind", "form"), [("mixtral", "gptq-4"), ("qwen3_moe", "fp8-blocks")])
+def test_experts(tmp_path: Path, kind: str, form: str) -> None:
+    target = write(make_model(tmp_path / "source", kind), tmp_path / form, form)
+    assert isinstance(Checkpoint(target).matrices([EXPERTS[kind]], torch.bfloat16)[EXPERTS[kind]], QuantizedMatrix)
+    assert not differing(target, target, [Request((17, 301, 5, 488), 12)], ["continuous"])
+
+
+@pytest.mark.parametrize("form", ["gptq-4", "awq", "packed-4-zeros", "int8", "fp8-blocks"])
+def test_ranks_of_a_group_read_their_parts(sound: Callable[[str], Path], form: str) -> None:
+    folder = sound(form)
+    spec, checkpoint = ModelSpec.read(folder), Checkpoint(folder)
+    names = [name for name, shape in dense_tensors(spec, 1).items() if len(shape) == 2]
+    whole = checkpoint.read(names, torch.float32)
+    for rank in range(4):
+        split = Split(spec, rank, 4)
+        for name, part in SplitWeights(checkpoint, split).matrices(names, torch.bfloat16).items():
+            assert isinstance(part, QuantizedMatrix)
+            assert torch.equal(part.dense(), whole[name][split.slices(name)]), (rank, name)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
+from stages.quantization.bit_fields import bytes_of, codes_of
 from stages.quantization.matrix import floats_of
-from stages.quantization.packing import bytes_of, codes_of, stored_shapes, stored_tensors
+from stages.quantization.packing import stored_shapes, stored_tensors
 from stages.quantization.rounding import FORMATS, PLANE, quantize_matrix
 from tests.models.stored_numbers import E3M2
 
@@ -54,12 +53,17 @@ def test_a_search_is_no_worse_than_the_first_scale(
     weight = weights(shape, dtype)
     importance = torch.rand(shape[1], generator=torch.Generator().manual_seed(1)) ** 4
 
-    def error(*given: Any, **how: Any) -> torch.Tensor:
-        off = quantize_matrix(weight, format, group, *given, **how).dense() - weight.float()
-        return (off.square() * importance).view(shape[0], -1, group or shape[1]).sum(-1)
+    blocks = weight.float().view(shape[0], -1, group or shape[1])
 
-    best, usual, quick = error(importance), error(), error(shares=(1.0,))
-    assert (best <= quick * (1 + 1e-5) + 1e-12).all() and (best.sum() < quick.sum())
+    def error(numbers: torch.Tensor) -> torch.Tensor:
+        off = numbers.view_as(blocks) - blocks
+        return (off.square() * importance.view(blocks.shape[1:])).sum(-1)
+
+    rounding = FORMATS[format]
+    scales = (blocks.abs().amax(2, keepdim=True) / rounding.top).to(dtype).float()
+    first = error(torch.nan_to_num(rounding.nearest(blocks / scales)) * scales)
+    best, usual = (error(quantize_matrix(weight, format, group, weighed).dense()) for weighed in (importance, None))
+    assert (best <= first * (1 + 1e-5) + 1e-12).all() and (best.sum() < first.sum())
     assert best.sum() <= usual.sum()
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from launch.head import LocalJob
+from launch.job import load as load_job
+from launch.preflight import clear
+from launch.requests import RequestOutput
+from pipeinfer.core.config import Config
 from pipeinfer.core.errors import CheckpointError, UserError
 from pipeinfer.core.ports import Request
 from stages.checkpoint.checkpoint import Checkpoint
@@ -23,6 +29,7 @@ from stages.models.split import Split
 from stages.models.weights_plan import shard_plan
 from tests.models.grouped import How, following, make_groups
 from tests.models.in_process import POLICIES, decode, pair_of
+from tests.models.quantized_models import write
 from tests.models.tiny import make_tiny, make_tiny_pair
 from tests.models.walk import NO_KERNELS, compute, greedy, make_batch
 
@@ -87,6 +94,18 @@ def test_streamed_layers_give_the_bits_of_resident_ones(tmp_path: Path, kind: st
             assert held(shard) > 0.95 * memory
 
 
+@pytest.mark.parametrize("form", ["gptq-4", "int8", "fp8-blocks"])
+def test_quantised_layers_are_streamed_as_they_are(tmp_path: Path, form: str) -> None:
+    folder = write(make_tiny(tmp_path / "source", "LlamaForCausalLM", num_hidden_layers=12), tmp_path / form, form)
+    resident = load(folder, 0, range(12))
+    memory = resident.weight_nbytes * 4 // 5
+    shard = load(folder, memory, range(12))
+    assert shard._stream is not None and shard._stream._plan.is_streaming
+    assert greedy([shard], PROMPT, 8) == greedy([resident], PROMPT, 8)
+    assert 0.95 * memory < held(shard) <= memory + 8192
+    assert all(not buffer.extra for buffer in shard._stream._buffers), "each layer fits into its buffer"
+
+
 @pytest.mark.parametrize("policy", ["continuous", "plain"])
 def test_a_job_of_streamed_stages_answers_what_resident_ones_answer(tmp_path: Path, policy: str) -> None:
     """Continuous speculation abandons passes between layers: the stream begins again with the first layer."""
@@ -135,6 +154,30 @@ def test_too_little_memory_is_refused_with_the_least_that_works(tmp_path: Path) 
     assert shard_plan(weights, Split(spec), range(6), 4, least_mebi << 20).plan.is_streaming
     with pytest.raises(UserError):
         shard_plan(weights, Split(spec), range(6), 4, (least_mebi - 1) << 20)
+
+
+def test_what_was_decoded_before_a_file_failed_is_kept(tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path, "LlamaForCausalLM")
+    config = Config(str(folder), (), weights_memory=1 << 19, context=200)
+    request = Request(tuple(PROMPT), 150)
+    whole = LocalJob(load_job(clear(config, 1), None), is_threaded=False)
+    expected = [token for output in whole.decode(request) for token in output.tokens]
+    whole.close()
+    outputs, changed = list[RequestOutput](), threading.Condition()
+
+    def on_output(output: RequestOutput) -> None:  # on the thread that drives the job
+        outputs.append(output)
+        if output.tokens:
+            os.truncate(folder / "model.safetensors", 300_000)
+
+    job = LocalJob(load_job(clear(config, 1), None), is_threaded=False)
+    job.submit(request, on_output)
+    with changed, pytest.raises(CheckpointError, match=r"model.safetensors .* at byte \d+"):
+        job.wait(changed, lambda: bool(outputs) and outputs[-1].is_last)
+    job._job.kill()
+    kept = [token for output in outputs for token in output.tokens]
+    assert 0 < len(kept) < 150 and kept == expected[: len(kept)]
+    assert isinstance(outputs[-1].error, CheckpointError)
 
 
 @pytest.mark.parametrize("how", ["truncated", "changed", "replaced"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeinfer.bench.llama_cpp import is_here
-from tests.cli.run import pipeinfer
+from tests.cli.run import here, pipeinfer
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,7 @@ QUIET = pytest.mark.skipif(
 def measured(tmp_path: Path, text: str, *arguments: str) -> dict[str, dict[str, Any]]:
     path = tmp_path / "suite.toml"
     path.write_text(text)
-    result = pipeinfer("bench", str(path), "--json", *arguments)
+    result = (here if "--simulate" in arguments else pipeinfer)("bench", str(path), "--json", *arguments)
     assert result.returncode == 0, result.stderr
     print(result.stdout)
     return {row["policy"]: row for row in map(json.loads, result.stdout.splitlines())}
@@ -95,7 +95,7 @@ def test_with_no_guess_right_it_is_as_fast_as_plain_decoding(tmp_path: Path) -> 
 
 
 def test_real_weights_beside_transformers(tmp_path: Path) -> None:
-    arguments = ["--ranks", "3", "--repeats", "1", "--prompts", "2", "--tokens", "24"]
+    arguments = ["--ranks", "3", "--repeats", "1", "--prompts", "2", "--tokens", "12"]
     names = "hf,plain,continuous,hf-assisted"
     result = pipeinfer("bench", "real-builtin", "--json", *arguments, "--policies", names)
     assert result.returncode == 0, result.stderr

@@ -13,7 +13,7 @@ import pytest
 from launch.mpiexec import command
 from pipeinfer import Engine, Sampling
 from speculation.schedules.policy import CONTINUOUS
-from tests.cli.run import ROOT, pipeinfer
+from tests.cli.run import ROOT, here
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def test_a_job_under_mpirun_says_the_same_and_its_trace_replays(tmp_path: Path) 
     line, environ = command(3, program)
     done = subprocess.run(line, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["tokens"] == json.loads(pipeinfer(*words).stdout)["tokens"]
-    replayed = pipeinfer("replay", str(tmp_path / "trace"))
+    assert json.loads(done.stdout)["tokens"] == json.loads(here(*words).stdout)["tokens"]
+    replayed = here("replay", str(tmp_path / "trace"))
     assert replayed.returncode == 0, replayed.stderr
     assert replayed.stdout.count("commands identical") == 3

@@ -40,18 +40,25 @@ BF16 = [
 FP32 = [Case(2, "pipeinfer", tp=2), Case(2, tp=2, settings=FREE, fused="off"), Case(4, tp=4, settings=FREE)]
 
 
-def check(cases: Sequence[Case], dtype: str, where: Path, python: str = sys.executable) -> None:
-    """Tokens and log-probabilities of all ``cases`` are those of plain decoding on one rank."""
+def tasks_of(cases: Sequence[Case], dtype: str) -> list[Task]:
+    """Plain decoding on one rank, then all ``cases``, of one target."""
     prompts = prompts_for(cases[0].target)[: 20 if FULL else 1]
     requests = [Asked(prompt, COUNT) for prompt in prompts]
     requests += [Asked(prompt, COUNT, Sampling(0.8, seed=seed)) for seed, prompt in enumerate(prompts)]
     requests += [Asked(prompts[0], 4, Sampling(0.7, top_p=0.9, seed=3))]
     plain = Case(1, "plain", target=cases[0].target)
-    tasks: list[Task] = [(replace(case, dtype=dtype), requests) for case in (plain, *cases)]
-    truth, *others = decode(tasks, where, python)
-    for case, said in zip(cases, others, strict=True):
-        assert said.tokens == truth.tokens, case
-        assert said.logprobs == truth.logprobs, case
+    return [(replace(case, dtype=dtype), requests) for case in (plain, *cases)]
+
+
+def check(groups: Sequence[list[Task]], where: Path, python: str = sys.executable) -> None:
+    """In one job: tokens and log-probabilities of all tasks of a group are those of its first."""
+    answers = iter(decode([task for tasks in groups for task in tasks], where, python))
+    for _, *others in groups:
+        truth = next(answers)
+        for case, _ in others:
+            said = next(answers)
+            assert said.tokens == truth.tokens, case
+            assert said.logprobs == truth.logprobs, case
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -61,15 +68,13 @@ def test_bits_are_those_of_one_rank(dtype: str, tmp_path: Path) -> None:
     if FULL:
         cases = [Case(8, policy, settings, tp=tp) for tp in (2, 4, 8) for policy, settings in POLICIES] + cases
     has_mpich = dtype == "fp32" and MPICH.exists()
-    check(cases, dtype, tmp_path, str(MPICH) if has_mpich else sys.executable)
+    check([tasks_of(cases, dtype)], tmp_path, str(MPICH) if has_mpich else sys.executable)
 
 
 def test_a_draft_that_can_be_split_is_and_experts_are_spread(tmp_path: Path) -> None:
-    for index, (target, draft) in enumerate(
-        (make_tiny_pair(tmp_path / "llama", "LlamaForCausalLM"), make_pair(tmp_path / "mixtral", "mixtral"))
-    ):
-        pair = {"target": str(target), "draft": str(draft)}
-        check([Case(2, tp=2, settings=FREE, **pair)], ("bf16", "fp32")[index], tmp_path)
+    pairs = make_tiny_pair(tmp_path / "llama", "LlamaForCausalLM"), make_pair(tmp_path / "mixtral", "mixtral")
+    cases = [Case(2, tp=2, settings=FREE, target=str(target), draft=str(draft)) for target, draft in pairs]
+    check([tasks_of([case], dtype) for case, dtype in zip(cases, ("bf16", "fp32"), strict=True)], tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["exception", "sigterm"])

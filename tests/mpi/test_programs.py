@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from launch.mpiexec import command
+from tests.cli.run import here
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "def read_lines(path):\n"
@@ -68,7 +69,7 @@ def test_mpirun_and_ranks_agree_and_weights_are_split_and_not_repeated() -> None
     arguments = ("run", "--prompt", PROMPT, "--max-new-tokens", "48", "--json")
     given = answer(under_mpiexec(3, "-m", "pipeinfer", *arguments))
     started = answer(pipeinfer(*arguments, "--ranks", "3"))
-    alone = answer(pipeinfer(*arguments, "--ranks", "1", "--policy", "plain"))
+    alone = answer(here(*arguments, "--ranks", "1", "--policy", "plain"))
     assert given["tokens"] == started["tokens"] == alone["tokens"]
     assert given["text"] == started["text"] == alone["text"]
     assert [rank["roles"] for rank in given["ranks"]] == [rank["roles"] for rank in started["ranks"]]
@@ -102,7 +103,7 @@ def test_singletons_under_a_launcher_that_meant_one_job_are_refused() -> None:
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_ending_it_leaves_no_rank_behind(sign: signal.Signals) -> None:
-    line = [sys.executable, "-m", "pipeinfer", "run", "--ranks", "3", "--prompt", PROMPT, "--max-new-tokens", "900",
+    line = [sys.executable, "-m", "pipeinfer", "run", "--ranks", "2", "--prompt", PROMPT, "--max-new-tokens", "900",
             "--ignore-eos"]  # fmt: skip
     mark = f"mark-{os.getpid()}-{sign}"
     # What a shell starts in the background ignores interrupts, and so would all that it starts.

@@ -52,7 +52,7 @@ CASES = [
     Case(4, settings=(*ALWAYS, "cancel=relay")),
     Case(2, settings=(*ALWAYS, "prefill_chunk=7", "window=1", "max_rows=3")),
 ]
-MANY, SOME = 12, 1  # prompts
+MANY, SOME = 8, 1  # prompts
 LONG = Asked(sum(prompts_for(BUILTIN)[:9], ()))  # longer than the runs of prompt tokens
 
 

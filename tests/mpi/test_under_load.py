@@ -12,7 +12,7 @@ from pipeinfer.engine.answer import Completion
 from tests.mpi.under_load import CONTEXT, Asked, alone, differences, requests, together
 
 pytestmark = pytest.mark.slow
-COUNT = 16
+COUNT = 12
 
 
 @cache

@@ -49,7 +49,19 @@ def test_the_head_and_a_pass_of_the_draft() -> None:
         Costs(HARDWARE, SHAPE).draft_s(1, 1)
 
 
+def test_a_pass_that_reads_weights_from_a_disk_costs_the_same_for_few_rows_and_many() -> None:
+    costs = ModelCosts(replace(HARDWARE, disk=1e9), SHAPE)
+    assert costs.streamed_s(1, 0, 1e8) == costs.streamed_s(32, 0, 1e8) == pytest.approx(0.1)
+    assert costs.streamed_s(64, 0, 1e8) == costs.pass_s(64, 0) > 0.1, "until arithmetic takes longer"
+    with pytest.raises(UserError, match="nothing of a disk"):
+        ModelCosts(HARDWARE, SHAPE).streamed_s(1, 0, 1e8)
+
+
 def test_quantised_weights_are_read_faster_and_computed_alike() -> None:
+    curve = Curve((1, 4), (8e9, 4e9))
+    known = ModelCosts(replace(HARDWARE, weights={"q4_k": curve}), replace(SHAPE, weight_bits=4.5, format="q4_k"))
+    nbytes = SHAPE.head_numel * 4.5 / 8
+    assert known.head_s(4) == pytest.approx(nbytes / 4e9 + ROOFLINE.overhead_s)
     quantised = Costs(HARDWARE, replace(SHAPE, weight_bits=4.0))
     assert quantised.layer_s(1, 0) == pytest.approx(0.5e-3 + 1e-3), "a row's arithmetic is longer than 0.25 ms"
     assert quantised.layer_s(8, 0) == Costs(HARDWARE, SHAPE).layer_s(8, 0)

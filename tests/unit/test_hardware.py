@@ -54,6 +54,13 @@ def test_every_number_is_read(tmp_path: Path) -> None:
     }
 
 
+def test_formats_of_weights_have_curves(tmp_path: Path) -> None:
+    found = read_hardware(written(tmp_path, curve("weights.q4_k", [1, 4], [3e10, 2e10])))
+    assert found.weights == {"q4_k": Curve((1, 4), (3e10, 2e10))}
+    with pytest.raises(UserError, match="q9_x"):
+        read_hardware(written(tmp_path, curve("weights.q9_x", [1], [3e10])))
+
+
 def test_what_nobody_said_is_nothing(tmp_path: Path) -> None:
     assert read_hardware(written(tmp_path)).arithmetic.keys() == {"fp32"}
 
