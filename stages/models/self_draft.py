@@ -23,7 +23,7 @@ from stages.models.generic_spec import GenericSpec
 if TYPE_CHECKING:
     import torch
 
-    from stages.quantization.matrix import Matrix, QuantizedMatrix
+    from stages.quantization.matrix import Matrix
 
 SHARES = {"int4": (0.95, 0.85, 0.75)}
 """Scales that are tried, as shares of the largest: loading has to be quick. More of them gain nothing that acceptance
@@ -90,18 +90,8 @@ def rounded(matrix: Matrix, dtype: torch.dtype, format: str, group: int) -> Matr
         if matrix.bits <= (4 if format == PLANE else FORMATS[format].bits):
             return matrix
         if format == PLANE and matrix.kind == "e3m2":
-            return _packable(plane_of(dense(matrix), matrix))
-    return _packable(quantize_matrix(dense(matrix), format, group, scales=dtype, shares=SHARES.get(format, (1.0,))))
-
-
-def _packable(matrix: QuantizedMatrix) -> QuantizedMatrix:
-    """``matrix`` in codes that kernels have: sign and exponent alone, where they have no such codes, as FP6 whose
-    mantissas are 0."""
-    from stages.quantization.matrix import KINDS
-
-    if matrix.kind in KINDS:
-        return matrix
-    return replace(matrix, bits=6, kind="e3m2", codes=matrix.codes << 2)
+            return plane_of(dense(matrix), matrix)
+    return quantize_matrix(dense(matrix), format, group, scales=dtype, shares=SHARES.get(format, (1.0,)))
 
 
 class SelfDraftWeights(Weights):
