@@ -125,8 +125,8 @@ def table(found: Sequence[Candidate]) -> Iterator[str]:
     included; - if nothing was drafted. weights: of all ranks together."""
     rows = [COLUMNS, *[_row(one) for one in found]]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    for name, *cells in rows:
-        yield "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
+    for name, *values in rows:
+        yield "  ".join([name.ljust(widths[0]), *map(str.rjust, values, widths[1:])])
 
 
 def _row(one: Candidate) -> tuple[str, ...]:

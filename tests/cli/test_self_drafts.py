@@ -37,9 +37,9 @@ def test_candidates_are_measured_and_the_best_is_named(prompts: str, tmp_path: P
     assert done.returncode == 0, done.stderr
     heading, *rows, verdict = done.stdout.splitlines()
     assert heading.split()[:4] == ["draft", "agreement", "acceptance", "tokens/s"]
-    cells = {row.split()[0]: row.split()[1:] for row in rows}
-    assert cells.keys() == set(names)
-    assert cells["none"][0] == "-" and 0 < float(cells["builtin"][0]) <= 1 and float(cells[names[0]][0]) > 0.5
+    found = {row.split()[0]: row.split()[1:] for row in rows}
+    assert found.keys() == set(names)
+    assert found["none"][0] == "-" and 0 < float(found["builtin"][0]) <= 1 and float(found[names[0]][0]) > 0.5
     speeds = [float(row.split()[3]) for row in rows]
     assert speeds == sorted(speeds, reverse=True)
     assert verdict.startswith(f"use --draft {rows[0].split()[0]}: ") and verdict.endswith("the median of 2 answers")
