@@ -5,7 +5,8 @@
     python -m benchmarks.document                                           puts the table into docs/benchmarks.md
 
 The text is the modules of the Python library that the pair was not trained on, in windows of 1024 tokens. Each format
-is made by what `pipeinfer quantize` runs, read from its files, and computed by the kernels.
+is made by what `pipeinfer quantize` runs, read from its files, and computed by the kernels; GGUF types need the package
+gguf.
 
 perplexity   exp of the mean loss of the text's next token
 agreement    share of positions where the most probable token is that of the bfloat16 model

@@ -4,7 +4,7 @@ Both roofs are measured first: how fast all threads read memory, and how fast th
 registers. A linear's weights come from memory, as in a decoder: several copies of a matrix, together larger than any
 cache, take turns. Contenders take turns too, and medians count.
 
-``gbs``: bytes of weights per second, in billions. ``ratio_torch``, ``ratio_llama_cpp``: how many times as fast as they.
+``gbs``: bytes of weights per second, in billions; of quantised ones with their scales, as packed. ``ratio_torch``, ``ratio_llama_cpp``: how many times as fast as they.
 Whole passes have the shape of the 620M target (see shaped_pair); torch's are those of transformers, llama.cpp's weights
 are fp32 beside fp32 and else fp16.
 """
@@ -19,9 +19,11 @@ from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
+from pipeinfer.bench.low_bits import LAYOUTS, random_matrix
 from pipeinfer.bench.pair_passes import REST_S
 from pipeinfer.bench.passes import use_threads
 from pipeinfer.bench.shaped_pair import SPEC
+from pipeinfer.core.config import ACTIVATIONS
 from pipeinfer.core.errors import refuse
 from pipeinfer.core.metrics import percentile
 from stages.checkpoint.checkpoint import layer_tensors
@@ -30,6 +32,8 @@ from stages.kernels.library import Library, reason
 from stages.kernels.library import library as loaded
 
 FORMATS = ("bf16", "fp16", "fp32")
+FEW_ROWS = (1, 4, 8, 32)
+"""Rows of products with quantised weights."""
 ROWS = (1, 2, 3, 4, 8, 16, 32)
 LARGE = (8192, 4096)
 ROUNDS = 7
@@ -40,8 +44,8 @@ SWEEP_S = 0.03
 ROOF_NBYTES = 512_000_000
 ROOF_STEPS = 1 << 22
 COLUMNS = {
-    "shape": 12, "format": 7, "rows": 5, "ms": 10, "gbs": 8, "of_read_roof": 13, "of_arithmetic_roof": 19,
-    "ratio_torch": 12, "ratio_llama_cpp": 16,
+    "shape": 12, "format": 8, "activations": 11, "rows": 5, "ms": 10, "gbs": 8, "weights_per_ns": 14,
+    "of_read_roof": 13, "of_arithmetic_roof": 19, "ratio_torch": 12, "ratio_llama_cpp": 16,
 }  # fmt: skip
 Row = dict[str, Any]
 
@@ -62,8 +66,10 @@ class Roofs:
             "threads": library.threads,
             "isa": library.isa,
             "numerics": library.numerics,
+            "activations": library.activations,
             "ms": 1e3 * took_s,
             "gbs": nbytes / took_s / 1e9,
+            "weights_per_ns": weights / took_s / 1e9,
             "of_read_roof": nbytes / took_s / self.read,
             "of_arithmetic_roof": rows * weights / took_s / self.arithmetic,
             "read_roof_gbs": self.read / 1e9,
@@ -86,6 +92,8 @@ def measure(threads: int) -> Iterator[Row]:
         for shape in (LARGE, *sorted(linears_of(SPEC))):
             for form in FORMATS:
                 yield from measure_linear(library, roofs, shape, form)
+            for form in LAYOUTS:
+                yield from measure_quantized(library, roofs, shape, form)
     yield from measure_passes(library, roofs)
 
 
@@ -137,6 +145,30 @@ def measure_linear(
         })  # fmt: skip
         row = roofs.row(library, f"{shape[0]}x{shape[1]}", form, rows, math.prod(shape), weight.nbytes, took["ours"])
         yield row | {"torch_ms": 1e3 * took["torch"], "ratio_torch": took["torch"] / took["ours"]}
+
+
+def measure_quantized(
+    library: Library, roofs: Roofs, shape: tuple[int, int], form: str, all_rows: Sequence[int] = FEW_ROWS
+) -> Iterator[Row]:
+    """Products with a quantised matrix of ``shape`` [out, in] in the format ``form``, by floats and by bytes. Bytes are
+    those of the packed matrix."""
+    import torch
+
+    from stages.kernels.linear import Linear
+
+    before, matrix = library.activations, random_matrix(form, *shape)
+    try:
+        for library.activations in ACTIVATIONS if matrix.kind == "integer" else ACTIVATIONS[:1]:
+            first = Linear.pack(matrix)
+            copies = max(2, math.ceil(COLD_NBYTES / first.nbytes))
+            ours = [first, *[Linear.pack(matrix) for _ in range(copies - 1)]]
+            for rows in all_rows:
+                x = torch.randn(rows, shape[1])
+                took = in_turn({"ours": Sweep([partial(linear, x) for linear in ours])})
+                name = f"{shape[0]}x{shape[1]}"
+                yield roofs.row(library, name, form, rows, math.prod(shape), first.nbytes, took["ours"])
+    finally:
+        library.activations = before
 
 
 class Sweep:

@@ -87,6 +87,9 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     if config["hidden_size"] != embedding[1]:
         refuse(f"{file.path}: token_embd.weight has rows of {embedding[1]}, embedding_length says "
                f"{shown(config['hidden_size'])}", AGAIN)  # fmt: skip
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, LongArray) and tokens.count > embedding[0]:
+        refuse(f"{file.path}: {tokens.count} tokens, but token_embd.weight has {embedding[0]} rows", AGAIN)
     return config | _mlp(keys, architecture) | _window(keys, architecture) | _rope(keys, config)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.checkpoint.checkpoint import EMBEDDING, HEAD, Weights, expected
 from stages.checkpoint.extents import Extent, is_redirected, read_extent, read_strided
-from stages.checkpoint.folder import AGAIN, refuse, said, shown
+from stages.checkpoint.folder import AGAIN, printable, refuse, said, shown
 from stages.checkpoint.gguf_file import GGUFTensor, read_gguf
 from stages.checkpoint.gguf_names import expert_name, gguf_name
 from stages.checkpoint.spec import ModelSpec
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 FLOATS = ("F32", "F16", "BF16")
 DENSE_NUMBERS = 16 << 20
 """Numbers of a quantised matrix that are made dense at a time."""
+IGNORED = ("rope_freqs.weight", ".attn_rot_embd.weight", ".attn_rot_embd")
+"""Ends of names of tensors that say nothing that the metadata do not, or that gguf_rope reads."""
+PAIRED = (".ffn_gate", ".ffn_up")
 ROTATED = (".self_attn.q_proj.", ".self_attn.k_proj.")
 
 
@@ -56,6 +59,8 @@ class GGUFCheckpoint(Weights):
         rotates_neighbours = self._file.metadata.get("general.architecture") == "llama"
         self._head_dim = spec.head_dim if rotates_neighbours else 0
         self._places = {name: self._place(name, shape) for name, shape in expected(spec)}
+        self._is_quantized = any(place.tensor.kind not in FLOATS for place in self._places.values())
+        self._refuse_others(spec)
 
     def _place(self, name: str, shape: tuple[int, ...]) -> _Place:
         expert = expert_name(name)
@@ -77,6 +82,14 @@ class GGUFCheckpoint(Weights):
         first = index * shape[0] if expert is not None else 0
         return _Place(tensor, shape, first, self._head_dim if is_rotated else 0)
 
+    def _refuse_others(self, spec: ModelSpec) -> None:
+        """Refuse a file with a tensor that nothing here computes with."""
+        used = {place.tensor.name for place in self._places.values()}
+        for name in self._file.tensors:
+            if name not in used and not name.endswith(IGNORED):
+                known = f"no {spec.architecture} of {spec.layer_count} layers has the tensor {printable(name)}"
+                refuse(f"{self.path}: {known}", "use the model's directory")
+
     def stored_name(self, name: str) -> str:
         """See Weights: a tied model has no head of its own."""
         return EMBEDDING if name == HEAD and HEAD not in self._places else name
@@ -93,10 +106,25 @@ class GGUFCheckpoint(Weights):
         """See Weights."""
         read: dict[str, Matrix] = {}
         for name in names:
-            matrix, part = self._known(name), slices[name] if slices else ()
-            is_float = matrix.tensor.kind in FLOATS
-            read[name] = self._dense(name, dtype, part) if is_float else self._stored(matrix, *self._cut(matrix, part))
+            place, part = self._known(name), slices[name] if slices else ()
+            if place.tensor.kind in FLOATS:
+                read[name] = self._dense(name, self._exact(place, dtype), part)
+            else:
+                read[name] = self._stored(place, *self._cut(place, part))
         return read
+
+    def _exact(self, place: _Place, dtype: torch.dtype) -> torch.dtype:
+        """In what a float matrix is given for ``dtype``: where others are quantised, in what has all its numbers, as
+        float16, which such files have, has not those of other types. Gate and up are one layer of the kernels: one of
+        them beside a quantised one is in float32, as that is then."""
+        import torch
+
+        if not self._is_quantized:
+            return dtype
+        if any(part in place.tensor.name for part in PAIRED):
+            return torch.float32
+        wider = {"F32": torch.float32, "BF16": torch.bfloat16}
+        return wider.get(place.tensor.kind, dtype) if dtype == torch.float16 else dtype
 
     def extents(self, names: Iterable[str], slices: Mapping[str, tuple[slice, ...]] | None = None) -> list[Extent]:
         """See Weights: whole rows, and of the rows of q and k whole heads."""

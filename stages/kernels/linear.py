@@ -12,8 +12,8 @@ from torch import Tensor
 from stages.kernels.arena import Arena
 from stages.kernels.cuts import BLOCK, default_cuts, even_cuts
 from stages.kernels.library import LEAVES, PANEL, CLinear, Library, library
-from stages.kernels.packing import CPacking, can_pack, normal, packing_of, parts_of
-from stages.quantization.matrix import KINDS, Matrix, QuantizedMatrix, dense, stacked
+from stages.kernels.packing import CODES, CPacking, can_pack, normal, packing_of, parts_of
+from stages.quantization.matrix import Matrix, QuantizedMatrix, dense, stacked
 
 FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """Numbers of the formats of native/kernels.h."""
@@ -50,7 +50,7 @@ class Linear:
         if packed.dtype == torch.bfloat16 and lib.numerics == "fast" and lib.kernels.has_dot:
             kind = DOT
         if packing is not None:
-            is_integer = lib.activations == "int8" and packing.kind == KINDS.index("integer")
+            is_integer = lib.activations == "int8" and packing.kind == CODES["integer"]
         address = bias.data_ptr() if bias is not None else None
         self.c = CLinear(
             packed.data_ptr(),

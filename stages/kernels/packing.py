@@ -12,10 +12,12 @@ from torch import Tensor
 
 from stages.kernels.cuts import BLOCK
 from stages.kernels.library import PANEL
-from stages.quantization.matrix import KINDS, QuantizedMatrix
+from stages.quantization.matrix import QuantizedMatrix
 
 LINE = 64
 SCALES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+CODES = {"integer": 0, "e3m2": 1, "e4m3": 2, "e3m0": 3}
+"""Numbers of the kinds of codes."""
 WIDTHS = (2, 3, 4, 5, 6, 8)
 """Bits of codes that kernels have; others are stored in the next ones."""
 MOST_RECORD = 1024
@@ -45,6 +47,8 @@ def can_pack(matrix: QuantizedMatrix) -> bool:
     """Whether kernels have the format of ``matrix``. They do not have groups or spans of fewer than 16 inputs, factors
     beyond a byte, or numbers that are none."""
     if any(size < matrix.shape[1] and size % BLOCK and size != 16 for size in (matrix.group, matrix.span)):
+        return False
+    if matrix.kind not in CODES:
         return False
     factors = [table for table in (matrix.factors, matrix.minimum_factors) if table is not None]
     if any(table.numel() and (int(table.min()) < -128 or int(table.max()) > 127) for table in factors):
@@ -80,7 +84,7 @@ def packing_of(matrix: QuantizedMatrix) -> CPacking:
     record_nbytes = header + record // BLOCK * bits * LINE
     whole, rest = divmod(inputs, record)
     panel = whole * record_nbytes + (header + rest // BLOCK * bits * LINE if rest else 0)
-    kind, zero = KINDS.index(matrix.kind), 0 if isinstance(matrix.zeros, Tensor) else matrix.zeros
+    kind, zero = CODES[matrix.kind], 0 if isinstance(matrix.zeros, Tensor) else matrix.zeros
     parts = 2 if min(matrix.group, matrix.span) < BLOCK else 1
     sizes = matrix.group, matrix.span, record, parts, zero
     return CPacking(bits, kind, SCALES[matrix.scales.dtype], *sizes, *tables, header, record_nbytes, panel)

@@ -35,7 +35,7 @@ def test_the_script_goes_to_standard_output_or_whole_into_a_file(tmp_path: Path)
     ],
 )
 def test_whatever_has_work_for_several_ranks_can_be_a_job(command: str, arguments: list[str]) -> None:
-    done = here("slurm-script", command, "--venv", "none", "--", *arguments)
+    done = pipeinfer("slurm-script", command, "--venv", "none", "--", *arguments)
     assert done.returncode == 0, done.stderr
     assert f"program=({shlex.join(['pipeinfer', command, *arguments])})\n" in done.stdout
     assert "activate" not in done.stdout

@@ -16,6 +16,7 @@ from pathlib import Path
 from stages.kernels.library import PATH, Library, library
 from tests.models.expert_bits import draw_expert_world
 from tests.models.kernel_bits import World, check_world, draw_world
+from tests.models.quantized_worlds import draw_quantized_world
 
 COMPILER = shutil.which("cc")
 FLAGS = "-std=gnu11 -O1 -ffp-contract=off -fno-math-errno -fvisibility=hidden -fPIC"
@@ -151,6 +152,49 @@ EXPERTS = [
 ]
 """Faults of layers with experts that change bits by company, in every run."""
 
+_SUM = "part[m] = v_fma(v_set1(x[m * BLOCK_INPUTS + i]), number, part[m]);"
+
+QUANTIZED = [
+    _mutant(
+        "a_scale_is_that_of_the_group_before",
+        "vf scale = load_scales(header, of->scale_format, place->span",
+        "vf scale = load_scales(header, of->scale_format, (place->span ? place->span - 1 : 0)",
+    ),
+    _mutant(
+        "zero_points_of_groups_are_forgotten",
+        "return of->zeros ? vi_load_u8(header + of->zeros + group * PANEL) : vi_set1(of->zero);",
+        "return vi_set1(of->zero);",
+    ),
+    _mutant("more_than_a_row_is_read", "to[i] = i < left ? from[i] : 0.0f;", "to[i] = from[i];"),
+    _mutant(
+        "products_of_bytes_saturate",
+        "    if (small)\n        return _mm256_add_epi32(",
+        "    if (1)\n        return _mm256_add_epi32(",
+    ),
+    _mutant(
+        "both_halves_of_a_block_have_one_factor",
+        "(second && of->group <= second);\n    vf scale",
+        "0;\n    vf scale",
+    ),
+    _mutant(
+        "a_row_of_four_has_the_bytes_of_its_neighbour",
+        "vi_set1(q[m * BLOCK_INPUTS / 4 + i])",
+        "vi_set1(q[(M == 4 && m == 3 ? 2 : m) * BLOCK_INPUTS / 4 + i])",
+    ),
+    _mutant(
+        "minima_of_bytes_are_forgotten",
+        "    if (!has_minima) return sum;\n    float x = (float)(",
+        "    if (has_minima || !has_minima) return sum;\n    float x = (float)(",
+    ),
+    _mutant("several_rows_are_not_fused", _SUM, _SUM.replace("v_fma(", "v_add(v_mul(").replace("number,", "number),")),
+    _mutant(
+        "a_group_begins_a_block_late",
+        "(int)(within / (unsigned)of->group)",
+        "(int)((within - (within > 0)) / (unsigned)of->group)",
+    ),
+]
+"""Faults of quantised weights: other numbers than those of the library without them."""
+
 RACES = [
     _mutant(
         "threads_share_their_scratch",
@@ -248,6 +292,9 @@ def main() -> None:
             print(f"{mutant.name}:", caught(opened_at(builder.build(mutant)), worlds=worlds) or "nothing", flush=True)
         for mutant in EXPERTS:
             found = caught(opened_at(builder.build(mutant)), draw=draw_expert_world)
+            print(f"{mutant.name}:", found or "nothing", flush=True)
+        for mutant in QUANTIZED:
+            found = caught(opened_at(builder.build(mutant)), library(), draw=draw_quantized_world)
             print(f"{mutant.name}:", found or "nothing", flush=True)
         print(f"{FOLD.name}:", caught(opened_at(builder.build(FOLD)), library()) or "nothing", flush=True)
 

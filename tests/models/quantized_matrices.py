@@ -55,13 +55,13 @@ def two_levels(
 
 
 def small_floats(generator: Generator, outputs: int, inputs: int, kind: str, group: int) -> QuantizedMatrix:
-    """Floats of 6 or 8 bits, all of them numbers."""
-    bits = 6 if kind == "e3m2" else 8
+    """Floats of 4, 6 or 8 bits, all of them numbers."""
+    bits = 1 + sum(map(int, kind[1::2]))
     codes = _integers(generator, 0, 2**bits, outputs, inputs).to(torch.uint8)
     if kind == "e4m3":
         codes[codes % 128 == 127] = 1
     scales = _scales(generator, torch.float32, outputs, -(-inputs // group), 0.1)
-    return QuantizedMatrix("fp6" if bits == 6 else "fp8", bits, codes, scales, group, group, kind=kind)
+    return QuantizedMatrix(f"fp{bits}", bits, codes, scales, group, group, kind=kind)
 
 
 FORMATS = {
@@ -82,6 +82,7 @@ FORMATS = {
     "q6_k": lambda g, o, i: two_levels(g, o, i, 6, 16, has_minima=False),
     "fp6": lambda g, o, i: small_floats(g, o, i, "e3m2", 128),
     "fp6_rows": lambda g, o, i: small_floats(g, o, i, "e3m2", max(32, -(-i // 32) * 32)),
+    "fp6-4": lambda g, o, i: small_floats(g, o, i, "e3m0", 64),
     "fp8": lambda g, o, i: small_floats(g, o, i, "e4m3", 128),
 }
 """From a generator, outputs and inputs to a matrix."""

@@ -145,6 +145,10 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "long numbers": (changed("general.tags", struct.pack("<IIQ", 9, 6, 1 << 60)), "bytes at"),
     "parts": (changed("split.count", 2), "is one of 2 files"),
     "pre-tokenizer": (changed("tokenizer.ggml.pre", "chatglm-bpe"), "pre-tokenizer chatglm-bpe is not known"),
+    "one more": (lambda _, tensors: tensors.update({"blk.0.attn_q_norm.weight": (0, (16,), bytes(64))}),
+                 "no LlamaForCausalLM of 2 layers has the tensor blk.0.attn_q_norm.weight"),
+    "more layers": (changed("llama.block_count", 1), "no LlamaForCausalLM of 1 layers has the tensor blk.1.attn_norm"),
+    "more tokens": (changed("tokenizer.ggml.tokens", ["x"] * 513), "513 tokens, but token_embd.weight has 512 rows"),
     "window": (changed("llama.attention.sliding_window", 16), "window of 16 tokens; ask for less --context"),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from stages.checkpoint.checkpoint import HEAD, Checkpoint, expected
+from stages.checkpoint.checkpoint import EMBEDDING, HEAD, Checkpoint, expected
 from stages.checkpoint.gguf_weights import GGUFCheckpoint
 from stages.checkpoint.opening import open_weights
 from stages.checkpoint.spec import ModelSpec
@@ -112,6 +112,28 @@ def test_older_files_have_a_tensor_for_each_expert(tmp_path: Path) -> None:
     new, old = (GGUFCheckpoint(path, ModelSpec.read(path)) for path in paths)
     for name, _ in expected(ModelSpec.read(paths[0])):
         assert torch.equal(new.read([name], torch.float32)[name], old.read([name], torch.float32)[name]), name
+
+
+def test_floats_beside_quantised_matrices_are_exact(tmp_path: Path) -> None:
+    def kinds(name: str) -> str:
+        return {"embed_tokens": "BF16", "o_proj": "F32", "up_proj": "F16"}.get(name.split(".")[-2], "Q8_0")
+
+    def large(model: Any) -> None:
+        model.model.embed_tokens.weight[0, 0] = 1e6  # more than float16 has
+
+    model = make_tiny(tmp_path / "model", "LlamaForCausalLM", edit=large, **WIDE)
+    path = convert(model, tmp_path / "model.gguf", kinds)
+    spec = ModelSpec.read(path)
+    weights = GGUFCheckpoint(path, spec)
+    assert spec.dtype == "float16"
+    wanted = {"self_attn.o_proj": torch.float32, "mlp.up_proj": torch.float32}
+    for name, dtype in wanted.items():
+        name = f"model.layers.0.{name}.weight"
+        found = weights.matrices([name], torch.float16)[name]
+        assert isinstance(found, torch.Tensor) and found.dtype == dtype
+    embedding = weights.matrices([EMBEDDING], torch.float16)[EMBEDDING]
+    assert isinstance(embedding, torch.Tensor) and embedding.dtype == torch.bfloat16
+    assert embedding.isfinite().all() and float(embedding.max()) > 9e5
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_K"])

@@ -13,7 +13,7 @@ import pytest
 
 from stages.kernels import library as module
 from stages.kernels.library import ISA_VARIABLE, PATH, opened
-from tests.cli.run import ROOT, pipeinfer
+from tests.cli.run import ROOT, here, pipeinfer
 from tests.models.walk import NO_KERNELS
 
 pytestmark = NO_KERNELS
@@ -125,8 +125,9 @@ def test_decoding_without_the_best_kernels() -> None:
     """The built-in pair in fp32: the same tokens on the best kernels, on portable ones and in torch."""
     prompt = ("--prompt", "def mean(values):", "--max-new-tokens", "32", "--ignore-eos", "--json", "--ranks", "1")
     told = []
-    for isa, more in (("", ("--draft", "none")), ("", ()), ("portable", ()), ("none", ()), ("avx1024", ())):
-        done = pipeinfer("run", *prompt, *more, environ={ISA_VARIABLE: isa})
+    runs = [here("run", *prompt, "--draft", "none"), here("run", *prompt)]
+    runs += [pipeinfer("run", *prompt, environ={ISA_VARIABLE: isa}) for isa in ("portable", "none", "avx1024")]
+    for done in runs:
         assert done.returncode == 0, done.stderr
         told.append(json.loads(done.stdout)["tokens"])
     assert len(told[0]) == 32 and told == [told[0]] * len(told)

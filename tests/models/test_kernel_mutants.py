@@ -16,6 +16,7 @@ from tests.models.kernel_mutants import (
     COMPILER,
     EXPERTS,
     FOLD,
+    QUANTIZED,
     RACES,
     SUMS,
     WORLDS,
@@ -24,6 +25,7 @@ from tests.models.kernel_mutants import (
     caught,
     opened_at,
 )
+from tests.models.quantized_worlds import draw_quantized_world
 
 SOUND = library()
 pytestmark = [
@@ -62,6 +64,13 @@ def test_experts_that_depend_on_company_are_noticed(mutant: KernelMutant, builde
     assert caught(opened_at(builder.build(mutant)), draw=draw_expert_world), "no row had other bits"
 
 
+@pytest.mark.parametrize("mutant", QUANTIZED, ids=lambda mutant: mutant.name)
+def test_wrong_numbers_of_quantised_weights_are_noticed(
+    mutant: KernelMutant, builder: Builder, sound: Library
+) -> None:
+    assert caught(opened_at(builder.build(mutant)), sound, draw=draw_quantized_world), "no row had other bits"
+
+
 def test_a_sum_that_depends_on_the_instruction_set_is_noticed(builder: Builder, sound: Library) -> None:
     lib = opened_at(builder.build(FOLD))
     assert not caught(lib, worlds=range(3)), "its own bits are the same in any company"
@@ -74,6 +83,7 @@ def test_another_build_has_the_same_bits(sound: Library) -> None:
         check_world(seed, 6, sound, sound)
         check_world(seed, 6, SOUND, sound)
         check_world(seed, 6, SOUND, sound, draw_expert_world)
+        check_world(seed, 6, SOUND, sound, draw_quantized_world)
 
 
 def passes(path: Path, threads: int, spin_us: int) -> bool:

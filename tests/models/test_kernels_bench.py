@@ -10,14 +10,15 @@ import pytest
 
 from pipeinfer.bench import kernel_passes, kernels
 from pipeinfer.bench.kernel_passes import PREFILL, beside
-from pipeinfer.bench.kernels import COLUMNS, Roofs, Sweep, heading, in_turn, line, linears_of, measure_linear
+from pipeinfer.bench.kernels import COLUMNS, Roofs, Sweep, heading, in_turn, line, linears_of, measure_linear, measure_quantized
+from pipeinfer.bench.low_bits import LAYOUTS
 from pipeinfer.bench.shaped_pair import SPEC
 from pipeinfer.core.errors import UserError
 from stages.kernels.library import Library, library
 from tests.models.test_shaped_pair import TINY
 
 KEYS = {
-    "shape", "format", "rows", "threads", "isa", "numerics", "gbs", "of_read_roof", "of_arithmetic_roof", "ratio_torch",
+    "shape", "format", "rows", "threads", "isa", "numerics", "activations", "gbs", "weights_per_ns", "of_read_roof", "of_arithmetic_roof", "ratio_torch",
     "ratio_llama_cpp",
 }  # fmt: skip
 ROOFS = Roofs(read=2e9, arithmetic=1e9)
@@ -51,6 +52,21 @@ def test_linears_in_every_format(form: str, monkeypatch: pytest.MonkeyPatch) -> 
     for row in rows:
         assert row["ratio_torch"] == pytest.approx(row["torch_ms"] / row["ms"])
         json.dumps(row)
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", LAYOUTS)
+def test_linears_of_quantised_weights(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "COLD_NBYTES", 1000)
+    monkeypatch.setattr(kernels, "SWEEP_S", 0.0)
+    lib = kernels_here()
+    rows = list(measure_quantized(lib, ROOFS, (48, 512), form, (1, 3)))
+    kinds = ["fp32"] if LAYOUTS[form].kind != "integer" else ["fp32", "int8"]
+    assert [(row["activations"], row["rows"]) for row in rows] == [(kind, count) for kind in kinds for count in (1, 3)]
+    nbytes = rows[0]["gbs"] * rows[0]["ms"] * 1e6
+    bits = LAYOUTS[form].bits
+    assert bits <= 8 * nbytes / (48 * 512) <= bits + 0.9, "with scales"
+    assert lib.activations == "fp32"
 
 
 def test_the_linears_are_those_of_the_target() -> None:

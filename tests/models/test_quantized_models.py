@@ -306,3 +306,11 @@ def test_ranks_of_a_group_read_their_parts(sound: Callable[[str], Path], form: s
         for name, part in SplitWeights(checkpoint, split).matrices(names, torch.bfloat16).items():
             assert isinstance(part, QuantizedMatrix)
             assert torch.equal(part.dense(), whole[name][split.slices(name)]), (rank, name)
+
+
+@pytest.mark.parametrize(("form", "is_noted"), [("fp8-blocks", True), ("awq", False), ("packed-4", False)])
+def test_a_note_says_that_activations_are_not_quantised(
+    sound: Callable[[str], Path], form: str, is_noted: bool
+) -> None:
+    said = f"{sound(form)}: activations are not quantised as config.json says (weights are)"
+    assert clear(Config(str(sound(form))), 1, has_kernels=True).note == (said if is_noted else "")

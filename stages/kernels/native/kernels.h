@@ -13,7 +13,7 @@ enum {
     QUANTIZED
 }; /* formats of weights, the first three also of keys and values. DOT is BF16 whose products are
       taken by an instruction for pairs of bf16, of activations that are rounded to it */
-enum { INTEGER, E3M2, E4M3 }; /* what codes of quantised weights are: see stages/quantization/matrix.py */
+enum { INTEGER, E3M2, E4M3, E3M0, KINDS }; /* what codes of quantised weights are: see stages/quantization/matrix.py */
 enum { LEAVES = 8 }; /* parts of a sum, combined by a binary tree */
 enum { PANEL = 16 }; /* output columns of a panel of weights */
 enum {

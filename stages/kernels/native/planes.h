@@ -35,7 +35,7 @@ INLINE vf integer_number(vi codes, int j, vf zero) {
     return v_sub(vi_as_float(vi_bits(vi_shift(codes, 8 * j - 8), vi_set1(0xff00), vi_set1(SHIFTED))), zero);
 }
 
-/* Byte j as a small float of `n` bits below the sign, two or three of them the mantissa's: sign and the others are moved
+/* Byte j as a small float of `n` bits below the sign, none to three of them the mantissa's: sign and the others are moved
  * to where a float has them, and the exponent is corrected by a power of two. */
 INLINE vf small_float(vi codes, int j, int n, int gap, float power) {
     vi moved = vi_signed_shift(vi_shift(codes, 8 * j + n + 1 - 32), gap);
@@ -45,6 +45,7 @@ INLINE vf small_float(vi codes, int j, int n, int gap, float power) {
 
 #define NUMBER_INTEGER(codes, j, zero) integer_number(codes, j, zero)
 #define NUMBER_E3M2(codes, j, zero) small_float(codes, j, 5, 5, 0x1p124f)
+#define NUMBER_E3M0(codes, j, zero) small_float(codes, j, 3, 5, 0x1p124f)
 #define NUMBER_E4M3(codes, j, zero) small_float(codes, j, 7, 4, 0x1p120f)
 
 #endif

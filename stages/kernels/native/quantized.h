@@ -264,6 +264,7 @@ WITH_FLOATS(6, INTEGER)
 WITH_FLOATS(8, INTEGER)
 WITH_FLOATS(6, E3M2)
 WITH_FLOATS(8, E4M3)
+WITH_FLOATS(4, E3M0)
 ALL_OF(2, INTEGER, INTEGER)
 ALL_OF(3, INTEGER, INTEGER)
 ALL_OF(4, INTEGER, INTEGER)
@@ -275,20 +276,22 @@ EXPAND_BYTES(3)
 EXPAND_BYTES(4)
 EXPAND_BYTES(5)
 EXPAND_BYTES(6)
-static one_row_of *const ONE_ROW_OF[2][3][9][3] = {
+static one_row_of *const ONE_ROW_OF[2][KINDS][9][3] = {
     {[INTEGER] = {[2] = ONE_OF(2, INTEGER, FLOAT), [3] = ONE_OF(3, INTEGER, FLOAT), [4] = ONE_OF(4, INTEGER, FLOAT),
                   [5] = ONE_OF(5, INTEGER, FLOAT), [6] = ONE_OF(6, INTEGER, FLOAT), [8] = ONE_OF(8, INTEGER, FLOAT)},
      [E3M2] = {[6] = ONE_OF(6, E3M2, FLOAT)},
-     [E4M3] = {[8] = ONE_OF(8, E4M3, FLOAT)}},
+     [E4M3] = {[8] = ONE_OF(8, E4M3, FLOAT)},
+     [E3M0] = {[4] = ONE_OF(4, E3M0, FLOAT)}},
     {[INTEGER] = {[2] = ONE_OF(2, INTEGER, INTEGER), [3] = ONE_OF(3, INTEGER, INTEGER),
                   [4] = ONE_OF(4, INTEGER, INTEGER), [5] = ONE_OF(5, INTEGER, INTEGER),
                   [6] = ONE_OF(6, INTEGER, INTEGER), [8] = ONE_OF(8, INTEGER, INTEGER)}},
 };
-static expand_of *const EXPAND_OF[2][3][9] = {
+static expand_of *const EXPAND_OF[2][KINDS][9] = {
     {[INTEGER] = {[2] = expand_2_INTEGER_FLOAT, [3] = expand_3_INTEGER_FLOAT, [4] = expand_4_INTEGER_FLOAT,
                   [5] = expand_5_INTEGER_FLOAT, [6] = expand_6_INTEGER_FLOAT, [8] = expand_8_INTEGER_FLOAT},
      [E3M2] = {[6] = expand_6_E3M2_FLOAT},
-     [E4M3] = {[8] = expand_8_E4M3_FLOAT}},
+     [E4M3] = {[8] = expand_8_E4M3_FLOAT},
+     [E3M0] = {[4] = expand_4_E3M0_FLOAT}},
     {[INTEGER] = {[2] = expand_2_INTEGER_INTEGER, [3] = expand_3_INTEGER_INTEGER, [4] = expand_4_INTEGER_INTEGER,
                   [5] = expand_5_INTEGER_INTEGER, [6] = expand_6_INTEGER_INTEGER}},
 };
