@@ -138,6 +138,7 @@ def children(args: argparse.Namespace, jobs: Sequence[str]) -> list[dict[str, An
     line += ["--threads", str(args.threads), "--child"]
     running = [subprocess.Popen([*line, job], stdout=subprocess.PIPE, text=True) for job in jobs]
     outputs = [process.communicate()[0] for process in running]
+    assert not any(process.returncode for process in running), "a process has failed"
     return [json.loads(output) for output in outputs]
 
 

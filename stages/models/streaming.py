@@ -136,11 +136,13 @@ class LayerStream:
             self._raise()
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, after what they have begun: none may be inside torch when the interpreter ends."""
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
         self._ahead.close()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
 
     def _give_back(self) -> None:
         if self._held is not None:

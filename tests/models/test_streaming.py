@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from tests.models.tiny import make_tiny, make_tiny_pair
 from tests.models.walk import NO_KERNELS, compute, greedy, make_batch
 
 pytestmark = NO_KERNELS
+ROOT = Path(__file__).resolve().parents[2]
 PROMPT = [17, 301, 5, 488, 92]
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
@@ -148,6 +151,17 @@ def test_the_first_pass_computes_while_later_layers_load(tmp_path: Path) -> None
         next(passes)
     assert torch.equal(end.value.value, compute([load(folder, 0)], rows))
     assert shard._stream is not None and not shard._stream._plan.is_streaming
+
+
+def test_a_program_that_ends_while_weights_are_read_ends_in_order(tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path, "LlamaForCausalLM")
+    program = (
+        "from tests.models.test_streaming import *\n"
+        f"shard = load(Path({str(folder)!r}), {least(folder)})\n"
+        "greedy([shard], PROMPT, 2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 def test_abandoned_passes_leave_the_next_ones_right(tmp_path: Path) -> None:
