@@ -4,9 +4,9 @@ Both roofs are measured first: how fast all threads read memory, and how fast th
 registers. A linear's weights come from memory, as in a decoder: several copies of a matrix, together larger than any
 cache, take turns. Contenders take turns too, and medians count.
 
-``gbs``: bytes of weights per second, in billions; of quantised ones with their scales, as packed. ``ratio_torch``, ``ratio_llama_cpp``: how many times as fast as they.
-Whole passes have the shape of the 620M target (see shaped_pair); torch's are those of transformers, llama.cpp's weights
-are fp32 beside fp32 and else fp16.
+``gbs``: bytes of weights per second, in billions; of quantised ones with their scales, as packed. ``ratio_torch``,
+``ratio_llama_cpp``: how many times as fast as they. Whole passes have the shape of the 620M target (see shaped_pair);
+torch's are those of transformers, llama.cpp's weights are fp32 beside fp32 and else fp16.
 """
 
 from __future__ import annotations

@@ -32,10 +32,11 @@ class Point:
     inflate), ``shaped`` for a pair of 620M and 99M weights (see shaped_pair); an acceptance is forced upon them,
     weights may be random. ``prompt_tokens``: 0 for prompts as they come. ``set``: changes to every policy that drafts,
     as ``knob=value``. ``dtype``, ``numerics``, ``activations`` and ``threads`` (of a rank; 0 for its fair share): see
-    Engine. ``tp``: ranks that share a stage; ``fused``, of real ones: how they exchange activations, see Engine; ``efficiency``, of
-    others: the share of ``tp`` times a rank's speed that they have together before exchanges. ``requests``, simulated:
-    that are decoded at once, 0 for one after the other; ``arrivals``: how they come (see load.py); ``row_costs``:
-    without a ``hardware``, times of passes of ROW_COUNTS rows in any unit, of target and draft."""
+    Engine. ``tp``: ranks that share a stage; ``fused``, of real ones: how they exchange activations, see Engine;
+    ``efficiency``, of others: the share of ``tp`` times a rank's speed that they have together before exchanges.
+    ``requests``, simulated: that are decoded at once, 0 for one after the other; ``arrivals``: how they come (see
+    load.py); ``row_costs``: without a ``hardware``, times of passes of ROW_COUNTS rows in any unit, of target and
+    draft."""
 
     ranks: int = 0
     top1: float = 0.0

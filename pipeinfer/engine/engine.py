@@ -65,21 +65,21 @@ class Engine:
     used. policy: ``plain`` (the default of one rank without a draft), ``continuous`` or a TOML file with a policy's
     knobs; settings: changes to it, as ``knob=value``. dtype: of weights and KV slots: ``auto`` for what each
     checkpoint says, or ``fp32``, ``bf16`` or ``fp16``. numerics: ``portable`` for the same bits on every processor, or
-    ``fast``. activations: ``fp32``, or ``int8`` to multiply quantised weights by integers. threads: of each rank (default: its fair share of the cores). tp: ranks that share each stage; stages: how
-    many there have to be; fused: how those ranks exchange activations, ``auto``, ``on`` or ``off``. context: most
-    tokens of a request. max_num_seqs: requests that are decoded at once; others wait. kv_memory: bytes of each rank for
-    keys and values, as a number or as ``8G`` (default: what so many whole contexts need, which is taken from the system
-    as it is used). weights_memory: bytes of each rank for the target's weights, as ``8G``; others are read from the
-    files in each pass (default: all are resident). prefix_caching: whether a request that begins like an earlier one
-    shares what that has computed.
-    comm: an mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may move before the
-    job gives up and says who waits for whom. trace: a file name; each rank N writes all that its roles are told and
-    command to ``<trace>.rankN``, for ``pipeinfer replay``. calibration: a file that ``pipeinfer calibrate`` wrote.
+    ``fast``. activations: ``fp32``, or ``int8`` to multiply quantised weights by integers. threads: of each rank
+    (default: its fair share of the cores). tp: ranks that share each stage; stages: how many there have to be; fused:
+    how those ranks exchange activations, ``auto``, ``on`` or ``off``. context: most tokens of a request. max_num_seqs:
+    requests that are decoded at once; others wait. kv_memory: bytes of each rank for keys and values, as a number or as
+    ``8G`` (default: what so many whole contexts need, which is taken from the system as it is used). weights_memory:
+    bytes of each rank for the target's weights, as ``8G``; others are read from the files in each pass (default: all
+    are resident). prefix_caching: whether a request that begins like an earlier one shares what that has computed.
+    comm: an mpi4py communicator to use instead of MPI_COMM_WORLD. timeout_s: how long nothing may move before the job
+    gives up and says who waits for whom. trace: a file name; each rank N writes all that its roles are told and command
+    to ``<trace>.rankN``, for ``pipeinfer replay``. calibration: a file that ``pipeinfer calibrate`` wrote.
     forced_acceptance: the probability that a draft's first choice is right, or those of its first, second, ...: the
     models compute as always, but the tokens mean nothing and are shown as numbers, and no token ends a text.
-    random_weights: with it, the directories need only a config.json; without a tokenizer a prompt is its bytes.
-    check: called on the head before any model is loaded; a UserError it raises refuses the job on all ranks. Raises
-    UserError for what cannot be done as asked.
+    random_weights: with it, the directories need only a config.json; without a tokenizer a prompt is its bytes. check:
+    called on the head before any model is loaded; a UserError it raises refuses the job on all ranks. Raises UserError
+    for what cannot be done as asked.
     """
 
     traffic = (0, 0)  # messages and bytes between the ranks, once the engine is closed

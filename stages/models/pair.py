@@ -49,8 +49,9 @@ def load_llama(
 class CheckpointPair:
     """The models in ``target`` and ``drafts``, each a spec and where its weights are; see Pair. ``forced``: how often a
     draft's choices are right, if that is forced (see stages.models.forced). ``dtype``: of the target's weights;
-    ``draft_dtypes``: of each draft's, by default the same. ``numerics``, ``arithmetic``: see Config, ``activations``. ``group``: of ranks
-    that share all models of this one. ``grammars``: those that answers may follow; None: none can be asked for.
+    ``draft_dtypes``: of each draft's, by default the same. ``numerics``, ``arithmetic``: see Config, ``activations``.
+    ``group``: of ranks that share all models of this one. ``grammars``: those that answers may follow; None: none can
+    be asked for.
 
     ``weights_memory``: bytes for the target's weights on this rank, 0 for all of them (see KernelShard.load).
     ``activations``: the dtype of what stages send each other."""

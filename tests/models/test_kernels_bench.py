@@ -10,7 +10,17 @@ import pytest
 
 from pipeinfer.bench import kernel_passes, kernels
 from pipeinfer.bench.kernel_passes import PREFILL, beside
-from pipeinfer.bench.kernels import COLUMNS, Roofs, Sweep, heading, in_turn, line, linears_of, measure_linear, measure_quantized
+from pipeinfer.bench.kernels import (
+    COLUMNS,
+    Roofs,
+    Sweep,
+    heading,
+    in_turn,
+    line,
+    linears_of,
+    measure_linear,
+    measure_quantized,
+)
 from pipeinfer.bench.low_bits import LAYOUTS
 from pipeinfer.bench.shaped_pair import SPEC
 from pipeinfer.core.errors import UserError
@@ -18,8 +28,8 @@ from stages.kernels.library import Library, library
 from tests.models.test_shaped_pair import TINY
 
 KEYS = {
-    "shape", "format", "rows", "threads", "isa", "numerics", "activations", "gbs", "weights_per_ns", "of_read_roof", "of_arithmetic_roof", "ratio_torch",
-    "ratio_llama_cpp",
+    "shape", "format", "rows", "threads", "isa", "numerics", "activations", "gbs", "weights_per_ns", "of_read_roof",
+    "of_arithmetic_roof", "ratio_torch", "ratio_llama_cpp",
 }  # fmt: skip
 ROOFS = Roofs(read=2e9, arithmetic=1e9)
 

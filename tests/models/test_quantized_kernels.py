@@ -1,4 +1,4 @@
-"""Quantised weights on the kernels: the numbers of ``dense``, and the same bits in any company, cut and instruction set."""
+"""Quantised weights on the kernels: the numbers of ``dense``, and the same bits in any company and instruction set."""
 
 from __future__ import annotations
 
