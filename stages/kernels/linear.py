@@ -88,7 +88,10 @@ class Linear:
         if matrices := _packable(weights, cuts):
             packed, packing = _pack_quantized(lib, matrices)
             return cls(lib, packed, bias, total, inputs, cuts or even_cuts(inputs, BLOCK), packing)
-        packed = _pack_dense(lib, [dense(weight) for weight in weights])
+        tensors = [dense(weight) for weight in weights]
+        if any(tensor.dtype != tensors[0].dtype for tensor in tensors):
+            tensors = [tensor.float() for tensor in tensors]
+        packed = _pack_dense(lib, tensors)
         return cls(lib, packed, bias, total, inputs, cuts or default_cuts(inputs))
 
     @classmethod
@@ -139,7 +142,7 @@ class Linear:
 
 
 def _pack_dense(lib: Library, weights: Sequence[Tensor]) -> Tensor:
-    """The panels of ``weights``, which take turns: [outputs, inputs], padded."""
+    """The panels of ``weights``, of one dtype, which take turns: [outputs, inputs], padded."""
     (outputs, inputs), turns = weights[0].shape, len(weights)
     packed = ARENA.empty(lib, (padded(outputs) * turns, -(-inputs // 2) * 2), weights[0].dtype)
     for turn, weight in enumerate(weights):
