@@ -342,6 +342,7 @@ def _cache(cleared: Cleared, world: World | None, threads: int) -> PassCache:
         "numerics": config.numerics,
         "activations": config.activations,
         "isa": kernels.isa if (kernels := library()) else str(torch.backends.cpu.get_cpu_capability()),
+        "build": kernels.build if kernels else "",
         "threads": threads,
         "ranks": world.size if world else 1,
         "tp": [config.tp, config.fused],

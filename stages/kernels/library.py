@@ -190,6 +190,14 @@ class Library:
         self._busy: ctypes.c_int32 | None = None
         self.use(self.available[0])
 
+    @property
+    def build(self) -> str:
+        """A digest of what the library was built from, and how; empty where it does not say."""
+        try:
+            return ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(self.binary, "pipeinfer_build"))).decode()
+        except ValueError:
+            return ""
+
     def use(self, isa: str) -> None:
         """From now on use the kernels of ``isa``. Raises KeyError for one that this processor does not have."""
         self.kernels, self.isa = self._tables[isa], isa

@@ -6,13 +6,15 @@
  *                         sum = fma(scale, part, sum);             sum = fma(minimum, -(the sum of x), sum).
  *     integer activations: x is s q for bytes q; part = the sum of q (code - zero), an exact integer;
  *                         sum = fma(part, scale s, sum);           sum = fma(minimum, -(s times the sum of q), sum).
- * One row unpacks codes in registers. Several rows share what one of them unpacks into a small buffer. */
+ * A few rows unpack codes in registers. Many rows share what one of them unpacks into a small buffer. */
 #ifndef QUANTIZED_H
 #define QUANTIZED_H
 
 #include "planes.h"
 #include "prepared.h"
 #include "tiles.h"
+
+enum { MANY_ROWS = 8 };
 
 /* Where a block lies in its panel. */
 struct place {
@@ -85,8 +87,8 @@ INLINE vi first_part(vi zero, int parts, int half, const struct fact *fact) {
     return vi_mul(vi_set1(-(parts == 2 ? fact->sum[half] : fact->sum[0] + fact->sum[1])), zero);
 }
 
-typedef void one_row_of(const struct packing *of, const struct prepared *x, const char *w, int begin, int end,
-                        float *tile);
+typedef void few_rows_of(const struct packing *of, const struct prepared *x, int row, const char *w, int begin, int end,
+                         float *tile);
 
 /* A line of codes: into the second cache long before it is used, into the first one a little before. */
 enum { SOON = 2048, LATER = 8192 };
@@ -96,66 +98,81 @@ INLINE void prefetch(const char *from, int nbytes) {
     for (int i = 0; i < nbytes; i += 64) prefetch_line(from + i);
 }
 
-/* The sums of one row and P panels, of a chain from `begin` to `end`. VECTOR and NUMBER are of planes.h. */
-#define FLOAT_STEP(BITS, KIND, P, i)                                                                                   \
+/* The sums of M rows, from `row` on, and P panels, of a chain from `begin` to `end`. VECTOR and NUMBER are of
+ * planes.h. */
+#define FLOAT_INPUT(KIND, M, i, byte)                                                                                  \
+    {                                                                                                                  \
+        vf number = NUMBER_##KIND(codes, byte, zero[p]);                                                               \
+        for (int m = 0; m < M; m++)                                                                                    \
+            part[m][p] = v_fma(v_set1(from[m * BLOCK_INPUTS + 4 * (i) + byte]), number, part[m][p]);                   \
+    }
+#define FLOAT_STEP(BITS, KIND, M, P, i)                                                                                \
     for (int p = 0; p < P; p++) {                                                                                      \
-        if (i < BITS) prefetch_line(w + p * panel + place.codes + SOON / P + (i)*64);                                   \
+        if (i < BITS) prefetch_line(w + p * panel + place.codes + SOON / P + (i)*64);                                  \
         vi codes = VECTOR_##BITS(w + p * panel + place.codes, i);                                                      \
-        part[p] = v_fma(v_set1(from[4 * (i)]), NUMBER_##KIND(codes, 0, zero[p]), part[p]);                             \
-        part[p] = v_fma(v_set1(from[4 * (i) + 1]), NUMBER_##KIND(codes, 1, zero[p]), part[p]);                         \
-        part[p] = v_fma(v_set1(from[4 * (i) + 2]), NUMBER_##KIND(codes, 2, zero[p]), part[p]);                         \
-        part[p] = v_fma(v_set1(from[4 * (i) + 3]), NUMBER_##KIND(codes, 3, zero[p]), part[p]);                         \
+        FLOAT_INPUT(KIND, M, i, 0) FLOAT_INPUT(KIND, M, i, 1) FLOAT_INPUT(KIND, M, i, 2) FLOAT_INPUT(KIND, M, i, 3)    \
     }
-#define INTEGER_STEP(BITS, KIND, P, i)                                                                                 \
+#define INTEGER_STEP(BITS, KIND, M, P, i)                                                                              \
     for (int p = 0; p < P; p++) {                                                                                      \
-        if (i < BITS) prefetch_line(w + p * panel + place.codes + SOON / P + (i)*64);                                   \
-        part[p] = vi_dot(part[p], VECTOR_##BITS(w + p * panel + place.codes, i), vi_set1(from[i]), BITS <= 6);         \
+        if (i < BITS) prefetch_line(w + p * panel + place.codes + SOON / P + (i)*64);                                  \
+        vi vector = VECTOR_##BITS(w + p * panel + place.codes, i);                                                     \
+        for (int m = 0; m < M; m++)                                                                                    \
+            part[m][p] = vi_dot(part[m][p], vector, vi_set1(from[m * (BLOCK_INPUTS / 4) + i]), BITS <= 6);             \
     }
-#define FLOAT_BEGIN(half)                                                                                              \
+#define FLOAT_BEGIN(M, half)                                                                                           \
     zero[p] = shifted_zero(zero_of(of, w + p * panel + place.header, &place, half));                                   \
-    part[p] = v_zero()
-#define INTEGER_BEGIN(half)                                                                                            \
-    part[p] = first_part(zero_of(of, w + p * panel + place.header, &place, half), parts, half, fact)
-#define FLOAT_END(half)                                                                                                \
+    for (int m = 0; m < M; m++) part[m][p] = v_zero()
+#define INTEGER_BEGIN(M, half)                                                                                         \
+    vi zero_point = zero_of(of, w + p * panel + place.header, &place, half);                                           \
+    for (int m = 0; m < M; m++) part[m][p] = first_part(zero_point, parts, half, fact + m)
+#define FLOAT_END(M, half)                                                                                             \
     struct terms terms = terms_of(of, w + p * panel + place.header, &place, half);                                     \
-    sum[p] = with_float_part(&terms, has_minima, parts, half, part[p], fact, sum[p])
-#define INTEGER_END(half)                                                                                              \
+    for (int m = 0; m < M; m++)                                                                                        \
+    sum[m][p] = with_float_part(&terms, has_minima, parts, half, part[m][p], fact + m, sum[m][p])
+#define INTEGER_END(M, half)                                                                                           \
     struct terms terms = terms_of(of, w + p * panel + place.header, &place, half);                                     \
-    sum[p] = with_integer_part(&terms, has_minima, parts, half, part[p], fact, sum[p])
+    for (int m = 0; m < M; m++)                                                                                        \
+    sum[m][p] = with_integer_part(&terms, has_minima, parts, half, part[m][p], fact + m, sum[m][p])
 #define FLOAT_PART vf
 #define INTEGER_PART vi
-#define FLOAT_FROM const float *from = x->x + k
-#define INTEGER_FROM const int32_t *from = (const int32_t *)(x->codes + k)
-#define ONE_ROW(BITS, KIND, A, P)                                                                                      \
-    static void one_##BITS##_##KIND##_##A##_##P(const struct packing *of, const struct prepared *x,                    \
-                                                const char *w, int begin, int end, float *tile) {                      \
+#define FLOAT_FROM const float *from = x->x + at * BLOCK_INPUTS
+#define INTEGER_FROM const int32_t *from = (const int32_t *)(x->codes + at * BLOCK_INPUTS)
+#define HALF_OF(BITS, KIND, A, M, P, first)                                                                            \
+    A##_STEP(BITS, KIND, M, P, first) A##_STEP(BITS, KIND, M, P, first + 1) A##_STEP(BITS, KIND, M, P, first + 2)      \
+        A##_STEP(BITS, KIND, M, P, first + 3)
+#define FEW_ROWS(BITS, KIND, A, M, P)                                                                                  \
+    static void few_##BITS##_##KIND##_##A##_##M##_##P(const struct packing *of, const struct prepared *x, int row,     \
+                                                      const char *w, int begin, int end, float *tile) {                \
         const int64_t panel = of->panel_nbytes;                                                                        \
         const int parts = of->parts, has_minima = of->minima != 0;                                                     \
-        vf sum[P], zero[P];                                                                                            \
-        A##_PART part[P];                                                                                              \
-        for (int p = 0; p < P; p++) sum[p] = zero[p] = v_zero();                                                       \
+        vf sum[M][P], zero[P];                                                                                         \
+        A##_PART part[M][P];                                                                                           \
+        for (int m = 0; m < M; m++)                                                                                    \
+            for (int p = 0; p < P; p++) sum[m][p] = zero[p] = v_zero();                                                \
         for (int k = begin; k < end; k += BLOCK_INPUTS) {                                                              \
             struct place place = place_of(of, k);                                                                      \
-            const struct fact *fact = x->facts + k / BLOCK_INPUTS;                                                     \
+            const int64_t at = (int64_t)(k / BLOCK_INPUTS) * x->rows + row;                                            \
+            const struct fact *fact = x->facts + at;                                                                   \
             A##_FROM;                                                                                                  \
             int is_first = k == begin || place.codes - place.header == of->header_nbytes;                              \
             for (int p = 0; p < P; p++) {                                                                              \
-                const char *ahead = w + p * panel + SOON / P;                                                        \
+                const char *ahead = w + p * panel + SOON / P;                                                          \
                 if (is_first) prefetch(ahead + place.header, of->header_nbytes);                                       \
-                A##_BEGIN(0);                                                                                          \
+                A##_BEGIN(M, 0);                                                                                       \
             }                                                                                                          \
-            A##_STEP(BITS, KIND, P, 0) A##_STEP(BITS, KIND, P, 1) A##_STEP(BITS, KIND, P, 2) A##_STEP(BITS, KIND, P, 3) \
+            HALF_OF(BITS, KIND, A, M, P, 0)                                                                            \
             if (parts == 2)                                                                                            \
                 for (int p = 0; p < P; p++) {                                                                          \
-                    A##_END(0);                                                                                        \
-                    A##_BEGIN(1);                                                                                      \
+                    A##_END(M, 0);                                                                                     \
+                    A##_BEGIN(M, 1);                                                                                   \
                 }                                                                                                      \
-            A##_STEP(BITS, KIND, P, 4) A##_STEP(BITS, KIND, P, 5) A##_STEP(BITS, KIND, P, 6) A##_STEP(BITS, KIND, P, 7) \
+            HALF_OF(BITS, KIND, A, M, P, 4)                                                                            \
             for (int p = 0; p < P; p++) {                                                                              \
-                A##_END(parts - 1);                                                                                    \
+                A##_END(M, parts - 1);                                                                                 \
             }                                                                                                          \
         }                                                                                                              \
-        for (int p = 0; p < P; p++) v_store(tile + p * PANEL, sum[p]);                                                 \
+        for (int m = 0; m < M; m++)                                                                                    \
+            for (int p = 0; p < P; p++) v_store(tile + m * TILE + p * PANEL, sum[m][p]);                               \
     }
 
 /* The codes of a block as numbers [32][16], or as vectors of bytes. */
@@ -238,20 +255,27 @@ typedef void expand_of(const char *codes, const vf *zero, void *to);
         large_rows_##M(of, terms, (const int32_t *)(x->codes + place * BLOCK_INPUTS), x->facts + place, expanded, tile)
 
 #if defined(__AVX2__)
-#define ALL_OF(BITS, KIND, A) ONE_ROW(BITS, KIND, A, 1) ONE_ROW(BITS, KIND, A, 2) MORE_PANELS(BITS, KIND, A)
+#define ALL_OF(BITS, KIND, A) FEW_ROWS(BITS, KIND, A, 1, 1) FEW_ROWS(BITS, KIND, A, 1, 2) MORE(BITS, KIND, A)
 #else /* arrays instead of registers: loops that are not unrolled do as well */
 #define ALL_OF(BITS, KIND, A)
 #endif
 #define WITH_FLOATS(BITS, KIND) ALL_OF(BITS, KIND, FLOAT) EXPAND(BITS, KIND)
+#define FEW(BITS, KIND, A, M, P) few_##BITS##_##KIND##_##A##_##M##_##P
 #if defined(__AVX512F__)
-#define MORE_PANELS(BITS, KIND, A) ONE_ROW(BITS, KIND, A, 4)
-#define ONE_OF(BITS, KIND, A) {one_##BITS##_##KIND##_##A##_1, one_##BITS##_##KIND##_##A##_2, one_##BITS##_##KIND##_##A##_4}
+#define MORE(BITS, KIND, A)                                                                                            \
+    FEW_ROWS(BITS, KIND, A, 1, 4)                                                                                      \
+    FEW_ROWS(BITS, KIND, A, 2, 4) FEW_ROWS(BITS, KIND, A, 3, 2) FEW_ROWS(BITS, KIND, A, 4, 2)
+#define FEW_OF(BITS, KIND, A)                                                                                          \
+    {                                                                                                                  \
+        {FEW(BITS, KIND, A, 1, 1), FEW(BITS, KIND, A, 1, 2), FEW(BITS, KIND, A, 1, 4)},                                \
+            {[2] = FEW(BITS, KIND, A, 2, 4)}, {[1] = FEW(BITS, KIND, A, 3, 2)}, {[1] = FEW(BITS, KIND, A, 4, 2)}       \
+    }
 ROWS(8)
 #elif defined(__AVX2__)
-#define MORE_PANELS(BITS, KIND, A)
-#define ONE_OF(BITS, KIND, A) {one_##BITS##_##KIND##_##A##_1, one_##BITS##_##KIND##_##A##_2}
+#define MORE(BITS, KIND, A)
+#define FEW_OF(BITS, KIND, A) {{FEW(BITS, KIND, A, 1, 1), FEW(BITS, KIND, A, 1, 2)}}
 #else
-#define ONE_OF(BITS, KIND, A) {0}
+#define FEW_OF(BITS, KIND, A) {{0}}
 #endif
 ROWS(1)
 ROWS(2)
@@ -276,15 +300,16 @@ EXPAND_BYTES(3)
 EXPAND_BYTES(4)
 EXPAND_BYTES(5)
 EXPAND_BYTES(6)
-static one_row_of *const ONE_ROW_OF[2][KINDS][9][3] = {
-    {[INTEGER] = {[2] = ONE_OF(2, INTEGER, FLOAT), [3] = ONE_OF(3, INTEGER, FLOAT), [4] = ONE_OF(4, INTEGER, FLOAT),
-                  [5] = ONE_OF(5, INTEGER, FLOAT), [6] = ONE_OF(6, INTEGER, FLOAT), [8] = ONE_OF(8, INTEGER, FLOAT)},
-     [E3M2] = {[6] = ONE_OF(6, E3M2, FLOAT)},
-     [E4M3] = {[8] = ONE_OF(8, E4M3, FLOAT)},
-     [E3M0] = {[4] = ONE_OF(4, E3M0, FLOAT)}},
-    {[INTEGER] = {[2] = ONE_OF(2, INTEGER, INTEGER), [3] = ONE_OF(3, INTEGER, INTEGER),
-                  [4] = ONE_OF(4, INTEGER, INTEGER), [5] = ONE_OF(5, INTEGER, INTEGER),
-                  [6] = ONE_OF(6, INTEGER, INTEGER), [8] = ONE_OF(8, INTEGER, INTEGER)}},
+/* By activations, kind and bits: for 1 to 4 rows, of 1, 2 and 4 panels. */
+static few_rows_of *const FEW_ROWS_OF[2][KINDS][9][4][3] = {
+    {[INTEGER] = {[2] = FEW_OF(2, INTEGER, FLOAT), [3] = FEW_OF(3, INTEGER, FLOAT), [4] = FEW_OF(4, INTEGER, FLOAT),
+                  [5] = FEW_OF(5, INTEGER, FLOAT), [6] = FEW_OF(6, INTEGER, FLOAT), [8] = FEW_OF(8, INTEGER, FLOAT)},
+     [E3M2] = {[6] = FEW_OF(6, E3M2, FLOAT)},
+     [E4M3] = {[8] = FEW_OF(8, E4M3, FLOAT)},
+     [E3M0] = {[4] = FEW_OF(4, E3M0, FLOAT)}},
+    {[INTEGER] = {[2] = FEW_OF(2, INTEGER, INTEGER), [3] = FEW_OF(3, INTEGER, INTEGER),
+                  [4] = FEW_OF(4, INTEGER, INTEGER), [5] = FEW_OF(5, INTEGER, INTEGER),
+                  [6] = FEW_OF(6, INTEGER, INTEGER), [8] = FEW_OF(8, INTEGER, INTEGER)}},
 };
 static expand_of *const EXPAND_OF[2][KINDS][9] = {
     {[INTEGER] = {[2] = expand_2_INTEGER_FLOAT, [3] = expand_3_INTEGER_FLOAT, [4] = expand_4_INTEGER_FLOAT,
@@ -343,15 +368,23 @@ static void multiply_quantized(const struct linear *linear, int first, int panel
                                int end, float *tile) {
     const struct packing *of = linear->packing;
     const char *w = (const char *)linear->weights + first * of->panel_nbytes;
-    one_row_of *const *one = ONE_ROW_OF[linear->is_integer][of->kind][of->bits];
-    const int is_one = x->rows == 1 && one[0];
-    for (int p = 0; p < panels;) {
-        int step = !is_one ? 0 : panels - p >= 4 && one[2] ? 2 : panels - p >= 2 ? 1 : 0;
-        if (is_one)
-            one[step](of, x, w + p * of->panel_nbytes, begin, end, tile + p * PANEL);
-        else
+    few_rows_of *const(*few)[3] = FEW_ROWS_OF[linear->is_integer][of->kind][of->bits];
+    if (!few[0][0] || (x->rows > 1 && !few[1][2]) || x->rows >= MANY_ROWS) {
+        for (int p = 0; p < panels; p++)
             multiply_rows(linear, x, w + p * of->panel_nbytes, begin, end, tile + p * PANEL);
-        p += 1 << step;
+        return;
+    }
+    for (int row = 0, rows; row < x->rows; row += rows) {
+        rows = x->rows - row < 4 ? x->rows - row : 4;
+        for (int p = 0, step; p < panels; p += 1 << step) {
+            for (step = 2; step && (1 << step > panels - p || !few[rows - 1][step]);) step--;
+            const char *from = w + p * of->panel_nbytes;
+            float *to = tile + row * TILE + p * PANEL;
+            if (few[rows - 1][step])
+                few[rows - 1][step](of, x, row, from, begin, end, to);
+            else /* one panel is left */
+                for (int m = 0; m < rows; m++) few[0][0](of, x, row + m, from, begin, end, to + m * TILE);
+        }
     }
 }
 
