@@ -57,6 +57,10 @@ def test_a_wheel_has_the_library_and_runs_on_old_systems(tree: Path) -> None:
     compiler = "cc" if here(zig=True) else "ziglang"
     if why := here(zig=compiler == "ziglang"):
         pytest.skip(why)
+    recipe = tree / "stages/kernels/build.py"
+    quick = recipe.read_text().replace('"-O3", "-funroll-loops"', '"-O1"')
+    assert quick != recipe.read_text()
+    recipe.write_text(quick)  # a minute less; the speed of this library is nobody's concern
     done = python(tree, WHEEL, compilers=compiler == "cc", PIPEINFER_KERNELS="require")
     assert done.returncode == 0, done.stderr
     assert re.search(rf"^pipeinfer: .* is built by .*{compiler}.* in .* s: portable", done.stderr, re.MULTILINE)

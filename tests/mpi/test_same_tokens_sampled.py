@@ -42,7 +42,7 @@ MAIN = [*(Case(ranks, settings=ALWAYS) for ranks in (4, 1, 2, 6)), *(Case(4, pol
 ALL = 2  # of them take every request
 POLICIES, COUNTS = ("plain", *RIVALS), (1, 2, 6)
 ALL_OTHERS = [Case(ranks, policy) for policy in POLICIES for ranks in COUNTS]
-OTHERS = ALL_OTHERS if FULL else [Case(COUNTS[index % 3], policy) for index, policy in enumerate(POLICIES)]
+OTHERS = ALL_OTHERS if FULL else [Case(2, RIVALS[0])]
 
 
 def requests() -> list[Asked]:
