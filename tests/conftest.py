@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # ranks that wait inside Open MPI leave the cores to others
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PIPEINFER_CACHE"] = "off"  # each job measures for itself
+
+# What a shell starts in the background ignores Ctrl-C, and so would all programs that tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Deadlines measure the neighbours on a shared machine; `timeout` in pyproject.toml is what catches a hang.
 settings.register_profile("full", deadline=None, print_blob=True)

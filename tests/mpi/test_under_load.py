@@ -28,12 +28,11 @@ def reference(dtype: str) -> tuple[int, list[Asked], list[Completion]]:
     [
         (1, "plain", "bf16", {"kv_memory": "2M"}),  # little: requests are preempted
         (1, "continuous", "bf16", {}),
-        (2, "continuous", "fp32", {"kv_memory": "4M"}),
         (2, "continuous", "bf16", {"tp": 2}),
         (4, "continuous", "fp32", {"drafters": 2}),
         (4, "benchmarks/baselines/sync-tree.toml", "bf16", {}),
     ],
-    ids=["plain", "alone", "two", "group", "four", "rounds"],
+    ids=["plain", "alone", "group", "four", "rounds"],
 )
 def test_each_is_what_it_is_alone(ranks: int, policy: str, dtype: str, more: dict[str, object]) -> None:
     seed, asked, wanted = reference(dtype)
