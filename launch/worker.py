@@ -13,7 +13,7 @@ from launch.environment import launched
 from launch.failure import in_a_line, report
 from launch.json_channel import JsonChannel, connect
 from launch.requests import Close, RequestOutput
-from launch.signals import ORDERLY_S, end_in_order
+from launch.signals import ORDERLY_S, end_in_order, end_undisturbed
 from launch.wire_forms import order_from_dict, output_to_dict
 from pipeinfer.core.config import Config
 from pipeinfer.core.errors import Terminated, exit_code, origin
@@ -85,8 +85,10 @@ def main(name: str) -> int:
         if world is not None:
             world.fail(error)
         report(error, rank)
+        end_undisturbed()
         return exit_code(error) or 1
     world.close()
+    end_undisturbed()
     return 0
 
 
