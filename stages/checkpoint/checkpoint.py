@@ -299,19 +299,6 @@ def refuse_unlike(stored: StoredTensor, shape: tuple[int, ...]) -> None:
         refuse(f"{stored.path}: tensor {stored.name} is {stored.dtype}", f"use one of {', '.join(FLOAT_NBYTES)}")
 
 
-@contextmanager
-def opened(path: Path, names: Iterable[str]) -> Iterator[Iterator[tuple[str, Any]]]:
-    """Windows on these tensors of one file, by the names in it; as long as it is open, ``window[...]`` reads."""
-    if path.suffix == ".bin":
-        content = open_pickle(path)
-        yield ((name, content[name]) for name in names)
-        return
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt", device="cpu") as file:
-        yield ((name, file.get_slice(name)) for name in names)
-
-
 def torch_windows() -> Window:
     """Windows on tensors of any files, as torch reads them: safetensors by pread (see extents), pickles once."""
     pickles: dict[Path, Any] = {}

@@ -105,7 +105,8 @@ class GenericSpec:
         if self.tied and ends:  # the two are one tensor, known to the checkpoint by either name
             ends |= self.tied_ends()
         quantized = Quantized(checkpoint, dtype, is_packed)
-        with reading(self.directory), unread(checkpoint, quantized) as weights:
+        with reading(self.directory):
+            weights = unread(checkpoint, quantized)
             skeleton, missing, unlike = build(model_class, config, weights, dtype, layers, ends)
         for name in sorted(missing):
             refuse(f"{self.directory}: tensor {name} is missing", AGAIN)

@@ -8,7 +8,6 @@ What is added here is only that nothing is missing, double, misshapen or not a f
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from stages.checkpoint.checkpoint import Checkpoint, numpy_windows, opened, refuse_unlike, torch_windows
+from stages.checkpoint.checkpoint import Checkpoint, numpy_windows, refuse_unlike, torch_windows
 from stages.checkpoint.folder import AGAIN, printable, refuse
 from stages.checkpoint.names import refuse_collisions
 from stages.checkpoint.safetensors_file import FLOAT_NBYTES, StoredTensor
@@ -142,20 +141,15 @@ class _Later:
         return self._quantized.tensor(self._name)[index]
 
 
-@contextmanager
-def unread(checkpoint: Checkpoint, quantized: Quantized) -> Iterator[dict[str, Any]]:
+def unread(checkpoint: Checkpoint, quantized: Quantized) -> dict[str, Any]:
     """The checkpoint's tensors, by the names of ``Checkpoint.tensors``, and its quantised matrices as ``quantized`` has
     them: ``tensor[...]`` reads one of them."""
-    by_path: dict[Path, dict[str, str]] = {}
     found: dict[str, Any] = {}
+    window = torch_windows()
     for name, stored in checkpoint.quantized.logical().items():
         if checkpoint.quantized.packing(name) is not None:
             found[name] = _Later(quantized, name)
         else:
-            by_path.setdefault(stored.path, {})[stored.name] = name
-    with ExitStack() as files:
-        for path, names in by_path.items():
-            for stored_name, window in files.enter_context(opened(path, names)):
-                is_read = isinstance(window, torch.Tensor)
-                found[names[stored_name]] = Mapped(window) if is_read else window
-        yield found
+            tensor = window(stored)
+            found[name] = Mapped(tensor) if isinstance(tensor, torch.Tensor) else tensor
+    return found

@@ -20,7 +20,7 @@ from torch import Tensor
 
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
 """What scales and minima are stored as."""
-KINDS = ("integer", "e3m2", "e4m3")
+KINDS = ("integer", "e3m2", "e3m0", "e4m3")
 """What codes are: whole numbers from 0 on, minus a zero point; or small floats (sign, exponent, mantissa)."""
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stages.quantization.bit_fields import codes_of
+
 
 def unpacked(packed: Tensor, bits: int, is_stream: bool = False) -> Tensor:
     """The codes in ``packed``, int32 [rows, words]: uint8 [rows, codes]. Where ``bits`` do not divide 32, a word has
     whole codes, and its highest bits are unused; with ``is_stream`` codes follow one another across words."""
     mask = (1 << bits) - 1
     if 8 % bits == 0:
-        data = packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-        if bits == 8:
-            return data
-        return torch.stack([(data >> shift) & mask for shift in range(0, 8, bits)], -1).flatten(-2)
+        data = packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # also of one word in each row
+        return codes_of(data, bits, 8 // bits * data.shape[-1])
     if not is_stream:
         parts = [((packed >> (bits * place)) & mask).byte() for place in range(32 // bits)]
         return torch.stack(parts, -1).flatten(-2)

@@ -21,9 +21,10 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -191,9 +192,9 @@ def run(seed: int, numbers: range, work: Path) -> tuple[Counter[str], list[str]]
     return ends, faults
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Damage checkpoints; print the faults.")
+def command_line(what: str, run: Callable[[int, range, Path], tuple[Counter[str], list[str]]]) -> NoReturn:
+    """Of a program that damages ``what`` and prints the faults. ``run``: as here."""
+    parser = argparse.ArgumentParser(description=f"Damage {what}; print the faults.")
     parser.add_argument("--inputs", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=int, help="this input alone")
@@ -209,4 +210,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line("checkpoints", run)

@@ -8,14 +8,10 @@ input follows from the seed and its number; ``--only N`` runs one again.
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import random
-import resource
 import struct
 import sys
-import tempfile
-import time
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -28,7 +24,7 @@ from pipeinfer.core.errors import UserError
 from pipeinfer.text import Text
 from stages.checkpoint.checkpoint import expected
 from stages.checkpoint.spec import ModelSpec
-from tests.fuzz.checkpoints import HANG_S, MEMORY, judge_refusal
+from tests.fuzz.checkpoints import HANG_S, command_line, judge_refusal
 from tests.models.gguf_files import convert
 from tests.models.tiny import make_tiny
 
@@ -111,22 +107,5 @@ def run(seed: int, numbers: range, work: Path) -> tuple[Counter[str], list[str]]
     return ends, faults
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Damage GGUF files; print the faults.")
-    parser.add_argument("--inputs", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", type=int, help="this input alone")
-    args = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    numbers = range(args.inputs) if args.only is None else range(args.only, args.only + 1)
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as work:
-        ends, faults = run(args.seed, numbers, Path(work))
-    took = f"{len(numbers)} inputs in {time.monotonic() - began:.0f} s"
-    print(f"seed {args.seed}: {took}, {dict(ends)}, {len(faults)} faults")
-    raise SystemExit(bool(faults))
-
-
 if __name__ == "__main__":
-    main()
+    command_line("GGUF files", run)

@@ -8,10 +8,8 @@ of a damaged matrix may be others, but never raise anything but a refusal.
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
-import tempfile
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -23,7 +21,7 @@ from pipeinfer.core.config import Config
 from pipeinfer.core.errors import UserError
 from stages.checkpoint.checkpoint import Checkpoint, expected_tensors
 from stages.checkpoint.spec import ModelSpec
-from tests.fuzz.checkpoints import judge_refusal
+from tests.fuzz.checkpoints import command_line, judge_refusal
 from tests.fuzz.damage import damage_bytes, damage_header, damage_json
 from tests.models.quantized_models import FORMATS, write
 from tests.models.tiny import make_tiny
@@ -70,15 +68,5 @@ def run(seed: int, numbers: range, work: Path) -> tuple[Counter[str], list[str]]
     return ends, faults
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--inputs", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=1)
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work:
-        ends, faults = run(given.seed, range(given.inputs), Path(work))
-    print(dict(ends), *faults, sep="\n")
-
-
 if __name__ == "__main__":
-    main()
+    command_line("quantised checkpoints", run)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import safetensors
 import torch
 from safetensors.torch import load_file
 
 from pipeinfer.core.errors import LocalProtocolError
 from pipeinfer.placement.roles import split_layers
+from stages.checkpoint.extents import TensorWindow
 from stages.kernels.top_tokens import top_tokens
 from stages.models.generic import GenericShard
 from stages.models.generic_slots import SlotCache, UnsupportedError
@@ -127,36 +126,13 @@ def test_weight_bytes_add_up(model: Path) -> None:
 def test_only_own_tensors_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = make_model(tmp_path, "mixtral")
     read: list[str] = []
-    real = safetensors.safe_open
+    real = TensorWindow.__getitem__
 
-    class Opened:
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.file = real(*args, **kwargs)
+    def noted(window: TensorWindow, parts: Any) -> torch.Tensor:
+        read.append(window._stored.name)
+        return real(window, parts)
 
-        def __enter__(self) -> Opened:
-            return self
-
-        def __exit__(self, *args: Any) -> None:
-            self.file.__exit__(*args)
-
-        def keys(self) -> Sequence[str]:
-            names: Sequence[str] = self.file.keys()
-            return names
-
-        def get_slice(self, name: str) -> Any:
-            inner = self.file.get_slice(name)
-
-            class Slice:
-                def __getitem__(self, index: Any) -> Any:
-                    read.append(name)
-                    return inner[index]
-
-                def __getattr__(self, what: str) -> Any:
-                    return getattr(inner, what)
-
-            return Slice()
-
-    monkeypatch.setattr(safetensors, "safe_open", Opened)
+    monkeypatch.setattr(TensorWindow, "__getitem__", noted)
     spec = GenericSpec.read(directory)
     assert not read
     GenericShard.load(spec, range(2, 4), torch.float32, 8)
