@@ -93,7 +93,7 @@ def clear(config: Config, ranks: int, has_kernels: bool | None = None) -> Cleare
     resolved = replace(resolved, kv_slots=kv_slots(spec, plan, resolved, context))
     refuse_weights_memory(target, plan, resolved, has_kernels)
     notes = ["" if has_kernels else _note(config, target, drafts)]
-    notes += [weights.note for _, weights in (target, *models.values()) if isinstance(weights, Checkpoint)]
+    notes += [weights.note for _, weights in (target, *models.values())]
     return Cleared(resolved, target, drafts, plan, context, "; ".join(dict.fromkeys(filter(None, notes))))
 
 

@@ -129,7 +129,12 @@ def shard_tensors(spec: ModelSpec, layers: range) -> list[str]:
 
 
 class Weights(Protocol):
-    """Where a shard gets its tensors from. What has no quantised weights inherits ``matrices``."""
+    """Where a shard gets its tensors from. What has no quantised weights inherits ``matrices`` and ``note``."""
+
+    @property
+    def note(self) -> str:
+        """What the user should know of the weights, in one line; empty for nothing."""
+        return ""
 
     def stored_name(self, name: str) -> str:
         """The tensor that stands for ``name``, an end of a tied model."""
@@ -173,7 +178,7 @@ class Checkpoint(Weights):
 
     @property
     def note(self) -> str:
-        """What its user should know of the weights, in one line; empty for nothing."""
+        """See Weights."""
         scheme = self.quantized.scheme
         return f"{self.directory}: {scheme.note}" if scheme is not None and scheme.note else ""
 
