@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from launch.backoff import Clock, sleep_until
 from launch.doorbell import Doorbell
 from pipeinfer.core.errors import StallError
-from pipeinfer.core.ports import Emit, Event, Finish, Idle, Send, Transport
+from pipeinfer.core.ports import Event, Output, Send, Transport
 from pipeinfer.runtime.executor import Executor
 
 MOST_IDLE_S = 50e-3
@@ -30,14 +30,14 @@ class Driver:
             self._bell.meet({0: self._bell.name})
         self.moved_at = self._clock.monotonic()
         self.executor: Executor  # set by the Job that creates the roles
-        self.outputs: deque[tuple[float, Emit | Finish | Idle]] = deque()
+        self.outputs: deque[tuple[float, Output]] = deque()
 
     def send(self, command: Send, now: float) -> None:
         """Outlet: send to the rank of the receiving role."""
         assert self._transport is not None, "a rank that is alone sends nothing"
         self._transport.send(self._rank_of_role[command.message.dest], command.message, command.payload)
 
-    def tell(self, command: Emit | Finish | Idle, now: float) -> None:
+    def tell(self, command: Output, now: float) -> None:
         """Outlet: output for the head's program, with its time."""
         self.outputs.append((now, command))
 

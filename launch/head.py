@@ -16,7 +16,7 @@ from typing import Any
 from launch.job import Job
 from launch.requests import Cancel, Close, OnOutput, Order, RequestOutput, Requests, Submit
 from pipeinfer.core.errors import StallError, UserError
-from pipeinfer.core.ports import Aborted, Emit, Finish, Request, Submitted
+from pipeinfer.core.ports import Aborted, Emit, Finish, Request, Score, Submitted
 
 GRACE_S = 3.0
 """A program's time to exit after its job has failed; then the other ranks are ended."""
@@ -73,6 +73,9 @@ class Head:
         if isinstance(command, Emit):
             load, tops = self._job.load, command.tops
             self._pass_on(RequestOutput(at_s, command.tokens, "", None, command.logps, tops, load, number))
+        elif isinstance(command, Score):
+            logps, tops = command.logps, command.tops
+            self._pass_on(RequestOutput(at_s, logps=logps, tops=tops, number=number, is_of_prompt=True))
         elif isinstance(command, Finish):
             self._served[number] = command.reason, command.fault
         else:

@@ -25,10 +25,8 @@ from pipeinfer.core.links import Link
 from pipeinfer.core.messages import Failed, Message
 from pipeinfer.core.ports import (
     Closed,
-    Emit,
     Event,
-    Finish,
-    Idle,
+    Output,
     Pair,
     Send,
     Stalled,
@@ -181,7 +179,7 @@ class Job:
         """On the head: hand the orchestrator an event from outside."""
         self._driver.deliver(ORCHESTRATOR, event)
 
-    def turn(self) -> deque[tuple[float, Emit | Finish | Idle]]:
+    def turn(self) -> deque[tuple[float, Output]]:
         """On the head: let in what has arrived, compute one layer, or wait a little. Returns the commands for the user
         with their times, for the caller to take."""
         self._driver.turn()

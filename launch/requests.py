@@ -37,8 +37,9 @@ Order = Submit | Cancel | Close
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
     """The output of request ``number`` at ``at_s`` (monotonic seconds): that it was submitted, tokens with their
-    log-probabilities and, if wanted, the most probable tokens in the place of each, how it ended. The last output has
-    a ``stats`` or, if the job failed, an ``error``.
+    log-probabilities and, if wanted, the most probable tokens in the place of each, how it ended. With
+    ``is_of_prompt`` log-probabilities are those of its prompt's next tokens (see ports.Score). The last output has a
+    ``stats`` or, if the job failed, an ``error``.
 
     ``reason``: stop, length, aborted or error; with error, ``fault`` is the layer whose numbers were not finite.
     ``load``: the orchestrator's, for those who watch."""
@@ -53,6 +54,7 @@ class RequestOutput:
     number: int = 0
     fault: int | None = None
     error: BaseException | None = None
+    is_of_prompt: bool = False
 
     @property
     def is_last(self) -> bool:

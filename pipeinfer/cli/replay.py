@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 ITEMS = {"rows": "row", "ops": "operation", "nodes": "node", "tokens": "token", "offsets": "offset", "top": "top token"}
+ITEMS |= {"next_tokens": "next token", "logit_bias": "biased token", "grammar": "grammar byte"}
 """What the lists of a message hold."""
 
 
@@ -160,7 +161,7 @@ def event_text(event: Event) -> str:
 
 def command_text(command: Command, now: float) -> str:
     """A command at ``now`` as text, neither Send nor Note."""
-    from pipeinfer.core.ports import Abandon, Compute, Emit, Finish, Idle, Wake
+    from pipeinfer.core.ports import Abandon, Compute, Emit, Finish, Idle, Score, Wake
 
     if isinstance(command, Compute):
         return f"compute {command.job} ({_rows(len(command.batch.tokens), len(command.batch.canonical))})"
@@ -170,6 +171,8 @@ def command_text(command: Command, now: float) -> str:
         return f"wake in {1e3 * (command.at - now):.3f}"
     if isinstance(command, Emit):
         return f"emit {_many(len(command.tokens), 'token')} of request {command.number}"
+    if isinstance(command, Score):
+        return f"score {_many(len(command.logps), 'token')} of request {command.number}"
     if isinstance(command, Finish):
         return f"finish request {command.number}: {command.reason}"
     return f"idle request {command.number}" if isinstance(command, Idle) else type(command).__name__.lower()

@@ -22,6 +22,8 @@ MAX_BIASES = 300
 """Most tokens whose logits a request changes."""
 MAX_GRAMMAR = 0xFFFF
 """Most bytes of a grammar."""
+NO_TOKEN = -1
+"""Stands for no token."""
 NO_SLOT = 0xFFFFFFFF
 """The parent of a row that attends to the canonical slots of its sequence alone; in a Cancelled, every row of a run."""
 
@@ -122,7 +124,8 @@ class Run(NamedTuple):
 
     ``is_canonical``: the rows are accepted tokens and extend the canonical slots (prefill). ``is_tombstone``: the run
     is dead; it carries its operations only, and nothing was computed. ``work_us``: the passes of all stages so far,
-    ``slowest_us``: the longest of them (microseconds)."""
+    ``slowest_us``: the longest of them (microseconds). ``next_tokens``: for each of ``rows`` the token that follows it
+    in its prompt, if the log-probability of that token is wanted, else NO_TOKEN; empty if none is wanted."""
 
     run: int
     is_canonical: bool = False
@@ -132,12 +135,14 @@ class Run(NamedTuple):
     slowest_us: int = 0
     ops: tuple[SlotOp, ...] = ()
     rows: tuple[Row, ...] = ()
+    next_tokens: tuple[int, ...] = ()
 
 
 class Result(NamedTuple):
-    """Last stage -> orchestrator: the target's token after each wanted row, prompt rows included. ``top``: the most
-    probable tokens after the first of ``rows``, best first, then those after the next one; of each row as many as its
-    ``top_count`` says, which is its sequence's ``top_logprobs``. The rest is as in Run."""
+    """Last stage -> orchestrator: the target's token after each wanted row, prompt rows included; after a row with one
+    of the run's ``next_tokens``, that one. ``top``: the most probable tokens after the first of ``rows``, best first,
+    then those after the next one; of each row as many as its ``top_count`` says, which is its sequence's
+    ``top_logprobs`` or, with a next token, ``prompt_logprobs``. The rest is as in Run."""
 
     run: int
     is_tombstone: bool = False
@@ -174,7 +179,7 @@ class Cancel(NamedTuple):
 class Settings(NamedTuple):
     """Orchestrator -> first stage -> ... -> last stage, and -> drafters: a sequence begins, and this is how its tokens
     are drawn; see ports.Sampling. ``prompt_length``: of the request's own prompt, also where the sequence begins again
-    with tokens that were generated before. ``grammar``: its text, byte by byte."""
+    with tokens that were generated before. ``prompt_logprobs``: -1 for None. ``grammar``: its text, byte by byte."""
 
     sequence: int
     temperature: float = 0.0
@@ -187,6 +192,7 @@ class Settings(NamedTuple):
     frequency_penalty: float = 0.0
     top_logprobs: int = 0
     prompt_length: int = 0
+    prompt_logprobs: int = -1
     logit_bias: tuple[TokenBias, ...] = ()
     grammar: tuple[int, ...] = ()
 

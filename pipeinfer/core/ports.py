@@ -57,9 +57,10 @@ class ShardModel(Protocol):
         self, hidden: Payload, rows: Sequence[int], count: int, draw: SamplingInputs | None = None
     ) -> list[list[SampledToken]]:
         """The ``count`` best next tokens after each of ``rows``, best first; the first one is what ``draw`` draws, by
-        default the most probable one. Behind them, unless they are guesses, come the most probable tokens by the
-        model's own logits, best first and of equal ones the lowest: as many as the row's ``top_logprobs`` says, or all
-        there are. What stands for a row of ``faults`` means nothing. Only for the last shard.
+        default the most probable one. Where ``draw`` gives a token, it stands for all of them. Behind them, unless they
+        are guesses, come the most probable tokens by the model's own logits, best first and of equal ones the lowest:
+        as many as the row's ``top_logprobs`` says, or all there are. What stands for a row of ``faults`` means nothing.
+        Only for the last shard.
         Log-probabilities are those of the model's own logits; for a guess, of its scores with the noise of the draw in
         them: how likely another model, given the same noise, is to draw that token."""
         ...
@@ -102,8 +103,9 @@ class Computed:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One generation. ``stop_tokens`` end it; they are emitted as its last token. ``priority``: of requests that wait,
-    those with the lowest are served first (as in vLLM)."""
+    """One generation. ``stop_tokens`` end it; they are emitted as its last token. ``max_new_tokens``: 0 where only
+    log-probabilities of the prompt are wanted. ``priority``: of requests that wait, those with the lowest are served
+    first (as in vLLM)."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
@@ -204,6 +206,17 @@ class Emit:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """The log-probabilities (natural log) of the next tokens of the prompt of request ``number``, by the target's
+    logits, from its second token on. ``tops``: the most probable tokens in the place of each, where the request wants
+    them. All come before the request's first token."""
+
+    logps: tuple[float, ...]
+    number: int = 0
+    tops: tuple[tuple[TopToken, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """Request ``number`` has no further token: ``stop``, ``length``, ``aborted`` or ``error``. ``fault``: with
     ``error``, the target's layer whose numbers are not finite; the number of layers stands for the output head."""
@@ -233,7 +246,9 @@ class Halt:
     """This role has ended."""
 
 
-Command = Send | Compute | Abandon | Wake | Emit | Finish | Idle | Note | Halt
+Output = Emit | Score | Finish | Idle
+"""What is for whoever submitted a request."""
+Command = Send | Compute | Abandon | Wake | Output | Note | Halt
 
 
 @dataclass(slots=True)

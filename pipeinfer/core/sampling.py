@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from pipeinfer.core.errors import refuse
 from pipeinfer.core.grammar import exact_grammar
-from pipeinfer.core.messages import MAX_BIASES, MAX_TOP, Settings, TokenBias
+from pipeinfer.core.messages import MAX_BIASES, MAX_TOP, NO_TOKEN, Settings, TokenBias
 
 LEAST, MOST = float(np.float32(1e-5)), 1e5
 """Bounds of temperature and penalty; within them no score leaves the range of 32-bit numbers."""
@@ -36,7 +36,8 @@ class Sampling:
 
     As at OpenAI: the logit of each generated token is lowered by ``presence_penalty``, and by ``frequency_penalty`` for
     each time that it was generated; ``logit_bias``: pairs of a token and what is added to its logit. ``top_logprobs``:
-    how many of the most probable tokens by the model's own logits are wanted beside each token.
+    how many of the most probable tokens by the model's own logits are wanted beside each token. ``prompt_logprobs``
+    (as in vLLM): the same beside each token of the prompt, and with it that token's own log-probability; None: neither.
 
     ``grammar``: tokens that would contradict it are never drawn; llguidance's JSON (see core.grammar), or empty. It
     begins with the first generated token.
@@ -54,6 +55,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     top_logprobs: int = 0
     prompt_length: int = 0
+    prompt_logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     grammar: str = ""
 
@@ -70,14 +72,16 @@ class Sampling:
     def settings(self, sequence: int, prompt_length: int) -> Settings:
         """As it travels, for the tokens of ``sequence``, whose request has a prompt of ``prompt_length`` tokens."""
         first = (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
-        rest = (self.presence_penalty, self.frequency_penalty, self.top_logprobs, prompt_length)
+        of_prompt = -1 if self.prompt_logprobs is None else self.prompt_logprobs
+        rest = (self.presence_penalty, self.frequency_penalty, self.top_logprobs, prompt_length, of_prompt)
         biases = tuple([TokenBias(*pair) for pair in self.logit_bias])
         return Settings(sequence, *first, *rest, biases, tuple(self.grammar.encode("ascii")))
 
     @classmethod
     def of(cls, settings: Settings) -> Sampling:
         """The sampling of ``settings``."""
-        return cls(*settings[1:-1], bytes(settings.grammar).decode("latin-1"))
+        of_prompt = None if settings.prompt_logprobs < 0 else settings.prompt_logprobs
+        return cls(*settings[1:-3], of_prompt, settings.logit_bias, bytes(settings.grammar).decode("latin-1"))
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> Sampling:
@@ -97,6 +101,7 @@ class SamplingInputs:
     repeats, where its sampling has a presence or frequency penalty or a grammar; likewise. ``is_guess``: a drafter
     asks, for what the target will draw. ``masks``: for each row which tokens its grammar allows, bool [vocabulary],
     without any where it has none; () if no row has one. Whoever knows the vocabulary adds them (stages.models.guided).
+    ``given``: for each row the token that comes after it and is not drawn, NO_TOKEN where one is drawn; () if all are.
     """
 
     samplings: tuple[Sampling, ...]
@@ -105,13 +110,19 @@ class SamplingInputs:
     is_guess: bool = False
     generated: tuple[npt.NDArray[np.int64], ...] = ()
     masks: tuple[npt.NDArray[np.bool_], ...] = ()
+    given: tuple[int, ...] = ()
+
+    def gives(self, row: int) -> bool:
+        """Whether the token after ``row`` is given."""
+        return bool(self.given) and self.given[row] != NO_TOKEN
 
     def of(self, rows: Sequence[int]) -> SamplingInputs:
         """The draw of ``rows`` alone, in their order."""
         samplings = tuple([self.samplings[row] for row in rows])
         seen, generated = (tuple([each[row] for row in rows]) if each else () for each in (self.seen, self.generated))
         masks = tuple([self.masks[row] for row in rows]) if self.masks else ()
-        return SamplingInputs(samplings, self.positions[list(rows)], seen, self.is_guess, generated, masks)
+        given = tuple([self.given[row] for row in rows]) if self.given else ()
+        return SamplingInputs(samplings, self.positions[list(rows)], seen, self.is_guess, generated, masks, given)
 
 
 def exact(sampling: Sampling) -> Sampling:
@@ -135,6 +146,9 @@ def exact(sampling: Sampling) -> Sampling:
         refuse(f"seed {sampling.seed}", "use a whole number from 0 to 2^64 - 1")
     if not 0 <= sampling.top_logprobs <= MAX_TOP:
         refuse(f"top_logprobs {sampling.top_logprobs}", f"use a whole number from 0 to {MAX_TOP}")
+    of_prompt = sampling.prompt_logprobs
+    if of_prompt is not None and not 0 <= of_prompt <= MAX_TOP:
+        refuse(f"prompt_logprobs {of_prompt}", f"use None (none) or a whole number from 0 to {MAX_TOP}")
     return Sampling(
         temperature,
         int(sampling.top_k),
@@ -146,6 +160,7 @@ def exact(sampling: Sampling) -> Sampling:
         _exact_penalty("frequency_penalty", sampling.frequency_penalty),
         int(sampling.top_logprobs),
         sampling.prompt_length,
+        None if of_prompt is None else int(of_prompt),
         _exact_biases(sampling.logit_bias),
         exact_grammar(sampling.grammar),
     )

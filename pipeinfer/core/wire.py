@@ -57,7 +57,7 @@ from pipeinfer.core.messages import (
 )
 
 MAGIC = 0x4950
-VERSION = 5
+VERSION = 6
 ENVELOPE = struct.Struct("<HBBHHII")
 
 
@@ -152,11 +152,15 @@ def _has_its_tops(result: Result) -> bool:
     return sum(counts) == len(result.top) and max(counts, default=0) <= MAX_TOP
 
 
+def _has_its_next_tokens(run: Run) -> bool:
+    return len(run.next_tokens) in (0, len(run.rows))
+
+
 LAYOUTS = {
     layout.kind: layout
     for layout in (
         _layout(1, Hello, "I"),
-        _layout(2, Run, "I??BII", OPS, ROWS, enums={3: Wants}),
+        _layout(2, Run, "I??BII", OPS, ROWS, TOKENS, enums={3: Wants}, check=_has_its_next_tokens),
         _layout(3, Result, "I?II", RESULTS, TOP, check=_has_its_tops),
         _layout(4, Credit, "III"),
         _layout(5, Cancel, "?", CANCELLED),
@@ -167,7 +171,7 @@ LAYOUTS = {
         _layout(10, Shutdown, ""),
         _layout(11, Probe, ""),
         _layout(12, Status, "?III"),
-        _layout(13, Settings, "IdIdddQddBI", BIASES, GRAMMAR),
+        _layout(13, Settings, "IdIdddQddBIb", BIASES, GRAMMAR),
         _layout(14, DraftOrder, "I?IIf"),
         _layout(15, Calibrate, "IIf", OFFSETS),
         _layout(16, Failed, "I"),

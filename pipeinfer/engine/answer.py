@@ -26,8 +26,9 @@ class Completion:
     text and tokens are what there was. ``metrics`` are those of pipeinfer.core.metrics; ``calibrations`` what has
     been learnt of the sources' probabilities; ``ranks`` says who computed it; ``logprobs`` are those of ``tokens``
     (natural logarithm), by the model's logits before anything was done to them, and ``top_logprobs`` the most probable
-    tokens in the place of each, if the sampling asked for some. ``meaningless``: acceptance was forced,
-    the models did not say these tokens."""
+    tokens in the place of each, if the sampling asked for some. ``prompt_logprobs`` and ``prompt_top_logprobs``: the
+    same of ``prompt_tokens``, None and () for the first one, if the sampling asked for ``prompt_logprobs``.
+    ``meaningless``: acceptance was forced, the models did not say these tokens."""
 
     text: str = ""
     prompt_tokens: list[int] = field(default_factory=list)
@@ -40,6 +41,8 @@ class Completion:
     ranks: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[tuple[TopToken, ...]] = field(default_factory=list)
+    prompt_logprobs: list[float | None] = field(default_factory=list)
+    prompt_top_logprobs: list[tuple[TopToken, ...]] = field(default_factory=list)
     meaningless: bool = False
 
 
@@ -108,6 +111,8 @@ class Handle:
         self._stats: RequestStats | None = None
         self._error: BaseException | None = None
         self._is_over = False
+        if request.sampling.prompt_logprobs is not None:
+            completion.prompt_logprobs, completion.prompt_top_logprobs = [None], [()]
         self._number = job.submit(request, self._received)
 
     # On the thread that drives the job.
@@ -133,6 +138,9 @@ class Handle:
         if self._submitted_at is None:
             self._submitted_at = output.at_s
         piece, completion = "", self.completion
+        if output.is_of_prompt:
+            completion.prompt_logprobs += output.logps
+            completion.prompt_top_logprobs += output.tops or [()] * len(output.logps)
         if output.tokens and not self._reader.is_stopped:
             count, piece = self._reader.read(output.tokens)
             completion.tokens += output.tokens[:count]

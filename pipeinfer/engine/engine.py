@@ -230,9 +230,9 @@ class Engine:
 
         ``sampling``: None for what the model's generation_config.json says, greedy if it says nothing. ``stop``:
         strings before the first of which the text ends, or special tokens; ``tokens`` then ends with the one that
-        completed it. ``grammar``: what the answer must follow: a JSON schema, or the text of a grammar as
-        core.grammar makes it, instead of the one in ``sampling``. ``watch``: called with all that the job tells, by
-        whoever takes the pieces.
+        completed it. ``max_new_tokens`` may be 0 where ``sampling`` has ``prompt_logprobs``. ``grammar``: what the
+        answer must follow: a JSON schema, or the text of a grammar as core.grammar makes it, instead of the one in
+        ``sampling``. ``watch``: called with all that the job tells, by whoever takes the pieces.
         Raises UserError for what cannot be served."""
         job = self._open()
         assert self._builder is not None

@@ -65,6 +65,9 @@ class RequestBuilder:
     ) -> BuiltRequest:
         """Build the request; for the arguments see Engine.submit. Raises UserError for what cannot be served."""
         tokens = self.tokenize(prompt, max_new_tokens, chat)
+        drawn = exact(self.sampling if sampling is None else sampling)
+        if max_new_tokens < 1 and drawn.prompt_logprobs is None:
+            refuse(f"{max_new_tokens} new tokens", "ask for at least one, or for prompt_logprobs")
         stop_tokens, stops = set() if ignore_eos else set(self._stop_tokens), list[str]()
         for text in checked_stops(stop):
             token = self._text.special_stop(text)
@@ -72,7 +75,6 @@ class RequestBuilder:
                 stops.append(text)
             else:
                 stop_tokens.add(token)
-        drawn = exact(self.sampling if sampling is None else sampling)
         if drawn.grammar and ignore_eos:
             refuse("a grammar with ignore_eos", "leave ignore_eos out: the answer ends where the grammar does")
         self.check_grammar(drawn.grammar)
@@ -93,7 +95,7 @@ class RequestBuilder:
         return self._text.reader(built.request.stop_tokens, built.stops, built.request.prompt)
 
     def tokenize(self, prompt: Prompt, max_new_tokens: int, chat: bool = False) -> list[int]:
-        """The prompt's tokens. Raises UserError for a prompt that cannot be served."""
+        """The prompt's tokens; see Engine.tokenize. Raises UserError for a prompt that cannot be served."""
         if isinstance(prompt, str):
             prompt = self._text.encode_chat(prompt) if chat else self._text.encode(prompt)
         elif chat:
@@ -101,7 +103,7 @@ class RequestBuilder:
         tokens = token_ids(prompt, self._vocab_size)
         if not tokens:
             refuse("the prompt is empty", "give at least one token of text")
-        if max_new_tokens < 1:
+        if max_new_tokens < 0:
             refuse(f"{max_new_tokens} new tokens", "ask for at least one")
         if len(tokens) + max_new_tokens > self.context:
             raise ContextExceeded(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from pipeinfer.core.errors import RemoteProtocolError
 from pipeinfer.core.messages import Cancelled, Result, ResultRow, fault_layer
+from pipeinfer.core.ports import Command, Score
 from pipeinfer.orchestrator.session import Session
 from speculation.trees.tree import Node
 
@@ -16,14 +17,16 @@ from speculation.trees.tree import Node
 class InFlight:
     """A run in flight: whose rows it has, the nodes it carries, and those that it carries once more (see Launch).
 
-    ``prompts``: slots of prompt rows, by sequence. ``carries_root``: whether it carries the root of a tree of that
-    time, prompts aside. ``living``: nodes whose results may be of use."""
+    ``prompts``: slots of prompt rows, by sequence. ``scored``: those after which the log-probability of the prompt's
+    next token is wanted. ``carries_root``: whether it carries the root of a tree of that time, prompts aside.
+    ``living``: nodes whose results may be of use."""
 
     number: int
     sessions: list[Session] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     copies: list[Node] = field(default_factory=list)
     prompts: dict[int, list[int]] = field(default_factory=dict)
+    scored: dict[int, list[int]] = field(default_factory=dict)
     carries_root: bool = False
     rows: int = 0
     is_prefill: bool = False
@@ -60,6 +63,20 @@ class InFlight:
                 raise RemoteProtocolError(f"run {self.number} came back without its row at position {node.position}")
         faulty = [row for row in reversed(result.rows) if row.token < 0] if self.is_prefill else []
         return {row.sequence: fault_layer(row.token) for row in faulty}
+
+    def scores(self, result: Result, session: Session) -> list[Command]:
+        """The log-probabilities in the result of this run of tokens of the prompt of ``session``, if it has any. Raises
+        RemoteProtocolError where one is missing."""
+        slots = self.scored.get(session.sequence)
+        if not slots:
+            return []
+        found = {row.slot: (row.logp, top) for row, top in zip(result.rows, result.tops(), strict=True)}
+        if not found.keys() >= set(slots):
+            raise RemoteProtocolError(f"run {self.number} came back without rows of the prompt that was to be scored")
+        session.scored += len(slots)
+        logps, tops = zip(*[found[slot] for slot in slots], strict=True)
+        has_tops = bool(session.request.sampling.prompt_logprobs)
+        return [Score(logps, session.caller_number, tops if has_tops else ())]
 
 
 class Flight:

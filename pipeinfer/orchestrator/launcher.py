@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
 from kvbuffers.slot_allocator import SlotAllocator
-from pipeinfer.core.messages import Row, Run, Wants
+from pipeinfer.core.messages import NO_TOKEN, Row, Run, Wants
 from pipeinfer.orchestrator.flight import Flight
 from pipeinfer.orchestrator.session import Session
 from speculation.schedules.schedule import Launch
@@ -35,21 +35,27 @@ class Launcher:
         ends = waiting[0] in chosen
         if not ends:
             chosen = [waiting[0]]
-        ops, rows, prompts = self._allocator.operations(), list[Row](), dict[int, list[int]]()
+        ops, rows, next_tokens = self._allocator.operations(), list[Row](), list[int]()
+        prompts, scored = dict[int, list[int]](), dict[int, list[int]]()
         for session in chosen:
             chunk = session.text[session.prefilled : session.prompt][:most]
             more, mine = self._allocator.prompt_rows(session.sequence, chunk)
             ops += more
             rows += mine
             prompts[session.sequence] = [row.slot for row in mine]
+            if session.wants_scores:
+                next_tokens += [NO_TOKEN] * (len(rows) - len(mine) - len(next_tokens))
+                next_tokens += [session.next_token(row.position) for row in mine]
+                scored[session.sequence] = [row.slot for row in mine if session.next_token(row.position) != NO_TOKEN]
             session.prefilled += len(mine)
             session.stats.prefill_runs += 1
             if ends:
                 session.tree.root.slot = mine[-1].slot
         run = self._flight.launch(chosen, [one.tree.root for one in chosen if ends], [], now)
-        run.prompts, run.is_prefill = prompts, True
+        run.prompts, run.scored, run.is_prefill = prompts, scored, True
         wants = Wants.LAST if ends else Wants.NOTHING
-        return Run(run.number, is_canonical=True, wants=wants, ops=ops, rows=tuple(rows))
+        next_tokens += [NO_TOKEN] * (len(rows) - len(next_tokens)) if next_tokens else []
+        return Run(run.number, True, wants=wants, ops=ops, rows=tuple(rows), next_tokens=tuple(next_tokens))
 
     def nodes(self, launch: Launch, served: Mapping[int, Session], now: float) -> Run:
         """The nodes of ``launch``. ``served``: the sessions by sequence."""

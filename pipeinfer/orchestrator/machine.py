@@ -30,18 +30,7 @@ from kvbuffers.slot_allocator import SlotAllocator
 from pipeinfer.core.addresses import FIRST_STAGE, ORCHESTRATOR, address_name
 from pipeinfer.core.edges import Edges
 from pipeinfer.core.errors import LocalProtocolError, RankFailed, RemoteProtocolError
-from pipeinfer.core.messages import (
-    Body,
-    Credit,
-    Failed,
-    Hello,
-    Message,
-    Nodes,
-    Result,
-    Run,
-    Shutdown,
-    Status,
-)
+from pipeinfer.core.messages import Body, Credit, Failed, Hello, Message, Nodes, Result, Run, Shutdown, Status
 from pipeinfer.core.ports import (
     Aborted,
     Closed,
@@ -350,7 +339,7 @@ class Orchestrator:
             if session.sequence in faults:
                 commands += self._finish(session, "error", faults[session.sequence])
             else:
-                commands += self._accept(session, run, died, advanced)
+                commands += [*run.scores(result, session), *self._accept(session, run, died, advanced)]
         roots = {sequence: one.tree.root for sequence, one in self._sessions.items()}
         commands += self._advice.cancel(*self._flight.losses(died, roots), self._now)
         guesses = self._schedule.guesses
@@ -363,6 +352,9 @@ class Orchestrator:
     ) -> list[Command]:
         """Emit what is now known of ``session``. ``died`` and ``advanced`` take the nodes that died, and the sequence
         with its accepted nodes and whether guesses begin anew."""
+        if not session.left and session.tree.root.choice is not None:  # only the prompt's log-probabilities were wanted
+            session.has_result = True
+            return self._finish(session, "length")
         outcome = accept(session.tree, session.left, session.request.stop_tokens, self._sources.verified)
         if not outcome.accepted:
             return [] if outcome.fault is None else self._finish(session, "error", outcome.fault)

@@ -31,13 +31,15 @@ class Pool:
     def begin(self, session: Session, sequence: int, active: Iterable[Session]) -> int | None:
         """Begin the slots of ``sequence``, which ``session`` is about to become, beside the ``active`` ones: how many
         tokens it shares with another sequence, or None if its prompt finds no slots now. Each active session may still
-        want slots for the rest of its prompt and for its next token."""
+        want slots for the rest of its prompt and for its next token. Where log-probabilities of the prompt are wanted,
+        nothing is shared: all rows must be computed (as in vLLM)."""
         active = list(active)
         owed = sum(one.prompt - one.prefilled + 1 for one in active)
-        source, length = self._match(session.text, active) if self._keeps else (0, 0)
-        if not self._finds(owed + len(session.text) - length + 1, but=source):
+        needed = owed + len(session.text) + (session.left > 0)
+        source, length = self._match(session.text, active) if self._keeps and not session.wants_scores else (0, 0)
+        if not self._finds(needed - length, but=source):
             source, length = 0, 0
-            if not self._finds(owed + len(session.text) + 1, but=0):
+            if not self._finds(needed, but=0):
                 return None
         if length:
             self.allocator.fork(sequence, source, length)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipeinfer.core.errors import LocalProtocolError
+from pipeinfer.core.messages import NO_TOKEN
 from pipeinfer.core.ports import Request, RequestStats, Submitted
 from speculation.trees.tree import Tree
 
@@ -14,6 +15,7 @@ from speculation.trees.tree import Tree
 @dataclass(slots=True, eq=False)
 class Session:
     """How far a request is: ``prefilled`` tokens of its prompt are on their way, ``emitted`` tokens are out.
+    ``scored``: how many of the first tokens of the request's prompt need no log-probabilities any more.
 
     ``caller_number``: the caller's id of the request; ``sequence``: the id that messages carry, 0 while the request
     waits. ``text``: the request's prompt and all tokens that are out. ``prompt``: how many of them were known when the
@@ -34,11 +36,26 @@ class Session:
     has_result: bool = False  # whether the target has read the whole prompt
     is_over: bool = False
     is_preempted: bool = False  # over for now: it begins again
+    scored: int = 0
+
+    def __post_init__(self) -> None:
+        sampling, prompt = self.request.sampling, self.request.prompt
+        self.scored = len(prompt) if sampling.prompt_logprobs is None else 1
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether log-probabilities of its prompt are still wanted."""
+        return self.scored < len(self.request.prompt)
+
+    def next_token(self, position: int) -> int:
+        """The token after ``position``, if its log-probability is wanted, else NO_TOKEN."""
+        is_wanted = self.scored <= position + 1 < len(self.request.prompt)
+        return self.text[position + 1] if is_wanted else NO_TOKEN
 
     @property
     def last_position(self) -> int:
-        """The last position whose choice may still be emitted."""
-        return len(self.request.prompt) + self.request.max_new_tokens - 2
+        """The last position whose choice may still be emitted, or the prompt's last one."""
+        return len(self.request.prompt) + max(1, self.request.max_new_tokens) - 2
 
     @property
     def left(self) -> int:
@@ -119,8 +136,9 @@ class Waiting:
     def submit(self, submitted: Submitted) -> None:
         """Put a new request in its place. Raises LocalProtocolError for one that cannot be served."""
         request = submitted.request
-        if not request.prompt or request.max_new_tokens < 1:
-            raise LocalProtocolError("a request needs a prompt and at least one new token")
+        least = 1 if request.sampling.prompt_logprobs is None else 0
+        if not request.prompt or request.max_new_tokens < least:
+            raise LocalProtocolError("a request needs a prompt and at least one new token, or log-probabilities of it")
         if len(request.prompt) + request.max_new_tokens > self._context:
             raise LocalProtocolError(f"the request needs more than the context of {self._context} tokens")
         self._arrivals += 1

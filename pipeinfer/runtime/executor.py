@@ -19,13 +19,11 @@ from pipeinfer.core.ports import (
     Command,
     Compute,
     Computed,
-    Emit,
     Event,
-    Finish,
     Halt,
-    Idle,
     Machine,
     Note,
+    Output,
     Payload,
     Received,
     SampledToken,
@@ -36,6 +34,10 @@ from pipeinfer.core.ports import (
 )
 from pipeinfer.runtime.trace import raised
 
+SCORED_ROWS = 32
+"""Prompt rows that go through the output head at a time, where their log-probabilities are wanted: all logits of a row
+are kept until then, 20 MB for 32 rows of 152,000 tokens."""
+
 
 class Outlet(Protocol):
     """Where commands that leave the rank go."""
@@ -44,7 +46,7 @@ class Outlet(Protocol):
         """A message for a role on another rank."""
         ...
 
-    def tell(self, command: Emit | Finish | Idle, now: float) -> None:
+    def tell(self, command: Output, now: float) -> None:
         """Outputs for whoever submitted the request."""
         ...
 
@@ -187,7 +189,18 @@ class Executor:
         self, compute: Compute, shard: ShardModel, hidden: Payload
     ) -> tuple[Payload | None, list[list[SampledToken]] | None]:
         if compute.choices:
-            return None, shard.sample(hidden, compute.rows, compute.choices, compute.draw)
+            return None, _choices(compute, shard, hidden)
         if compute.rows:
             raise LocalProtocolError("a computation wants choices after its rows, but no number of them")
         return hidden, None
+
+
+def _choices(compute: Compute, shard: ShardModel, hidden: Payload) -> list[list[SampledToken]]:
+    """What ``shard`` chooses after the rows of ``compute``, some rows at a time where that may need much memory."""
+    draw, rows, found = compute.draw, compute.rows, list[list[SampledToken]]()
+    if draw is None or not draw.given:
+        return shard.sample(hidden, rows, compute.choices, draw)
+    for first in range(0, len(rows), SCORED_ROWS):
+        some = range(first, min(first + SCORED_ROWS, len(rows)))
+        found += shard.sample(hidden, rows[first : some.stop], compute.choices, draw.of(some))
+    return found

@@ -47,12 +47,13 @@ from pipeinfer.core.ports import (
     RequestStats,
     Sampling,
     SamplingInputs,
+    Score,
     Send,
     Submitted,
 )
 from pipeinfer.core.wire import LAYOUTS, VERSION
 
-FORMAT = 5
+FORMAT = 6
 MARK = "pipeinfer_trace"
 TENSOR = "a tensor"
 """Stands for activations, which are not stored."""
@@ -145,7 +146,8 @@ def _batch_form(batch: Batch) -> tuple[Any, ...]:
 
 def _draw_form(draw: SamplingInputs) -> tuple[Any, ...]:
     seen, generated = ([_packed(tokens.tobytes()) for tokens in each] for each in (draw.seen, draw.generated))
-    return draw.samplings, draw.positions.tolist(), seen, draw.is_guess, generated
+    masks = ()  # whoever has the vocabulary makes them again
+    return draw.samplings, draw.positions.tolist(), seen, draw.is_guess, generated, masks, draw.given
 
 
 _FORMS: dict[type, Callable[[Any], Any]] = {kind: _named(kind) for kind in (*get_args(Event), *get_args(Command))}
@@ -261,6 +263,7 @@ def _payload(is_there: bool) -> str | None:
 
 
 _KINDS = {layout.kind.__name__: layout for layout in LAYOUTS.values()}
+_LOGPS = {"logps": tuple, "tops": lambda stored: tuple(tuple(TopToken(*pair) for pair in pairs) for pairs in stored)}
 _SAMPLING = _maker(Sampling, logit_bias=lambda stored: tuple(map(tuple, stored)))
 _READERS: dict[type, dict[str, Callable[[Any], Any]]] = {
     Received: {"message": _message, "payload": _payload},
@@ -292,13 +295,12 @@ _READERS: dict[type, dict[str, Callable[[Any], Any]]] = {
             positions=_integers,
             seen=_texts,
             generated=_texts,
+            masks=tuple,
+            given=tuple,
         ),
     },
-    Emit: {
-        "tokens": tuple,
-        "logps": tuple,
-        "tops": lambda stored: tuple(tuple(TopToken(*pair) for pair in pairs) for pairs in stored),
-    },
+    Emit: {"tokens": tuple, **_LOGPS},
+    Score: _LOGPS,
     Idle: {"stats": _maker(RequestStats)},
 }
 _EVENTS = {kind.__name__: _maker(kind, **_READERS.get(kind, {})) for kind in get_args(Event)}

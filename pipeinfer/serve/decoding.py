@@ -47,17 +47,20 @@ class Decoding:
             if asked.stream:
                 await _send_stream(_events(answers, reply), send)
             else:
-                await as_json(await _whole(answers, reply))(scope, receive, send)
+                await _wait(answers)
+                # The texts of many tokens take long, so that other answers would wait.
+                whole = await self._front.tokenizing(reply.whole) if asked.scores_prompt else reply.whole()
+                await as_json(whole)(scope, receive, send)
 
 
-async def _whole(answers: list[Served], reply: Reply) -> dict[str, Any]:
+async def _wait(answers: list[Served]) -> None:
+    """Wait until all ``answers`` are whole. Raises ApiError for one that failed."""
     try:
         async with contextlib.aclosing(_pieces(answers)) as pieces:
             async for _ in pieces:
                 pass
     except PipeinferError as error:
         raise ApiError(500, str(error)) from None
-    return reply.whole()
 
 
 async def _events(answers: list[Served], reply: Reply) -> AsyncGenerator[dict[str, Any], None]:

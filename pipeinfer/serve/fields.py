@@ -24,6 +24,8 @@ COMPLETION_TOKENS = 16
 MOST_CHOICES = 128
 """Choices of one response, as at OpenAI."""
 MOST_PRIORITY = 2**31 - 1
+LIMITS = ("max_completion_tokens", "max_tokens")
+"""The fields that say how many new tokens there may be. The first one counts."""
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "store": (False,),
@@ -83,7 +85,8 @@ class ApiRequest:
     """One request. ``prompts``: texts or token ids; ``messages``: those of a chat, which has no prompts. ``n``: choices
     for each prompt. ``sampling``: the sampling settings that were given. ``max_new_tokens``: None if nothing was said.
     ``usage`` and ``continuous_usage``: whether a stream tells how many tokens there were, at its end or in each chunk.
-    ``logprobs``: of how many alternatives, None: of no token at all. ``priority``: lower ones go first.
+    ``logprobs``: of how many alternatives, None: of no token at all. ``echo``: the text begins with the prompt, and so
+    do log-probabilities. ``priority``: lower ones go first.
     ``grammar``: what the answers must follow, and the field that says so; empty for nothing."""
 
     prompts: list[TextOrTokens] = field(default_factory=list)
@@ -101,6 +104,11 @@ class ApiRequest:
     priority: int = 0
     grammar: tuple[str, str] = ("", "")
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt are wanted."""
+        return self.echo and self.logprobs is not None
+
 
 def parse(data: bytes, is_chat: bool, models: tuple[str, ...]) -> ApiRequest:
     """The request in the body ``data``, for one of ``models``. Raises ApiError: 404 for another model, 400 for whatever
@@ -111,26 +119,25 @@ def parse(data: bytes, is_chat: bool, models: tuple[str, ...]) -> ApiRequest:
     refuse_others(fields, _SUPPORTED | own, _neutral(is_chat))
     stream = flag(fields, "stream")
     usage, continuous = _stream_options(fields, stream)
+    echo, told = not is_chat and flag(fields, "echo"), logprobs(fields, is_chat)
     asked = ApiRequest(
         prompts=[] if is_chat else prompts(fields.get("prompt")),
         messages=messages(fields.get("messages")) if is_chat else None,
         n=whole(fields, "n", 1, MOST_CHOICES) or 1,
         sampling=sampling(fields),
-        max_new_tokens=_limit(fields),
+        max_new_tokens=_limit(fields, 0 if echo and told is not None else 1),
         stop=_stop(fields.get("stop")),
         ignore_eos=flag(fields, "ignore_eos"),
         stream=stream,
         usage=usage,
         continuous_usage=continuous,
-        logprobs=logprobs(fields, is_chat),
-        echo=not is_chat and flag(fields, "echo"),
+        logprobs=told,
+        echo=echo,
         priority=whole(fields, "priority", -MOST_PRIORITY, MOST_PRIORITY) or 0,
         grammar=grammar(fields),
     )
     if asked.ignore_eos and asked.grammar[0]:
         raise invalid("ignore_eos", f"ignore_eos with {asked.grammar[1]}: the answer ends where the grammar does")
-    if asked.echo and asked.logprobs is not None:
-        raise invalid("echo", "echo with logprobs is not supported: a prompt's log-probabilities are not computed")
     if len(asked.prompts) * asked.n > MOST_CHOICES:
         raise invalid("prompt", f"{len(asked.prompts)} prompts with n={asked.n}: at most {MOST_CHOICES} choices")
     return asked
@@ -148,13 +155,14 @@ def _neutral(is_chat: bool) -> Neutral:
     return _NEUTRAL | (_NEUTRAL_CHAT if is_chat else _NEUTRAL_COMPLETION)
 
 
-def _limit(fields: Mapping[str, Any]) -> int | None:
-    """The most new tokens, under its new or its old name."""
+def _limit(fields: Mapping[str, Any], least: int) -> int | None:
+    """The most new tokens, under its new or its old name; at ``least`` so many."""
     limits: list[int] = []
-    for name in ("max_completion_tokens", "max_tokens"):
+    for name in LIMITS:
         limit = take(fields, name, (int,), "a whole number")
-        if limit is not None and limit < 1:
-            raise invalid(name, f"{name} must be at least 1, not {limit}")
+        if limit is not None and limit < least:
+            other = ", or 0 with echo and logprobs" if limit == 0 else ""
+            raise invalid(name, f"{name} must be at least {least}{other}, not {limit}")
         limits += [] if limit is None else [limit]
     return limits[0] if limits else None
 

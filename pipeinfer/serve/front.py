@@ -198,8 +198,8 @@ def _give_up(submitted: Future[list[Served]]) -> None:
 
 
 def is_greedy(engine: Engine, asked: ApiRequest) -> bool:
-    """Whether all choices for a prompt have the same tokens."""
-    return not asked.sampling.get("temperature", engine.sampling.temperature)
+    """Whether all choices for a prompt have the same tokens, or none."""
+    return asked.max_new_tokens == 0 or not asked.sampling.get("temperature", engine.sampling.temperature)
 
 
 def sequences(engine: Engine, asked: ApiRequest) -> int:
@@ -245,7 +245,7 @@ def _tokenized(engine: Engine, asked: ApiRequest) -> list[tuple[list[int], int]]
     found = []
     try:
         for prompt in asked.prompts if asked.messages is None else [chat_tokens(engine, asked.messages)]:
-            tokens = engine.tokenize(prompt, 1)
+            tokens = engine.tokenize(prompt, 0 if asked.max_new_tokens == 0 else 1)
             room = engine.context - len(tokens)
             default = min(room, COMPLETION_TOKENS) if asked.messages is None else room
             limit = default if asked.max_new_tokens is None else asked.max_new_tokens
@@ -270,6 +270,8 @@ def _settings(engine: Engine, asked: ApiRequest) -> dict[str, Any]:
     settings = {name: value for name, value in asked.sampling.items() if name != "seed"}
     if asked.logprobs:
         settings["top_logprobs"] = asked.logprobs
+    if asked.scores_prompt:
+        settings["prompt_logprobs"] = asked.logprobs
     grammar, field = asked.grammar
     if grammar:
         try:

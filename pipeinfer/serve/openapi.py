@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeinfer.core.sampling import LEAST, MOST, MOST_STOPS
 from pipeinfer.core.version import __version__
-from pipeinfer.serve.fields import MOST_CHOICES, MOST_PRIORITY
+from pipeinfer.serve.fields import LIMITS, MOST_CHOICES, MOST_PRIORITY
 from pipeinfer.serve.prompts import ROLES
 from pipeinfer.serve.sampling_fields import MOST_BIAS, MOST_BIASES, MOST_PENALTY, MOST_TOP
 
@@ -105,8 +105,8 @@ def _model(names: list[str]) -> Schema:
     return {"type": ["string", "null"], "enum": [*names, None]}
 
 
-def _shared(names: list[str]) -> dict[str, Schema]:
-    """The fields of both endpoints that decode."""
+def _shared(names: list[str], least: int) -> dict[str, Schema]:
+    """The fields of both endpoints that decode. ``least``: new tokens."""
     usage = _object([], {"include_usage": BOOLEAN, "continuous_usage_stats": BOOLEAN})
     stop: Schema = {"type": "string", "minLength": 1}
     bias = {"type": ["object", "null"], "maxProperties": MOST_BIASES, "propertyNames": {"pattern": "^[0-9]{1,9}$"}}
@@ -116,8 +116,7 @@ def _shared(names: list[str]) -> dict[str, Schema]:
         "logit_bias": bias | {"additionalProperties": {"type": "number", "minimum": -MOST_BIAS, "maximum": MOST_BIAS}},
         "model": _model(names),
         "n": _whole(1, MOST_CHOICES),
-        "max_tokens": {"type": ["integer", "null"], "minimum": 1},
-        "max_completion_tokens": {"type": ["integer", "null"], "minimum": 1},
+        **{name: {"type": ["integer", "null"], "minimum": least} for name in LIMITS},
         "temperature": {"anyOf": [{"const": 0}, _number(LEAST, MOST)]},
         "top_p": {"type": ["number", "null"], "exclusiveMinimum": LEAST_TOP_P, "maximum": 1},
         "top_k": _whole(-1, 2**31 - 1),
@@ -163,8 +162,10 @@ def _completion(names: list[str]) -> Schema:
     text: Schema = {"type": "string", "minLength": 1}
     several = [{"type": "array", "items": one, "minItems": 1, "maxItems": MOST_CHOICES} for one in (text, TOKEN_IDS)]
     own = {"prompt": {"anyOf": [text, TOKEN_IDS, *several]}, "echo": BOOLEAN, "logprobs": _whole(0, MOST_TOP)}
-    echo = _only_with("echo", [None, False], "logprobs", None, is_needed=False)
-    return _object(["prompt"], own | _shared(names)) | {"allOf": [*TOGETHER, echo]}
+    scores = {"echo": {"const": True}, "logprobs": {"type": "integer"}}
+    some_new = {"properties": {name: {"minimum": 1} for name in LIMITS}}
+    some_told = {"anyOf": [some_new, {"properties": scores, "required": [*scores]}]}
+    return _object(["prompt"], own | _shared(names, 0)) | {"allOf": [*TOGETHER, some_told]}
 
 
 def _messages() -> Schema:
@@ -177,7 +178,7 @@ def _messages() -> Schema:
 def _chat(names: list[str]) -> Schema:
     own = {"messages": _messages(), "logprobs": BOOLEAN, "top_logprobs": _whole(0, MOST_TOP)}
     tops = _only_with("top_logprobs", [None, 0], "logprobs", True, is_needed=True)
-    return _object(["messages"], own | _shared(names)) | {"allOf": [*TOGETHER, tops]}
+    return _object(["messages"], own | _shared(names, 1)) | {"allOf": [*TOGETHER, tops]}
 
 
 def _tokenize(names: list[str]) -> Schema:

@@ -16,50 +16,62 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 Decode = Callable[[Sequence[int]], str]
-Told = tuple[str, float, list[tuple[str, float]]]
-"""A token's text, its log-probability, and the same of its alternatives."""
+Told = tuple[str, float | None, list[tuple[str, float]]]
+"""A token's text, its log-probability (None for a prompt's first token), and the same of its alternatives."""
 
 
 class TokenTexts:
     """The text of each token of an answer, one after another. ``decode`` gives the text of tokens; ``previous``: the
-    prompt's last token, for some tokenizers drop the blank before the first word."""
+    prompt's last token, for some tokenizers drop the blank before the first word; None: they begin with the prompt."""
 
-    def __init__(self, decode: Decode, previous: int) -> None:
-        self._decode, self._previous = decode, previous
+    def __init__(self, decode: Decode, previous: int | None) -> None:
+        self._decode = decode
+        self._previous = [] if previous is None else [previous]
+        self._before = decode(self._previous) if self._previous else ""
 
     def next(self, token: int) -> str:
         """The text of ``token``."""
         text = self.of(token)
-        self._previous = token
+        self._previous, self._before = [token], self._decode([token])
         return text
 
     def of(self, token: int) -> str:
         """The text of a ``token`` that might come next. A part of a character is the replacement character."""
-        before = self._decode([self._previous])
-        text = self._decode([self._previous, token])
+        before, text = self._before, self._decode([*self._previous, token])
         is_apart = text.startswith(before) and REPLACEMENT not in text
         return text[len(before) :] if is_apart else self._decode([token])
 
 
 class Choice:
-    """What has been told of the choice ``index``, which ``served`` gives."""
+    """What has been told of the choice ``index``, which ``served`` gives. ``owes_prompt``: log-probabilities of the
+    prompt are to be told first."""
 
-    def __init__(self, index: int, served: Served, decode: Decode) -> None:
-        self.index, self._served = index, served
-        self._texts = TokenTexts(decode, served.completion.prompt_tokens[-1])
+    def __init__(self, index: int, served: Served, decode: Decode, owes_prompt: bool) -> None:
+        self.index, self.owes_prompt, self._served = index, owes_prompt, served
+        self._texts = TokenTexts(decode, None if owes_prompt else served.completion.prompt_tokens[-1])
         self._told = 0  # tokens whose log-probabilities have been given
         self.offset = 0  # characters of their texts
 
     def untold(self, with_tops: bool) -> list[Told]:
-        """The tokens that have come since this was asked last; ``with_tops``: with their alternatives. The engine's
-        thread adds a token to one list after the other."""
-        completion, first = self._served.completion, self._told
+        """The tokens that have come since this was asked last, those of an echoed prompt before all others;
+        ``with_tops``: with their alternatives. The engine's thread adds a token to one list after the other."""
+        completion, first, told = self._served.completion, self._told, list[Told]()
+        if self.owes_prompt:
+            self.owes_prompt = False
+            tops = completion.prompt_top_logprobs if with_tops else itertools.repeat(())
+            told += self._of(completion.prompt_tokens, completion.prompt_logprobs, tops)
         tops = completion.top_logprobs[first:] if with_tops else itertools.repeat(())
+        new = self._of(completion.tokens[first:], completion.logprobs[first:], tops)
+        self._told += len(new)
+        return told + new
+
+    def _of(
+        self, tokens: Sequence[int], logprobs: Sequence[float | None], tops: Iterable[Sequence[tuple[int, float]]]
+    ) -> list[Told]:
         told = []
-        for token, logprob, top in zip(completion.tokens[first:], completion.logprobs[first:], tops, strict=False):
+        for token, logprob, top in zip(tokens, logprobs, tops, strict=False):
             others = [(self._texts.of(other), _finite(value)) for other, value in top]
-            told.append((self._texts.next(token), _finite(logprob), others))
-        self._told += len(told)
+            told.append((self._texts.next(token), None if logprob is None else _finite(logprob), others))
         return told
 
 
@@ -70,7 +82,10 @@ class Reply(ABC):
 
     def __init__(self, model: str, answers: Sequence[Served], asked: ApiRequest, decode: Decode) -> None:
         self._answers, self._asked = answers, asked
-        self._choices = {served: [Choice(index, served, decode) for index in served.indices] for served in answers}
+        self._choices = {
+            served: [Choice(index, served, decode, asked.scores_prompt) for index in served.indices]
+            for served in answers
+        }
         self._shared = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self) -> dict[str, Any]:
@@ -144,9 +159,16 @@ class TextReply(Reply):
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
     def opening(self) -> list[dict[str, Any]]:
-        """See Reply. The prompts, where they are to be repeated."""
+        """See Reply. The prompts, where they are to be repeated without log-probabilities, which come later."""
+        if self._asked.scores_prompt:
+            return []
         echoed = [served for served in self._answers if served.prompt]
         return [chunk for served in echoed for chunk in self.chunks(served, served.prompt or "")]
+
+    def chunks(self, served: Served, piece: str, finish_reason: str | None = None) -> list[dict[str, Any]]:
+        """See Reply. The first one repeats a prompt of which log-probabilities are told (as in vLLM)."""
+        owes_prompt = any(choice.owes_prompt for choice in self._choices[served])
+        return super().chunks(served, (served.prompt or "") + piece if owes_prompt else piece, finish_reason)
 
     def _said(self, served: Served, text: str) -> dict[str, Any]:
         return {"text": (served.prompt or "") + text}
@@ -159,7 +181,10 @@ class TextReply(Reply):
         for text, _, _ in told:
             offsets.append(choice.offset)
             choice.offset += len(text)
-        tops = [{text: logprob} | dict(others) for text, logprob, others in told] if self._asked.logprobs else None
+        alternatives = [
+            None if logprob is None else {text: logprob} | dict(others) for text, logprob, others in told
+        ]
+        tops = alternatives if self._asked.logprobs else None
         return {
             "tokens": [text for text, _, _ in told],
             "token_logprobs": [logprob for _, logprob, _ in told],
@@ -195,7 +220,7 @@ class ChatReply(Reply):
         return {"content": told, "refusal": None}
 
 
-def _spelled(text: str, logprob: float) -> dict[str, Any]:
+def _spelled(text: str, logprob: float | None) -> dict[str, Any]:
     return {"token": text, "logprob": logprob, "bytes": None if REPLACEMENT in text else list(text.encode())}
 
 

@@ -27,9 +27,9 @@ from pipeinfer.core.messages import (
     SlotOp,
     SlotOpKind,
 )
-from pipeinfer.core.ports import Command, Emit, Event, Finish, Idle, Note, Request, Send, Submitted
+from pipeinfer.core.ports import Command, Emit, Event, Finish, Idle, Note, Request, SampledToken, Send, Submitted
 from pipeinfer.sim.world import Checker, World, WorldSpec
-from stages.models.emulated import EmulatedSpec, plain_answer
+from stages.models.emulated import EmulatedSpec, plain_answer, plain_scores
 
 PREEMPTED = "preempt request "
 """How a note about a preemption begins."""
@@ -42,14 +42,27 @@ class InvariantBroken(AssertionError):
 @functools.lru_cache(maxsize=64)
 def ending(model: EmulatedSpec, request: Request) -> tuple[tuple[int, ...], int | None]:
     """What plain decoding answers, and the layer by whose numbers it ends, if any; worlds are often run more than
-    once."""
-    tokens, fault = plain_answer(model, request.prompt, request.max_new_tokens, request.stop_tokens, request.sampling)
-    return tuple(tokens), fault
+    once. The row of a prompt's last token is computed also where no new token is wanted."""
+    prompt, most, sampling = request.prompt, request.max_new_tokens, request.sampling
+    fault = None if sampling.prompt_logprobs is None else plain_scores(model, prompt, 0)[1]
+    if fault is not None:
+        return (), fault
+    tokens, fault = plain_answer(model, prompt, max(1, most), request.stop_tokens, sampling)
+    return tuple(tokens[:most]), fault
 
 
 def oracle(model: EmulatedSpec, request: Request) -> tuple[int, ...]:
     """The tokens that plain decoding answers."""
     return ending(model, request)[0]
+
+
+@functools.lru_cache(maxsize=64)
+def scores(model: EmulatedSpec, request: Request) -> list[tuple[float, tuple[SampledToken, ...]]]:
+    """The log-probability of each token of the prompt but the first, and the most probable tokens in its place, if
+    ``request`` wants them."""
+    tops = request.sampling.prompt_logprobs
+    found = [] if tops is None else plain_scores(model, request.prompt, tops)[0]
+    return [(logp, tuple(most)) for (_, logp), *most in found]
 
 
 @dataclass(slots=True, eq=False)

@@ -26,9 +26,22 @@ from collections.abc import Collection
 from itertools import zip_longest
 
 from pipeinfer.core.addresses import ORCHESTRATOR, address_name
-from pipeinfer.core.messages import NO_SLOT, Cancel, Message, Result, Run, Wants
-from pipeinfer.core.ports import Command, Emit, Event, Finish, Idle, Received, Request, Send, Submitted
-from pipeinfer.sim.history import History, InvariantBroken, Launched, Reader, ending, oracle
+from pipeinfer.core.messages import NO_SLOT, NO_TOKEN, Cancel, Message, Result, Run, Wants
+from pipeinfer.core.ports import (
+    Command,
+    Emit,
+    Event,
+    Finish,
+    Idle,
+    Output,
+    Received,
+    Request,
+    SampledToken,
+    Score,
+    Send,
+    Submitted,
+)
+from pipeinfer.sim.history import History, InvariantBroken, Launched, Reader, ending, oracle, scores
 from pipeinfer.sim.world import Answer, World, WorldSpec
 
 
@@ -38,6 +51,7 @@ class Exact(Reader):
     def __init__(self, history: History) -> None:
         super().__init__(history)
         self._emitted: dict[int, list[int]] = {}  # by request
+        self._scored: dict[int, list[tuple[float, tuple[SampledToken, ...]]]] = {}  # likewise
 
     def on_event(self, world: World, address: int, event: Event, now: float, commands: list[Command]) -> None:
         """See Checker: every emitted token must equal plain decoding's, so the first wrong one is reported; so must the
@@ -45,8 +59,21 @@ class Exact(Reader):
         if address == ORCHESTRATOR and isinstance(event, Received) and isinstance(event.message.body, Result):
             self._listen(event.message.body)
         for command in commands:
+            if isinstance(command, Score):
+                told = zip(command.logps, command.tops or [()] * len(command.logps), strict=True)
+                self._scored.setdefault(command.number, []).extend(told)
             if isinstance(command, Emit):
+                self._compare_scores(command.number, world.spec)
                 self._compare(command, world.spec)
+
+    def _compare_scores(self, number: int, spec: WorldSpec, is_whole: bool = True) -> None:
+        """The log-probabilities of its prompt are there before the first token, and are those of one row at a time."""
+        told, truth = self._scored.get(number, []), scores(spec.model, spec.requests[number])
+        if told == truth[: len(told)] and (len(told) == len(truth) or not is_whole):
+            return
+        at = next((at for at, pair in enumerate(zip(told, truth, strict=False)) if pair[0] != pair[1]), len(told))
+        what = f"{told[at] if at < len(told) else 'nothing'}, wanted is {truth[at] if at < len(truth) else 'nothing'}"
+        raise InvariantBroken(f"L1: request {number}: of token {at + 1} of its prompt the user saw {what}")
 
     def _compare(self, emit: Emit, spec: WorldSpec) -> None:
         emitted, truth = self._emitted.setdefault(emit.number, []), oracle(spec.model, spec.requests[emit.number])
@@ -85,6 +112,7 @@ class Exact(Reader):
         ends += [spec.closes_s] if spec.closes_s is not None else []
         if answer.reason == "aborted" and any(when <= world.now for when in ends):
             wanted, fault = wanted[: len(answer.tokens)], None  # nobody waited for the rest
+        self._compare_scores(answer.number, spec, answer.reason in ("stop", "length"))
         if answer.tokens != wanted:
             raise InvariantBroken(f"L1: request {answer.number}: the user saw {answer.tokens}, wanted {wanted}")
         reason = "error" if fault is not None else "length"
@@ -127,7 +155,7 @@ class EndsOnce(Reader):
             if isinstance(command, Send) and isinstance(command.message.body, Run):
                 launched = self.history.runs[command.message.body.run]
                 self._open[launched.run.run] = {record.number for record in launched.records.values()}
-            elif isinstance(command, Emit | Finish | Idle):
+            elif isinstance(command, Output):
                 self._received(command)
         for number, has_finished in self._ended.items():
             if has_finished and not self._out(number):
@@ -139,7 +167,7 @@ class EndsOnce(Reader):
         del self._open[result.run]
         self._heard.update({row.sequence for row in result.rows})
 
-    def _received(self, command: Emit | Finish | Idle) -> None:
+    def _received(self, command: Output) -> None:
         number = command.number
         if number not in self._ended or self._ended[number] != isinstance(command, Idle):
             raise InvariantBroken(f"L2: {command} of a request that has ended already, or not yet: {self._ended}")
@@ -225,14 +253,18 @@ class Advice(Reader):
             tokens = {row.slot: row.token for row in run.rows}
             # A row whose numbers were not finite travels on without its token.
             rows = {row._replace(token=tokens.get(row.slot, 0) if row.token < 0 else row.token) for row in body.rows}
-            if not rows <= set(run.rows):
+            slots = [row.slot for row in run.rows]
+            given = dict(zip(slots, run.next_tokens, strict=True)) if run.next_tokens else {}
+            is_changed = body.next_tokens != (tuple(given[row.slot] for row in body.rows) if given else ())
+            if is_changed or not rows <= set(run.rows):
                 raise InvariantBroken(f"L6: {who} changes the rows of run {body.run}")
             self._must_be_dead(launched, {row.slot for row in body.rows}, f"{who} skips")
-        elif run.wants is not Wants.NOTHING:
+        elif run.wants is not Wants.NOTHING or run.next_tokens:
             kept = {row.slot for row in body.rows}
-            if run.wants is Wants.LAST:
-                lasts = {row.sequence: row.slot for row in run.rows}
-                kept |= launched.written.keys() - set(lasts.values())  # no choice is wanted after those
+            if run.wants is not Wants.EVERY:
+                wanted = {row.sequence: row.slot for row in run.rows if run.wants is Wants.LAST}.values()
+                scored = [row.slot for row, token in zip(run.rows, run.next_tokens, strict=False) if token != NO_TOKEN]
+                kept |= launched.written.keys() - {*wanted, *scored}  # nothing is wanted after those
             self._must_be_dead(launched, kept, f"{who} skips")
 
     def _must_be_dead(self, launched: Launched, kept: Collection[int], deed: str) -> None:

@@ -103,7 +103,10 @@ def patience(spec: WorldSpec) -> float:
     layers = -(-model.layers // spec.stages)
     passes = [longest_s(spec.stage_s[index % len(spec.stage_s)], most_rows, layers) for index in range(spec.stages)]
     # Activations of a row: 8 bytes. A result or a run may queue on the wire behind a window of others.
-    message_s = (32 + 16 * (policy.max_rows + 2 * window * policy.max_rows + 8) + 24 * most_rows) / link.bandwidth
+    tops = [request.sampling.prompt_logprobs for request in spec.requests]
+    row_nbytes = 24 + max([25 + 8 * count for count in tops if count is not None], default=0)
+    message_nbytes = 32 + 16 * (policy.max_rows + 2 * window * policy.max_rows + 8) + row_nbytes * most_rows
+    message_s = message_nbytes / link.bandwidth
     hop = link.delay_s + 3 * link.jitter_s + (window + 1) * message_s
     draft_pass = longest_s(spec.draft_s, drafted_rows, model.layers)
     draft_layer = draft_pass / model.layers

@@ -17,7 +17,7 @@ from typing import Any
 from pipeinfer.core.ports import GREEDY, Request, Sampling
 from pipeinfer.orchestrator.pool import LEAST_SHARED
 from pipeinfer.sim.history import oracle
-from pipeinfer.sim.random_worlds import draw_groups, draw_priors, draw_world, main
+from pipeinfer.sim.random_worlds import draw_groups, draw_priors, draw_scores, draw_world, main
 from pipeinfer.sim.world import WorldSpec
 from stages.models.emulated import EmulatedSpec
 
@@ -29,7 +29,7 @@ def many_world(seed: int, schedule: str = "") -> WorldSpec:
     """The world of many requests that ``seed`` stands for, by ``schedule``, one of MANY if it is named."""
     rng = random.Random(f"many {seed}")
     chosen = schedule or rng.choices(MANY, (1, 2, 5))[0]
-    world = draw_many(rng, draw_world(rng, seed, chosen))
+    world = draw_scores(random.Random(f"many scores {seed}"), draw_many(rng, draw_world(rng, seed, chosen)))
     return replace(world, priors=draw_priors(rng, world)) if rng.random() < 0.5 else world
 
 

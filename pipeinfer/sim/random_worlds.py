@@ -61,12 +61,14 @@ class Report:
 def random_world(seed: int, schedule: str = "") -> WorldSpec:
     """The world that ``seed`` stands for, or the one of ``schedule`` that it stands for; in a third of them two
     requests are decoded at once, if the schedule can. In half of them it is known what passes cost, more or less. In a
-    quarter of them groups share the stages. Worlds with more requests are those of many_worlds.py."""
+    quarter of them groups share the stages, in a sixth log-probabilities of prompts are wanted. Worlds with more
+    requests are those of many_worlds.py."""
     world = draw_world(random.Random(seed), seed, schedule)
     world = draw_groups(random.Random(f"groups {seed}"), world)
     dice = random.Random(f"priors {seed}")
     if dice.random() < 0.5:
         world = replace(world, priors=draw_priors(dice, world))
+    world = draw_scores(random.Random(f"scores {seed}"), world)
     is_pair = random.Random(f"overlap {seed}").random() < 1 / 3
     return replace(world, max_num_seqs=2, at_once=True) if is_pair else world
 
@@ -128,6 +130,21 @@ def draw_groups(rng: random.Random, world: WorldSpec) -> WorldSpec:
         return world
     late, exchange_s = rng.choice((0.0, 0.1, 1.0)), rng.choice((0.0, 0.01, 0.5))
     return replace(world, tp=rng.choice((2, 2, 3, 4, 8)), late=late, exchange_s=exchange_s)
+
+
+def draw_scores(rng: random.Random, world: WorldSpec) -> WorldSpec:
+    """``world``, in a sixth of the draws with requests that want log-probabilities of their prompts, some of them
+    nothing else. All other tokens stay the same."""
+    if rng.random() >= 1 / 6:
+        return world
+    requests = []
+    for request in world.requests:
+        if rng.random() < 0.6:
+            sampling = replace(request.sampling, prompt_logprobs=rng.choice((0, 0, 3)))
+            most = 0 if rng.random() < 0.3 else request.max_new_tokens
+            request = replace(request, sampling=sampling, max_new_tokens=most)
+        requests.append(request)
+    return replace(world, requests=tuple(requests))
 
 
 def _busy_world(rng: random.Random, seed: int) -> WorldSpec:

@@ -16,7 +16,7 @@ from functools import partial
 from pipeinfer.core.addresses import FIRST_DRAFTER, ORCHESTRATOR
 from pipeinfer.core.errors import StallError
 from pipeinfer.core.links import Link
-from pipeinfer.core.messages import Message
+from pipeinfer.core.messages import Message, TopToken
 from pipeinfer.core.ports import (
     Aborted,
     Closed,
@@ -24,12 +24,13 @@ from pipeinfer.core.ports import (
     Emit,
     Event,
     Finish,
-    Idle,
     Machine,
+    Output,
     Pair,
     Received,
     Request,
     RequestStats,
+    Score,
     Send,
     ShardModel,
     Started,
@@ -92,7 +93,8 @@ class WorldSpec:
 
 @dataclass(slots=True)
 class Answer:
-    """What the user received of request ``number``, counted from 0; times in virtual seconds."""
+    """What the user received of request ``number``, counted from 0; times in virtual seconds. ``scores``: of the tokens
+    of its prompt, log-probabilities and the most probable ones in their place."""
 
     number: int = 0
     tokens: list[int] = field(default_factory=list)
@@ -101,6 +103,7 @@ class Answer:
     reason: str = ""
     fault: int | None = None
     stats: RequestStats | None = None
+    scores: list[tuple[float, tuple[TopToken, ...]]] = field(default_factory=list)
 
 
 class Checker:
@@ -144,7 +147,7 @@ class Host:
         for arrival in world.network.arrivals(self.index, dest.index, message, command.payload, now):
             world.at(arrival, lambda when: dest.arrive(Received(message, command.payload), when))
 
-    def tell(self, command: Emit | Finish | Idle, now: float) -> None:
+    def tell(self, command: Output, now: float) -> None:
         """Outlet: report to the user."""
         self._world.receive(command, now)
 
@@ -275,12 +278,14 @@ class World:
         """The role at ``address``."""
         return next(machine for machine in self.machines if machine.address == address)
 
-    def receive(self, command: Emit | Finish | Idle, now: float) -> None:
+    def receive(self, command: Output, now: float) -> None:
         """Take what the orchestrator reports to the user."""
         answer = self.answers[command.number]
         if isinstance(command, Emit):
             answer.tokens += command.tokens
             answer.emitted_at.append((now, len(command.tokens)))
+        elif isinstance(command, Score):
+            answer.scores += zip(command.logps, command.tops or [()] * len(command.logps), strict=True)
         elif isinstance(command, Finish):
             answer.reason, answer.fault = command.reason, command.fault
         else:

@@ -47,7 +47,7 @@ def alike(draw: SamplingInputs) -> list[list[int]]:
 @lru_cache(SAMPLINGS)
 def processors(sampling: Sampling) -> Sampling:
     """``sampling`` without what its processors do not depend on, or only by way of a draw's other fields."""
-    return replace(sampling, seed=0, top_logprobs=0, prompt_length=0)
+    return replace(sampling, seed=0, top_logprobs=0, prompt_length=0, prompt_logprobs=None)
 
 
 def drawing_scores(logits: Tensor, draw: SamplingInputs) -> Tensor:

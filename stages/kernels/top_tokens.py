@@ -24,7 +24,8 @@ def top_tokens(
     the logits where it is known.
 
     Each row is drawn by its own sampling. Rows whose samplings are alike are processed together, and no row's numbers
-    depend on the others. Behind the choices come those of ``add_tops``."""
+    depend on the others. A token that the draw gives is the only choice of its row. Behind the choices come those of
+    ``add_tops``."""
     if log_totals is None and not (draw and draw.is_guess):
         log_totals = _log_totals(logits)
     groups = [] if draw is None else alike(draw)
@@ -37,8 +38,19 @@ def top_tokens(
             for row, found in zip(rows, _of_alike(logits[rows], count, draw.of(rows), totals), strict=True):
                 choices[row] = found
     if draw is not None and not draw.is_guess and log_totals is not None:
+        _take_given(choices, logits, draw, log_totals)
         add_tops(choices, range(len(choices)), logits, draw, log_totals)
     return choices
+
+
+def _take_given(choices: list[list[SampledToken]], logits: Tensor, draw: SamplingInputs, log_totals: Tensor) -> None:
+    """Put the tokens that ``draw`` gives in the place of the choices of their rows."""
+    rows = [row for row in range(len(choices)) if draw.gives(row)]
+    if rows:
+        tokens = [draw.given[row] for row in rows]
+        logps = logits[rows, tokens] - log_totals[rows, 0]
+        for row, token, logp, total in zip(rows, tokens, logps.tolist(), log_totals[rows, 0].tolist(), strict=True):
+            choices[row] = [(token, logp)] if math.isfinite(total) else []
 
 
 def add_tops(

@@ -154,6 +154,8 @@ class EmulatedShard:
         truths = self._truths(wanted)
         if not self._is_draft:
             choices: list[list[SampledToken]] = [[(truth, 0.0)] for truth in truths]
+            if draw is not None and draw.given:
+                self._take_given(choices, words, draw)
             if draw is not None and any(sampling.top_logprobs for sampling in draw.samplings):
                 self._add_tops(choices, words, draw)
             return choices
@@ -166,6 +168,13 @@ class EmulatedShard:
 
     def _truths(self, words: Words) -> list[int]:
         return (mix(words + np.uint64(1)) % np.uint64(self._spec.vocab)).tolist()  # type: ignore[no-any-return]
+
+    def _take_given(self, choices: list[list[SampledToken]], words: Words, draw: SamplingInputs) -> None:
+        """The tokens that ``draw`` gives, with log-probabilities that depend on all before them; see ShardModel."""
+        for row, token in enumerate(draw.given):
+            if draw.gives(row):
+                word = words[row : row + 1] ^ mix(np.array([token + 1], np.uint64))
+                choices[row] = [(token, -float(mix(word)[0] % np.uint64(4096)) / 256)]
 
     def _add_tops(self, choices: list[list[SampledToken]], words: Words, draw: SamplingInputs) -> None:
         """Behind the choice after each row come its most probable tokens, from the greedy one on; see ShardModel."""
@@ -329,6 +338,22 @@ def plain_answer(
         if token in stop_tokens:
             break
     return emitted, None
+
+
+def plain_scores(
+    spec: EmulatedSpec, prompt: Sequence[int], tops: int
+) -> tuple[list[list[SampledToken]], int | None]:
+    """What the emulated target says of each token of ``prompt`` but the first: the token itself, then the ``tops`` most
+    probable ones; and the layer whose numbers are not finite if this ends it."""
+    shard, found = EmulatedShard(spec, range(spec.layers), len(prompt)), list[list[SampledToken]]()
+    for position, token in enumerate(prompt[1:]):
+        hidden = finish(shard.forward(batch_in_order(prompt[position : position + 1], position), None))
+        draw = SamplingInputs((Sampling(top_logprobs=tops),), np.array([position + 1]), given=(token,))
+        choices = shard.sample(hidden, (0,), 1, draw)
+        if shard.faults:
+            return found, shard.faults[0]
+        found += choices
+    return found, None
 
 
 def right_choices(spec: EmulatedSpec, prompt: Sequence[int], count: int) -> list[int]:

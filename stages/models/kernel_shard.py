@@ -339,12 +339,12 @@ class KernelShard:
 
 
 def _stored(rows: int, draw: SamplingInputs | None, count: int) -> list[int]:
-    """Of ``rows`` rows those that are drawn by their logits, as the kernel cannot do it by itself."""
+    """Of ``rows`` rows those whose tokens need logits, as the kernel cannot draw them by itself or they are given."""
     if count > 1:
         return list(range(rows))
     if draw is None:
         return []
-    return [row for row, sampling in enumerate(draw.samplings) if not _is_fused(sampling, draw.is_guess)]
+    return [row for row, one in enumerate(draw.samplings) if draw.gives(row) or not _is_fused(one, draw.is_guess)]
 
 
 @functools.lru_cache(1024)

@@ -17,6 +17,8 @@ the current run as a credit and the run that answers it were seen to take. The l
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
 
 from kvbuffers.slot_table import SlotTable
 from pipeinfer.core.addresses import FIRST_STAGE, ORCHESTRATOR, address_name
@@ -24,6 +26,7 @@ from pipeinfer.core.edges import Edges
 from pipeinfer.core.errors import RemoteProtocolError
 from pipeinfer.core.messages import (
     NO_SLOT,
+    NO_TOKEN,
     Body,
     Cancel,
     Credit,
@@ -199,14 +202,19 @@ class Stage:
     def _compute(self, run: Run, alive: tuple[int, ...], payload: Payload | None) -> Compute:
         keep = None
         if len(alive) < len(run.rows):
-            run, keep = run._replace(rows=tuple(run.rows[index] for index in alive)), alive
+            run, keep = _with_rows(run, alive), alive
         self._current = run
         batch = self._table.allocate(run.rows, canonical=run.is_canonical)
         wanted = _wanted(run) if self._is_last else ()
         if not wanted:
             return Compute(run.run, batch, payload, keep, choices=int(self._is_last))
         samplings = [self._sampling.get(run.rows[index].sequence, GREEDY) for index in wanted]
+        given = tuple([run.next_tokens[index] for index in wanted]) if run.next_tokens else ()
+        if given:
+            pairs = zip(samplings, given, strict=True)
+            samplings = [one if token == NO_TOKEN else _beside_given(one) for one, token in pairs]
         draw = self._table.draw(samplings, batch, wanted)
+        draw = replace(draw, given=given) if given else draw
         return Compute(run.run, batch, payload, keep, wanted, choices=1, draw=draw)
 
     def _computed(self, event: Computed) -> list[Command]:
@@ -253,16 +261,27 @@ class Stage:
 
 
 def _wanted(run: Run) -> tuple[int, ...]:
-    """The rows of ``run`` after which a token is wanted. Rows of a sequence are neighbours."""
+    """The rows of ``run`` after which a token is wanted, or the log-probability of one. Rows of a sequence are
+    neighbours."""
     rows = run.rows
-    if run.wants is Wants.NOTHING:
-        return ()
-    if run.wants is Wants.LAST:
-        last = len(rows) - 1
-        return tuple(
-            [index for index in range(len(rows)) if index == last or rows[index].sequence != rows[index + 1].sequence]
-        )
-    return tuple(range(len(rows)))
+    if run.wants is Wants.EVERY:
+        return tuple(range(len(rows)))
+    last = len(rows) - 1 if run.wants is Wants.LAST else -1
+    wanted = [index for index in range(last) if rows[index].sequence != rows[index + 1].sequence]
+    wanted += [last] if last >= 0 else []
+    scored = [index for index, token in enumerate(run.next_tokens) if token != NO_TOKEN]
+    return tuple(sorted({*wanted, *scored}) if scored else wanted)
+
+
+def _with_rows(run: Run, kept: Sequence[int]) -> Run:
+    """``run`` with the rows ``kept`` alone."""
+    next_tokens = tuple([run.next_tokens[index] for index in kept]) if run.next_tokens else ()
+    return run._replace(rows=tuple([run.rows[index] for index in kept]), next_tokens=next_tokens)
+
+
+def _beside_given(sampling: Sampling) -> Sampling:
+    """What is wanted beside a token of the prompt of a sequence with ``sampling``: nothing is drawn there."""
+    return Sampling(top_logprobs=sampling.prompt_logprobs or 0)
 
 
 def _result(run: Run, event: Computed) -> Result:
