@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from pipeinfer.core.messages import NO_TOKEN
 from pipeinfer.core.ports import GREEDY, Sampling, SamplingInputs
 
 DRAWN = {"drawn": Sampling(0.8, seed=7), "drawn of few": Sampling(0.8, top_k=20, top_p=0.9, seed=3)}
@@ -36,12 +37,16 @@ def mixed_draw(positions: Sequence[int], is_guess: bool = False) -> SamplingInpu
 
 
 def say(shard: Any, hidden: Tensor, rows: Sequence[int], positions: Sequence[int], kind: str) -> Any:
-    """Choices of a ``kind``: the best token, eight, one that is drawn, by one sampling or by one of each row, or
-    guesses."""
+    """Choices of a ``kind``: the best token, eight, one that is drawn, by one sampling or by one of each row, guesses,
+    or tokens that are given to some rows."""
     draw = SamplingInputs((DRAWN[kind],) * len(positions), np.array(positions)) if kind in DRAWN else None
     if kind in ("mixed", "guessed"):
         draw = mixed_draw(positions, kind == "guessed")
+    if kind == "given":
+        tops = tuple([Sampling(top_logprobs=position % 4) for position in positions])
+        given = tuple([NO_TOKEN if position % 5 == 0 else 3 * position % 64 for position in positions])
+        draw = SamplingInputs(tops, np.array(positions), given=given)
     return shard.sample(hidden, rows, 8 if kind == "eight" else 1, draw)
 
 
-KINDS = ("best", "eight", *DRAWN, "mixed", "guessed")
+KINDS = ("best", "eight", *DRAWN, "mixed", "guessed", "given")

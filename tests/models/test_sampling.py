@@ -20,6 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from pipeinfer.core.messages import NO_TOKEN
 from pipeinfer.core.ports import GREEDY, Sampling, SamplingInputs
 from stages.kernels.sampling import changes_nothing, drawing_scores, noise, processed
 from stages.kernels.top_tokens import top_tokens
@@ -179,6 +180,20 @@ def test_the_most_probable_tokens_come_behind_what_is_drawn() -> None:
         assert [logp for _, logp in choices[1:]] == pytest.approx([own[token] for token in best], abs=1e-5)
         assert not [logp for token, logp in choices[1:] if token == drawn[0] and logp != drawn[1]], "equal bits"
     assert top_tokens(logits, 4, replace(draw, is_guess=True)) == top_tokens(logits, 4, replace(plain, is_guess=True))
+
+
+def test_a_token_that_is_given_stands_for_what_would_be_drawn() -> None:
+    logits = logits_of("plain", rows=24, vocab=40)
+    samplings = (Sampling(top_logprobs=2), Sampling(), Sampling(0.8, top_k=3))
+    draw = replace(draw_of(GREEDY, 24, vocab=40), samplings=tuple([samplings[row % 3] for row in range(24)]))
+    given = tuple([NO_TOKEN if row % 3 == 2 else 7 * row % 40 for row in range(24)])
+    drawn, found = top_tokens(logits, 1, draw), top_tokens(logits, 1, replace(draw, given=given))
+    every = top_tokens(logits, 40)
+    for row, token in enumerate(given):
+        first = drawn[row][0] if token == NO_TOKEN else (token, dict(every[row])[token])
+        assert found[row] == [first, *drawn[row][1:]], "with the bits of a token that is chosen"
+    nothing = torch.full((1, 40), torch.nan)
+    assert top_tokens(nothing, 1, SamplingInputs((GREEDY,), np.arange(1), given=(3,))) == [[]]
 
 
 def test_there_are_no_more_most_probable_tokens_than_tokens() -> None:

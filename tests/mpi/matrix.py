@@ -87,10 +87,14 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What an engine said to each request, and what all of them cost: runs, accepted tokens per correction."""
+    """What an engine said to each request, and what all of them cost: runs, accepted tokens per correction. The names
+    of lists are those of Completion."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
+    top_logprobs: list[list[list[Any]]]
+    prompt_logprobs: list[list[float | None]]
+    prompt_top_logprobs: list[list[list[Any]]]
     runs: int
     cancelled_runs: int
     accept_length: float

@@ -33,6 +33,7 @@ SAMPLINGS = (
     {"repetition_penalty": 1.3},
     {"frequency_penalty": 0.4, "logit_bias": ((10, -2.0), (32, 1.5))},
     {"top_logprobs": 2},
+    {"temperature": 0.9, "prompt_logprobs": 2},
 )
 HANG_S = 600.0
 
@@ -109,6 +110,9 @@ def differences(asked: Sequence[Asked], found: Sequence[Completion], wanted: Seq
         )
         for what in ("tokens", "logprobs", "top_logprobs"):
             same &= getattr(here, what) == getattr(there, what)[:count]
+        for what in ("prompt_logprobs", "prompt_top_logprobs"):
+            told = len(getattr(here, what)) if here.finish_reason == "cancelled" else None
+            same &= getattr(here, what) == getattr(there, what)[:told]
         if not same:
             lines.append(f"request {index}, {here.finish_reason}: {here.tokens}, alone {there.tokens} ({one})")
     return lines

@@ -7,8 +7,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from pipeinfer.core.messages import Result, SlotOpKind
-from pipeinfer.core.wire import LAYOUTS, OPS, RESULTS, TOP, Items, Layout
+from pipeinfer.core.messages import Result, Run, SlotOpKind
+from pipeinfer.core.wire import LAYOUTS, OPS, RESULTS, ROWS, TOKENS, TOP, Items, Layout
 
 Real = st.SearchStrategy[float]
 REAL32 = st.floats(width=32, allow_nan=False)
@@ -18,7 +18,8 @@ def numbers_of(form: struct.Struct, real: Real) -> list[st.SearchStrategy[Any]]:
     """A strategy for each number that ``form`` packs; ``real``: for its real ones."""
     bits = {"B": 8, "H": 16, "I": 32, "Q": 64}
     known: dict[str, st.SearchStrategy[Any]] = {letter: st.integers(0, 2**count - 1) for letter, count in bits.items()}
-    known |= {"i": st.integers(-(2**31), 2**31 - 1), "?": st.booleans(), "f": real, "d": real}
+    known |= {"b": st.integers(-(2**7), 2**7 - 1), "i": st.integers(-(2**31), 2**31 - 1)}
+    known |= {"?": st.booleans(), "f": real, "d": real}
     return [known[letter] for letter in form.format[1:] if letter != "x"]
 
 
@@ -41,11 +42,27 @@ def with_top(real: Real) -> Any:
     return st.lists(st.integers(0, 3), max_size=3).flatmap(with_rows)
 
 
+def with_next_tokens(real: Real) -> Any:
+    """The lists of a Run: operations, rows, and for each row a token, or none at all."""
+
+    def with_rows(count: int) -> Any:
+        rows, tokens = lists_of(ROWS, real, count, count), lists_of(TOKENS, real, count, count)
+        return st.tuples(lists_of(OPS, real), rows, st.just(()) | tokens)
+
+    return st.integers(0, 4).flatmap(with_rows)
+
+
+WITH = {Result: with_top, Run: with_next_tokens}
+"""Kinds whose lists belong together."""
+
+
 def bodies_of(layout: Layout, real: Real) -> st.SearchStrategy[Any]:
     numbers = numbers_of(layout.fixed, real)[: layout.numbers]
     for place, members in layout.enums.items():
         numbers[place] = st.sampled_from(members)
-    lists = with_top(real) if layout.kind is Result else st.tuples(*(lists_of(items, real) for items in layout.lists))
+    lists = st.tuples(*(lists_of(items, real) for items in layout.lists))
+    if layout.kind in WITH:
+        lists = WITH[layout.kind](real)
     return st.tuples(st.tuples(*numbers), lists).map(lambda drawn: layout.kind(*drawn[0], *drawn[1]))
 
 

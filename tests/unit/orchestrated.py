@@ -9,6 +9,7 @@ from kvbuffers.slot_table import SlotTable
 from pipeinfer.core.addresses import FIRST_DRAFTER, FIRST_STAGE, ORCHESTRATOR, drafter_address, stage_address
 from pipeinfer.core.edges import Edges
 from pipeinfer.core.messages import (
+    NO_TOKEN,
     Body,
     Credit,
     DraftNode,
@@ -29,6 +30,11 @@ from speculation.schedules.policy import Policy
 
 CONTEXT = 64
 Kind = TypeVar("Kind")
+
+
+def scored(position: int) -> float:
+    """The log-probability of the token of a prompt at ``position``."""
+    return -position / 4
 
 
 def token_at(position: int) -> int:
@@ -109,6 +115,11 @@ class Head:
             ResultRow(token, row.slot, row.position, -0.5, row.sequence)
             for row in _wanted(run)
             for token in [known.get((row.sequence, row.position + 1), token_at(row.position + 1))]
+        ]
+        rows += [
+            ResultRow(token, row.slot, row.position, scored(row.position + 1), row.sequence)
+            for row, token in zip(run.rows, run.next_tokens, strict=False)
+            if token != NO_TOKEN
         ]
         return self.says(Result(run.run, rows=tuple(rows)), self._last)
 

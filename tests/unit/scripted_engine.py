@@ -14,6 +14,7 @@ from typing import Any
 from launch.requests import OnOutput, RequestOutput
 from pipeinfer.core.config import BUILTIN, Config
 from pipeinfer.core.errors import UserError
+from pipeinfer.core.messages import TopToken
 from pipeinfer.core.ports import GREEDY, Request, RequestStats, Sampling
 from pipeinfer.engine.answer import Completion, Handle
 from pipeinfer.serve.server import Server
@@ -44,7 +45,8 @@ class Letters:
 
 class Scripted:
     """An engine and its job: a request says ``ab`` at once, and ends when it is cancelled or when the test says so.
-    ``is_brief``: it ends at once."""
+    ``is_brief``: it ends at once, as one does that wants no new token. Each token of a prompt has -1/8 of its number as
+    log-probability."""
 
     is_threaded, context, sampling = True, 100, GREEDY
     ranks: list[dict[str, Any]] = []  # noqa: RUF012
@@ -87,7 +89,7 @@ class Scripted:
     ) -> Any:
         self.settings.append(sampling)
         self.priorities.append(priority)
-        request = Request(tuple(prompt), max_new_tokens)
+        request = Request(tuple(prompt), max_new_tokens, sampling=sampling)
         return Handle(Job(self), request, Letters(), Completion(prompt_tokens=prompt), watch)  # type: ignore[arg-type]
 
     def end(self, number: int, reason: str = "length") -> None:
@@ -116,6 +118,13 @@ class Job:
         number = len(self._engine._outputs)
         self._engine._outputs.append(on_output)
         on_output(RequestOutput(0.0, number=number))
+        if (tops := request.sampling.prompt_logprobs) is not None:
+            for token in request.prompt[1:]:
+                best = tuple(TopToken(98 + index, -0.25) for index in range(tops))
+                on_output(RequestOutput(0.5, logps=(-token / 8,), tops=(best,), number=number, is_of_prompt=True))
+        if not request.max_new_tokens:
+            self._engine.end(number)
+            return number
         on_output(RequestOutput(1.0, (97,), logps=(-0.5,), number=number, load=(3, 1, 0.25)))
         on_output(RequestOutput(1.5, (98,), logps=(-1.5,), number=number, load=(3, 1, 0.25)))
         if self._engine.is_brief:

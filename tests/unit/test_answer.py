@@ -13,7 +13,8 @@ import pytest
 
 from launch.requests import OnOutput, RequestOutput
 from pipeinfer.core.errors import NotFiniteError, StallError
-from pipeinfer.core.ports import Request, RequestStats
+from pipeinfer.core.messages import TopToken
+from pipeinfer.core.ports import Request, RequestStats, Sampling
 from pipeinfer.engine.answer import Completion, Handle
 
 REQUEST = Request((1, 2), 10)
@@ -78,6 +79,21 @@ def output(text: str, at_s: float = 2.0, **more: Any) -> RequestOutput:
 def opened() -> tuple[Scripted, Handle]:
     job = Scripted()
     return job, Handle(job, REQUEST, Letters(), Completion())  # type: ignore[arg-type]
+
+
+def test_log_probabilities_of_the_prompt() -> None:
+    job, sampling = Scripted(), Sampling(prompt_logprobs=1)
+    completion = Completion(prompt_tokens=[1, 2, 3])
+    request = Request((1, 2, 3), 0, sampling=sampling)
+    handle = Handle(job, request, Letters(), completion)  # type: ignore[arg-type]
+    assert (completion.prompt_logprobs, completion.prompt_top_logprobs) == ([None], [()])
+    tops = ((TopToken(5, -0.5),), (TopToken(3, -0.25),))
+    job.deliver(RequestOutput(2.0, logps=(-1.0,), tops=tops[:1], number=7, is_of_prompt=True))
+    job.deliver(RequestOutput(2.0, logps=(-0.25,), tops=tops[1:], number=7, is_of_prompt=True))
+    job.deliver(RequestOutput(3.0, reason="length", stats=RequestStats(), number=7))
+    assert handle.result() is completion
+    assert (completion.prompt_logprobs, completion.prompt_top_logprobs) == ([None, -1.0, -0.25], [(), *tops])
+    assert (completion.tokens, completion.logprobs, completion.finish_reason) == ([], [], "length")
 
 
 def test_pieces_and_the_whole() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from pipeinfer.core.ports import GREEDY, Batch, Sampling, SamplingInputs
 from pipeinfer.core.slots import batch_in_order
-from stages.models.emulated import EmulatedShard, EmulatedSpec, finish, mix, plain_tokens, spread
+from stages.models.emulated import EmulatedShard, EmulatedSpec, finish, mix, plain_scores, plain_tokens, spread
 
 SPEC = EmulatedSpec(layers=4, vocab=1000, seed=5)
 
@@ -169,6 +169,18 @@ def test_the_most_probable_tokens_begin_with_the_greedy_one() -> None:
     assert [choices[:1] for choices in found] == shard.sample(hidden, range(4), 1, unwanted(draw))
     draft = EmulatedShard(SPEC, range(1), 8, is_draft=True)
     assert draft.sample(hidden, range(4), 2, draw) == draft.sample(hidden, range(4), 2, unwanted(draw))
+
+
+def test_scores_of_a_prompt_depend_on_all_before_them() -> None:
+    prompt = [3, 1, 4, 1, 5, 9]
+    found, fault = plain_scores(SPEC, prompt, 2)
+    assert [choices[0][0] for choices in found] == prompt[1:]
+    assert ([len(choices) for choices in found], fault) == ([3] * 5, None)
+    for changed in range(6):
+        other = plain_scores(SPEC, [*prompt[:changed], 7, *prompt[changed + 1 :]], 2)[0]
+        same = [one[0] == two[0] for one, two in zip(found, other, strict=True)]
+        assert same == [index + 1 < changed for index in range(5)]
+    assert plain_scores(replace(SPEC, faulty=1.0), prompt, 0) == ([], 0)
 
 
 def unwanted(draw: SamplingInputs) -> SamplingInputs:

@@ -30,7 +30,7 @@ from pipeinfer.core.ports import (
     Woke,
 )
 from pipeinfer.core.slots import batch_in_order
-from pipeinfer.runtime.executor import Executor
+from pipeinfer.runtime.executor import SCORED_ROWS, Executor
 
 
 class Script:
@@ -129,6 +129,20 @@ def test_choices_are_asked_of_the_shard() -> None:
         pass
     assert role.heard[-1] == Computed(5, choices=[[(0, 0.0)] * 2, [(20, 0.0)] * 2], faults={1: 4})
     assert shard.draws == [draw]
+
+
+def test_rows_of_a_prompt_go_through_the_head_some_at_a_time() -> None:
+    """Logits of all rows of a long chunk would need much memory."""
+    count = 2 * SCORED_ROWS + 3
+    draw = SamplingInputs((Sampling(),) * count, np.arange(count), given=tuple(range(count)))
+    role = Script(1, [Compute(5, batch(count + 1), rows=tuple(range(1, count + 1)), choices=1, draw=draw)])
+    executor = Executor([role], {1: (shard := Layers(1))}, Outside())
+    executor.deliver(1, Started(), 0.0)
+    while executor.step(0.0) is not None:
+        pass
+    assert role.heard[-1] == Computed(5, choices=[[(10 * row, 0.0)] for row in range(1, count + 1)], faults={1: 4})
+    assert [len(part.given) for part in shard.draws if part] == [SCORED_ROWS, SCORED_ROWS, 3]
+    assert [token for part in shard.draws if part for token in part.given] == list(range(count))
 
 
 def test_dead_rows_are_left_out_of_the_activations() -> None:

@@ -47,7 +47,8 @@ def test_sizes_are_what_the_format_says() -> None:
     assert len(encode(Message(1, 0, Shutdown()))) == ENVELOPE.size == 16
     assert len(encode(Message(1, 0, Credit(1)))) == 16 + 12
     run = Message(0, 1, Run(1, ops=(OP,) * 3, rows=(ROW,) * 5))
-    assert len(encode(run)) == wire_nbytes(run) == 16 + 19 + 16 * 3 + 20 * 5
+    assert len(encode(run)) == wire_nbytes(run) == 16 + 21 + 16 * 3 + 20 * 5
+    assert wire_nbytes(Message(0, 1, Run(1, rows=(ROW,) * 5, next_tokens=(1,) * 5))) == 16 + 21 + 24 * 5
 
 
 def test_addresses_have_names() -> None:
@@ -79,6 +80,7 @@ def test_what_stands_for_a_faulty_row_is_no_token_and_names_the_layer() -> None:
         Message(0, 1, Run(1), txn=1 << 32),
         Message(0, 1 << 16, Run(1)),
         Message(0, 1, Run(1), payload_nbytes=1 << 32),
+        Message(0, 1, Run(1, rows=(ROW,) * 2, next_tokens=(1,))),
         Message(1, 0, Result(1, work_us=1 << 32)),
         Message(1, 0, Result(1, rows=(RESULT_ROW,) * 2, top=(TOP,) * 3)),
         Message(1, 0, Result(1, top=(TOP,))),
@@ -91,8 +93,8 @@ def test_what_stands_for_a_faulty_row_is_no_token_and_names_the_layer() -> None:
         Message(0, 0x8000, Prompt(1, 9, True, (1,) * (MAX_ROWS + 1))),
     ],
     ids=[
-        "rows", "ops", "token", "slot", "sequence", "length", "txn", "dest", "payload", "work", "top", "top alone",
-        "passes", "real", "seed", "biases", "grammar", "byte", "prompt",
+        "rows", "ops", "token", "slot", "sequence", "length", "txn", "dest", "payload", "next", "work", "top",
+        "top alone", "passes", "real", "seed", "biases", "grammar", "byte", "prompt",
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_our_own_fault(message: Message) -> None:

@@ -18,12 +18,12 @@ def network(link: Link, seed: int = 0) -> Network:
 
 
 def test_delay_and_bandwidth_add_up_and_the_wire_is_shared() -> None:
-    net = network(Link(delay_s=1.0, bandwidth=75.0))
+    net = network(Link(delay_s=1.0, bandwidth=77.0))
     assert net.arrivals(0, 1, RUN, None, 10.0) == [12.0]
     assert net.arrivals(0, 1, RUN, None, 10.0) == [13.0]
     assert net.arrivals(1, 0, RUN, None, 10.0) == [12.0], "the other direction has a wire of its own"
-    assert net.arrivals(0, 1, RUN, np.zeros(75, np.uint8), 20.0) == [23.0], "activations are 75 bytes more"
-    assert (net.messages, net.nbytes) == (4, 5 * 75)
+    assert net.arrivals(0, 1, RUN, np.zeros(77, np.uint8), 20.0) == [23.0], "activations are 77 bytes more"
+    assert (net.messages, net.nbytes) == (4, 5 * 77)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -27,6 +27,7 @@ SAMPLINGS = st.builds(
     presence_penalty=st.floats(-2.0, 2.0),
     frequency_penalty=st.floats(-2.0, 2.0),
     top_logprobs=st.integers(0, 20),
+    prompt_logprobs=st.none() | st.integers(0, 20),
     logit_bias=st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-100.0, 100.0), max_size=4).map(
         lambda biases: tuple(biases.items())
     ),
@@ -66,6 +67,7 @@ def test_greedy_is_exact() -> None:
         ("presence_penalty", [-2.01, 2.01, float("nan")]),
         ("frequency_penalty", [-2.01, 2.01, float("inf")]),
         ("top_logprobs", [-1, 21]),
+        ("prompt_logprobs", [-1, 21]),
     ],
 )
 def test_what_nobody_can_mean_is_refused(name: str, values: list[Any]) -> None:

@@ -78,6 +78,17 @@ def test_log_probabilities() -> None:
         assert read(is_chat, **fields).logprobs == 3
 
 
+def test_a_prompt_is_scored_where_it_is_echoed_with_log_probabilities() -> None:
+    assert read(echo=True, logprobs=0).scores_prompt
+    assert not any(read(**fields).scores_prompt for fields in ({"echo": True}, {"logprobs": 3}, {}))
+    assert not read(True, logprobs=True).scores_prompt
+    for name in ("max_tokens", "max_completion_tokens"):
+        assert read(echo=True, logprobs=1, **{name: 0}).max_new_tokens == 0
+        for fields in ({"echo": True}, {"logprobs": 1}, {"echo": True, "logprobs": 1, name: -1}):
+            found = error(**{name: 0} | fields)
+            assert (found.status, found.param) == (400, name)
+
+
 def test_the_old_name_is_checked_beside_the_new_one() -> None:
     found = error(max_completion_tokens=8, max_tokens=0)
     assert (found.status, found.param) == (400, "max_tokens")

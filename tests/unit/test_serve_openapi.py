@@ -54,6 +54,7 @@ def fits(schema: Any, value: Any) -> bool:
         or type(value) in [kind for name in ([kinds] if isinstance(kinds, str) else kinds) for kind in KINDS[name]],
         "const" not in schema or value == schema["const"],
         "enum" not in schema or value in schema["enum"],
+        "minimum" not in schema or not isinstance(value, int) or value >= schema["minimum"],
         all(fits(one, value) for one in schema.get("allOf", [])),
         "anyOf" not in schema or any(fits(one, value) for one in schema["anyOf"]),
     ]
@@ -70,6 +71,9 @@ TOGETHER: list[dict[str, list[Any]]] = [
     {"echo": [None, False, True], "logprobs": [None, 0, 3]},
     {"logprobs": [None, False, True], "top_logprobs": [None, 0, 3]},
     {"ignore_eos": [None, False, True], "guided_json": [None, {}]},
+    {"echo": [None, False, True], "max_tokens": [None, 0, 1], "logprobs": [None, 0]},
+    {"echo": [None, True], "max_completion_tokens": [0, 2], "max_tokens": [0, 2], "logprobs": [None, 0]},
+    {"max_tokens": [None, 0, 1], "max_completion_tokens": [None, 0, 1]},
     {"guided_regex": [None, "", "a"], "response_format": [None, {"type": "text"}, {"type": "json_object"}, {}]},
 ]
 
@@ -82,7 +86,10 @@ TOGETHER: list[dict[str, list[Any]]] = [
         (False, TOGETHER[1]),
         (True, TOGETHER[2]),
         (False, TOGETHER[3]),
-        (True, TOGETHER[4]),
+        (False, TOGETHER[4]),
+        (False, TOGETHER[5]),
+        (True, TOGETHER[6]),
+        (True, TOGETHER[7]),
     ],
 )
 def test_what_fits_the_schema_is_taken_and_nothing_else(
@@ -91,9 +98,8 @@ def test_what_fits_the_schema_is_taken_and_nothing_else(
     path = "/v1/chat/completions" if is_chat else "/v1/completions"
     schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     own = {"messages": [{"role": "user", "content": "x"}]} if is_chat else {"prompt": "x"}
-    (one, firsts), (other, seconds) = together.items()
-    for first, second in itertools.product([ABSENT, *firsts], [ABSENT, *seconds]):
-        body = own | {name: value for name, value in ((one, first), (other, second)) if value is not ABSENT}
+    for values in itertools.product(*([ABSENT, *some] for some in together.values())):
+        body = own | {name: value for name, value in zip(together, values, strict=True) if value is not ABSENT}
         try:
             fields.parse(json.dumps(body).encode(), is_chat, ("mine", "default"))
         except ApiError:

@@ -65,6 +65,47 @@ def test_a_prompt_is_repeated(prompt: Any) -> None:
     assert texts == ["xyz", "a", "b", ""]
 
 
+SCORED: dict[str, Any] = {
+    "tokens": ["x", "y", "z", "a", "b"],
+    "token_logprobs": [None, -121 / 8, -122 / 8, -0.5, -1.5],
+    "top_logprobs": None,
+    "text_offset": [0, 1, 2, 3, 4],
+}
+"""What is told of the prompt ``xyz`` and the answer ``ab``."""
+
+
+@pytest.mark.parametrize("prompt", ["xyz", [120, 121, 122]])
+def test_a_prompt_is_repeated_with_its_log_probabilities(prompt: Any) -> None:
+    engine = Scripted(is_brief=True)
+    with served(engine) as server:
+        answer = completed(server, prompt=prompt, echo=True, logprobs=0, n=2)
+        found = [chunk["choices"][0] for chunk in chunks(server, prompt=prompt, echo=True, logprobs=0)]
+    assert [(one["text"], one["logprobs"]) for one in answer["choices"]] == [("xyzab", SCORED)] * 2
+    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert len(engine.settings) == 2, "the choices of the first request are one sequence"
+    assert [choice["text"] for choice in found] == ["xyza", "b", ""]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        assert [each for choice in found for each in choice["logprobs"][name]] == SCORED[name]
+
+
+def test_a_prompt_is_scored_and_nothing_else() -> None:
+    with served(Scripted(), max_queue=2) as server:
+        body = {"prompt": ["xyz", "uv"], "echo": True, "logprobs": 1, "max_tokens": 0, "temperature": 1.0}
+        answer = completed(server, **body)
+        found = [chunk["choices"][0] for chunk in chunks(server, **body | {"prompt": "xyz"})]
+        assert [one["text"] for one in completed(server, **body | {"prompt": "x", "n": 2})["choices"]] == ["x"] * 2
+    first, second = answer["choices"]
+    assert (first["text"], first["finish_reason"], second["text"]) == ("xyz", "length", "uv")
+    assert first["logprobs"] == {
+        "tokens": ["x", "y", "z"],
+        "token_logprobs": [None, -121 / 8, -122 / 8],
+        "top_logprobs": [None, {"y": -121 / 8, "b": -0.25}, {"z": -122 / 8, "b": -0.25}],
+        "text_offset": [0, 1, 2],
+    }
+    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 0, "total_tokens": 5}
+    assert [(choice["text"], choice["logprobs"]) for choice in found] == [("xyz", first["logprobs"])]
+
+
 def test_usage_at_the_end_and_all_along() -> None:
     options = {"include_usage": True}
     with served(Scripted(is_brief=True)) as server:

@@ -36,6 +36,7 @@ from pipeinfer.core.ports import (
     RequestStats,
     Sampling,
     SamplingInputs,
+    Score,
     Send,
     Stalled,
     Started,
@@ -71,13 +72,14 @@ BODIES = bodies(REAL)
 MESSAGES = st.builds(Message, WORD, WORD, st.sampled_from(list(BODIES)).flatmap(BODIES.__getitem__), WORD, WORD)
 PAYLOADS = st.sampled_from([None, TENSOR])
 BIASED = st.lists(st.tuples(TOKEN, REAL), max_size=3).map(tuple)
+OPTIONAL = st.none() | COUNT
 SAMPLINGS = st.builds(
-    Sampling, REAL, WORD, REAL, REAL, REAL, st.integers(0, 2**64 - 1), REAL, REAL, COUNT, WORD, BIASED
+    Sampling, REAL, WORD, REAL, REAL, REAL, st.integers(0, 2**64 - 1), REAL, REAL, COUNT, WORD, OPTIONAL, BIASED
 )
 TUPLES, REALS = st.lists(INTEGER, max_size=4).map(tuple), st.lists(REAL, max_size=4).map(tuple)
 SEEN = st.lists(COUNT.flatmap(arrays), max_size=3).map(tuple)
 ROW_SAMPLINGS = st.lists(SAMPLINGS, max_size=3).map(tuple)
-DRAWS = st.builds(SamplingInputs, ROW_SAMPLINGS, COUNT.flatmap(arrays), SEEN, st.booleans(), SEEN)
+DRAWS = st.builds(SamplingInputs, ROW_SAMPLINGS, COUNT.flatmap(arrays), SEEN, st.booleans(), SEEN, st.just(()), TUPLES)
 TOPS = st.lists(st.builds(TopToken, TOKEN, REAL), max_size=2).map(tuple)
 WORDS = st.fixed_dictionaries({"slope": REAL, "offsets": st.lists(REAL, max_size=2)})
 LEARNT = st.dictionaries(st.text(), WORDS, max_size=2)
@@ -111,6 +113,7 @@ COMMANDS: dict[type, st.SearchStrategy[Any]] = {
     Abandon: st.builds(Abandon, INTEGER),
     Wake: st.builds(Wake, REAL),
     Emit: st.builds(Emit, TUPLES, REALS, COUNT, st.lists(TOPS, max_size=2).map(tuple)),
+    Score: st.builds(Score, REALS, COUNT, st.lists(TOPS, max_size=2).map(tuple)),
     Finish: st.builds(Finish, st.text(), COUNT, st.none() | COUNT),
     Idle: st.builds(Idle, st.builds(RequestStats, *[COUNT] * 8, REAL, REAL, COUNT, REAL, REAL, LEARNT), COUNT),
     Note: st.builds(Note, st.text()),

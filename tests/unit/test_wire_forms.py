@@ -24,12 +24,12 @@ from pipeinfer.core.messages import TopToken
 from pipeinfer.core.ports import Request, RequestStats, Sampling
 
 BIASES = ((0, 0.1), (2**31 - 1, -1e-300))
-SAMPLING = Sampling(0.1 + 0.2, 40, 0.95, 5e-324, 1.1, 2**64 - 1, -0.1, 1e-9, 20, 7, BIASES, '{"a":"\\u00e9"}')
+SAMPLING = Sampling(0.1 + 0.2, 40, 0.95, 5e-324, 1.1, 2**64 - 1, -0.1, 1e-9, 20, 7, 0, BIASES, '{"a":"\\u00e9"}')
 REQUEST = Request((1, 2**31, 3), 7, frozenset({9, 2}), SAMPLING, -4)
 LEARNT = {"drafter 0": {"slope": 0.1, "revision": 3, "outcomes": 2**40, "offsets": [-0.5, 1e-300]}}
 STATS = RequestStats(1, 2, 3, 4, 5, 6, 7, 8, 9, 0.25, 1e-9, 12, 0.1, 0.7, LEARNT)
 TOPS = ((TopToken(5, -0.25), TopToken(2**31, -1e-300)), ())
-OUTPUT = RequestOutput(1e6 + 1e-9, (5, 6), "error", STATS, (-0.25, -math.inf), TOPS, (3, 4), 2**40, 0)
+OUTPUT = RequestOutput(1e6 + 1e-9, (5, 6), "error", STATS, (-0.25, -math.inf), TOPS, (3, 4), 2**40, 0, None, True)
 
 
 def through_json(found: dict[str, Any]) -> dict[str, Any]:

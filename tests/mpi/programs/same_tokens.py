@@ -39,10 +39,12 @@ def decode(comm: Any, words: dict[str, Any], requests: list[dict[str, Any]]) -> 
         if engine is None:
             return None
         done = [engine.generate(**request | {"sampling": Sampling(**request["sampling"])}) for request in requests]
-    costs = {name: sum(answer.metrics[name] for answer in done) for name in ("runs", "cancelled_runs")}
-    lengths = [answer.metrics["accept_length"] for answer in done]
-    said = {"tokens": [answer.tokens for answer in done], "logprobs": [answer.logprobs for answer in done]}
-    return {**said, **costs, "accept_length": sum(lengths) / len(lengths)}
+    measured = [answer.metrics for answer in done if answer.tokens]
+    costs = {name: sum(metrics[name] for metrics in measured) for name in ("runs", "cancelled_runs")}
+    lengths = [metrics["accept_length"] for metrics in measured]
+    texts = ("tokens", "logprobs", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs")
+    said = {name: [getattr(answer, name) for answer in done] for name in texts}
+    return {**said, **costs, "accept_length": sum(lengths) / max(1, len(lengths))}
 
 
 if __name__ == "__main__":
