@@ -24,6 +24,8 @@ ROOT = HERE.parents[1]
 MOST_S = 900
 REFUSED = {"chat-tool-calling", "chat-image-input", "chat-error-handling"}
 """Tests of llm-comply that the server does not pass: it has neither tools nor images, and `model` may be absent."""
+TASKS = {"pipeinfer_lines": "exact_match", "pipeinfer_choices": "acc"}
+"""Our tasks for lm-eval, and their metrics."""
 Verdict = tuple[bool, str]
 
 
@@ -52,24 +54,26 @@ class Clients:
         told = ", ".join(f"--{name}: {score}" for name, score in zip(urls, scores, strict=True))
         is_equal = all(one == texts[0] for one in texts)
         remark = f"; {len(texts[0])} answers {'equal' if is_equal else 'DIFFER'}" if len(texts) > 1 else ""
-        return is_equal, f"exact_match {told}{remark}"
+        return is_equal, f"{told}{remark}"
 
-    def _evaluated(self, name: str, url: str) -> tuple[float, list[Any]]:
-        """The score and the answers of our task."""
+    def _evaluated(self, name: str, url: str) -> tuple[str, list[Any]]:
+        """The scores and the answers of our tasks; those of the second one are log-probabilities."""
         out = self.out / f"lm-eval-{name}"
-        numbers = "tokenizer_backend=None,tokenized_requests=False,num_concurrent=8,max_retries=1"
+        numbers = f"tokenizer={self.tokenizer},num_concurrent=8,max_retries=1"
         done = self.ran(
             "lm-eval", "lm_eval", "--model", "local-completions",
             "--model_args", f"model={self.model},base_url={url}/v1/completions,{numbers}",
-            "--include_path", str(HERE / "lm_eval"), "--tasks", "pipeinfer_lines",
+            "--include_path", str(HERE / "lm_eval"), "--tasks", ",".join(TASKS),
             "--output_path", str(out), "--log_samples",
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(f"lm_eval ended with {done.returncode}")
-        results = json.loads(newest(out, "results_*.json").read_text())
-        samples = map(json.loads, newest(out, "samples_*.jsonl").read_text().splitlines())
-        answers = sorted((sample["doc_id"], sample["resps"]) for sample in samples)
-        return results["results"]["pipeinfer_lines"]["exact_match,none"], answers
+        results = json.loads(newest(out, "results_*.json").read_text())["results"]
+        answers = list[Any]()
+        for task in TASKS:
+            samples = map(json.loads, newest(out, f"samples_{task}_*.jsonl").read_text().splitlines())
+            answers += sorted((sample["doc_id"], sample["resps"]) for sample in samples)
+        return ", ".join(f"{metric} {results[task][f'{metric},none']}" for task, metric in TASKS.items()), answers
 
     def guidellm(self) -> Verdict:
         out = self.out / "guidellm.json"

@@ -333,7 +333,8 @@ def show(engine: Engine, prompt: Prompt, args: argparse.Namespace, sampling: Sam
 
 def as_json(completion: Completion, with_logprobs: bool) -> str:
     """``completion`` as JSON, without the calibration, which only `pipeinfer calibrate` stores."""
-    left_out = {"calibrations", *(() if with_logprobs else ("logprobs",)), *(() if completion.error else ("error",))}
+    left_out = {"calibrations", "prompt_logprobs", "prompt_top_logprobs"}
+    left_out |= {*(() if with_logprobs else ("logprobs",)), *(() if completion.error else ("error",))}
     return json.dumps({name: value for name, value in asdict(completion).items() if name not in left_out})
 
 

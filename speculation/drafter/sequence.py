@@ -49,7 +49,8 @@ class DraftSequence:
         self.origin = self.tree.root
         self.last_position = min(message.last_position, positions)
         self.passes = UNLIMITED if policy.schedule == "continuous" else 0
-        self.is_mute = len(self.prompt) > positions
+        # Without a guess that could be of use, or with positions that it was not made for, it reads nothing.
+        self.is_mute = len(self.prompt) > min(positions, message.last_position)
 
     def advance(self, tree: Tree, message: Advance, allocator: SlotAllocator) -> None:
         """Move the root of ``tree`` along the accepted tokens; slots of what died become free."""

@@ -113,6 +113,44 @@ def test_alternatives_biases_and_penalties(server: Client) -> None:
     assert (status, answer["error"]["param"]) == (400, "logit_bias")
 
 
+def test_texts_are_scored_as_evaluation_harnesses_do(server: Client) -> None:
+    """lm-eval's loglikelihood: prompts are token ids of a context and a continuation, one token is generated and left
+    out, and a continuation is greedy where each of its tokens is the most probable one."""
+    context = server.ask("/tokenize", {"prompt": PROMPT})[1]["tokens"]
+    (plain,) = server.complete(prompt=context, max_tokens=6, logprobs=1)["choices"]
+    tails = [server.ask("/tokenize", {"prompt": text})[1]["tokens"] for text in (plain["text"], "    pass\n", " = 3")]
+    texts = [context + tail for tail in tails]
+    body = {"prompt": texts, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    found = []
+    for choice, tail in zip(server.complete(**body)["choices"], tails, strict=True):
+        told = choice["logprobs"]
+        assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
+        assert "".join(told["tokens"]) == choice["text"]
+        first, last = len(context), len(context) + len(tail)
+        assert [len(told[name]) for name in told] == [last + 1] * 4
+        tokens, logprobs, tops = (told[name][first:last] for name in ("tokens", "token_logprobs", "top_logprobs"))
+        is_greedy = all(max(top, key=top.get) == token for token, top in zip(tokens, tops, strict=True))
+        found.append((sum(logprobs), is_greedy))
+    if tails[0] == server.ask("/tokenize", {"prompt": PROMPT + plain["text"]})[1]["tokens"][len(context) :]:
+        assert found[0] == (sum(plain["logprobs"]["token_logprobs"]), True), "what decoding says, bit by bit"
+    assert [is_greedy for _, is_greedy in found[1:]] == [False, False]
+    assert found[0][0] > max(score for score, _ in found[1:])
+    only = server.complete(**body | {"max_tokens": 0, "n": 2, "temperature": 1.0})
+    assert only["usage"] == {"prompt_tokens": sum(map(len, texts)), "completion_tokens": 0,
+                             "total_tokens": sum(map(len, texts))}  # fmt: skip
+    whole = server.complete(**body | {"prompt": texts[0]})["choices"][0]["logprobs"]
+    for index, choice in enumerate(only["choices"]):
+        assert choice["finish_reason"] == "length"
+        if index < 2:
+            assert choice["logprobs"]["token_logprobs"] == whole["token_logprobs"][:-1]
+    with server.open("/v1/completions", body | {"prompt": texts[0], "stream": True, "ignore_eos": True}) as response:
+        streamed = [chunk["choices"][0]["logprobs"] for chunk in events(response)]
+    assert {name: [each for one in streamed for each in one[name]] for name in whole} == whole
+    for wrong in ({"echo": False}, {"logprobs": None}):
+        status, answer = server.ask("/v1/completions", body | {"max_tokens": 0} | wrong)
+        assert (status, answer["error"]["param"]) == (400, "max_tokens")
+
+
 def test_answers_that_follow_a_grammar(server: Client) -> None:
     pytest.importorskip("llguidance", reason="the package llguidance is not installed")
     schema = {"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"]}

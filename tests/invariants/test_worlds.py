@@ -81,6 +81,17 @@ def test_penalties_of_what_was_generated_and_biases_keep_every_invariant(seed: i
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("seed", range(3))
+def test_log_probabilities_of_prompts_keep_every_invariant(seed: int, schedule: str) -> None:
+    """Of all prompts; every second request wants nothing else."""
+    spec, requests = random_world(seed, schedule), []
+    for index, request in enumerate(spec.requests):
+        sampling = replace(request.sampling, prompt_logprobs=3 * (seed % 2))
+        requests.append(replace(request, sampling=sampling, max_new_tokens=index % 2 * request.max_new_tokens))
+    check_world(replace(spec, requests=tuple(requests), keeps_prefixes=True))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("seed", range(3))
 def test_groups_change_time_and_never_tokens(seed: int, schedule: str) -> None:
     alone = replace(random_world(seed, schedule), aborts=(), closes_s=None, tp=1, late=0.0, exchange_s=0.0)
     found = [World(replace(alone, tp=tp)).run() for tp in (1, 2, 3, 8)]
