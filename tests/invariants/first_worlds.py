@@ -39,4 +39,10 @@ FIRST = {
     "the_last_request_is_never_served": 36,
     "priorities_are_ignored": 27,
     "tokens_are_credited_to_another_request": 14,
+    "a_row_is_scored_by_its_own_token": 14,
+    "a_token_that_is_given_is_drawn": 14,
+    "scores_of_the_first_chunk_are_lost": 14,
+    "a_stage_passes_on_no_next_tokens": 14,
+    "a_prompt_that_is_scored_shares_slots": 227,
+    "a_preempted_request_tells_its_prompt_again": 45,
 }
