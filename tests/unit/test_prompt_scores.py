@@ -7,6 +7,7 @@ import pytest
 from pipeinfer.core.errors import LocalProtocolError, RemoteProtocolError
 from pipeinfer.core.messages import NO_TOKEN, Result, ResultRow, Run, SlotOpKind, TopToken, Wants
 from pipeinfer.core.ports import Command, Note, Sampling, Score
+from speculation.schedules.prefill_chunks import PrefillChunks
 from tests.unit.orchestrated import Head, bodies, finished, idle, operations, places, scored, text, token_at
 
 WANTED = Sampling(prompt_logprobs=0)
@@ -118,6 +119,17 @@ def test_a_result_without_one_of_them_is_refused() -> None:
     (run,) = bodies(head.submit(1, [7, 8, 9], 1, sampling=WANTED), Run)
     with pytest.raises(RemoteProtocolError, match="to be scored"):
         head.says(Result(run.run, rows=tuple(results(run)[1:])))
+
+
+def test_nothing_is_learnt_from_it_of_what_other_prompts_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    learnt = list[int]()
+    monkeypatch.setattr(PrefillChunks, "prefilled", lambda chunks, rows, slowest_s: learnt.append(rows))
+    head = Head(stages=2, is_ready=False, prefill_chunk=4)
+    head.submit(1, range(8), 1, sampling=WANTED)
+    head.submit(2, range(3), 1)
+    head.ready()
+    head.until_idle()
+    assert learnt == [3]
 
 
 def test_nobody_hears_more_of_a_request_that_was_aborted() -> None:
