@@ -55,6 +55,20 @@ def ratios(rows: Sequence[Row]) -> str:
     return table(lines)
 
 
+def first_tokens(rows: Sequence[Row]) -> str:
+    """A line for each point: milliseconds to the first token by each policy, and how many times as soon ours is."""
+    varying, names = axes(rows), list(dict.fromkeys(row["policy"] for row in rows))
+    others = [name for name in names if name != "continuous"]
+    heads = [*(f"{name}, ms" for name in names), *(f"{name} / continuous" for name in others)]
+    lines = [[TITLES.get(axis, axis) for axis in varying] + heads]
+    for found in by_point(rows):
+        took = {name: found[name]["ttft_ms"] for name in names}
+        line = [show(place(found["continuous"])[axis]) for axis in varying]
+        line += [f"{took[name]:.0f}" for name in names]
+        lines.append(line + [f"{took[name] / took['continuous']:.2f}" for name in others])
+    return table(lines)
+
+
 def by_point(rows: Sequence[Row]) -> list[dict[str, Row]]:
     """The rows of each point, by policy."""
     points: dict[str, dict[str, Row]] = {}

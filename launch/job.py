@@ -108,13 +108,13 @@ class Job:
         found: dict[str, Any] = {"stages": [], "drafts": []}
         with rendezvous.busy("loading") if rendezvous else nullcontext():
             self._shards = load_shards(job_spec, plan[rank], pair)
-            if group is None and are_of_use(job_spec.policy):
+            if group is None and are_of_use(job_spec):
                 found = measured(job_spec, plan[rank], self._shards, pair, cache)
         if rendezvous is not None:
             rendezvous.wait(Backoff(long_s=LONGEST_S).wait)
         if group is not None:  # exchanges of MPI's would meet the heartbeats of loading
             found = self._try_group(job_spec, plan[rank], pair, cache)
-        if are_of_use(job_spec.policy):
+        if are_of_use(job_spec):
             job_spec = JobSpec.of(job_spec.numbers() | agreed(found, world))
         self._trace = _open_trace(config, plan, job_spec, rank) if config.trace is not None else None
         self._transport: Transport | None = None
@@ -158,7 +158,7 @@ class Job:
         if self._config.fused == "auto" and self._group.can_fuse:
             blank = pair.blank if stage.layers and stage.layers.start else None
             choose_path(self._group, self._shards[stage.address], sum(job_spec.slots), blank)
-        if are_of_use(job_spec.policy):
+        if are_of_use(job_spec):
             found = measured(job_spec, roles, self._shards, pair, cache)
         self._release()
         return found
@@ -315,7 +315,7 @@ def load(cleared: Cleared, world: World | None, rendezvous: Rendezvous | None = 
             config.weights_memory,
             config.activations,
         )
-    cache = _cache(cleared, world, threads) if are_of_use(Policy(**config.policy)) else None
+    cache = _cache(cleared, world, threads)
     return Job(config, cleared.plan, cleared.context, pair, world, rendezvous=rendezvous, cache=cache, group=group)
 
 

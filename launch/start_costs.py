@@ -13,15 +13,17 @@ from pipeinfer.placement.roles import Role
 from pipeinfer.runtime.job_spec import JobSpec
 from pipeinfer.runtime.pass_times import pass_times, together
 from speculation.drafter.machine import draft_slots
-from speculation.schedules.policy import Policy
+from speculation.schedules.prefill_chunks import PrefillChunks
 
 if TYPE_CHECKING:
     from launch.mpi import World
 
 
-def are_of_use(policy: Policy) -> bool:
-    """Whether a schedule decides by what passes cost."""
-    return policy.schedule == "continuous" and policy.speculate and policy.govern
+def are_of_use(job_spec: JobSpec) -> bool:
+    """Whether something is decided by what passes cost: which guesses pay, or how prompts are cut for the stages."""
+    policy = job_spec.policy
+    is_governed = policy.schedule == "continuous" and policy.speculate and policy.govern
+    return is_governed or PrefillChunks(policy, job_spec.stages, job_spec.placement).depend_on_costs
 
 
 def measured(

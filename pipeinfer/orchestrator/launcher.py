@@ -6,25 +6,38 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
 from kvbuffers.slot_allocator import SlotAllocator
-from pipeinfer.core.messages import Row, Run, Wants
-from pipeinfer.orchestrator.flight import Flight
+from pipeinfer.core.messages import Result, Row, Run, Wants
+from pipeinfer.orchestrator.flight import Flight, InFlight
 from pipeinfer.orchestrator.session import Session
+from speculation.schedules.prefill_chunks import PrefillChunks
 from speculation.schedules.schedule import Launch
 
 
 class Launcher:
-    """Makes runs of sessions, with slots of ``allocator``, and notes them in ``flight``. A run of a prompt has up to
-    ``prefill_chunk`` rows."""
+    """Makes runs of sessions, with slots of ``allocator``, and notes them in ``flight``. ``chunks`` says how long runs
+    of prompts are."""
 
-    def __init__(self, allocator: SlotAllocator, flight: Flight, prefill_chunk: int) -> None:
+    def __init__(self, allocator: SlotAllocator, flight: Flight, chunks: PrefillChunks) -> None:
         self._allocator = allocator
         self._flight = flight
-        self._prefill_chunk = prefill_chunk
+        self._chunks = chunks
 
-    def prompts(self, waiting: Sequence[Session], now: float, reserve: int = 0) -> Run | None:
+    def returned(self, run: InFlight, result: Result) -> None:
+        """``run`` is back with ``result``."""
+        if result.is_tombstone or run.cancelled_at is not None:
+            return
+        if run.is_prefill:
+            self._chunks.prefilled(sum(map(len, run.prompts.values())), 1e-6 * result.slowest_us)
+        else:
+            self._chunks.decoded(1e-6 * result.slowest_us)
+
+    def prompts(
+        self, waiting: Sequence[Session], now: float, reserve: int = 0, is_decoding: bool = False
+    ) -> Run | None:
         """The next chunk of the first prompt, or its end and the ends of others that fit; None if there is no slot.
-        ``reserve`` slots stay free, one for each unsent root."""
-        most = room = min(self._prefill_chunk, self._allocator.free_slots() - reserve)
+        ``reserve`` slots stay free, one for each unsent root. ``is_decoding``: whether other sessions decode."""
+        longest = self._chunks.rows(sum(session.prompt - session.shared for session in waiting), is_decoding)
+        most = room = min(longest, self._allocator.free_slots() - reserve)
         if most <= 0:
             return None
         chosen = list[Session]()

@@ -69,6 +69,7 @@ from pipeinfer.orchestrator.session import Active, Session, Waiting
 from pipeinfer.orchestrator.sources import Sources
 from speculation.schedules.cost_curve import NO_PRIORS, Priors
 from speculation.schedules.policy import Policy
+from speculation.schedules.prefill_chunks import PrefillChunks
 from speculation.schedules.registry import make_schedule
 from speculation.schedules.schedule import UNLIMITED, Launch, Order, Placement, Situation, Wait
 from speculation.trees.accept import accept
@@ -114,7 +115,7 @@ class Orchestrator:
         self._deferred: deque[Result] = deque()  # results that the schedule defers
         self._now = 0.0
         self._flight = Flight()
-        self._launcher = Launcher(self._allocator, self._flight, policy.prefill_chunk)
+        self._launcher = Launcher(self._allocator, self._flight, PrefillChunks(policy, stages, placement, priors.rows))
         self._credits = RUNS_AHEAD
         self._sequences = 0
         self._waiting = Waiting(context)
@@ -318,7 +319,7 @@ class Orchestrator:
                 return self._order(step)
             if isinstance(step, Wait):
                 commands.append(Wake(step.until))
-        run = self._launcher.prompts(prompts, self._now, unsent) if may_prefill else None
+        run = self._launcher.prompts(prompts, self._now, unsent, bool(decoding)) if may_prefill else None
         if run is not None:
             self._sessions.prefilled()
             self._prompt_went_last = True
@@ -337,8 +338,8 @@ class Orchestrator:
 
     def _result(self, result: Result) -> list[Command]:
         run = self._flight.land(result.run)
-        living = [session for session in run.sessions if not session.is_over]
         run.account(result, self._now, len(self.roster.stages))
+        self._launcher.returned(run, result)
         if not (result.is_tombstone or run.is_prefill):
             # Where rows died on the way nobody knows how many the slowest stage had.
             slowest_s = 1e-6 * result.slowest_us if len(result.rows) == run.rows else None
@@ -346,7 +347,7 @@ class Orchestrator:
         commands = [command for one in run.sessions if one.is_over for command in self._settle(one)]
         faults = run.hear(result, self._sessions)
         died, advanced = list[Node](), list[tuple[int, list[Node], bool]]()
-        for session in living:
+        for session in [one for one in run.sessions if not one.is_over]:
             if session.sequence in faults:
                 commands += self._finish(session, "error", faults[session.sequence])
             else:

@@ -14,6 +14,7 @@ from pipeinfer.core.ports import Command, Emit, Event, Idle, Received
 from pipeinfer.orchestrator.machine import RUNS_AHEAD
 from pipeinfer.sim.history import History, InvariantBroken, Reader, SequenceRecord
 from pipeinfer.sim.world import World, WorldSpec
+from speculation.schedules.prefill_chunks import PrefillChunks
 
 
 @dataclass(slots=True)
@@ -61,7 +62,7 @@ class Lively(Reader):
             self._left(wait.record)
 
     def _begin(self, record: SequenceRecord, now: float) -> None:
-        chunks = -(-len(record.prompt) // self.history.spec.policy.prefill_chunk)
+        chunks = PrefillChunks(self.history.spec.policy).most_runs(len(record.prompt))
         for wait in self._waits.values():
             wait.chunks += chunks
         self._waits[record.sequence] = begun = _Wait(record, now, chunks)

@@ -43,7 +43,8 @@ class Policy:
     launch_delay: bool = False  # with govern: a run may wait for the draft pass under way
     calibrate: bool = False  # fit the drafts' probabilities to observed acceptance
     prompt_lookup: int = 0  # maximum number of tokens drafted by prompt lookup; 0: off
-    prefill_chunk: int = 128  # prompt tokens per run
+    prefill_chunk: int = 128  # maximum number of prompt tokens per run
+    fit_chunks: bool = True  # runs of prompts have as many as bring the first token earliest; False: prefill_chunk
     balance: bool = True  # a run has at most a stage's share of the known tokens of many requests
     speculate_below: int = 0  # rounds: number of requests from which on nothing is drafted; 0: always
     most_drafted: int = 0  # rounds: drafted rows of a run, the most probable of all requests; 0: max_rows of each

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kvbuffers.slot_allocator import SlotAllocator
 from pipeinfer.core.messages import NO_SLOT, Row, SlotOp, SlotOpKind, Wants
 from pipeinfer.core.ports import Request
 from pipeinfer.orchestrator.flight import Flight
 from pipeinfer.orchestrator.launcher import Launcher
 from pipeinfer.orchestrator.session import Session
+from speculation.schedules.policy import CONTINUOUS
+from speculation.schedules.prefill_chunks import PrefillChunks
 from speculation.schedules.schedule import Launch
 from speculation.trees.tree import Node
 
@@ -17,7 +21,8 @@ class Pad:
 
     def __init__(self, *lengths: int, slots: tuple[int, int] = (40, 8), prefill_chunk: int = 4) -> None:
         self.allocator, self.flight = SlotAllocator(*slots), Flight()
-        self.launcher = Launcher(self.allocator, self.flight, prefill_chunk)
+        chunks = PrefillChunks(replace(CONTINUOUS, prefill_chunk=prefill_chunk))
+        self.launcher = Launcher(self.allocator, self.flight, chunks)
         self.served: dict[int, Session] = {}
         for sequence, length in enumerate(lengths, 1):
             prompt = tuple(range(100 * sequence, 100 * sequence + length))
