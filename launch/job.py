@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from launch.backoff import LONGEST_S, Backoff
+from launch.collector import paused
 from launch.compute_threads import start_threads
 from launch.cores import alone
 from launch.driver import Driver
@@ -288,7 +289,7 @@ def load(cleared: Cleared, world: World | None, rendezvous: Rendezvous | None = 
         if kernels is not None and not kernels.is_fused:
             _say_once("this processor has no fused multiply-add: kernels are slow, with other bits than elsewhere")
     group = _group(cleared, world, rendezvous) if world is not None and config.tp > 1 else None
-    with rendezvous.busy("loading") if rendezvous else nullcontext():
+    with rendezvous.busy("loading") if rendezvous else nullcontext(), paused():
         import torch
 
         from stages.models.pair import CheckpointPair

@@ -209,3 +209,8 @@ class World:
     def close(self) -> None:
         """Free the communicator. Collective."""
         self.comm.Free()
+
+    @staticmethod
+    def end_mpi() -> None:
+        """End MPI in this process, which calls it no more. Collective. mpi4py does it where Python ends by itself."""
+        MPI.Finalize()

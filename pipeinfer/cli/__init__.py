@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             end_in_order()
         code = _command(sys.argv[1:] if argv is None else list(argv))
         sys.stdout.flush()
+        if argv is None:
+            gc.freeze()  # or Python looks through all of torch for garbage before it ends
         return code
     except BaseException as error:
         return _end(error)

@@ -7,6 +7,7 @@ and ``requests`` (keywords of its ``generate``); and ``answers``, the file to wr
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -49,3 +50,4 @@ def decode(comm: Any, words: dict[str, Any], requests: list[dict[str, Any]]) -> 
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    gc.freeze()  # or Python looks through all of torch for garbage before it ends
