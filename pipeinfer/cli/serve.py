@@ -96,8 +96,7 @@ def serve(args: argparse.Namespace) -> int:
                 return 0  # this rank has served
             if not engine.is_threaded:
                 raise UserError("this MPI grants one thread only, and the server needs more; use another MPI")
-            note(f"pipeinfer: {name} is served at {server.url}")
-            server.serve(engine)
+            server.serve(engine, lambda: note(f"pipeinfer: {name} is served at {server.url}"))
     return 0
 
 

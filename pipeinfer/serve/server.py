@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from queue import Empty, SimpleQueue
 from types import FrameType
@@ -104,11 +105,13 @@ class Server:
         finally:
             self._events.put(ENDED)
 
-    def serve(self, engine: Engine) -> None:
+    def serve(self, engine: Engine, announce: Callable[[], object]) -> None:
         """Serve by ``engine`` until SIGTERM or SIGINT; then let the requests end. Those that have not ended after the
-        grace time, or at a second signal, are cancelled. On the main thread. Raises what has ended the engine's job."""
+        grace time, or at a second signal, are cancelled. ``announce`` is called as soon as requests are taken. On the
+        main thread. Raises what has ended the engine's job."""
         self._take_signals()
         self._front.open(engine)
+        announce()
         self._front.warm_up(engine)
         while engine.failure is None and self._error is None:
             with suppress(Empty):

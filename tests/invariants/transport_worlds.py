@@ -21,7 +21,18 @@ from launch.driver import Driver
 from launch.transport import MpiTransport
 from pipeinfer.core.addresses import ORCHESTRATOR
 from pipeinfer.core.messages import Cancel, Message, Row, Run
-from pipeinfer.core.ports import Closed, Command, Emit, Event, Finish, Idle, Received, Started, Submitted
+from pipeinfer.core.ports import (
+    Closed,
+    Command,
+    Emit,
+    Event,
+    Finish,
+    Output,
+    Received,
+    Score,
+    Started,
+    Submitted,
+)
 from pipeinfer.core.wire import decode, encode
 from pipeinfer.placement.roles import rank_of_role
 from pipeinfer.runtime.executor import Executor
@@ -230,10 +241,12 @@ class DrivenWorld:
             self._hear(driver.outputs.popleft()[1])
         driver.deliver(ORCHESTRATOR, Closed())
 
-    def _hear(self, command: Emit | Finish | Idle) -> None:
+    def _hear(self, command: Output) -> None:
         answer = self.answers[command.number]
         if isinstance(command, Emit):
             answer.tokens += command.tokens
+        elif isinstance(command, Score):
+            answer.scores += zip(command.logps, command.tops or [()] * len(command.logps), strict=True)
         elif isinstance(command, Finish):
             answer.reason, answer.fault = command.reason, command.fault
         else:

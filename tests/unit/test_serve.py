@@ -33,6 +33,20 @@ def test_until_the_model_is_loaded_nothing_is_served() -> None:
         assert told(asked(server, "/health"))[0] == 503
 
 
+def test_whoever_hears_that_it_is_served_is_served() -> None:
+    class Heard(Exception):
+        pass
+
+    with served(None) as server:
+
+        def announce() -> None:
+            assert told(asked(server, "/health"))[0] == 200
+            raise Heard
+
+        with pytest.raises(Heard):
+            server.serve(Scripted(), announce)  # type: ignore[arg-type]
+
+
 def test_the_queue_has_a_bound() -> None:
     engine = Scripted()
     with served(engine) as server, stream(server), stream(server):
