@@ -36,11 +36,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+from speculation.schedules.cohorts import Orders, Plan, plan
 from speculation.schedules.cost_curve import CostCurve
 from speculation.schedules.drafting import Drafting
 from speculation.schedules.policy import Policy
-from speculation.schedules.schedule import Launch, Situation, Wait
+from speculation.schedules.schedule import Launch, Order, Situation, Wait
 from speculation.schedules.traffic import Traffic
+from speculation.schedules.trial import Trial
 from speculation.trees.forest import give_back, probabilities, take_best
 from speculation.trees.tree import Node, Tree
 
@@ -59,12 +61,23 @@ class Many:
     """Decides for several sequences. ``curve``: T(r); ``pass_s``, ``right``: see Drafting."""
 
     def __init__(
-        self, policy: Policy, stages: int, curve: CostCurve, pass_s: float | None = None, right: float = 0.5
+        self,
+        policy: Policy,
+        stages: int,
+        curve: CostCurve,
+        pass_s: float | None = None,
+        right: float = 0.5,
+        drafts: CostCurve | None = None,
     ) -> None:
         self._policy = policy
         self._stages = stages
         self._curve = curve
         self._drafting = Drafting(pass_s, right)
+        self._draft_curve = drafts
+        self._orders = Orders(policy.draft_batch)
+        self._trial = Trial()
+        self._plan: Plan | None = None
+        self._plan_is_of = 0, 0  # sequences, and roots that may leave before there is a new plan
         self._traffic: Traffic | None = None
         self._count = 1  # A
         self._earns = 0.0  # G
@@ -81,12 +94,23 @@ class Many:
     def pause(self) -> None:
         """There are no several sequences any more."""
         self._traffic, self._held_since, self._until, self._is_waiting, self._launches = None, None, 0.0, False, 0
+        self._orders.forget()
 
     def closed(self, tree: Tree) -> None:
         """The sequence of ``tree`` is over."""
         for kept in (self._roots, self._since, self._ready_at):
             kept.pop(tree.sequence, None)
         self._drafting.closed(tree.sequence)
+        self._orders.closed(tree.sequence)
+
+    def drafted(self, tree: Tree) -> None:
+        """An order for ``tree`` is done."""
+        self._orders.drafted(tree.sequence)
+
+    @property
+    def awaits_drafts(self) -> bool:
+        """Whether an order is not done yet."""
+        return self._orders.is_awaited
 
     def accepted(self, tokens: int, sequences: int, now: float) -> None:
         """``tokens`` tokens of one of ``sequences`` sequences were emitted."""
@@ -97,16 +121,48 @@ class Many:
         """A run took ``slowest_s`` at the slowest stage."""
         self._measured_s = slowest_s
 
+    def order(self, now: Situation) -> Order | None:
+        """The next order for drafters. It needs no credit."""
+        if self._policy.speculate and self._trial.in_cohorts and self._curve.seconds(1):
+            planned = self._planned(len(now.trees))
+            return self._orders.of_levels(now.trees, planned.levels, planned.drafts_s, now.now)
+        return self._orders.without_end(now.trees)
+
+    def _planned(self, count: int) -> Plan:
+        """The best cohorts of ``count`` sequences; a plan holds until every root has left once."""
+        of, left = self._plan_is_of
+        if self._plan is None or of != count or left <= 0:
+            drafting, curve = self._drafting, self._draft_curve
+            draft_s = curve.seconds if curve else lambda rows: drafting.pass_s
+            guesses = self._policy.max_rows if self._policy.speculate and draft_s(1) > 0 else 0
+            self._plan = plan(count, self._stages, drafting.right, guesses, self._curve.seconds, draft_s)
+            self._plan_is_of = count, count
+        return self._plan
+
     def next(self, now: Situation) -> Launch | Wait | None:
         """The next step while there are credits."""
+        step = self._next(now)
+        if isinstance(step, Launch):
+            trees = _by_sequence(now.trees)
+            roots = sum(node is trees[node.sequence].root for node in step.nodes)
+            self._trial.launched(roots, sum(probabilities(trees, step.nodes)))
+            self._plan_is_of = self._plan_is_of[0], self._plan_is_of[1] - roots
+        return step
+
+    def _next(self, now: Situation) -> Launch | Wait | None:
         curve, count = self._curve, len(now.trees)
         self._count = count
         roots = -(-count // self._stages)
         if self._traffic is None:
             self._traffic = Traffic(now.now, count, self._stages, roots, curve.seconds(roots))
         self._earns = max(self._traffic.rate, count / (self._stages * curve.seconds(roots)))
-        self._drafting.look(now.trees, now.now, self._is_waiting)
+        planned = self._planned(count)
+        self._trial.look(count, planned.rate, now.now)
+        in_cohorts = self._trial.in_cohorts
+        self._drafting.look(now.trees, now.now, self._is_waiting, not in_cohorts)
         unsent, others = self._sorted(now)
+        if in_cohorts:
+            return self._of_cohort(unsent, planned, now)
         cohort = min(self._cohort(self._traffic), now.root_room)
         if cohort <= 0:
             return None
@@ -117,19 +173,46 @@ class Many:
         nodes = list[Node]()
         if ready:
             nodes = self._with_roots(ready[:cohort], cohort, now)
-            if len(ready) < cohort:
-                rows, each = len(nodes), max(1, len(nodes) // len(ready))
-                self._held_since = now.now if self._held_since is None else self._held_since
-                saved_s = curve.seconds(rows) + curve.seconds(each) - curve.seconds(rows + each)
-                until = self._held_since + min(saved_s, self._measured_s)
-                if now.now < until:
-                    give_back(_by_sequence(now.trees), nodes)
-                    return self._wait(until, now.now)
+            until = self._held_until(ready, nodes, cohort, now.now)
+            if now.now < until:
+                give_back(_by_sequence(now.trees), nodes)
+                return self._wait(until, now.now)
             self._note(self._traffic, ready[:cohort], len(nodes), now.now)
             nodes += self._piggybacked(others, len(nodes), len(ready[:cohort]), cohort, now)
         elif others:
             nodes = self._guess_run(others, now)
         return Launch(nodes) if nodes else None
+
+    def _of_cohort(self, unsent: Sequence[Tree], planned: Plan, now: Situation) -> Launch | Wait | None:
+        """The next run of a cohort."""
+        self._is_waiting = False
+        late_at = [self._orders.late_at(tree) for tree in unsent]
+        ready = [tree for tree, until in zip(unsent, late_at, strict=True) if until <= now.now]
+        cohort = min(planned.roots, now.root_room)
+        if not ready or cohort <= 0:
+            return self._wait(min(late_at), now.now) if late_at and cohort > 0 else None
+        del ready[cohort:]
+        most = min(len(ready) * (planned.levels + 1), max(len(ready), self._curve.reach))
+        nodes = take_best(ready, most, len(ready), now.room, self._policy.min_path_prob)
+        until = self._held_until(ready, nodes, cohort, now.now)
+        if now.now < until:
+            give_back(_by_sequence(ready), nodes)
+            return self._wait(until, now.now)
+        assert self._traffic
+        for tree in ready:
+            self._ready_at.setdefault(tree.sequence, now.now)
+        self._wanted = len(nodes)
+        self._note(self._traffic, ready, len(nodes), now.now)
+        return Launch(nodes)
+
+    def _held_until(self, ready: Sequence[Tree], nodes: Sequence[Node], cohort: int, now: float) -> float:
+        """Until when a run of ``nodes`` waits for more roots than those of ``ready``; 0 if it does not."""
+        if len(ready) >= cohort:
+            return 0.0
+        curve, rows, each = self._curve, len(nodes), max(1, len(nodes) // len(ready))
+        self._held_since = now if self._held_since is None else self._held_since
+        saved_s = curve.seconds(rows) + curve.seconds(each) - curve.seconds(rows + each)
+        return self._held_since + min(saved_s, self._measured_s)
 
     def _sorted(self, now: Situation) -> tuple[list[Tree], list[Tree]]:
         """The trees with unsent roots, those that have waited longest first, and the others."""
