@@ -1,18 +1,19 @@
-"""Synchronous cohorts: what many sequences would earn in them, and which are ready to leave.
+"""Synchronous cohorts: what many sequences earn in them at best, and the orders to drafters.
 
-A root waits until its tree has L levels, which the draft evaluates for no other sequence, and leaves with n - 1 others;
-its tree grows no further until the result is there. With T(r) of cost_curve.py, d(r) seconds of a draft pass of r rows,
-g the probability of a first choice, A sequences and S stages:
+A root waits for L levels of drafts, leaves with n - 1 others, and nothing is drafted for its sequence until the result
+is there. With T(r) of cost_curve.py, d(r) seconds of a draft pass of r rows, g the probability of a first choice, A
+sequences and S stages:
 
-    V      most tokens per second, over n and L, of  n E(L) / max(t, (S t + w) / floor(A / n), w)
-           t = T(n (L + 1)), w = L d(n), E(L) = 1 + g + ... + g^L
+    V = max over n, L of  n E(L) / max(t, (S t + w) / floor(A / n), w)
+        t = T(n (L + 1)),  w = L d(n),  E(L) = 1 + g + ... + g^L
 
-The first stage makes a run in t. floor(A / n) runs share what a sequence waits for in a turn: its drafts and S stages.
-The draft makes the drafts of a run in w. With L = 0 this is plain decoding.
+t is the time between two runs that the first stage needs, and w the one that the draft needs. A sequence comes by again
+after its drafts and S stages; meanwhile floor(A / n) runs leave. With L = 0 this is plain decoding, without an order.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -61,11 +62,12 @@ class Orders:
         self._draft_batch = draft_batch
         self._is_endless: dict[int, bool] = {}  # by sequence; those that have been told
         self._roots: dict[int, Node] = {}  # that levels were ordered for last
+        self._queue: dict[int, Node] = {}  # roots that levels will be ordered for, in turn
         self._late_at: dict[int, float] = {}  # until when an answer is waited for, of those that are missing
 
     def closed(self, sequence: int) -> None:
         """``sequence`` is over."""
-        for kept in (self._is_endless, self._roots, self._late_at):
+        for kept in (self._is_endless, self._roots, self._queue, self._late_at):
             kept.pop(sequence, None)
 
     def drafted(self, sequence: int) -> None:
@@ -79,11 +81,12 @@ class Orders:
 
     def forget(self) -> None:
         """All sequences are told something else; answers that are missing will come."""
-        self._is_endless.clear()
-        self._roots.clear()
+        for kept in (self._is_endless, self._roots, self._queue):
+            kept.clear()
 
     def without_end(self, trees: Sequence[Tree]) -> Order | None:
         """The next order, if all sequences are to be drafted for always."""
+        self._queue.clear()
         if len(self._is_endless) < len(trees) or not all(self._is_endless.values()):
             for tree in trees:
                 if not self._is_endless.get(tree.sequence) and tree.sequence not in self._late_at:
@@ -91,21 +94,33 @@ class Orders:
                     return Order(UNLIMITED, draft_batch=self._draft_batch, sequence=tree.sequence, shared=True)
         return None
 
-    def of_levels(self, trees: Sequence[Tree], levels: int, drafts_s: float, now: float) -> Order | None:
-        """The next order, if each unsent root is to have ``levels`` levels, which take ``drafts_s``."""
+    def of_levels(self, trees: Sequence[Tree], planned: Plan, now: float) -> Order | None:
+        """The next order, if each unsent root is to have the levels of ``planned``. They are ordered for no more roots
+        at once than a run has: the draft serves one cohort after the other, as a stage does."""
+        under_way = sum(now < late_at for late_at in self._late_at.values())
         for tree in trees:
             sequence = tree.sequence
             if sequence in self._late_at:
                 continue
-            if levels and tree.root.pending and self._roots.get(sequence) is not tree.root:
-                self._roots[sequence], self._is_endless[sequence] = tree.root, False
-                self._late_at[sequence] = now + LATE * drafts_s
-                return Order(levels, draft_batch=1, sequence=sequence)
-            if self._is_endless.get(sequence, True):
-                self._is_endless[sequence] = False
-                return Order(0, sequence=sequence)
+            if not planned.levels or not tree.root.pending or self._roots.get(sequence) is tree.root:
+                if self._is_endless.get(sequence, True):
+                    self._is_endless[sequence] = False
+                    return Order(0, sequence=sequence)
+            elif self._queue.get(sequence) is not tree.root:
+                self._queue.pop(sequence, None)
+                self._queue[sequence] = tree.root
+        roots = {tree.sequence: tree.root for tree in trees}
+        for sequence in [*self._queue] if under_way < planned.roots else ():
+            root = self._queue.pop(sequence)
+            if roots.get(sequence) is not root or not root.pending:
+                continue  # it has left without
+            self._roots[sequence], self._is_endless[sequence] = root, False
+            self._late_at[sequence] = now + LATE * planned.drafts_s
+            return Order(planned.levels, draft_batch=1, sequence=sequence)
         return None
 
-    def late_at(self, tree: Tree) -> float:
-        """Until when the root of ``tree`` waits; 0 if it does not."""
-        return self._late_at.get(tree.sequence, 0.0)
+    def ready_at(self, tree: Tree, levels: int, now: float) -> float:
+        """When the unsent root of ``tree`` waits for drafts no longer: in the past if it has its ``levels``."""
+        if late_at := self._late_at.get(tree.sequence):
+            return late_at
+        return math.inf if levels and self._roots.get(tree.sequence) is not tree.root else now

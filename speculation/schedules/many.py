@@ -1,9 +1,16 @@
 """Many sequences in one pipeline: which rows of which sequences leave together, and which wait.
 
-A known token that has not been sent is an unsent root. A stage should always have work, a run should hold many roots
-with the rows of their trees, and all runs should be equally long: over S stages a run that is longer than those behind
-it holds each of them up at every stage. For A sequences, with G, mu, c, eta, sigma, k, m of traffic.py, T(r) of
-cost_curve.py, and w of drafting.py, where G is at least what plain decoding gives by T(r):
+A known token that has not been sent is an unsent root. There are two ways to decode many sequences. *In cohorts* a
+root waits for L levels that are drafted for it alone, and leaves with n - 1 others; no sequence is drafted for while it
+is in flight (cohorts.py has n and L, and V, what they earn). *Ahead* of verification drafters never stop, and the rules
+below say what leaves. Cohorts are better where roots keep the stages busy and rows are dear: a level is drafted in one
+short pass, and what is drafted in flight mostly dies. With L = 0 they are plain decoding. Running ahead is better where
+stages would idle, rows are cheap or drafts slow. trial.py measures which one earns more, beside V.
+
+Ahead, a stage should always have work, a run should hold many roots with the rows of their trees, and all runs should
+be equally long: over S stages a run that is longer than those behind it holds each of them up at every stage. For A
+sequences, with G, mu, c, eta, sigma, k, m of traffic.py, T(r) of cost_curve.py, and w of drafting.py, where G is at
+least what plain decoding gives by T(r):
 
     cohort     a run has at most K roots, K = argmax over n of min(n, q) / T(n m) with q = A / (S + D)
                D = 2 wait / c: while S cohorts are in flight, others are drafted for
@@ -15,9 +22,7 @@ cost_curve.py, and w of drafting.py, where G is at least what plain decoding giv
                next level is worth in the same run, at most what it costs to send it later; on the right what the
                sequence loses in w
     roots      of ready roots the K that have waited longest, with the rows of their trees that are worth most:
-               argmax over r of sum(p) - pi T(r), but T(r) <= LONGEST c. If there are n < K of them, others are waited
-               for, as long as it saves to send n + 1 roots in one run: T(r) + T(r / n) - T(r + r / n), and
-               no longer than the last run took, as T may be far off at first
+               argmax over r of sum(p) - pi T(r), but T(r) <= LONGEST c
     piggyback  guesses of other sequences are added where rows are nearly free:
                argmax over n of sum(p) - PIGGYBACK pi (T(r + n) - T(r)) / (1 - sigma)
     guess run  if no root is unsent, guesses leave alone: argmax over r of sum(p) / (T(r) + eta X^2 / 2) where
@@ -25,14 +30,17 @@ cost_curve.py, and w of drafting.py, where G is at least what plain decoding giv
                X(r) = max(T(r), S (T(r) - c) + c), the time for which such a run may hold up one with roots behind it
                F(r) = eta k mu X^2 / 2 + GUESS_RUN G T(r) / (1 - sigma)
 
-Where roots keep the stages busy, sigma is near 1: a guess leaves in the run of its root or not at all, since its
-ancestors will be known when the next root leaves. Where they do not, guess runs go ahead as for one sequence. Where
-rows are dear, s exceeds all g p: no root waits, none has company, and this is plain decoding. Found by simulation,
-see docs/log.md.
+Either way a run with fewer roots than it may have waits for others, as long as it saves to send one more root in it:
+T(r) + T(r / n) - T(r + r / n), and no longer than the last run took, as T may be far off at first.
+
+Ahead, where roots keep the stages busy, sigma is near 1: a guess leaves in the run of its root or not at all, since its
+ancestors will be known when the next root leaves. Where they do not, guess runs go ahead as for one sequence. Found by
+simulation, see docs/log.md.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -95,6 +103,7 @@ class Many:
         """There are no several sequences any more."""
         self._traffic, self._held_since, self._until, self._is_waiting, self._launches = None, None, 0.0, False, 0
         self._orders.forget()
+        self._trial.pause()
 
     def closed(self, tree: Tree) -> None:
         """The sequence of ``tree`` is over."""
@@ -124,8 +133,7 @@ class Many:
     def order(self, now: Situation) -> Order | None:
         """The next order for drafters. It needs no credit."""
         if self._policy.speculate and self._trial.in_cohorts and self._curve.seconds(1):
-            planned = self._planned(len(now.trees))
-            return self._orders.of_levels(now.trees, planned.levels, planned.drafts_s, now.now)
+            return self._orders.of_levels(now.trees, self._planned(len(now.trees)), now.now)
         return self._orders.without_end(now.trees)
 
     def _planned(self, count: int) -> Plan:
@@ -186,11 +194,12 @@ class Many:
     def _of_cohort(self, unsent: Sequence[Tree], planned: Plan, now: Situation) -> Launch | Wait | None:
         """The next run of a cohort."""
         self._is_waiting = False
-        late_at = [self._orders.late_at(tree) for tree in unsent]
-        ready = [tree for tree, until in zip(unsent, late_at, strict=True) if until <= now.now]
+        ready_at = [self._orders.ready_at(tree, planned.levels, now.now) for tree in unsent]
+        ready = [tree for tree, until in zip(unsent, ready_at, strict=True) if until <= now.now]
         cohort = min(planned.roots, now.root_room)
         if not ready or cohort <= 0:
-            return self._wait(min(late_at), now.now) if late_at and cohort > 0 else None
+            until = min(ready_at, default=math.inf)
+            return self._wait(until, now.now) if cohort > 0 and until < math.inf else None
         del ready[cohort:]
         most = min(len(ready) * (planned.levels + 1), max(len(ready), self._curve.reach))
         nodes = take_best(ready, most, len(ready), now.room, self._policy.min_path_prob)
