@@ -4,11 +4,13 @@ A root waits for L levels of drafts, leaves with n - 1 others, and nothing is dr
 is there. With T(r) of cost_curve.py, d(r) seconds of a draft pass of r rows, g the probability of a first choice, A
 sequences and S stages:
 
-    V = max over n, L of  n E(L) / max(t, (S t + w) / floor(A / n), w)
+    V = max over n, L of  E(L) max(F n, C A), L > 0 only where that is WORTH times as much
+        F = 1 / max(t, (S t + w) / floor(A / n), w),  C = 1 / max(S t + w, t ceil(A / n), w ceil(A / n))
         t = T(n (L + 1)),  w = L d(n),  E(L) = 1 + g + ... + g^L
 
-t is the time between two runs that the first stage needs, and w the one that the draft needs. A sequence comes by again
-after its drafts and S stages; meanwhile floor(A / n) runs leave. With L = 0 this is plain decoding, without an order.
+t is the time that the first stage needs for a run, and w the one that the draft needs. F is the rate of full runs: a
+sequence comes by again after its drafts and S stages, and meanwhile floor(A / n) of them leave. C is the rate of turns
+in which each sequence leaves once, and one run may have fewer roots. With L = 0 this is plain decoding, without orders.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ PassTime = Callable[[int], float]
 
 MOST_LEVELS = 16
 """More levels are not considered."""
+WORTH = 1.01
+"""Drafts have to earn this multiple of what plain decoding earns."""
 LATE = 4
 """An answer to an order is waited for until this multiple of the time that its passes take."""
 
@@ -43,16 +47,20 @@ def plan(
     sequences: int, stages: int, right: float, guesses: int, run_s: PassTime, draft_s: PassTime
 ) -> Plan:
     """The best cohorts, with at most ``guesses`` guesses in a run. ``right``: g; ``run_s``, ``draft_s``: T and d."""
-    best = Plan(0.0, 1, 0, 0.0)
+    plain = drafted = Plan(0.0, 1, 0, 0.0)
     for roots in range(1, -(-sequences // stages) + 1):
         tokens = 0.0
         for levels in range(min(MOST_LEVELS, guesses // roots) + 1):
             tokens += right**levels
             stage_s, drafts_s = run_s(roots * (levels + 1)), levels * draft_s(roots)
-            turn_s = max(stage_s, (stages * stage_s + drafts_s) / (sequences // roots), drafts_s)
-            if roots * tokens > best.rate * turn_s:
-                best = Plan(roots * tokens / turn_s, roots, levels, drafts_s)
-    return best
+            trip_s, each_s, runs = stages * stage_s + drafts_s, max(stage_s, drafts_s), -(-sequences // roots)
+            full = roots / max(each_s, trip_s / (sequences // roots))
+            found = Plan(tokens * max(full, sequences / max(trip_s, each_s * runs)), roots, levels, drafts_s)
+            if levels:
+                drafted = max(drafted, found)
+            else:
+                plain = max(plain, found)
+    return drafted if drafted.rate > WORTH * plain.rate else plain
 
 
 class Orders:

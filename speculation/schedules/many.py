@@ -163,8 +163,8 @@ class Many:
         roots = -(-count // self._stages)
         if self._traffic is None:
             self._traffic = Traffic(now.now, count, self._stages, roots, curve.seconds(roots))
-        self._earns = max(self._traffic.rate, count / (self._stages * curve.seconds(roots)))
         planned = self._planned(count)
+        self._earns = max(self._traffic.rate, planned.rate)
         self._trial.look(count, planned.rate, now.now)
         in_cohorts = self._trial.in_cohorts
         self._drafting.look(now.trees, now.now, self._is_waiting, not in_cohorts)
