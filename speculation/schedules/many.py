@@ -10,7 +10,7 @@ stages would idle, rows are cheap or drafts slow. trial.py measures which one ea
 Ahead, a stage should always have work, a run should hold many roots with the rows of their trees, and all runs should
 be equally long: over S stages a run that is longer than those behind it holds each of them up at every stage. For A
 sequences, with G, mu, c, eta, sigma, k, m of traffic.py, T(r) of cost_curve.py, and w of drafting.py, where G is at
-least what plain decoding gives by T(r):
+least V, or the share of V that cohorts were seen to earn:
 
     cohort     a run has at most K roots, K = argmax over n of min(n, q) / T(n m) with q = A / (S + D)
                D = 2 wait / c: while S cohorts are in flight, others are drafted for
@@ -164,8 +164,8 @@ class Many:
         if self._traffic is None:
             self._traffic = Traffic(now.now, count, self._stages, roots, curve.seconds(roots))
         planned = self._planned(count)
-        self._earns = max(self._traffic.rate, planned.rate)
         self._trial.look(count, planned.rate, now.now)
+        self._earns = max(self._traffic.rate, self._trial.share * planned.rate)
         in_cohorts = self._trial.in_cohorts
         self._drafting.look(now.trees, now.now, self._is_waiting, not in_cohorts)
         unsent, others = self._sorted(now)

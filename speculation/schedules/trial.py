@@ -4,9 +4,9 @@
 
 V is what cohorts would earn at the moment (cohorts.py), so the ratio hardly depends on which sequences there are. The
 sum is the number of tokens that are expected of those rows: it has much less noise than the tokens that came. Running
-ahead comes first. Where its ratio is below 1, cohorts are tried. Of two ways that were measured the better one goes on,
-and the other one is tried again after ever more spells. Numbers of sequences between the same powers of two share a
-record.
+ahead comes first. Where its ratio is below PROMISE, cohorts are tried. Of two ways that were measured the better one
+goes on, and the other one is tried again after ever more spells. Numbers of sequences between the same powers of two
+share a record.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ SPELL, LEAST = 16, 96
 """A way is measured until so many tokens are expected of each sequence, and of all of them."""
 SETTLES = 2
 """Roots of each sequence that leave before a spell of another way begins."""
+PROMISE = 0.97
+"""Cohorts that were not tried yet are expected to earn this share of V."""
 STAKE = 2
 """A spell ends early where so many tokens of each sequence are missing from what the other way earned."""
 PATIENCE, MOST_PATIENCE = 8, 64
@@ -47,6 +49,11 @@ class Trial:
         """Whether sequences are decoded in cohorts."""
         return self._record.in_cohorts
 
+    @property
+    def share(self) -> float:
+        """What cohorts have been seen to earn of V; 1 before they are tried."""
+        return 1.0 if self._record.cohorts is None else min(1.0, self._record.cohorts)
+
     def pause(self) -> None:
         """There are no several sequences any more."""
         self._record = _Record()
@@ -57,7 +64,8 @@ class Trial:
         if record is not self._record:
             self._record = record
             self._begin(SETTLES * sequences)
-        self._planned += rate * (now - self._last)
+        if self._unsettled <= 0:
+            self._planned += rate * (now - self._last)
         self._last = now
         other = record.ahead if record.in_cohorts else record.cohorts
         is_lost = other is not None and self._expected < other * self._planned - STAKE * sequences
@@ -73,7 +81,6 @@ class Trial:
         """A run left with ``roots`` roots; ``expected`` of its rows will be accepted."""
         if self._unsettled > 0:
             self._unsettled -= roots
-            self._planned = 0.0
         else:
             self._expected += expected
 
@@ -85,7 +92,7 @@ def _judge(record: _Record, ratio: float) -> None:
     else:
         record.ahead, other = ratio, record.cohorts
     record.left -= 1
-    is_worse = ratio < (1.0 if other is None else other)
+    is_worse = ratio < (PROMISE if other is None else other)
     is_due = other is not None and record.left <= 0
     if is_due and not is_worse:
         record.patience = min(MOST_PATIENCE, 2 * record.patience)

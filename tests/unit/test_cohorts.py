@@ -13,7 +13,7 @@ from speculation.schedules.cost_curve import CostCurve, Costs, Priors
 from speculation.schedules.many import Many
 from speculation.schedules.policy import CONTINUOUS
 from speculation.schedules.schedule import UNLIMITED, Launch, Order, Situation, Step, Wait
-from speculation.schedules.trial import LEAST, PATIENCE, SETTLES, SPELL, STAKE, Trial
+from speculation.schedules.trial import PATIENCE, SETTLES, STAKE, Trial
 from speculation.trees.tree import Node, Tree
 
 CPU: Costs = ((1, 57.0), (2, 73.0), (4, 94.0), (8, 120.0), (16, 206.0), (32, 348.0))
