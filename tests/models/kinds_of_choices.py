@@ -44,7 +44,7 @@ def say(shard: Any, hidden: Tensor, rows: Sequence[int], positions: Sequence[int
         draw = mixed_draw(positions, kind == "guessed")
     if kind == "given":
         tops = tuple([Sampling(top_logprobs=position % 4) for position in positions])
-        given = tuple([NO_TOKEN if position % 5 == 0 else 3 * position % 64 for position in positions])
+        given = tuple([NO_TOKEN if position % 5 == 0 else 3 * position % 32 for position in positions])
         draw = SamplingInputs(tops, np.array(positions), given=given)
     return shard.sample(hidden, rows, 8 if kind == "eight" else 1, draw)
 
