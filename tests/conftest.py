@@ -33,9 +33,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first: short ones fill all cores at the end. And let the whole programs in tests/mpi run: pytest-mpi
-    takes the folder's name for its mark and would skip them."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Slow tests first, those in tests/mpi before all: short ones fill all cores at the end. And let the whole programs
+    in tests/mpi run: pytest-mpi takes the folder's name for its mark and would skip them."""
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, "mpi" not in item.path.parts))
     for item in items:
         if item.get_closest_marker("mpi") is None:
             item.own_markers = [mark for mark in item.own_markers if "--with-mpi" not in str(mark.kwargs.get("reason"))]
