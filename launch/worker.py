@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from launch.mpi import World
 
 
+LAUNCHER_S = 1.0
+"""A parent that ends a job tells mpiexec, too. mpiexec reports a rank that ends before it has heard."""
+
+
 class Parent:
     """Whoever started this rank, at the socket called ``name``."""
 
@@ -48,6 +52,7 @@ class Parent:
             if self._head is not None:
                 self._head.order(Close())
             else:  # the main thread loads, or serves another rank's orders
+                threading.Event().wait(LAUNCHER_S)
                 os.kill(os.getpid(), signal.SIGTERM)
                 threading.Event().wait(ORDERLY_S)  # a main thread inside MPI takes no signal
                 os._exit(128 + signal.SIGTERM)
