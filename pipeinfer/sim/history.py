@@ -197,6 +197,16 @@ class History(Checker):
                 self._sent(command)
             elif isinstance(command, Note) and command.what.startswith(PREEMPTED):
                 self._preempted(int(command.what.removeprefix(PREEMPTED)))
+        if not self.spec.policy.reuse:
+            self._restarted_untold(commands)
+
+    def _restarted_untold(self, commands: Iterable[Command]) -> None:
+        """While no guesses are wanted, drafters hear of a restart later: each emission may be one."""
+        sent = [command.message.body for command in commands if isinstance(command, Send)]
+        informed = {body.sequence for body in sent if isinstance(body, Advance)}
+        for told in self.told:
+            if isinstance(told.command, Emit) and told.record.sequence not in informed:
+                self._throw_away(told.record)
 
     def _preempted(self, number: int) -> None:
         """The sequence is freed by the next run at the latest, as slot_invariants.py demands."""
