@@ -83,7 +83,7 @@ def arrival_times(scenario: Scenario, seed: int) -> tuple[float, ...]:
 
 def _sample(scenario: Scenario, answers: Sequence[Answer], world: World) -> Sample:
     """What was measured. ``tpot_ms`` is the time per token of all requests together; that of one request is
-    ``request_tpot_ms``."""
+    ``request_tpot_ms``, and ``request_tpot_p99_ms`` and ``ttft_p99_ms`` are those that 99 % of them do not exceed."""
     found = list[dict[str, Any]]()
     for answer in answers:
         assert answer.stats is not None
@@ -93,6 +93,8 @@ def _sample(scenario: Scenario, answers: Sequence[Answer], world: World) -> Samp
     trip_ms = 1e3 * scenario.trip_s(CONTINUOUS, 1)
     good = sum(one["ttft_ms"] <= TTFT * trip_ms and one["tpot_ms"] <= TPOT * trip_ms for one in found) / len(found)
     metrics |= {"request_tpot_ms": metrics["tpot_ms"], "tpot_ms": 1e3 / speed, "goodput": good * speed}
+    metrics |= {"request_tpot_p99_ms": percentile([one["tpot_ms"] for one in found], 0.99)}
+    metrics |= {"ttft_p99_ms": percentile([one["ttft_ms"] for one in found], 0.99)}
     tokens = [token for answer in answers for token in answer.tokens]
     count = len(tokens)
     return Sample(tuple(tokens), metrics, world.network.messages / count, world.network.nbytes / count)

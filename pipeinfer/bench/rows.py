@@ -15,8 +15,8 @@ MEDIANS = (
     "ttft_ms", "tpot_ms", "acceptance_rate", "accept_length",
     "tokens_per_correction", "waste", "bubble", "cancel_latency_ms",
 )  # fmt: skip
-OF_LOADS = ("goodput", "request_tpot_ms")
-"""Medians of rows of many requests."""
+OF_LOADS = ("goodput", "request_tpot_ms", "request_tpot_p99_ms", "ttft_p99_ms")
+"""What rows of many requests have besides; p99 is that of all requests of a sample."""
 AXES = (
     "hardware", "target", "draft", "ranks", "stages", "tp", "fused", "efficiency", "top1", "claims", "burst",
     "draft_time", "prompt_tokens", "tokens", "dtype", "set", "requests", "arrivals", "row_costs",
@@ -26,6 +26,7 @@ COLUMNS = {
     "tokens/s": "tokens_per_s.median", "p10": "tokens_per_s.p10", "p90": "tokens_per_s.p90", "ratio": "ratio_to_plain",
     "/ideal": "", "ttft_ms": "ttft_ms", "itl_p50": "itl_ms.p50", "acc_rate": "acceptance_rate",
     "acc_len": "accept_length", "waste": "waste", "bubble": "bubble",
+    "tpot_p99": "request_tpot_p99_ms", "ttft_p99": "ttft_p99_ms",
 }  # fmt: skip
 BANNERS = {
     "real": "REAL: weights, ranks and clocks of this machine; more ranks than cores measure how they share them",
@@ -121,5 +122,5 @@ def _number(row: Mapping[str, Any], path: str) -> str:
         return "-" if (share := of_ideal(row)) is None else f"{share:.3f}"
     value: Any = row
     for key in path.split("."):
-        value = value[key]
+        value = value.get(key)
     return "-" if value is None else f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"

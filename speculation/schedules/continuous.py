@@ -64,14 +64,15 @@ class Continuous:
         self._many: Many | None = None
         self._taking_turns: Turns | None = None
         if self._governor:
-            pass_s = CostCurve(priors.drafts).seconds(1) or None
+            drafts = CostCurve(priors.drafts)
+            pass_s = drafts.seconds(1) or None
             if self._is_alone:
                 self._taking_turns = Turns(policy, self._governor.curve, pass_s, right)
             else:
-                self._many = Many(policy, stages, self._governor.curve, pass_s, right)
+                self._many = Many(policy, stages, self._governor.curve, pass_s, right, drafts if pass_s else None)
         self._ordered: int | None = None  # leaves per draft pass in the last standing order
         self._sequences = 0  # that are open
-        self._orders: dict[int, int] = {}  # the same as ``_ordered`` of each of several sequences
+        self._silenced: set[int] = set()  # sequences that drafters were told not to draft for without an order
         self._drafting: set[int] = set()  # sequences whose order of one pass is not done
         self._unordered: list[int] = []  # sequences whose order of one pass has not been given
         self._launches = 0
@@ -91,7 +92,7 @@ class Continuous:
         """See Schedule."""
         self._sequences -= 1
         self._drafting.discard(tree.sequence)
-        self._orders.pop(tree.sequence, None)
+        self._silenced.discard(tree.sequence)
         self._turns.pop(tree.sequence, None)
         if self._many:
             self._many.closed(tree)
@@ -122,11 +123,12 @@ class Continuous:
                 return Order(1, draft_batch=self._policy.draft_batch, sequence=sequence)
         if self._drafting:
             return None
-        batch = 0 if self._is_alone else self._policy.draft_batch
-        for tree in now.trees if self._governor and len(self._orders) < len(now.trees) else ():
-            if self._orders.get(tree.sequence) != batch:
-                self._orders[tree.sequence] = batch
-                return Order(UNLIMITED if batch else 0, draft_batch=batch, sequence=tree.sequence, shared=batch > 0)
+        if self._many and (order := self._many.order(now)):
+            return order
+        for tree in now.trees if self._taking_turns and len(self._silenced) < len(now.trees) else ():
+            if tree.sequence not in self._silenced:
+                self._silenced.add(tree.sequence)
+                return Order(0, sequence=tree.sequence)
         if now.slots <= 0 or now.credits <= 0:
             return None
         if self._governor and self._governor.curve.seconds(1):
@@ -168,9 +170,12 @@ class Continuous:
         if self._drafting and not (delay and delay.is_on(now.now)):
             return None  # an order from when there were more sequences
         unasked = 0 if delay and not delay.drafts_unasked else draft_batch
-        if governor and unasked != self._ordered:
+        awaits_drafts = self._many is not None and self._many.awaits_drafts  # from when there were more sequences
+        if governor and unasked != self._ordered and not awaits_drafts:
             self._ordered = unasked
-            self._orders.clear()  # it goes to all
+            self._silenced.clear()  # it goes to all
+            if self._many:
+                self._many.pause()
             return Order(UNLIMITED, draft_batch=unasked) if unasked else Order(0)
         if delay:
             delay.look(now.tree, now.now)
@@ -185,7 +190,7 @@ class Continuous:
             nodes = choose_rows(now.tree, self._policy, now.room if governor is None else 0)
             return Launch(nodes) if nodes else None
         nodes = choose_rows(now.tree, self._policy, now.room, gear.rows, governor.curve)
-        if nodes and gear.rows > 1 and delay:
+        if nodes and gear.rows > 1 and delay and not awaits_drafts:
             step = delay.instead(Offer(now.tree, nodes, governor.curve, gear.rows, draft_batch, now.now))
             if step:
                 now.tree.give_back(nodes)
@@ -197,6 +202,8 @@ class Continuous:
     def drafted(self, tree: Tree, nodes: list[Node]) -> None:
         """See Schedule."""
         self._drafting.discard(tree.sequence)
+        if self._many:
+            self._many.drafted(tree)
         if self._delay and self._sequences == 1:
             self._delay.drafted()
 

@@ -47,8 +47,9 @@ class Drafting:
             kept.pop(sequence, None)
         self._mute.discard(sequence)
 
-    def look(self, trees: Sequence[Tree], now: float, is_awaited: bool) -> None:
-        """Note which trees have new roots or nodes. ``is_awaited``: whether a run waited for nodes until now."""
+    def look(self, trees: Sequence[Tree], now: float, is_awaited: bool, is_endless: bool = True) -> None:
+        """Note which trees have new roots or nodes. ``is_awaited``: whether a run waited for nodes until now.
+        ``is_endless``: whether drafters work without orders; if they do not, nothing is learned of their passes."""
         has_grown = False
         for tree in trees:
             sequence, root = tree.sequence, tree.root
@@ -62,7 +63,7 @@ class Drafting:
                 if root.children:
                     best = max(child.logp for child in root.children.values())
                     self.right += RIGHT_WEIGHT * (math.exp(best - root.logp) - self.right)
-        if has_grown:
+        if has_grown and is_endless:
             self._end_pass(now, is_awaited)
 
     def _end_pass(self, now: float, is_awaited: bool) -> None:

@@ -1,9 +1,16 @@
 """Many sequences in one pipeline: which rows of which sequences leave together, and which wait.
 
-A known token that has not been sent is an unsent root. A stage should always have work, a run should hold many roots
-with the rows of their trees, and all runs should be equally long: over S stages a run that is longer than those behind
-it holds each of them up at every stage. For A sequences, with G, mu, c, eta, sigma, k, m of traffic.py, T(r) of
-cost_curve.py, and w of drafting.py, where G is at least what plain decoding gives by T(r):
+A known token that has not been sent is an unsent root. There are two ways to decode many sequences. *In cohorts* a
+root waits for L levels that are drafted for it alone, and leaves with n - 1 others; no sequence is drafted for while it
+is in flight (cohorts.py has n and L, and V, what they earn). *Ahead* of verification drafters never stop, and the rules
+below say what leaves. Cohorts are better where roots keep the stages busy and rows are dear: a level is drafted in one
+short pass, and what is drafted in flight mostly dies. With L = 0 they are plain decoding. Running ahead is better where
+stages would idle, rows are cheap or drafts slow. trial.py measures which one earns more, beside V.
+
+Ahead, a stage should always have work, a run should hold many roots with the rows of their trees, and all runs should
+be equally long: over S stages a run that is longer than those behind it holds each of them up at every stage. For A
+sequences, with G, mu, c, eta, sigma, k, m of traffic.py, T(r) of cost_curve.py, and w of drafting.py, where G is at
+least V, or the share of V that cohorts were seen to earn:
 
     cohort     a run has at most K roots, K = argmax over n of min(n, q) / T(n m) with q = A / (S + D)
                D = 2 wait / c: while S cohorts are in flight, others are drafted for
@@ -15,9 +22,7 @@ cost_curve.py, and w of drafting.py, where G is at least what plain decoding giv
                next level is worth in the same run, at most what it costs to send it later; on the right what the
                sequence loses in w
     roots      of ready roots the K that have waited longest, with the rows of their trees that are worth most:
-               argmax over r of sum(p) - pi T(r), but T(r) <= LONGEST c. If there are n < K of them, others are waited
-               for, as long as it saves to send n + 1 roots in one run: T(r) + T(r / n) - T(r + r / n), and
-               no longer than the last run took, as T may be far off at first
+               argmax over r of sum(p) - pi T(r), but T(r) <= LONGEST c
     piggyback  guesses of other sequences are added where rows are nearly free:
                argmax over n of sum(p) - PIGGYBACK pi (T(r + n) - T(r)) / (1 - sigma)
     guess run  if no root is unsent, guesses leave alone: argmax over r of sum(p) / (T(r) + eta X^2 / 2) where
@@ -25,22 +30,27 @@ cost_curve.py, and w of drafting.py, where G is at least what plain decoding giv
                X(r) = max(T(r), S (T(r) - c) + c), the time for which such a run may hold up one with roots behind it
                F(r) = eta k mu X^2 / 2 + GUESS_RUN G T(r) / (1 - sigma)
 
-Where roots keep the stages busy, sigma is near 1: a guess leaves in the run of its root or not at all, since its
-ancestors will be known when the next root leaves. Where they do not, guess runs go ahead as for one sequence. Where
-rows are dear, s exceeds all g p: no root waits, none has company, and this is plain decoding. Found by simulation,
-see docs/log.md.
+Either way a run with fewer roots than it may have waits for others, as long as it saves to send one more root in it:
+T(r) + T(r / n) - T(r + r / n), and no longer than the last run took, as T may be far off at first.
+
+Ahead, where roots keep the stages busy, sigma is near 1: a guess leaves in the run of its root or not at all, since its
+ancestors will be known when the next root leaves. Where they do not, guess runs go ahead as for one sequence. Found by
+simulation, see docs/log.md.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 
+from speculation.schedules.cohorts import Orders, Plan, plan
 from speculation.schedules.cost_curve import CostCurve
 from speculation.schedules.drafting import Drafting
 from speculation.schedules.policy import Policy
-from speculation.schedules.schedule import Launch, Situation, Wait
+from speculation.schedules.schedule import Launch, Order, Situation, Wait
 from speculation.schedules.traffic import Traffic
+from speculation.schedules.trial import Trial
 from speculation.trees.forest import give_back, probabilities, take_best
 from speculation.trees.tree import Node, Tree
 
@@ -59,12 +69,23 @@ class Many:
     """Decides for several sequences. ``curve``: T(r); ``pass_s``, ``right``: see Drafting."""
 
     def __init__(
-        self, policy: Policy, stages: int, curve: CostCurve, pass_s: float | None = None, right: float = 0.5
+        self,
+        policy: Policy,
+        stages: int,
+        curve: CostCurve,
+        pass_s: float | None = None,
+        right: float = 0.5,
+        drafts: CostCurve | None = None,
     ) -> None:
         self._policy = policy
         self._stages = stages
         self._curve = curve
         self._drafting = Drafting(pass_s, right)
+        self._draft_curve = drafts
+        self._orders = Orders(policy.draft_batch)
+        self._trial = Trial()
+        self._plan: Plan | None = None
+        self._plan_is_of = 0, 0  # sequences, and roots that may leave before there is a new plan
         self._traffic: Traffic | None = None
         self._count = 1  # A
         self._earns = 0.0  # G
@@ -81,12 +102,24 @@ class Many:
     def pause(self) -> None:
         """There are no several sequences any more."""
         self._traffic, self._held_since, self._until, self._is_waiting, self._launches = None, None, 0.0, False, 0
+        self._orders.forget()
+        self._trial.pause()
 
     def closed(self, tree: Tree) -> None:
         """The sequence of ``tree`` is over."""
         for kept in (self._roots, self._since, self._ready_at):
             kept.pop(tree.sequence, None)
         self._drafting.closed(tree.sequence)
+        self._orders.closed(tree.sequence)
+
+    def drafted(self, tree: Tree) -> None:
+        """An order for ``tree`` is done."""
+        self._orders.drafted(tree.sequence)
+
+    @property
+    def awaits_drafts(self) -> bool:
+        """Whether an order is not done yet."""
+        return self._orders.is_awaited
 
     def accepted(self, tokens: int, sequences: int, now: float) -> None:
         """``tokens`` tokens of one of ``sequences`` sequences were emitted."""
@@ -97,16 +130,47 @@ class Many:
         """A run took ``slowest_s`` at the slowest stage."""
         self._measured_s = slowest_s
 
+    def order(self, now: Situation) -> Order | None:
+        """The next order for drafters. It needs no credit."""
+        if self._policy.speculate and self._trial.in_cohorts and self._curve.seconds(1):
+            return self._orders.of_levels(now.trees, self._planned(len(now.trees)), now.now)
+        return self._orders.without_end(now.trees)
+
+    def _planned(self, count: int) -> Plan:
+        """The best cohorts of ``count`` sequences; a plan holds until every root has left once."""
+        of, left = self._plan_is_of
+        if self._plan is None or of != count or left <= 0:
+            drafting, curve = self._drafting, self._draft_curve
+            draft_s = curve.seconds if curve else lambda rows: drafting.pass_s
+            guesses = self._policy.max_rows if self._policy.speculate and draft_s(1) > 0 else 0
+            self._plan = plan(count, self._stages, drafting.right, guesses, self._curve.seconds, draft_s)
+            self._plan_is_of = count, count
+        return self._plan
+
     def next(self, now: Situation) -> Launch | Wait | None:
         """The next step while there are credits."""
+        step = self._next(now)
+        if isinstance(step, Launch):
+            trees = _by_sequence(now.trees)
+            roots = sum(node is trees[node.sequence].root for node in step.nodes)
+            self._trial.launched(roots, sum(probabilities(trees, step.nodes)))
+            self._plan_is_of = self._plan_is_of[0], self._plan_is_of[1] - roots
+        return step
+
+    def _next(self, now: Situation) -> Launch | Wait | None:
         curve, count = self._curve, len(now.trees)
         self._count = count
         roots = -(-count // self._stages)
         if self._traffic is None:
             self._traffic = Traffic(now.now, count, self._stages, roots, curve.seconds(roots))
-        self._earns = max(self._traffic.rate, count / (self._stages * curve.seconds(roots)))
-        self._drafting.look(now.trees, now.now, self._is_waiting)
+        planned = self._planned(count)
+        self._trial.look(count, planned.rate, now.now)
+        self._earns = max(self._traffic.rate, self._trial.share * planned.rate)
+        in_cohorts = self._trial.in_cohorts
+        self._drafting.look(now.trees, now.now, self._is_waiting, not in_cohorts)
         unsent, others = self._sorted(now)
+        if in_cohorts:
+            return self._of_cohort(unsent, planned, now)
         cohort = min(self._cohort(self._traffic), now.root_room)
         if cohort <= 0:
             return None
@@ -117,19 +181,47 @@ class Many:
         nodes = list[Node]()
         if ready:
             nodes = self._with_roots(ready[:cohort], cohort, now)
-            if len(ready) < cohort:
-                rows, each = len(nodes), max(1, len(nodes) // len(ready))
-                self._held_since = now.now if self._held_since is None else self._held_since
-                saved_s = curve.seconds(rows) + curve.seconds(each) - curve.seconds(rows + each)
-                until = self._held_since + min(saved_s, self._measured_s)
-                if now.now < until:
-                    give_back(_by_sequence(now.trees), nodes)
-                    return self._wait(until, now.now)
+            until = self._held_until(ready, nodes, cohort, now.now)
+            if now.now < until:
+                give_back(_by_sequence(now.trees), nodes)
+                return self._wait(until, now.now)
             self._note(self._traffic, ready[:cohort], len(nodes), now.now)
             nodes += self._piggybacked(others, len(nodes), len(ready[:cohort]), cohort, now)
         elif others:
             nodes = self._guess_run(others, now)
         return Launch(nodes) if nodes else None
+
+    def _of_cohort(self, unsent: Sequence[Tree], planned: Plan, now: Situation) -> Launch | Wait | None:
+        """The next run of a cohort."""
+        self._is_waiting = False
+        ready_at = [self._orders.ready_at(tree, planned.levels, now.now) for tree in unsent]
+        ready = [tree for tree, until in zip(unsent, ready_at, strict=True) if until <= now.now]
+        cohort = min(planned.roots, now.root_room)
+        if not ready or cohort <= 0:
+            until = min(ready_at, default=math.inf)
+            return self._wait(until, now.now) if cohort > 0 and until < math.inf else None
+        del ready[cohort:]
+        most = min(len(ready) * (planned.levels + 1), max(len(ready), self._curve.reach))
+        nodes = take_best(ready, most, len(ready), now.room, self._policy.min_path_prob)
+        until = self._held_until(ready, nodes, cohort, now.now)
+        if now.now < until:
+            give_back(_by_sequence(ready), nodes)
+            return self._wait(until, now.now)
+        assert self._traffic
+        for tree in ready:
+            self._ready_at.setdefault(tree.sequence, now.now)
+        self._wanted = len(nodes)
+        self._note(self._traffic, ready, len(nodes), now.now)
+        return Launch(nodes)
+
+    def _held_until(self, ready: Sequence[Tree], nodes: Sequence[Node], cohort: int, now: float) -> float:
+        """Until when a run of ``nodes`` waits for more roots than those of ``ready``; 0 if it does not."""
+        if len(ready) >= cohort:
+            return 0.0
+        curve, rows, each = self._curve, len(nodes), max(1, len(nodes) // len(ready))
+        self._held_since = now if self._held_since is None else self._held_since
+        saved_s = curve.seconds(rows) + curve.seconds(each) - curve.seconds(rows + each)
+        return self._held_since + min(saved_s, self._measured_s)
 
     def _sorted(self, now: Situation) -> tuple[list[Tree], list[Tree]]:
         """The trees with unsent roots, those that have waited longest first, and the others."""

@@ -21,11 +21,15 @@ from pipeinfer.sim.history import PREEMPTED, InvariantBroken, oracle
 from pipeinfer.sim.many_worlds import MANY, draw_many, many_world
 from pipeinfer.sim.random_worlds import check_world, draw_world, first_failures
 from pipeinfer.sim.world import Checker, World, WorldSpec
+from speculation.schedules import cohorts
 from speculation.schedules.policy import CONTINUOUS
+from speculation.schedules.trial import Trial
 from stages.models.emulated import EmulatedSpec, spread
 from tests.invariants.hunt import wrap
 
 QUICK, ALL = range(8), range(13)
+CHANGING = (23, 51, 55, 58, 84, 86)
+"""Worlds in which passes are known while several requests are decoded, and levels are ordered."""
 PREFIX = tuple(range(40))
 SPEC = WorldSpec(
     seed=1,
@@ -67,6 +71,27 @@ def seen(spec: WorldSpec) -> Counter[str]:
 @pytest.mark.parametrize("schedule", ["", *MANY])
 def test_eight_worlds_of_each_schedule_keep_every_invariant(schedule: str) -> None:
     assert not first_failures(QUICK, schedule=schedule, draw=many_world)[1]
+
+
+def test_worlds_that_change_between_cohorts_and_running_ahead_keep_every_invariant(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A world is too short for a trial to end, so here the way changes every few decisions, and levels always pay."""
+    decided = Counter[bool]()
+
+    def look(trial: Trial, sequences: int, rate: float, now: float) -> None:
+        looks[trial] += 1
+        if looks[trial] % 5 == 1:
+            trial._record.in_cohorts = not trial._record.in_cohorts
+        decided[trial.in_cohorts] += 1
+
+    looks = Counter[Trial]()
+    monkeypatch.setattr(Trial, "look", look)
+    monkeypatch.setattr(Trial, "pause", lambda trial: None)
+    monkeypatch.setattr(cohorts, "WORTH", 0.0)
+    for seed in CHANGING:
+        check_world(many_world(seed, "continuous"))
+    assert min(decided[True], decided[False]) > 10
 
 
 @pytest.mark.slow

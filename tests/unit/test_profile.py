@@ -57,7 +57,8 @@ def test_a_job_s_slots_can_be_leased_again(job: Job) -> None:
     assert [cost.what.split(",")[0] for cost in tables.wire(job)][:2] == ["wire: encode Run", "wire: decode Run"]
 
 
-def test_slots_of_many_requests_with_forks_and_preemptions_can_be_leased_again() -> None:
+def test_slots_of_many_requests_with_forks_and_preemptions_can_be_leased_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "ROWS", 4)  # so small a crowd has no longer runs
     spec, recorder = crowd(CONTINUOUS), Recorder()
     World(spec, (recorder,)).run()
     found = {cost.what: cost for cost in tables.slot_table(Job(make_job_spec(spec), recorder.trace))}
@@ -66,7 +67,8 @@ def test_slots_of_many_requests_with_forks_and_preemptions_can_be_leased_again()
     runs = [body for body in launched if isinstance(body, Run) and not body.is_canonical]
     assert len({row.sequence for run in runs for row in run.rows}) > 6
     shown = {run.run for run in runs if len(run.rows) == tables.ROWS}
-    assert len(found["slots: apply, runs of 8 rows"].us) == tables.TELLINGS * len(shown)
+    assert shown
+    assert len(found["slots: apply, runs of 4 rows"].us) == tables.TELLINGS * len(shown)
 
 
 @pytest.mark.parametrize("policy", [PLAIN, CONTINUOUS], ids=lambda policy: policy.name)
