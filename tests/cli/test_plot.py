@@ -96,7 +96,9 @@ def test_a_few_requests_have_colours_of_their_own_and_many_those_of_outcomes(tmp
         for colour in REQUEST_COLOURS:
             pale = tuple(round(255 * (1 - TINT * (1 - part))) for part in to_rgb(colour))
             assert (pale in seen) == is_few, colour
-        assert (rgb(FILLS[Outcome.WASTED]) in seen) == (not is_few or FILLS[Outcome.WASTED] in REQUEST_COLOURS)
+        for colour in {*REQUEST_COLOURS} - {*FILLS.values()}:
+            assert (rgb(colour) in seen) == is_few, colour
+        assert rgb(FILLS[Outcome.ACCEPTED]) in seen
         (tmp_path / "out.png").unlink()
 
 
