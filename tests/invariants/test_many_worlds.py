@@ -168,3 +168,10 @@ def test_any_world(seed: int, schedule: str) -> None:
     spec = draw_many(rng, draw_world(rng, seed, schedule))
     note(repr(spec))
     check_world(spec)
+
+
+def test_a_restart_that_drafters_hear_of_later_discards_the_tree() -> None:
+    """The governor wants no guesses when this world's policy, without reuse, cancels those in flight."""
+    world = many_world(204487, "continuous")
+    assert not world.policy.reuse
+    check_world(world)
