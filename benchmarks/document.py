@@ -16,13 +16,13 @@ from collections.abc import Sequence
 
 from benchmarks.quality import formats
 from benchmarks.study import claims, latencies
-from benchmarks.views import Row, agreement, costs, first_tokens, guesses, place, policies, ratios, read, show
+from benchmarks.views import Row, agreement, costs, first_tokens, guesses, place, policies, ratios, read, show, tails
 from pipeinfer.bench.rows import BANNERS
 from pipeinfer.costs.paths import BENCHMARKS
 
 ROOT = BENCHMARKS.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-SHOWN = (ratios, policies, guesses, agreement, claims, latencies, costs, formats, first_tokens)
+SHOWN = (ratios, policies, guesses, agreement, claims, latencies, costs, formats, first_tokens, tails)
 VIEWS = {view.__name__: view for view in SHOWN}
 BLOCK = re.compile(r"(<!-- result (\S+) (\w+)((?: \w+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -37,7 +37,7 @@ def ratios(rows: Sequence[Row]) -> str:
     """A line for each point: plain's speed, and all others in times of it."""
     varying = axes(rows)
     names = list(dict.fromkeys(row["policy"] for row in rows))
-    has_ideal = all(row["ideal_tokens_per_s"] for row in rows)
+    has_ideal = any(row["ideal_tokens_per_s"] for row in rows)
     rivals = [name for name in names if name not in ("plain", "continuous")]
     extra = (["ideal", "of ideal"] if has_ideal else []) + (["over best rival"] if rivals else [])
     others = [name for name in names if name != "plain"]
@@ -47,10 +47,26 @@ def ratios(rows: Sequence[Row]) -> str:
         line = [show(place(found["plain"])[axis]) for axis in varying] + [f"{plain:.2f}"]
         line += [f"{speed(found[name]) / plain:.2f}" for name in others]
         if has_ideal:
-            ideal = found["plain"]["ideal_tokens_per_s"]
-            line += [f"{ideal / plain:.2f}", f"{of_ideal(found['continuous']) or 0:.3f}"]
+            ideal, share = found["plain"]["ideal_tokens_per_s"], of_ideal(found["continuous"])
+            line += ["" if share is None else f"{ideal / plain:.2f}", "" if share is None else f"{share:.3f}"]
         if rivals:
             line.append(f"{ours / max(speed(found[name]) for name in rivals):.2f}")
+        lines.append(line)
+    return table(lines)
+
+
+def tails(rows: Sequence[Row]) -> str:
+    """A line for each point: what 99 % of requests do not exceed, in ms of plain and in times of it: TPOT, TTFT."""
+    varying, names = axes(rows), list(dict.fromkeys(row["policy"] for row in rows))
+    others = [name for name in names if name != "plain"]
+    figures = {"TPOT": "request_tpot_p99_ms", "TTFT": "ttft_p99_ms"}
+    heads = [f"{figure}: {name}" for figure in figures for name in ("plain, ms", *others)]
+    lines = [[TITLES.get(axis, axis) for axis in varying] + heads]
+    for found in by_point(rows):
+        line = [show(place(found["plain"])[axis]) for axis in varying]
+        for key in figures.values():
+            line.append(f"{found['plain'][key]:.0f}")
+            line += [f"{found[name][key] / found['plain'][key]:.2f}" for name in others]
         lines.append(line)
     return table(lines)
 

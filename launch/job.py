@@ -120,7 +120,7 @@ class Job:
         if world is not None:
             from launch.mpi import MpiTransport
 
-            self._transport = MpiTransport(world.comm, pair.pack, pair.unpack, job_spec.window)
+            self._transport = MpiTransport(world.comm, world.node, pair.pack, pair.unpack, job_spec.window)
             if link is not None:
                 self._transport = PacedLinks(self._transport, link)
             if not world.is_head:

@@ -28,7 +28,7 @@ from launch.groups import make_group  # noqa: E402
 from launch.rendezvous import Rendezvous  # noqa: E402
 from launch.shared_cores import shared_count  # noqa: E402
 from launch.signals import end_undisturbed  # noqa: E402
-from launch.transport import on_this_host, politely  # noqa: E402
+from launch.transport import politely  # noqa: E402
 from launch.watch import here, name_of  # noqa: E402
 from pipeinfer.core.errors import exit_code, origin  # noqa: E402
 from speculation.schedules.schedule import Placement  # noqa: E402
@@ -50,17 +50,13 @@ def abort(code: int) -> None:
         MPI.COMM_WORLD.Abort(code)
 
 
-def _share_of_cores(comm: MPI.Intracomm) -> tuple[Cores, bool]:
-    """The cores of this rank, and whether anywhere ranks are clearly more than cores: others may use them too unless
-    ranks are bound. Collective."""
+def _share_of_cores(node: MPI.Comm) -> Cores:
+    """The cores of this rank, one of the ranks of a host, ``node``. Collective."""
     mine = os.sched_getaffinity(0)
-    sharers = sum(not mine.isdisjoint(others) for others in on_this_host(comm, MPI, mine))
+    sharers = sum(not mine.isdisjoint(others) for others in node.allgather(mine))
     count = usable_cores(len(mine))
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     busy = shared_count(node, node.Get_rank() == 0, frozenset(mine)) if node.Get_size() > 1 else None
-    cores = Cores(count, max(1, count // sharers), busy, sharers)
-    node.Free()
-    return cores, comm.allreduce(sharers > OVERSUBSCRIBED * count, MPI.LOR)
+    return Cores(count, max(1, count // sharers), busy, sharers)
 
 
 class World:
@@ -70,19 +66,26 @@ class World:
     _failing = threading.Lock()
 
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
-        """``threads``: see thread_count, until a job asks for another number; ``cores``: those that this rank may use;
-        ``placement``: what processors ranks have; ``may_thread``: whether MPI may be called by another thread than the
-        one that opened it, one at a time; ``has_kernels``: whether all ranks have the library."""
+        """``node``: the ranks of this host; ``threads``: see thread_count, until a job asks for another number;
+        ``cores``: those that this rank may use; ``placement``: what processors ranks have; ``may_thread``: whether MPI
+        may be called by another thread than the one that opened it, one at a time; ``has_kernels``: whether all ranks
+        have the library."""
+        # Few collectives: they spin, and where ranks are more than cores they take most of the time of opening.
         self.comm = (comm or MPI.COMM_WORLD).Dup()
+        self.node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.rank = self.comm.Get_rank()
         self.size = self.comm.Get_size()
-        self.may_thread = bool(self.comm.allreduce(MPI.Query_thread() >= MPI.THREAD_SERIALIZED, MPI.LAND))
-        self.cores, is_oversubscribed = _share_of_cores(self.comm)
-        self.has_kernels = bool(self.comm.allreduce(library() is not None, MPI.LAND))
+        self.cores = _share_of_cores(self.node)
+        is_oversubscribed = self.cores.sharers > OVERSUBSCRIBED * self.cores.count
+        mine = (here(), MPI.Query_thread() >= MPI.THREAD_SERIALIZED, library() is not None, is_oversubscribed)
+        places, may_thread, has_kernels, oversubscribed = zip(*self.comm.allgather(mine), strict=True)
+        self.may_thread, self.has_kernels = all(may_thread), all(has_kernels)
+        self._names = [name_of(rank, *where) for rank, where in enumerate(places)]
         if not self.has_kernels and library() is not None:
             forgo("another rank has no library of decode kernels")
         self.threads = thread_count(None, self.cores, self.has_kernels)
-        shared: Placement = "oversubscribed" if is_oversubscribed else "spread"
+        # Others may use the cores too, unless ranks are bound.
+        shared: Placement = "oversubscribed" if any(oversubscribed) else "spread"
         self.placement: Placement = shared if self.size > 1 else "alone"
         # Called with the exit code after a failure is reported and before all ranks are ended.
         self.before_abort: Callable[[int], None] | None = None
@@ -94,8 +97,7 @@ class World:
 
     def rendezvous(self, timeout_s: float) -> Rendezvous:
         """Watch the ranks from now until all are ready. Collective."""
-        names = [name_of(rank, *where) for rank, where in enumerate(self.comm.allgather(here()))]
-        return Rendezvous(self.comm.Dup(), names, timeout_s, self.may_thread, self.fail)
+        return Rendezvous(self.comm.Dup(), self._names, timeout_s, self.may_thread, self.fail)
 
     @property
     def is_head(self) -> bool:
@@ -207,7 +209,8 @@ class World:
         raise SystemExit(code)
 
     def close(self) -> None:
-        """Free the communicator. Collective."""
+        """Free the communicators. Collective."""
+        self.node.Free()
         self.comm.Free()
 
     @staticmethod

@@ -28,7 +28,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,6 @@ from pipeinfer.core.ports import Payload, Received
 from pipeinfer.core.wire import MAX_NBYTES, decode, encode, wire_nbytes
 
 Bytes = npt.NDArray[np.uint8]
-T = TypeVar("T")
 RING = 8
 MOST_PENDING_SENDS = 4096
 EAGER_NBYTES = 1 << 15
@@ -109,10 +108,6 @@ class Communicator(Protocol):
         """Complete when every rank has called it."""
         ...
 
-    def Split_type(self, split_type: int) -> Communicator:
-        """The ranks that share something with the caller. Collective."""
-        ...
-
     def allgather(self, sendobj: Any) -> list[Any]:
         """One object per rank. Collective."""
         ...
@@ -129,11 +124,6 @@ class Names(Protocol):
     @property
     def ANY_SOURCE(self) -> int:
         """Any sender."""
-        ...
-
-    @property
-    def COMM_TYPE_SHARED(self) -> int:
-        """Ranks of one host."""
         ...
 
     @property
@@ -200,18 +190,19 @@ class _Ring:
             request.Wait()
 
 
-def _hang(bell: Bell, comm: Communicator, mpi: Names, clock: Clock) -> bool:
-    """Make ``bell`` known to this host's ranks; whether all of ``comm`` can ring it. Containers may share a host and
-    not reach each other, so it is tried: every rank rings the next one. Collective."""
+def _hang(bell: Bell, comm: Communicator, node: Communicator, clock: Clock) -> bool:
+    """Make ``bell`` known to this host's ranks, ``node``; whether all of ``comm`` can ring it. Containers may share a
+    host and not reach each other, so it is tried: every rank rings the next one. Collective."""
     rank, size = comm.Get_rank(), comm.Get_size()
-    bell.meet(dict(on_this_host(comm, mpi, (rank, bell.name))))
+    bell.meet(dict(node.allgather((rank, bell.name))))
     bell.ring((rank + 1) % size)
     politely(comm.Ibarrier(), clock=clock)
     return all(comm.allgather(bell.wait(0.0)))
 
 
 class MpiTransport:
-    """Messages between the ranks of ``comm``; ``pack`` and ``unpack`` turn activations to bytes [n] and back.
+    """Messages between the ranks of ``comm``, of which those of ``node`` are on this host; ``pack`` and ``unpack`` turn
+    activations to bytes [n] and back.
 
     ``mpi``: the names of the library that ``comm`` is of. A payload that was received is a window on a buffer, which
     stays as it is until its sender has announced ``window`` further tensors."""
@@ -219,6 +210,7 @@ class MpiTransport:
     def __init__(
         self,
         comm: Communicator,
+        node: Communicator,
         pack: Callable[[Payload], Bytes],
         unpack: Callable[[Bytes, int], Payload],
         window: int,
@@ -239,7 +231,7 @@ class MpiTransport:
         self._sends: deque[tuple[Handle, Any]] = deque()
         self._rank = comm.Get_rank()
         self._bell = bell or Doorbell()
-        self._is_heard_by_all = _hang(self._bell, comm, mpi, clock)
+        self._is_heard_by_all = _hang(self._bell, comm, node, clock)
         self._backoff = Backoff(clock)
         self._idle_s = IDLE_S
 
@@ -330,10 +322,3 @@ def politely(
         meanwhile()
         backoff.wait()
 
-
-def on_this_host(comm: Communicator, mpi: Names, value: T) -> list[T]:
-    """The text of each rank of this host. Collective."""
-    node = comm.Split_type(mpi.COMM_TYPE_SHARED)
-    values: list[T] = node.allgather(value)
-    node.Free()
-    return values

@@ -92,7 +92,7 @@ def main() -> None:
     pair = CheckpointPair((MODEL, RandomCheckpoint(MODEL)), (), "fp32")
     found: list[Cost] = []
     for layers in (0, LAYERS):
-        transport = MpiTransport(world.comm, pair.pack, pair.unpack, job.job_spec.window)
+        transport = MpiTransport(world.comm, world.node, pair.pack, pair.unpack, job.job_spec.window)
         if world.is_head:
             lead(job, transport)
         else:

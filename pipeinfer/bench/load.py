@@ -1,4 +1,4 @@
-"""Many requests at once, simulated: what all of them get per second, and how many get what they should.
+"""Many requests at once, simulated or emulated: what all of them get per second, and how many get what they should.
 
 Arrivals. "at once": as many requests as the point says begin together, and none comes later. Between BEGIN and END of
 all tokens every request is decoding, so the throughput between these two is that of as many requests that never end.
@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from pipeinfer.bench.contenders import Contender
 from pipeinfer.bench.ideal_load import reference
-from pipeinfer.bench.sample import Sample
-from pipeinfer.bench.scenario import LATE, Scenario
+from pipeinfer.bench.sample import Sample, sample
+from pipeinfer.bench.scenario import Scenario
 from pipeinfer.core.metrics import measure, percentile
-from pipeinfer.sim.world import Answer, World, WorldSpec
+from pipeinfer.core.ports import Request
+from pipeinfer.sim.world import Answer
 from speculation.schedules.policy import CONTINUOUS
 from stages.models.emulated import plain_tokens
 
@@ -29,41 +30,43 @@ ROUNDS, BURST = 3, 8
 TTFT, TPOT = 8.0, 1.25
 CHECKED = 3
 """Requests whose tokens are compared with plain decoding."""
-MOST_EVENTS = 1_000_000_000
 
 
-def simulate_load(scenario: Scenario, contender: Contender, seed: int) -> Sample:
-    """All requests of ``scenario`` in virtual time; the tokens of some are checked."""
-    point, model, policy = scenario.point, scenario.model(seed), contender.policy
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The requests of a sample. ``arrivals``: when they come, in seconds; empty where they begin at once.
+    ``max_num_seqs``: how many are decoded at once."""
+
+    requests: tuple[Request, ...]
+    arrivals: tuple[float, ...] = ()
+    max_num_seqs: int = 1
+
+
+def load_of(scenario: Scenario, seed: int) -> Load:
+    """What comes to ``scenario`` in the sample ``seed``: one request where its point does not say how many."""
+    point = scenario.point
+    if not point.requests:
+        return Load((scenario.request(seed),))
     arrivals = arrival_times(scenario, seed)
-    requests = [scenario.request(1000 * seed + number) for number in range(len(arrivals) or point.requests)]
-    spec = WorldSpec(
-        seed,
-        policy,
-        scenario.stages(policy),
-        tuple(requests),
-        model,
-        paces=(scenario.layer_s, scenario.draft_s),
-        shares=scenario.shares(policy),
-        link=scenario.link,
-        context=scenario.prompt_tokens + point.tokens,
-        priors=scenario.priors(policy),
-        drafter_beside_orchestrator=scenario.is_rank_0_shared(policy),
-        tp=point.tp,
-        late=LATE,
-        max_num_seqs=point.requests * (2 if arrivals else 1),
-        at_once=True,
-        arrivals=arrivals,
-    )
-    world = World(spec)
-    answers = world.run(MOST_EVENTS)
+    numbers = range(len(arrivals) or point.requests)
+    requests = tuple(scenario.request(1000 * seed + number) for number in numbers)
+    return Load(requests, arrivals, point.requests * (2 if arrivals else 1))
+
+
+def load_sample(
+    scenario: Scenario, who: str, seed: int, answers: Sequence[Answer], traffic: tuple[int, int]
+) -> Sample:
+    """What the job of ``who`` gave to ``load_of(scenario, seed)``; the tokens of some ``answers`` are checked."""
+    model, requests = scenario.model(seed), load_of(scenario, seed).requests
     for answer in answers[:: max(1, len(answers) // CHECKED)]:
         request = requests[answer.number]
         if answer.tokens != plain_tokens(model, request.prompt, request.max_new_tokens, frozenset()):
-            raise AssertionError(
-                f"seed {seed}, {contender.name}: request {answer.number} is not that of plain decoding"
-            )
-    return _sample(scenario, answers, world)
+            raise AssertionError(f"seed {seed}, {who}: request {answer.number} is not that of plain decoding")
+    if not scenario.point.requests:
+        (answer,) = answers
+        assert answer.stats is not None
+        return sample(answer.tokens, answer.submitted_at, answer.emitted_at, answer.stats, traffic)
+    return _sample(scenario, answers, traffic)
 
 
 def arrival_times(scenario: Scenario, seed: int) -> tuple[float, ...]:
@@ -81,7 +84,7 @@ def arrival_times(scenario: Scenario, seed: int) -> tuple[float, ...]:
     return tuple(times[: ROUNDS * point.requests])
 
 
-def _sample(scenario: Scenario, answers: Sequence[Answer], world: World) -> Sample:
+def _sample(scenario: Scenario, answers: Sequence[Answer], traffic: tuple[int, int]) -> Sample:
     """What was measured. ``tpot_ms`` is the time per token of all requests together; that of one request is
     ``request_tpot_ms``, and ``request_tpot_p99_ms`` and ``ttft_p99_ms`` are those that 99 % of them do not exceed."""
     found = list[dict[str, Any]]()
@@ -96,8 +99,8 @@ def _sample(scenario: Scenario, answers: Sequence[Answer], world: World) -> Samp
     metrics |= {"request_tpot_p99_ms": percentile([one["tpot_ms"] for one in found], 0.99)}
     metrics |= {"ttft_p99_ms": percentile([one["ttft_ms"] for one in found], 0.99)}
     tokens = [token for answer in answers for token in answer.tokens]
-    count = len(tokens)
-    return Sample(tuple(tokens), metrics, world.network.messages / count, world.network.nbytes / count)
+    messages, nbytes = traffic
+    return Sample(tuple(tokens), metrics, messages / len(tokens), nbytes / len(tokens))
 
 
 def _middle(values: Sequence[Any]) -> Any:

@@ -6,42 +6,40 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 
 from pipeinfer.bench.contenders import Contender, variants
-from pipeinfer.bench.load import simulate_load
-from pipeinfer.bench.sample import Sample, sample
+from pipeinfer.bench.load import load_of, load_sample
+from pipeinfer.bench.sample import Sample
 from pipeinfer.bench.scenario import LATE, Scenario
 from pipeinfer.sim.world import World, WorldSpec
-from stages.models.emulated import plain_tokens
 
 TUNING_SEED = 99
 """Sizes are tuned on another text than the measured one."""
-MOST_EVENTS = 100_000_000
+MOST_EVENTS = 1_000_000_000
 
 
 def simulate(scenario: Scenario, contender: Contender, seed: int) -> Sample:
-    """One request in virtual time; its tokens are checked."""
-    request, model, policy = scenario.request(seed), scenario.model(seed), contender.policy
+    """All requests of a sample in virtual time; see load_sample for what is checked."""
+    load, policy = load_of(scenario, seed), contender.policy
     spec = WorldSpec(
         seed,
         policy,
         scenario.stages(policy),
-        (request,),
-        model,
+        load.requests,
+        scenario.model(seed),
         paces=(scenario.layer_s, scenario.draft_s),
         shares=scenario.shares(policy, contender.head_share),
         link=scenario.link,
-        context=len(request.prompt) + request.max_new_tokens,
+        context=scenario.prompt_tokens + scenario.point.tokens,
         priors=scenario.priors(policy),
         drafter_beside_orchestrator=scenario.is_rank_0_shared(policy),
         tp=scenario.point.tp,
         late=LATE,
+        max_num_seqs=load.max_num_seqs,
+        at_once=True,
+        arrivals=load.arrivals,
     )
     world = World(spec)
-    (answer,) = world.run(MOST_EVENTS)
-    if answer.tokens != plain_tokens(model, request.prompt, request.max_new_tokens, frozenset()):
-        raise AssertionError(f"seed {seed}, {contender.name}: the tokens are not those of plain decoding")
-    assert answer.stats is not None
-    traffic = (world.network.messages, world.network.nbytes)
-    return sample(answer.tokens, answer.submitted_at, answer.emitted_at, answer.stats, traffic)
+    answers = world.run(MOST_EVENTS)
+    return load_sample(scenario, contender.name, seed, answers, (world.network.messages, world.network.nbytes))
 
 
 def tuned(scenario: Scenario, contenders: Sequence[Contender], pool: ProcessPoolExecutor) -> list[Contender]:
@@ -62,8 +60,5 @@ def simulate_all(
     scenario: Scenario, contenders: Sequence[Contender], repeats: int, pool: ProcessPoolExecutor
 ) -> list[list[Sample]]:
     """``repeats`` samples of each contender, every one of a text of its own."""
-    simulate_one = simulate_load if scenario.point.requests else simulate
-    asked = [
-        [pool.submit(simulate_one, scenario, contender, seed) for seed in range(repeats)] for contender in contenders
-    ]
+    asked = [[pool.submit(simulate, scenario, contender, seed) for seed in range(repeats)] for contender in contenders]
     return [[job.result() for job in jobs] for jobs in asked]

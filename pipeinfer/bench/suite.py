@@ -34,7 +34,7 @@ class Point:
     as ``knob=value``. ``dtype``, ``numerics``, ``activations`` and ``threads`` (of a rank; 0 for its fair share): see
     Engine. ``tp``: ranks that share a stage; ``fused``, of real ones: how they exchange activations, see Engine;
     ``efficiency``, of others: the share of ``tp`` times a rank's speed that they have together before exchanges.
-    ``requests``, simulated: that are decoded at once, 0 for one after the other; ``arrivals``: how they come (see
+    ``requests``, not real: that are decoded at once, 0 for one after the other; ``arrivals``: how they come (see
     load.py); ``row_costs``: without a ``hardware``, times of passes of ROW_COUNTS rows in any unit, of target and
     draft."""
 

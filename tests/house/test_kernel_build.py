@@ -60,7 +60,8 @@ def test_a_wheel_has_the_library_and_runs_on_old_systems(tree: Path) -> None:
     recipe = tree / "stages/kernels/build.py"
     quick = recipe.read_text().replace('"-O3", "-funroll-loops"', '"-O0", "-fno-sanitize=undefined"')
     quick = quick.replace('"portable": ("-O2",)', '"portable": ()')
-    assert "-O3" not in quick and "-O2" not in quick
+    quick = re.sub(r'^ +"avx512.*\n', "", quick, flags=re.MULTILINE)  # two variants do
+    assert "-O3" not in quick and "-O2" not in quick and quick.count('"avx') == 1
     recipe.write_text(quick)  # a minute less; the speed of this library is nobody's concern
     done = python(tree, WHEEL, compilers=compiler == "cc", PIPEINFER_KERNELS="require")
     assert done.returncode == 0, done.stderr

@@ -40,7 +40,7 @@ class Status:
         return self.nbytes
 
 
-NAMES = SimpleNamespace(BYTE="byte", ANY_SOURCE=-2, COMM_TYPE_SHARED=1, Status=Status)
+NAMES = SimpleNamespace(BYTE="byte", ANY_SOURCE=-2, Status=Status)
 
 
 @dataclass(slots=True, eq=False)
@@ -117,8 +117,14 @@ class Library:
         self.boxes: dict[tuple[object, int], _Box] = {}
         self.meetings: dict[tuple[object, int], _Meeting] = {}
 
-    def world(self, rank: int) -> Communicator:
-        return Communicator(self, ("world",), tuple(range(len(self.hosts))), rank)
+    def worlds(self, rank: int) -> tuple[Communicator, Communicator]:
+        """What ``rank`` holds of the communicator of all ranks, and of that of its host's."""
+        node = tuple(other for other, host in enumerate(self.hosts) if host == self.hosts[rank])
+        everybody = tuple(range(len(self.hosts)))
+        return (
+            Communicator(self, ("world",), everybody, rank),
+            Communicator(self, ("node", self.hosts[rank]), node, node.index(rank)),
+        )
 
     def progress(self, rank: int) -> None:
         due = self._due[rank]
@@ -193,18 +199,9 @@ class Communicator:
     def Get_size(self) -> int:
         return len(self._members)
 
-    def _child(self, *more: object) -> tuple[object, ...]:
-        self._children += 1
-        return (*self._name, self._children, *more)
-
     def Dup(self) -> Communicator:
-        return Communicator(self._library, self._child(), self._members, self._rank)
-
-    def Split_type(self, split_type: int) -> Communicator:
-        hosts = self._library.hosts
-        mine = hosts[self._members[self._rank]]
-        members = tuple(member for member in self._members if hosts[member] == mine)
-        return Communicator(self._library, self._child(mine), members, members.index(self._members[self._rank]))
+        self._children += 1
+        return Communicator(self._library, (*self._name, self._children), self._members, self._rank)
 
     def Free(self) -> None:
         if waiting := sum(not request.is_done for request in self._box.open):

@@ -69,7 +69,7 @@ def test_a_quiet_transport_looks_up_rarely(hosts: tuple[int, ...], most: int) ->
     library = Library(time, random.Random(1), hosts)
 
     def wait(rank: int) -> None:
-        quiet = MpiTransport(library.world(rank), bytes, bytes, 1, NAMES, Bell(library, rank, bells), time)
+        quiet = MpiTransport(*library.worlds(rank), bytes, bytes, 1, NAMES, Bell(library, rank, bells), time)
         until = time.monotonic() + 1.0
         while time.monotonic() < until:
             assert not quiet.poll()
@@ -84,7 +84,7 @@ def test_a_quiet_transport_looks_up_rarely(hosts: tuple[int, ...], most: int) ->
 def one_staging_buffer(patch: pytest.MonkeyPatch) -> None:
     """What is sent is copied to a buffer that the next send uses again."""
 
-    def build(original: Any, self: Any, comm: Any, pack: Any, *more: Any) -> None:
+    def build(original: Any, self: Any, comm: Any, node: Any, pack: Any, *more: Any) -> None:
         stage = np.empty(1 << 20, np.uint8)
 
         def staged(payload: Any) -> Any:
@@ -92,7 +92,7 @@ def one_staging_buffer(patch: pytest.MonkeyPatch) -> None:
             stage[: packed.nbytes] = packed
             return stage[: packed.nbytes]
 
-        original(self, comm, staged, *more)
+        original(self, comm, node, staged, *more)
 
     wrap(patch, MpiTransport, "__init__", build)
 
@@ -190,7 +190,7 @@ def test_ranks_that_wait_for_each_other_are_a_stall() -> None:
     library = Library(VirtualTime(most_turns=1000), random.Random(0), (0, 0))
 
     def wait(rank: int) -> None:
-        library.world(rank).Irecv([bytearray(1), NAMES.BYTE], 1 - rank).Wait()
+        library.worlds(rank)[0].Irecv([bytearray(1), NAMES.BYTE], 1 - rank).Wait()
 
     with pytest.raises(StallError, match="1000 turns"):
         library.time.run([lambda: wait(0), lambda: wait(1)])

@@ -85,7 +85,7 @@ class Traffic:
 
         def rank_program(rank: int) -> None:
             transport = MpiTransport(
-                library.world(rank), lambda array: array.view(np.uint8), lambda data, rows: data.view(np.int64),
+                *library.worlds(rank), lambda array: array.view(np.uint8), lambda data, rows: data.view(np.int64),
                 self.each, NAMES, Bell(library, rank, bells, loss), time,
             )  # fmt: skip
             read[rank] = Correspondent(self, rank, transport, time).run()
@@ -214,7 +214,7 @@ class DrivenWorld:
 
     def _play(self, rank: int, time: VirtualTime, library: Library, bells: dict[bytes, Bell], loss: float) -> None:
         transport = MpiTransport(
-            library.world(rank), self._pack, self._unpack, self.window, NAMES, Bell(library, rank, bells, loss), time
+            *library.worlds(rank), self._pack, self._unpack, self.window, NAMES, Bell(library, rank, bells, loss), time
         )
         driver = Driver(self.home, _Watched(transport, lambda message: self._see(message, time.monotonic())), time)
         machines = [machine for machine in self.machines if self.home[machine.address] == rank]

@@ -68,9 +68,10 @@ def told(shard: GenericShard, texts: list[Text], dice: random.Random, most: int)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - OWN_ATTENTION))
-def test_a_row_has_the_same_bits_in_any_company(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_row_has_the_same_bits_in_any_company(name: str, tmp_path: Path) -> None:
+    """In one of both types, in turn: layers are the same in both, and so are the products that differ."""
+    dtype = DTYPES[sorted(MODELS).index(name) % 2]
     spec, dice = GenericSpec.read(make_model(tmp_path, name)), random.Random(name)
     shard = GenericShard.load(spec, range(spec.layer_count), dtype, CAPACITY)
     texts = all_texts(dice)

@@ -58,11 +58,11 @@ def gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tokens_equal_transformers(model: Path) -> None:
     reference = read_reference(model)
     whole, thirds = load(model), load(model, 3)
-    texts = [reference.greedy(prompt, 32) for prompt in PROMPTS]
-    assert sum(len(set(text)) for text in texts) > 30, "texts that loop would hide errors"
+    texts = [reference.greedy(prompt, 20) for prompt in PROMPTS]
+    assert sum(len(set(text)) for text in texts) > 20, "texts that loop would hide errors"
     for prompt, expected in zip(PROMPTS, texts, strict=True):
-        assert greedy(whole, prompt, 12) == expected[:12]
-        assert greedy(thirds, prompt, 32, chunk=3) == expected
+        assert greedy(whole, prompt, 6) == expected[:6]
+        assert greedy(thirds, prompt, 20, chunk=3) == expected
 
 
 def test_a_tree_in_scattered_slots_gives_the_logits_of_plain_text(model: Path) -> None:

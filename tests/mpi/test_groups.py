@@ -35,7 +35,7 @@ BF16 = [
     Case(3, tp=2, settings=FREE),  # a drafter of its own
     Case(4, "sync-tree", tp=2),  # two groups, the first drafts as well
     Case(4, "plain", tp=4, fused="off"),
-    Case(8, tp=8, settings=FREE),
+    *([Case(8, tp=8, settings=FREE)] if FULL else []),
 ]
 FP32 = [Case(2, "pipeinfer", tp=2), Case(2, tp=2, settings=FREE, fused="off"), Case(4, tp=4, settings=FREE)]
 

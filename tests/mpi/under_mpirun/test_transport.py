@@ -44,7 +44,7 @@ def world() -> Iterator[World]:
 @pytest.fixture
 def transport(world: World) -> Iterator[MpiTransport]:
     transport = mpi.MpiTransport(
-        world.comm, lambda array: array.view(np.uint8), lambda data, rows: data.view(np.int64), WINDOW
+        world.comm, world.node, lambda array: array.view(np.uint8), lambda data, rows: data.view(np.int64), WINDOW
     )
     yield transport
     transport.close()
