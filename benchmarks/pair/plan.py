@@ -61,8 +61,8 @@ SMOKE_PLAN = Plan(
     tokens_per_step=512,
     short_context=64,
     warmup_steps=2,
-    max_files=30,
-    prompts=4,
+    max_files=10,
+    prompts=2,
     prompt_tokens=32,
     new_tokens=16,
 )

@@ -25,7 +25,7 @@ COUNT = 48
 def test_tokens_are_those_of_plain_decoding_under_the_same_forcing(policy: str) -> None:
     forced = [0.7, 0.1]
     with (
-        Engine(ranks=3, policy=policy, forced_acceptance=forced) as engine,
+        Engine(ranks=2, policy=policy, forced_acceptance=forced) as engine,
         Engine(forced_acceptance=forced, random_weights=True) as others,
     ):
         assert engine is not None and others is not None

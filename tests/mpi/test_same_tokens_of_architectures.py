@@ -36,13 +36,15 @@ NEW_TOKENS = 128 if FULL else 24
 LENGTHS = (9, 18, 27, 40)  # of prompts: few, so that transformers takes many at once
 DRAWN = Sampling(0.8, 50, 0.95, 0.01, 1.1, seed=2**63 + 5)
 WIDE = "govern=false"  # or guesses, which save nothing in models as small as these, would soon be given up
+MOST = 4 if FULL else 3
+"""Ranks: each of them imports transformers, which takes longer than all else."""
 OTHERS = (  # than `continuous` on 3 ranks: each architecture takes the next one
-    *(Case(4, policy, (WIDE,)) for policy in ("plain", *RIVALS, *ABLATIONS)),
+    *(Case(MOST, policy, (WIDE,)) for policy in ("plain", *RIVALS, *ABLATIONS)),
     Case(1, settings=(WIDE,)),
     Case(2, settings=(WIDE,)),
-    Case(4, settings=(WIDE, "cancel=relay")),
-    Case(4, settings=(WIDE,), drafters=2),
-    Case(4, draft="none"),
+    Case(MOST, settings=(WIDE, "cancel=relay")),
+    Case(MOST, settings=(WIDE,), drafters=2),
+    Case(MOST, draft="none"),
 )
 
 

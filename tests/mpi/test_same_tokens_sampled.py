@@ -39,7 +39,7 @@ PROCESSORS = (  # top_k, top_p, min_p, repetition_penalty
     (50, 0.95, 0.02, 1.1),
 )
 ALWAYS = ("govern=false",)  # many ranks on few cores would often decode plainly
-MAIN = [*(Case(ranks, settings=ALWAYS) for ranks in (4, 1, 2, 6)), *(Case(4, policy) for policy in ("plain", *RIVALS))]
+MAIN = [*(Case(ranks, settings=ALWAYS) for ranks in (4, 1, 2)), *(Case(4, policy) for policy in ("plain", *RIVALS))]
 ALL = 2  # of them take every request
 POLICIES, COUNTS = ("plain", *RIVALS), (1, 2, 6)
 ALL_OTHERS = [Case(ranks, policy) for policy in POLICIES for ranks in COUNTS]

@@ -30,7 +30,7 @@ def reference(dtype: str) -> tuple[int, list[Asked], list[Completion]]:
         (1, "continuous", "bf16", {}),
         (2, "continuous", "bf16", {"tp": 2}),
         (4, "continuous", "fp32", {"drafters": 2}),
-        (4, "benchmarks/baselines/sync-tree.toml", "bf16", {}),
+        (3, "benchmarks/baselines/sync-tree.toml", "bf16", {}),
     ],
     ids=["plain", "alone", "group", "four", "rounds"],
 )
