@@ -288,6 +288,7 @@ class Orchestrator:
             self._allocator.room(len(decoding) if len(decoding) > 1 else unsent),
             self._now,
             self._allocator.free_slots(),
+            len(prompts),
         )
         if self._deferred and not (self._sessions and self._schedule.defers_results(now)):
             return self._result(self._deferred.popleft())

@@ -31,7 +31,10 @@ least V, or the share of V that cohorts were seen to earn:
                F(r) = eta k mu X^2 / 2 + GUESS_RUN G T(r) / (1 - sigma)
 
 Either way a run with fewer roots than it may have waits for others, as long as it saves to send one more root in it:
-T(r) + T(r / n) - T(r + r / n), and no longer than the last run took, as T may be far off at first.
+T(r) + T(r / n) - T(r + r / n), and no longer than the last run took, as T may be far off at first. And where W further
+sequences have prompts of which a part waits, each row makes their first tokens later too: then pi is 1 + W / A times as
+high, guesses leave with their roots only, and a cohort leaves without its levels unless
+n (E(L) - 1) > pi (T(n (L + 1)) - T(n)).
 
 Ahead, where roots keep the stages busy, sigma is near 1: a guess leaves in the run of its root or not at all, since its
 ancestors will be known when the next root leaves. Where they do not, guess runs go ahead as for one sequence. Found by
@@ -88,6 +91,7 @@ class Many:
         self._plan_is_of = 0, 0  # sequences, and roots that may leave before there is a new plan
         self._traffic: Traffic | None = None
         self._count = 1  # A
+        self._waiting = 0  # W
         self._earns = 0.0  # G
         self._wanted = 1  # rows that the last run with roots would have had
         self._launches = 0  # runs with roots so far, of which the first ones fill the stages
@@ -159,7 +163,7 @@ class Many:
 
     def _next(self, now: Situation) -> Launch | Wait | None:
         curve, count = self._curve, len(now.trees)
-        self._count = count
+        self._count, self._waiting = count, now.prompts
         roots = -(-count // self._stages)
         if self._traffic is None:
             self._traffic = Traffic(now.now, count, self._stages, roots, curve.seconds(roots))
@@ -191,17 +195,28 @@ class Many:
             nodes = self._guess_run(others, now)
         return Launch(nodes) if nodes else None
 
+    def _levels_pay(self, planned: Plan) -> bool:
+        """Whether drafted levels are worth that prompts wait for them."""
+        if not self._waiting:
+            return True
+        roots, levels = planned.roots, planned.levels
+        more_s = self._curve.seconds(roots * (levels + 1)) - self._curve.seconds(roots)
+        gained = sum(self._drafting.right ** (level + 1) for level in range(levels))
+        return roots * gained > self._price(roots) * more_s
+
     def _of_cohort(self, unsent: Sequence[Tree], planned: Plan, now: Situation) -> Launch | Wait | None:
         """The next run of a cohort."""
         self._is_waiting = False
-        ready_at = [self._orders.ready_at(tree, planned.levels, now.now) for tree in unsent]
+        pays = self._levels_pay(planned)
+        levels = planned.levels if pays else 0
+        ready_at = [self._orders.ready_at(tree, levels, now.now) if pays else now.now for tree in unsent]
         ready = [tree for tree, until in zip(unsent, ready_at, strict=True) if until <= now.now]
         cohort = min(planned.roots, now.root_room)
         if not ready or cohort <= 0:
             until = min(ready_at, default=math.inf)
             return self._wait(until, now.now) if cohort > 0 and until < math.inf else None
         del ready[cohort:]
-        most = min(len(ready) * (planned.levels + 1), max(len(ready), self._curve.reach))
+        most = min(len(ready) * (levels + 1), max(len(ready), self._curve.reach))
         nodes = take_best(ready, most, len(ready), now.room, self._policy.min_path_prob)
         until = self._held_until(ready, nodes, cohort, now.now)
         if now.now < until:
@@ -255,7 +270,8 @@ class Many:
     def _price(self, cohort: int) -> float:
         """pi."""
         assert self._traffic
-        return self._earns * max(1.0, cohort * self._stages / self._count)
+        owed = self._earns * (1 + self._waiting / self._count)
+        return owed * max(1.0, cohort * self._stages / self._count)
 
     def _row_price(self, price: float, rows: int) -> float:
         """What each of as many further rows as ``rows`` costs in tokens."""
@@ -313,7 +329,7 @@ class Many:
         most = min(self._policy.max_rows, curve.reach - rows)
         price = PIGGYBACK * self._price(cohort) / (1 - self._traffic.busy)
         least = self._row_price(price, max(ROWS, rows))
-        if room <= 0 or most <= 0 or least >= 1 or not self._policy.speculate:
+        if room <= 0 or most <= 0 or least >= 1 or not self._policy.speculate or self._waiting:
             return []
         found = take_best(others, most, 0, room, max(least / 2, self._policy.min_path_prob))
         trees = _by_sequence(others)
@@ -326,7 +342,7 @@ class Many:
         """Take the guesses of ``others`` that are worth a run of their own."""
         traffic, curve = self._traffic, self._curve
         assert traffic
-        if not self._policy.speculate or now.room <= 0:
+        if not self._policy.speculate or now.room <= 0 or self._waiting:
             return []
         most = min(self._policy.max_rows, curve.reach)
         found = take_best(others, most, 0, now.room, self._policy.min_path_prob)

@@ -212,3 +212,17 @@ def test_when_the_next_level_is_expected() -> None:
     second.add(second.root, 1, -0.1)
     drafting.look(trees, 28.0, True)
     assert drafting.pass_s == 9.5, "8 seconds, a quarter of the weight"
+
+
+def test_while_prompts_wait_guesses_leave_with_their_roots_only_and_rows_are_dear() -> None:
+    rows = []
+    for prompts in (0, 100):
+        game = Game(8, 8, draft_s=0.0)
+        for _ in range(3):
+            game.grow(0)
+        rows.append(len(launched(game.step(prompts=prompts))))
+    assert rows == [4, 1]
+    game = Game(8, 8)
+    game.send(*range(8))
+    game.grow(*range(8))
+    assert game.step(prompts=1) is None
