@@ -58,7 +58,8 @@ def test_bits_are_those_of_decoding_token_by_token(tmp_path: Path) -> None:
     for dtype, (texts, _) in known.items():
         requests = [Asked(text, 0, Sampling(prompt_logprobs=TOPS)) for text in texts]
         requests += [Asked(text, 3, Sampling(0.8, seed=3, prompt_logprobs=0)) for text in texts]
-        tasks += [(replace(case, dtype=dtype), requests) for case in CASES]
+        some = CASES if FULL else CASES[dtype == "fp32" :: 2]  # in turn
+        tasks += [(replace(case, dtype=dtype), requests) for case in some]
     for (case, _), said in zip(tasks, decode(tasks, tmp_path), strict=True):
         texts, plain = known[case.dtype]
         for index, text in enumerate(texts):
