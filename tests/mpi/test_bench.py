@@ -67,7 +67,7 @@ def test_speculation_gains_and_costs_nothing_where_no_guess_is_right(tmp_path: P
     assert costs["continuous"]["ttft_ms"] <= 1.1 * costs["plain"]["ttft_ms"]
 
 
-@pytest.mark.parametrize("stages", ["stages = 8", "stages = 3\ntp = 2", BURSTS])
+@pytest.mark.parametrize("stages", ["stages = 5", "stages = 3\ntp = 2", BURSTS])
 def test_an_emulated_job_says_the_simulator_s_tokens(tmp_path: Path, stages: str) -> None:
     suite = EIGHT_STAGES.format(repeats=1, stage_ms=1.0, tokens=16).replace("stages = 8", stages)
     emulated, simulated = (measured(tmp_path, suite, flag) for flag in ("--emulate", "--simulate"))

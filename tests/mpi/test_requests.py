@@ -98,7 +98,7 @@ def test_ids_in_any_form_and_those_that_there_are_not(engine: Engine) -> None:
 def test_a_cancelled_request_says_so(engine: Engine) -> None:
     handles = [engine.submit(PROMPTS[0], 900, ignore_eos=True) for _ in range(MAX_NUM_SEQS + 1)]
     next(iter(handles[0]))
-    for handle in handles:
+    for handle in reversed(handles):  # or the last one would be given the place of another
         handle.cancel()
     assert {handle.result().finish_reason for handle in handles} == {"cancelled"}
     assert not handles[-1].completion.tokens, "it waits for a place"
