@@ -85,7 +85,7 @@ def test_answers_follow_their_grammars() -> None:
         {"ranks": 1, "policy": "continuous"},
         {"ranks": 2, "policy": "continuous"},
         {"ranks": 2, "policy": "continuous", "tp": 2},
-        {"ranks": 2, "policy": "continuous", "draft": "none"},  # guesses from the text may contradict the grammar
+        {"ranks": 1, "policy": "continuous", "draft": "none"},  # guesses from the text may contradict the grammar
     ],
     ids=["alone", "two", "group", "lookup"],
 )

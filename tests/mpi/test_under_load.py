@@ -29,10 +29,10 @@ def reference(dtype: str) -> tuple[int, list[Asked], list[Completion]]:
         (1, "plain", "bf16", {"kv_memory": "2M"}),  # little: requests are preempted
         (1, "continuous", "bf16", {}),
         (2, "continuous", "bf16", {"tp": 2}),
-        (4, "continuous", "fp32", {"drafters": 2}),
-        (3, "benchmarks/baselines/sync-tree.toml", "bf16", {}),
+        (3, "continuous", "fp32", {"drafters": 2}),
+        (2, "benchmarks/baselines/sync-tree.toml", "bf16", {}),
     ],
-    ids=["plain", "alone", "group", "four", "rounds"],
+    ids=["plain", "alone", "group", "three", "rounds"],
 )
 def test_each_is_what_it_is_alone(ranks: int, policy: str, dtype: str, more: dict[str, object]) -> None:
     seed, asked, wanted = reference(dtype)
