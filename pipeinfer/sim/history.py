@@ -9,7 +9,7 @@ over (preemption, which is noted): then another one begins with all its tokens, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -77,6 +77,7 @@ class Written:
     is_copy: bool = False  # another slot holds the same token after the same ones
     accepted: bool = False
     dead: bool = False
+    doubtful: bool = False  # it may have been thrown away, and may be kept
 
 
 class Held(NamedTuple):
@@ -201,12 +202,13 @@ class History(Checker):
             self._restarted_untold(commands)
 
     def _restarted_untold(self, commands: Iterable[Command]) -> None:
-        """While no guesses are wanted, drafters hear of a restart later: each emission may be one."""
+        """While no guesses are wanted, drafters hear of a restart later: each emission may be one, or none."""
         sent = [command.message.body for command in commands if isinstance(command, Send)]
         informed = {body.sequence for body in sent if isinstance(body, Advance)}
         for told in self.told:
             if isinstance(told.command, Emit) and told.record.sequence not in informed:
-                self._throw_away(told.record)
+                for written in self._guesses(told.record):
+                    written.doubtful = True
 
     def _preempted(self, number: int) -> None:
         """The sequence is freed by the next run at the latest, as slot_invariants.py demands."""
@@ -267,7 +269,8 @@ class History(Checker):
             case Prompt(sequence=sequence) | Advance(sequence=sequence) | DraftOrder(sequence=sequence):
                 about = {sequence}
                 if isinstance(send.message.body, Advance) and send.message.body.restart:
-                    self._throw_away(self.sequences[sequence])
+                    for written in self._guesses(self.sequences[sequence]):
+                        written.dead = True  # thrown away on purpose: it may be cancelled, and may come again
             case Close(sequence=sequence):
                 about = {sequence}
                 if sequence in self.sequences:
@@ -295,11 +298,12 @@ class History(Checker):
         record = asked.record
         return not asked.over and (record is None or record.dropped or record.sequence in self._leaving)
 
-    def _throw_away(self, record: SequenceRecord) -> None:
-        """Every guess is forgotten on purpose, in flight or not: it may be cancelled, and may come again."""
+    def _guesses(self, record: SequenceRecord) -> Iterator[Written]:
+        """What runs in flight have beyond the text."""
         for launched in self.runs.values():
             for written in launched.written.values() if record.sequence in launched.records else ():
-                written.dead |= written.record is record and written.position >= len(record.text)
+                if written.record is record and written.position >= len(record.text):
+                    yield written
 
     def _launch(self, run: Run) -> None:
         ids = {row.sequence for row in run.rows}
@@ -349,7 +353,7 @@ class History(Checker):
             record.canonical.append(row.slot)
         if parent is not None:
             known = record.known.get((parent, row.token))
-            written.is_copy = known is not None and not known.dead
+            written.is_copy = known is not None and not (known.dead or known.doubtful)
             record.known[parent, row.token] = written
         if written.is_copy and not self.may_repeat:
             raise InvariantBroken(f"L2: token {row.token} at position {row.position} is verified twice")
@@ -368,7 +372,8 @@ class History(Checker):
         """Whether it is dead, or only repeats what is known (rivals send twice), or may have been thrown away."""
         policy, record = self.spec.policy, written.record
         is_known = policy.schedule == "pipeinfer" and written.position + 1 < len(record.text)
-        return is_known or (self.may_repeat and not policy.reuse) or record.is_dead(written)
+        may_be_gone = written.doubtful or (self.may_repeat and not policy.reuse)
+        return is_known or may_be_gone or record.is_dead(written)
 
 
 def _left(commands: Iterable[Command]) -> Iterable[int]:
