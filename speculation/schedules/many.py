@@ -91,7 +91,7 @@ class Many:
         self._plan_is_of = 0, 0  # sequences, and roots that may leave before there is a new plan
         self._traffic: Traffic | None = None
         self._count = 1  # A
-        self._waiting = 0  # W
+        self._prompts = 0  # W
         self._earns = 0.0  # G
         self._wanted = 1  # rows that the last run with roots would have had
         self._launches = 0  # runs with roots so far, of which the first ones fill the stages
@@ -163,7 +163,7 @@ class Many:
 
     def _next(self, now: Situation) -> Launch | Wait | None:
         curve, count = self._curve, len(now.trees)
-        self._count, self._waiting = count, now.prompts
+        self._count, self._prompts = count, now.prompts
         roots = -(-count // self._stages)
         if self._traffic is None:
             self._traffic = Traffic(now.now, count, self._stages, roots, curve.seconds(roots))
@@ -197,7 +197,7 @@ class Many:
 
     def _levels_pay(self, planned: Plan) -> bool:
         """Whether drafted levels are worth that prompts wait for them."""
-        if not self._waiting:
+        if not self._prompts:
             return True
         roots, levels = planned.roots, planned.levels
         more_s = self._curve.seconds(roots * (levels + 1)) - self._curve.seconds(roots)
@@ -270,7 +270,7 @@ class Many:
     def _price(self, cohort: int) -> float:
         """pi."""
         assert self._traffic
-        owed = self._earns * (1 + self._waiting / self._count)
+        owed = self._earns * (1 + self._prompts / self._count)
         return owed * max(1.0, cohort * self._stages / self._count)
 
     def _row_price(self, price: float, rows: int) -> float:
@@ -329,7 +329,7 @@ class Many:
         most = min(self._policy.max_rows, curve.reach - rows)
         price = PIGGYBACK * self._price(cohort) / (1 - self._traffic.busy)
         least = self._row_price(price, max(ROWS, rows))
-        if room <= 0 or most <= 0 or least >= 1 or not self._policy.speculate or self._waiting:
+        if room <= 0 or most <= 0 or least >= 1 or not self._policy.speculate or self._prompts:
             return []
         found = take_best(others, most, 0, room, max(least / 2, self._policy.min_path_prob))
         trees = _by_sequence(others)
@@ -342,7 +342,7 @@ class Many:
         """Take the guesses of ``others`` that are worth a run of their own."""
         traffic, curve = self._traffic, self._curve
         assert traffic
-        if not self._policy.speculate or now.room <= 0 or self._waiting:
+        if not self._policy.speculate or now.room <= 0 or self._prompts:
             return []
         most = min(self._policy.max_rows, curve.reach)
         found = take_best(others, most, 0, now.room, self._policy.min_path_prob)

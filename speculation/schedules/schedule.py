@@ -26,8 +26,8 @@ ANY = 1 << 30
 class Situation:
     """The input of a decision: the ``trees`` of all sequences that are decoded, in the order in which they began,
     unused ``credits`` of the first stage, runs ``in_flight``, further runs that may be in flight (``slots``), free KV
-    slots for drafted nodes (``room``) and for roots (``root_room``); ``prompts``: other sequences,
-    of whose prompts a part waits."""
+    slots for drafted nodes (``room``) and for roots (``root_room``), and the number of further sequences of whose
+    ``prompts`` a part waits."""
 
     trees: Sequence[Tree]
     credits: int
